@@ -1,0 +1,154 @@
+"""`medcot`: the series from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from medcot_utils.errors import MedcotError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Fine-tune a reasoning model on medical chain-of-thought data in seven notebooks, and judge the result.",
+)
+console = Console()
+
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="where the run is kept; runs/<profile> if not given")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="override a setting: --set training.max_steps=10")]
+
+
+@app.command()
+def run(
+    profile: Annotated[str | None, typer.Option(help="smoke, demo, article, recommended, full or auto")] = None,
+    run_dir: RunDir = None,
+    settings: Settings = None,
+    first: Annotated[int, typer.Option("--from", min=1, max=7, help="first notebook")] = 1,
+    last: Annotated[int, typer.Option("--to", min=1, max=7, help="last notebook")] = 7,
+    force: Annotated[bool, typer.Option("--force", help="do the notebooks again even if nothing changed")] = False,
+    parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="a notebook parameter: NAME=VALUE")] = None,
+) -> None:
+    """Run the notebooks in order. A second call goes on at the first unfinished one.
+
+    With --profile the settings are that profile's with --set over it; without, those of the run in --run-dir are kept."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from medcot_utils import platforms, series
+
+    if first > last:
+        raise MedcotError(f"--from {first} is after --to {last}")
+    folder = run_dir or Path("runs") / platforms.resolve_profile(profile or "auto")[0]
+    config, line = series.plan_config(folder, profile, settings or [])
+    platforms.hand_on_secrets()
+    console.print(line, highlight=False)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("cells"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        finished = series.run_series(
+            folder,
+            config,
+            first,
+            last,
+            force,
+            _parse_parameters(parameter or []),
+            say=lambda text: progress.console.print(text, highlight=False),
+            report=lambda name, cell, cells: progress.update(task, description=name, completed=cell, total=cells),
+        )
+    _print_status(series.status(finished), finished.path)
+
+
+def _parse_parameters(pairs: list[str]) -> dict[str, str]:
+    parsed = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise MedcotError(f"--parameter {pair}: expected NAME=VALUE")
+        if name in ("RUN_DIR", "PROFILE", "OVERRIDES"):
+            raise MedcotError(f"--parameter {name}: use --run-dir, --profile or --set")
+        parsed[name] = value
+    return parsed
+
+
+@app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="a run directory")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """What each step of a run has done, and the headline metrics."""
+    from medcot_utils import series
+    from medcot_utils.run import Run
+
+    found = series.status(Run.open(run_dir))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _print_status(found, run_dir)
+
+
+def _print_status(found: dict, run_dir: Path) -> None:
+    from medcot_utils.evaluation import METRICS, format_interval, verdict
+    from medcot_utils.layout import ARTIFACTS
+
+    steps = Table(
+        "step", "state", "seconds", "peak memory", title=f"{run_dir} (profile {found['profile']})", title_justify="left"
+    )
+    for step in found["steps"]:
+        memory = "" if step["peak_memory_mb"] is None else f"{step['peak_memory_mb']} MB"
+        seconds = "" if step["seconds"] is None else f"{step['seconds']:.0f}"
+        steps.add_row(step["name"], step["state"] + (f": {step['error']}" if step["error"] else ""), seconds, memory)
+    console.print(steps)
+    if found["metrics"]:
+        metrics = Table("metric", "base", "tuned", "difference", "verdict", title="before and after", title_justify="left")
+        for name, metric in found["metrics"].items():
+            cells = [format_interval(metric[side]) for side in ("base", "tuned", "difference")]
+            metrics.add_row(METRICS[name][0], *cells, verdict(name, metric))
+        console.print(metrics)
+        console.print(
+            f"report: {run_dir / ARTIFACTS['report'].file}\nexecuted notebooks: {run_dir / 'notebooks'}/", highlight=False
+        )
+
+
+@app.command()
+def doctor(run_dir: RunDir = None) -> None:
+    """Say whether this machine can run which profile, and why not."""
+    from medcot_utils import diagnosis
+
+    table = Table("profile", "can run here", "why not, or what to expect")
+    for line in diagnosis.profiles_here(run_dir or Path("runs")):
+        table.add_row(line.profile, "yes" if line.ok else "no", line.reason)
+    console.print(table)
+
+
+@app.command("settings")
+def list_settings(profile: Annotated[str, typer.Argument(help="a profile")] = "demo") -> None:
+    """Every setting with its value in a profile: the names that --set takes."""
+    from medcot_utils.config import load_config, setting_names
+
+    config = load_config(profile)
+    table = Table("setting", f"value in {profile}")
+    for name in setting_names():
+        table.add_row(name, json.dumps(config.get(name)))
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point: one line for an error the user can mend, exit code 1."""
+    try:
+        app()
+    except MedcotError as error:
+        Console(stderr=True).print(f"medcot: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(1) from None

@@ -1,0 +1,281 @@
+"""RunConfig: every knob of the series, validated once, and the profiles that set them."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from medcot_utils.errors import MedcotError
+
+PROFILES_DIR = Path(__file__).parent / "profiles"
+PROFILES = ("smoke", "demo", "article", "recommended", "full")
+
+# What people type for a setting whose name in this field is another: string distance would never find these.
+_ALIASES = {
+    "lr": "training.learning_rate",
+    "bs": "training.per_device_train_batch_size",
+    "epochs": "training.num_train_epochs",
+    "grad_accum": "training.gradient_accumulation_steps",
+    "rank": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "max_length": "model.max_seq_length",
+    "temp": "generation.temperature",
+    "file": "dataset.path",
+}
+
+
+class ConfigError(MedcotError):
+    """A profile, setting or value that the series does not know or cannot use; the message names it and the nearest valid one."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSettings(_Section):
+    name: str = Field(description="Hub id, local folder, or embedded:smollm2-135m-instruct / embedded:tiny-random-llama")
+    revision: str | None = Field(None, description="commit of the Hub repository; None for a local folder")
+    quantized_name: str | None = Field(None, description="pre-quantized 4-bit copy that the unsloth engine loads instead")
+    quantized_revision: str | None = Field(None, description="commit of the pre-quantized copy")
+    engine: Literal["auto", "unsloth", "transformers"] = "auto"
+    load_in_4bit: bool = True
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    max_seq_length: int = Field(2048, ge=64, description="tokens of prompt and completion together")
+
+
+class PromptSettings(_Section):
+    newline_after_think: bool = Field(
+        True, description="end the inference prompt as the training text goes on: `<think>\\n`, not `<think>`"
+    )
+
+
+class ColumnNames(_Section):
+    question: str = "Question"
+    complex_cot: str = "Complex_CoT"
+    response: str = "Response"
+
+
+class DatasetSettings(_Section):
+    name: str = Field(description="`shipped` or a data set on the Hub")
+    subset: str | None = None
+    revision: str | None = Field(None, description="commit of the data set; the name alone has changed its rows before")
+    path: str | None = Field(None, description="a local json, jsonl, csv or parquet file; wins over name")
+    columns: ColumnNames = ColumnNames()
+    num_rows: int | None = Field(None, ge=1, description="training rows; None takes all but the held-out ones")
+    held_out_rows: int = Field(ge=1, description="rows kept out of training; used where the data has no `split` column")
+    shuffle: bool = Field(False, description="shuffle with the seed before the split")
+    loss_on: Literal["full", "completion"] = Field("completion", description="full: the prompt is in the loss too")
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    repeats: Literal["report", "drop"] = Field("drop", description="training rows that repeat an evaluation question")
+    near_repeat_similarity: float = Field(85, ge=50, le=100, description="rapidfuzz ratio from which two questions repeat")
+
+
+class LoraSettings(_Section):
+    r: int = Field(16, ge=1)
+    lora_alpha: int = Field(16, ge=1)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    bias: Literal["none", "all", "lora_only"] = "none"
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    use_rslora: bool = False
+    use_gradient_checkpointing: Literal["unsloth"] | bool = "unsloth"
+    random_state: int = 3407
+
+
+class TrainingSettings(_Section):
+    per_device_train_batch_size: int = Field(2, ge=1)
+    gradient_accumulation_steps: int = Field(4, ge=1)
+    per_device_eval_batch_size: int = Field(4, ge=1)
+    warmup_steps: int = Field(5, ge=0)
+    max_steps: int = Field(60, description="optimizer steps; -1 trains num_train_epochs instead")
+    num_train_epochs: float = Field(1, gt=0)
+    learning_rate: float = Field(2e-4, gt=0)
+    optim: str = "adamw_8bit"
+    weight_decay: float = Field(0.01, ge=0)
+    lr_scheduler_type: str = "linear"
+    logging_steps: int = Field(10, ge=1)
+    save_steps: int = Field(20, ge=1)
+    save_total_limit: int = Field(2, ge=1)
+    eval_steps: int | None = Field(None, ge=1, description="held-out loss during training, every so many steps")
+    eval_rows: int = Field(8, ge=1, description="held-out rows that the loss during training is taken on")
+
+    @model_validator(mode="after")
+    def _steps(self) -> TrainingSettings:
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"training.max_steps is {self.max_steps}: expected a number of steps, or -1 for whole epochs")
+        return self
+
+
+class GenerationSettings(_Section):
+    max_new_tokens: int = Field(1200, ge=1)
+    do_sample: bool = False
+    temperature: float = Field(0.6, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    batch_size: int = Field(8, ge=1)
+
+
+class EvaluationSettings(_Section):
+    num_questions: int = Field(20, ge=1, description="held-out questions that both models answer")
+    confidence_level: float = Field(0.95, gt=0.5, lt=1)
+    n_resamples: int = Field(5000, ge=200, description="bootstrap resamples")
+
+
+class ExportSettings(_Section):
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    logits_tolerance: float = Field(0.05, gt=0, description="largest allowed mean absolute difference of log-probabilities")
+    check_prompts: int = Field(3, ge=1)
+    check_new_tokens: int = Field(32, ge=1)
+
+
+class RunConfig(_Section):
+    """All settings of one run. Frozen: a notebook reads it and never changes it."""
+
+    profile: str
+    seed: int = 3407
+    model: ModelSettings
+    prompt: PromptSettings = PromptSettings()
+    dataset: DatasetSettings
+    lora: LoraSettings = LoraSettings()
+    training: TrainingSettings = TrainingSettings()
+    generation: GenerationSettings = GenerationSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    export: ExportSettings = ExportSettings()
+
+    @model_validator(mode="after")
+    def _enough_questions(self) -> RunConfig:
+        if self.dataset.name != "shipped" and self.evaluation.num_questions > self.dataset.held_out_rows:
+            raise ValueError(
+                f"evaluation.num_questions is {self.evaluation.num_questions}, more than dataset.held_out_rows "
+                f"({self.dataset.held_out_rows}): raise the second or lower the first"
+            )
+        return self
+
+    def get(self, dotted: str) -> Any:
+        """The value at a dotted name, JSON-ready: `config.get("training.max_steps")`. Raises KeyError for an unknown name."""
+        node: Any = self.model_dump(mode="json")
+        for part in dotted.split("."):
+            node = node[part]
+        return node
+
+    def digest(self, dotted_names: Iterable[str]) -> str:
+        """sha256 (hex) over the named settings or whole sections, independent of their order."""
+        chosen = {name: self.get(name) for name in sorted(dotted_names)}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted setting name, sections left out."""
+    names = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += setting_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The valid name nearest to `name`, ready to append to a message; where to look them up when nothing is near."""
+    valid = list(valid)
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf in _ALIASES and _ALIASES[leaf] in valid:
+        return f"; did you mean {_ALIASES[leaf]}?"
+    by_leaf = {v.rsplit(".", 1)[-1]: v for v in valid}
+    match = difflib.get_close_matches(name, valid, 1, 0.7) or difflib.get_close_matches(leaf, by_leaf, 1, 0.6)
+    return f"; did you mean {by_leaf.get(match[0], match[0])}?" if match else "; `medcot settings` lists them all"
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """`["training.max_steps=10"]` as `{"training.max_steps": 10}`; values are read as YAML scalars or lists.
+
+    Raises ConfigError for a pair without `=` or a name that is no setting."""
+    valid, overrides = setting_names(), {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        name = name.strip()
+        if not equals:
+            raise ConfigError(f"--set {pair}: expected NAME=VALUE, as in --set training.max_steps=10")
+        if name not in valid or name == "profile":
+            raise ConfigError(f"unknown setting {name!r}{nearest(name, valid)}")
+        try:
+            overrides[name] = yaml.safe_load(text) if text.strip() else None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {name}: {text!r} is not a YAML value ({error})") from error
+        if isinstance(overrides[name], str):
+            overrides[name] = _number(overrides[name])
+    return overrides
+
+
+def _number(text: str) -> Any:
+    # YAML 1.1 reads 2e-4 (no dot) as a string; people write learning rates so.
+    try:
+        return float(text) if "e" in text.lower() else text
+    except ValueError:
+        return text
+
+
+def load_config(profile: str, overrides: Iterable[str] = ()) -> RunConfig:
+    """The configuration of a profile with `a.b=value` overrides laid over it.
+
+    Raises ConfigError naming the profile, setting or value at fault, and the nearest valid one."""
+    values = read_profile(profile)
+    for name, value in parse_overrides(overrides).items():
+        node = values
+        *sections, leaf = name.split(".")
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    return config_from_dict(values)
+
+
+def overrides_of(config: RunConfig) -> list[str]:
+    """The `a.b=value` pairs that make this configuration out of its profile's defaults."""
+    default = load_config(config.profile)
+    return [f"{name}={json.dumps(config.get(name))}" for name in setting_names() if config.get(name) != default.get(name)]
+
+
+def read_profile(profile: str) -> dict[str, Any]:
+    if profile not in PROFILES:
+        choices = ", ".join((*PROFILES, "auto"))
+        match = difflib.get_close_matches(profile, PROFILES, 1)
+        hint = f"; did you mean {match[0]}?" if match else ""
+        raise ConfigError(f"unknown profile {profile!r}: expected one of {choices}{hint}")
+    values = yaml.safe_load((PROFILES_DIR / f"{profile}.yaml").read_text(encoding="utf-8"))
+    parent = values.pop("extends", None)
+    merged = _merge(read_profile(parent), values) if parent else values
+    merged["profile"] = profile
+    return merged
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        merged[key] = _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return merged
+
+
+def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Validate a nested dictionary. Raises ConfigError with one line per fault."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(fault) for fault in error.errors())) from None
+
+
+def _explain(fault: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown setting {name!r}{nearest(name, setting_names())}"
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    if fault["type"] == "missing":
+        return f"setting {name} is missing"
+    return f"setting {name} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"

@@ -1,0 +1,98 @@
+"""The engine that runs anywhere: transformers, bitsandbytes 4-bit (on a CPU too) and PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from medcot_utils.config import LoraSettings, ModelSettings
+from medcot_utils.engines.embedded import model_source
+from medcot_utils.engines.merging import merge
+
+__all__ = ["add_lora", "for_inference", "load", "merge"]
+
+
+def compute_dtype(settings: ModelSettings) -> torch.dtype:
+    """The dtype of activations: as set, or with `auto` bfloat16 on cards that have it, float16 on others, float32 on a CPU."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model, 4-bit nf4 with double quantization if asked, and its tokenizer; with the trained adapter on it if given."""
+    source, dtype = model_source(settings.name), compute_dtype(settings)
+    quantization = None
+    if settings.load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        revision=settings.revision,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map={"": 0} if torch.cuda.is_available() else None,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=settings.revision)
+    _cpu_packing(model, allowed=False)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    return model, tokenizer
+
+
+def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
+    """Fresh LoRA matrices on the named projections; the base stays frozen. `random_state` seeds the matrices A."""
+    checkpointing = bool(settings.use_gradient_checkpointing)
+    _cpu_packing(model, allowed=False)
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    elif checkpointing:
+        model.enable_input_require_grads()
+    torch.manual_seed(settings.random_state)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            bias=settings.bias,
+            target_modules=list(settings.target_modules),
+            use_rslora=settings.use_rslora,
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def for_inference(model: PreTrainedModel) -> PreTrainedModel:
+    """Switch to generation: eval mode, key-value cache on, gradient checkpointing off."""
+    model.eval()
+    if model.is_gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    model.config.use_cache = True
+    _cpu_packing(model, allowed=True)
+    return model
+
+
+def _cpu_packing(model: PreTrainedModel, allowed: bool) -> None:
+    """Allow or undo bitsandbytes' packed 4-bit weights, a CPU layout that triples generation and has no backward pass.
+
+    On processors with AVX512-BF16, bitsandbytes 0.50 packs each layer at its first forward in eval mode and never unpacks
+    it: an evaluation before or during training would leave the base without gradients to the layers below, and the
+    loss would fall slowly for no visible reason. So packing is off until `for_inference`."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, has_avx512bf16
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in model.modules():
+        if not isinstance(layer, Linear4bit):
+            continue
+        layer.support_avx512bf16_for_cpu = allowed and has_avx512bf16()
+        if not allowed and getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+                layer.weight.data, layer.weight.quant_state
+            )

@@ -1,0 +1,209 @@
+"""Export: merge, verify against what it was merged from, and write the model card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medcot_utils import platforms
+from medcot_utils.config import RunConfig
+from medcot_utils.engines.embedded import describe
+from medcot_utils.engines.merging import load_16bit
+from medcot_utils.errors import MedcotError
+from medcot_utils.evaluation import METRICS, format_interval, verdict
+from medcot_utils.prompts import inference_prompt
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from medcot_utils.run import Run
+
+
+class ExportError(MedcotError):
+    """An exported model does not agree with what it was made from; the message says by how much."""
+
+
+def export_disk_gib(adapter: Path, parameters: int) -> float:
+    """GiB that the merge needs: two bytes a parameter, the adapter's copy, and a tenth for what is written beside."""
+    adapter_bytes = sum(file.stat().st_size for file in adapter.rglob("*") if file.is_file())
+    return 1.1 * (2 * parameters + adapter_bytes) / platforms.GIB
+
+
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, folder: Path) -> None:
+    """The adapter and its tokenizer into `folder`, with the base model named as the configuration names it.
+
+    PEFT writes where the base was loaded from, which for an embedded model is a folder of this machine."""
+    for peft_config in model.peft_config.values():
+        peft_config.base_model_name_or_path, peft_config.revision = config.model.name, config.model.revision
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # an empty template; the run's own card comes in notebook 07
+
+
+def save_merged(engine: ModuleType, run: Run) -> Path:
+    """Merge the run's adapter into its 16-bit base as the artifact `merged`; made again only if something changed.
+
+    Raises PlatformError before anything is loaded when the disk has too little room."""
+    adapter = run.require("adapter")
+    need = export_disk_gib(adapter, run.read("plan")["total_parameters"])
+    if not run.is_fresh("merged"):
+        free = platforms.require_disk(run.path, need, "the merged 16-bit model")
+        print(f"disk: {need:.2f} GiB needed, {free:.1f} GiB free")
+    return run.get_or_make(
+        "merged", lambda: lambda folder: engine.merge(run.config.model, adapter, folder, run.config.export.dtype)
+    )
+
+
+# --- verify --------------------------------------------------------------------------------------------------------
+
+
+def verify_export(engine: ModuleType, run: Run) -> dict[str, Any]:
+    """Reload three models one after the other and compare them on the first held-out questions: the merged one, the
+    16-bit base + adapter it must equal, and the 4-bit base + adapter that was trained.
+
+    Returns {tolerance, ok, pairs: [{a, b, max_logprob_difference, mean_logprob_difference, same_greedy, prompts}], files}. ok is
+    False when merged and 16-bit base + adapter differ by more than the tolerance in mean, or in a greedy token."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config, adapter, merged_dir = run.config, run.require("adapter"), run.require("merged")
+    texts = [q for q in run.read("questions") if q["scored"]][: config.export.check_prompts]
+    prompts = [inference_prompt(q["Question"], config.prompt.newline_after_think) for q in texts]
+    dtype = _comparison_dtype(run.read("plan")["total_parameters"], config)
+
+    outputs = {}
+    merged = AutoModelForCausalLM.from_pretrained(merged_dir, dtype=dtype)
+    outputs["merged"] = _probe(merged, AutoTokenizer.from_pretrained(merged_dir), prompts, texts, config)
+    del merged
+    base, tokenizer = load_16bit(config.model, dtype)
+    outputs["16-bit base + adapter"] = _probe(PeftModel.from_pretrained(base, adapter), tokenizer, prompts, texts, config)
+    del base
+    trained, tokenizer = engine.load(config.model, adapter)
+    trained_name = "4-bit base + adapter" if config.model.load_in_4bit else "loaded base + adapter"
+    outputs[trained_name] = _probe(engine.for_inference(trained), tokenizer, prompts, texts, config)
+
+    pairs = [_differ(outputs, "merged", other) for other in list(outputs)[1:]]
+    exact = pairs[0]
+    ok = exact["mean_logprob_difference"] <= config.export.logits_tolerance and exact["same_greedy"] == exact["prompts"]
+    return {"tolerance": config.export.logits_tolerance, "ok": ok, "pairs": pairs, "files": _files(run)}
+
+
+def _comparison_dtype(parameters: int, config: RunConfig) -> str:
+    # In float32 only the rounding of the merged weights is left to see; a large model is compared at 16 bits for its size.
+    return "float32" if parameters < 1e9 else config.export.dtype
+
+
+def _probe(
+    model: Any, tokenizer: Any, prompts: list[str], questions: list[dict[str, Any]], config: RunConfig
+) -> list[dict[str, Any]]:
+    import torch
+
+    model.eval()
+    found = []
+    for prompt, question in zip(prompts, questions, strict=True):
+        ids = tokenizer(prompt + question["Complex_CoT"], return_tensors="pt").to(model.device)
+        start = tokenizer(prompt, return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            logprobs = model(**ids).logits[0].float().log_softmax(-1).cpu()
+            greedy = model.generate(
+                **start,
+                max_new_tokens=config.export.check_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        found.append({"logprobs": logprobs, "greedy": greedy[0, start["input_ids"].shape[1] :].tolist()})
+    return found
+
+
+def _differ(outputs: dict[str, list[dict[str, Any]]], a: str, b: str) -> dict[str, Any]:
+    gaps = [(x["logprobs"] - y["logprobs"]).abs() for x, y in zip(outputs[a], outputs[b], strict=True)]
+    same = sum(x["greedy"] == y["greedy"] for x, y in zip(outputs[a], outputs[b], strict=True))
+    return {
+        "a": a,
+        "b": b,
+        "mean_logprob_difference": float(sum(gap.mean() for gap in gaps) / len(gaps)),
+        "max_logprob_difference": float(max(gap.max() for gap in gaps)),
+        "same_greedy": same,
+        "prompts": len(gaps),
+    }
+
+
+def _files(run: Run) -> list[dict[str, Any]]:
+    from medcot_utils.run import sha256_of
+
+    folders = [run.require("adapter"), run.require("merged")]
+    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
+    described = []
+    for file in files:
+        digest, size = sha256_of(file)
+        described.append({"file": f"{file.parent.name}/{file.name}", "bytes": size, "sha256": digest})
+    return described
+
+
+def require_agreement(check: dict[str, Any]) -> None:
+    """Raises ExportError when the merged model is not what it was merged from."""
+    if not check["ok"]:
+        exact = check["pairs"][0]
+        raise ExportError(
+            f"the merged model differs from the 16-bit base + adapter: mean log-probability difference "
+            f"{exact['mean_logprob_difference']:.2g} (allowed {check['tolerance']:.2g}), same greedy answer on "
+            f"{exact['same_greedy']} of {exact['prompts']} prompts. The merged folder is kept; do not publish it"
+        )
+
+
+# --- model card ----------------------------------------------------------------------------------------------------
+
+
+def model_card(run: Run) -> str:
+    """The README.md of the exported model, with the run's measured numbers, data, licence and limits."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    config, measured, check = run.config, run.read("metrics"), run.read("export_check")
+    data = ModelCardData(
+        license="apache-2.0",
+        language="en",
+        library_name="transformers",
+        base_model=None if config.model.name.startswith("embedded:") else config.model.name,
+        datasets=None if config.dataset.path or config.dataset.name == "shipped" else [config.dataset.name],
+        tags=["medical", "chain-of-thought", "lora", "sft"],
+    )
+    lines = [
+        {"text": METRICS[name][0], "verdict": verdict(name, metric)}
+        | {side: format_interval(metric[side]) for side in ("base", "tuned", "difference")}
+        for name, metric in measured["metrics"].items()
+    ]
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).parent / "templates" / "model_card.md.j2"),
+        config=config,
+        base=describe(config.model.name),
+        source=_data_source(config),
+        metrics=lines,
+        n_questions=measured["n_questions"],
+        confidence=round(100 * config.evaluation.confidence_level),
+        plan=run.read("plan"),
+        check=check,
+        repeats=run.read("data_report")["repeats"],
+    )
+    return str(card)
+
+
+def _data_source(config: RunConfig) -> str:
+    if config.dataset.path:
+        return f"a local file, {Path(config.dataset.path).name}"
+    if config.dataset.name == "shipped":
+        return "the cases shipped with medcot (120 training rows, written for teaching)"
+    return f"{config.dataset.name} at revision {config.dataset.revision}"
+
+
+def copy_card(card: Path, folders: list[Path]) -> None:
+    """Put the card as README.md beside exported files, without touching the artifacts' own content in the run."""
+    for folder in folders:
+        shutil.copyfile(card, folder / "README.md")

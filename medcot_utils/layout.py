@@ -1,0 +1,75 @@
+"""What the notebooks make and what it is made from: the one table that skipping, redoing and error messages go by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One file or folder of a run. `settings` and `inputs` are all that its content depends on."""
+
+    step: str
+    file: str
+    settings: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    reads_dataset: bool = False
+    version: int = 1  # raised when the code that makes it changes what it means
+
+
+_SETUP, _BASELINE, _DATA, _LORA = "01_setup", "02_baseline_inference", "03_dataset_prep", "04_lora_config"
+_TRAINING, _COMPARISON, _EXPORT = "05_training", "06_comparison", "07_export"
+
+_ALL = ("profile", "seed", "model", "prompt", "dataset", "lora", "training", "generation", "evaluation", "export")
+_GENERATION = ("model", "prompt", "generation", "seed")
+_TEXT = ("model.name", "model.revision", "model.max_seq_length", "prompt", "dataset", "seed")
+_LOSS = ("model", "lora", "training", "seed")
+
+ARTIFACTS: dict[str, Artifact] = {
+    "machine": Artifact(_SETUP, "machine.json", _ALL),
+    "questions": Artifact(_BASELINE, "questions.jsonl", ("dataset", "evaluation.num_questions", "seed"), reads_dataset=True),
+    "base_answers": Artifact(_BASELINE, "base_answers.jsonl", _GENERATION, ("questions",)),
+    "train_rows": Artifact(_DATA, "train_rows.parquet", _TEXT, ("questions",), reads_dataset=True),
+    "held_out_rows": Artifact(_DATA, "held_out_rows.parquet", _TEXT, ("questions",), reads_dataset=True),
+    "data_report": Artifact(_DATA, "data_report.json", _TEXT, ("questions",), reads_dataset=True),
+    "plan": Artifact(_LORA, "plan.json", _LOSS, ("train_rows",)),
+    "adapter": Artifact(_TRAINING, "adapter", _LOSS, ("train_rows", "held_out_rows")),
+    "training_log": Artifact(_TRAINING, "training_log.jsonl", _LOSS, ("train_rows", "held_out_rows")),
+    "held_out_loss": Artifact(_TRAINING, "held_out_loss.jsonl", ("model",), ("held_out_rows", "adapter")),
+    "tuned_answers": Artifact(_COMPARISON, "tuned_answers.jsonl", _GENERATION, ("questions", "adapter")),
+    "metrics": Artifact(_COMPARISON, "metrics.json", ("evaluation", "seed"), ("base_answers", "tuned_answers", "held_out_loss")),
+    "report": Artifact(
+        _COMPARISON,
+        "report.html",
+        ("profile",),
+        ("metrics", "base_answers", "tuned_answers", "training_log", "data_report", "plan"),
+    ),
+    "merged": Artifact(_EXPORT, "merged", ("model", "export.dtype"), ("adapter",)),
+    "export_check": Artifact(_EXPORT, "export_check.json", ("export", "prompt"), ("merged", "adapter", "questions")),
+    "model_card": Artifact(
+        _EXPORT,
+        "MODEL_CARD.md",
+        ("profile", "dataset"),
+        ("export_check", "metrics", "plan", "training_log", "data_report"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A notebook: what it makes, and what it reads of the notebooks before it."""
+
+    makes: tuple[str, ...]
+    reads: tuple[str, ...]
+
+
+def _steps() -> dict[str, Step]:
+    steps = {}
+    for step in (_SETUP, _BASELINE, _DATA, _LORA, _TRAINING, _COMPARISON, _EXPORT):
+        makes = tuple(name for name, artifact in ARTIFACTS.items() if artifact.step == step)
+        reads = {source for name in makes for source in ARTIFACTS[name].inputs if ARTIFACTS[source].step != step}
+        steps[step] = Step(makes, tuple(sorted(reads)))
+    return steps
+
+
+STEPS: dict[str, Step] = _steps()

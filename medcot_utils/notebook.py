@@ -1,0 +1,70 @@
+"""What all seven notebooks share: the start, tables, and the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medcot_utils import platforms
+from medcot_utils.engines import quiet_start
+from medcot_utils.layout import ARTIFACTS, STEPS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from medcot_utils.run import Run
+
+
+def start(run_dir: str) -> Path:
+    """The setup cell: environment before torch is imported, quieter libraries, and the run directory (`auto`: the default)."""
+    quiet_start()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Without ipywidgets tqdm's notebook bar warns and falls back to text; text is what a saved notebook should hold.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    import pandas as pd
+
+    pd.set_option("display.max_colwidth", 90)
+    _show_figures()
+    return platforms.default_run_dir() if run_dir == "auto" else Path(run_dir)
+
+
+def _show_figures() -> None:
+    # Figures are made without pyplot, which would keep every one of them alive; IPython must be told to draw them.
+    from IPython import get_ipython
+    from IPython.core.pylabtools import select_figure_formats
+
+    if shell := get_ipython():
+        select_figure_formats(shell, {"png"})
+
+
+def table(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
+    """A mapping as a one-column table."""
+    import pandas as pd
+
+    return pd.DataFrame({name: {key: str(value) for key, value in values.items()}})
+
+
+def finish(run: Run, step: str) -> pd.DataFrame:
+    """Record the step as done and show what it left in the run, with its time and peak memory."""
+    import pandas as pd
+
+    entry = run.finish(step)
+    manifest = run.manifest()["artifacts"]
+    lines = [
+        {
+            "artifact": ARTIFACTS[name].file,
+            "size (kB)": round(manifest[name]["bytes"] / 1e3, 1),
+            "sha256": manifest[name]["sha256"][:12],
+        }
+        for name in STEPS[step].makes
+    ]
+    # Time differs from run to run, the table need not: so on another stream.
+    print(f"{step}: {entry['seconds']} s, peak memory {entry['peak_memory_mb']} MB", file=sys.stderr)
+    return pd.DataFrame(lines).set_index("artifact")

@@ -1,0 +1,175 @@
+"""The seven notebooks, run in order through papermill: skipped when done, redone when stale, resumed where they stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from medcot_utils import data, platforms
+from medcot_utils.config import RunConfig, load_config, overrides_of, parse_overrides
+from medcot_utils.engines import quiet_start
+from medcot_utils.errors import MedcotError
+from medcot_utils.layout import STEPS
+from medcot_utils.run import CONFIG, Run
+
+NOTEBOOKS = tuple(STEPS)
+HEADLINE = ("eval_loss", "closed_think_rate", "finished_rate", "rouge_l", "thinking_tokens", "answer_tokens")
+
+Report = Callable[[str, int, int], None]
+
+
+class SeriesError(MedcotError):
+    """A notebook failed or cannot be run; the message names it, the cell's error, and where the partial notebook lies."""
+
+
+def notebooks_dir() -> Path:
+    """The folder of the seven notebooks: MEDCOT_NOTEBOOKS, beside the package, or in the working directory."""
+    candidates = [Path(__file__).parent.parent / "notebooks", Path.cwd() / "notebooks", Path.cwd()]
+    if chosen := os.environ.get("MEDCOT_NOTEBOOKS"):
+        candidates = [Path(chosen)]
+    for folder in candidates:
+        if all((folder / f"{name}.ipynb").exists() for name in NOTEBOOKS):
+            return folder
+    raise SeriesError(
+        "the notebooks were not found: run this from a checkout of the project, or set MEDCOT_NOTEBOOKS to their folder"
+    )
+
+
+def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) -> tuple[RunConfig, str]:
+    """The configuration of this call and a line saying where it comes from, with everything checked that needs no model.
+
+    A named profile starts from that profile; without one, an existing run's stored settings are kept and the overrides
+    laid over them. Raises a MedcotError for an unknown profile or setting, a missing card, or data that cannot be used."""
+    overrides = list(overrides)
+    if profile is None and (run_dir / CONFIG).exists():
+        stored = Run.open(run_dir).config
+        names = set(parse_overrides(overrides))
+        kept = [pair for pair in overrides_of(stored) if pair.partition("=")[0] not in names]
+        config, line = load_config(stored.profile, [*kept, *overrides]), f"profile {stored.profile}: as in {run_dir.name}/"
+    else:
+        name, line = platforms.resolve_profile(profile or "auto")
+        config = load_config(name, overrides)
+    if config.dataset.path or config.dataset.name == "shipped":
+        rows = data.load_rows(config.dataset)
+        kept_rows, _ = data.validate_rows(rows)
+        data.split_rows(kept_rows, config.dataset, config.seed)
+    return config, line
+
+
+def parameters_of(notebook: Path) -> set[str]:
+    """The names in a notebook's `parameters` cell."""
+    import papermill
+
+    return set(papermill.inspect_notebook(str(notebook)))
+
+
+def check_parameters(parameters: Mapping[str, Any], folder: Path) -> None:
+    """Raises SeriesError for a parameter that no notebook has: papermill itself would only warn."""
+    known = set().union(*(parameters_of(folder / f"{name}.ipynb") for name in NOTEBOOKS)) if parameters else set()
+    for name in parameters:
+        if name not in known:
+            raise SeriesError(f"unknown notebook parameter {name!r}: the notebooks take {', '.join(sorted(known))}")
+
+
+def run_series(
+    run_dir: Path,
+    config: RunConfig,
+    first: int = 1,
+    last: int = len(NOTEBOOKS),
+    force: bool = False,
+    parameters: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+    report: Report = lambda name, cell, cells: None,
+) -> Run:
+    """Run notebooks `first` to `last` into `run_dir`, leaving out those that are done with these settings and inputs.
+
+    `report(name, cell, cells)` is called before each cell. Raises SeriesError at the first notebook that fails or whose
+    kernel dies; it and what it had made so far are kept, and the next call goes on there."""
+    folder = notebooks_dir()
+    check_parameters(parameters or {}, folder)
+    quiet_start(config.seed)
+    run = Run.create(run_dir, config, force)
+    for name in NOTEBOOKS[first - 1 : last]:
+        if force:
+            run.forget(name)
+        elif not parameters and run.step_state(name) == "done":
+            say(f"{name}: done before with the same settings and inputs")
+            continue
+        given = {"RUN_DIR": str(run_dir.absolute()), **(parameters or {})}
+        if name == NOTEBOOKS[0]:
+            given |= {"PROFILE": config.profile, "OVERRIDES": overrides_of(config)}
+        _run_notebook(run, folder / f"{name}.ipynb", given, report)
+        entry = run.manifest()["steps"][name]
+        say(f"{name}: {entry['seconds']:.0f} s, peak memory {entry['peak_memory_mb']} MB")
+    return run
+
+
+def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Report) -> None:
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    name = notebook.stem
+    executed = run.path / "notebooks" / notebook.name
+    executed.parent.mkdir(exist_ok=True)
+    known = parameters_of(notebook)
+    _register_engine(name, report)
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(executed),
+            parameters={key: value for key, value in given.items() if key in known},
+            engine_name="medcot",
+            progress_bar=False,
+            kernel_name="python3",
+        )
+    except (PapermillExecutionError, DeadKernelError) as error:
+        if isinstance(error, PapermillExecutionError):
+            why = f"{error.ename}: {error.evalue}"
+        else:
+            why = "its kernel died (killed, or out of memory)"
+        run.record_step(name, state="failed", error=why)
+        raise SeriesError(
+            f"notebook {name} failed: {why}\nThe partial notebook is {run.display(executed)}; the same command goes on there"
+        ) from error
+    if run.step_state(name) != "done":
+        raise SeriesError(f"notebook {name} ended without recording its results: its last cell did not run")
+
+
+def _register_engine(name: str, report: Report) -> None:
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class ReportingEngine(NBClientEngine):
+        """nbclient's engine, telling of each cell before it runs."""
+
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
+            cell_start, cells = nb_man.cell_start, len(nb_man.nb.cells)
+
+            def reporting_start(cell, cell_index=None, **more):
+                report(name, (cell_index or 0) + 1, cells)
+                return cell_start(cell, cell_index, **more)
+
+            nb_man.cell_start = reporting_start
+            return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+
+    papermill_engines.register("medcot", ReportingEngine)
+
+
+def status(run: Run) -> dict[str, Any]:
+    """{run_dir, profile, steps: [{name, state, seconds, peak_memory_mb, error}], metrics}: what `medcot status --json` prints.
+
+    metrics holds the headline ones, each {base, tuned, difference: {value, low, high, n}}; empty before notebook 06."""
+    recorded = run.manifest()["steps"]
+    steps = [
+        {"name": name, "state": run.step_state(name, deep=False)}
+        | {key: recorded.get(name, {}).get(key) for key in ("seconds", "peak_memory_mb", "error")}
+        for name in NOTEBOOKS
+    ]
+    metrics = {}
+    if run.is_fresh("metrics", deep=False):
+        measured = run.read("metrics")["metrics"]
+        metrics = {name: measured[name] for name in HEADLINE}
+    return {"run_dir": str(run.path), "profile": run.config.profile, "steps": steps, "metrics": metrics}
