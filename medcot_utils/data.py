@@ -236,6 +236,15 @@ def find_repeats(train: Dataset, questions: Sequence[dict[str, Any]], similarity
     ]
 
 
+def drop_repeats(train: Dataset, repeats: Sequence[dict[str, Any]]) -> Dataset:
+    """The training rows without those that `find_repeats` found. Raises DataError if none is left."""
+    repeated = {repeat["train_id"] for repeat in repeats}
+    kept = train.select([index for index, row_id in enumerate(train["id"]) if str(row_id) not in repeated])
+    if not len(kept):
+        raise DataError("every training row repeats an evaluation question: check that the held-out rows are other rows")
+    return kept
+
+
 # --- text and tokens -----------------------------------------------------------------------------------------------
 
 
@@ -325,3 +334,19 @@ def check_labels(rows: Dataset, tokenizer: PreTrainedTokenizerBase, truncated: i
         missing = len(rows) - counts["eos_in_labels"]
         raise DataError(f"{missing} rows do not end in the EOS token {tokenizer.eos_token!r}, though only {truncated} were cut")
     return counts
+
+
+def report(
+    validation: ValidationReport, lengths: LengthReport, checks: dict[str, int], repeats: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What notebook 03 found, as one JSON-ready record."""
+    return {
+        "rows_read": validation.rows_in,
+        "dropped": validation.dropped,
+        "repeats": repeats,
+        "tokens": {"mean": sum(lengths.tokens) / len(lengths.tokens), "max": max(lengths.tokens), "all": sum(lengths.tokens)},
+        "overlong_dropped": lengths.dropped,
+        "truncated": lengths.truncated,
+        "prompt_is_prefix": lengths.prompt_is_prefix,
+        "checks": checks,
+    }

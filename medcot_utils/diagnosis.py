@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from medcot_utils import platforms
 from medcot_utils.config import PROFILES
 from medcot_utils.platforms import GIB
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # GiB of disk: (run directory, model cache). demo: adapter, checkpoints and merged model as measured, and the 16-bit base.
 # At 8B: 16.1 GB merged and 168 MB of adapter, three times with checkpoints and optimizer; 5.96 GB of 4-bit and 16.1 GB
@@ -45,10 +49,25 @@ def _diagnose(profile: str, run_root: Path, cards: list[platforms.Gpu]) -> Diagn
     memory = psutil.virtual_memory().available / GIB
     if memory < MEMORY_GIB[profile]:
         faults.append(f"{MEMORY_GIB[profile]:.0f} GiB of memory needed, {memory:.1f} GiB free")
-    run_gib, cache_gib = DISK_GIB[profile]
-    for place, folder, need in (("run directory", run_root, run_gib), ("model cache", platforms.cache_dir(), cache_gib)):
+    for place, folder, need in _places(run_root, profile):
         free = platforms.disk_free_gib(folder)
         if free < need:
             faults.append(f"{need:.1f} GiB of disk needed for the {place}, {free:.1f} GiB free")
     expect = "one CUDA card, no other program on it" if needs_card else "two CPU cores, no network, no account"
     return Diagnosis(profile, not faults, "; ".join(faults) or expect)
+
+
+def _places(run_dir: Path, profile: str) -> list[tuple[str, Path, float]]:
+    run_gib, cache_gib = DISK_GIB[profile]
+    return [("run directory", run_dir, run_gib), ("model cache", platforms.cache_dir(), cache_gib)]
+
+
+def disk_table(run_dir: Path, profile: str) -> pd.DataFrame:
+    """What a profile needs on disk and what is free, by place, in GiB. Raises PlatformError where it is too little."""
+    import pandas as pd
+
+    lines = [
+        {"place": place, "needed (GiB)": need, "free (GiB)": round(platforms.require_disk(folder, need, f"the {place}"), 1)}
+        for place, folder, need in _places(run_dir, profile)
+    ]
+    return pd.DataFrame(lines).set_index("place")

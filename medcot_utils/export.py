@@ -39,7 +39,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: R
     PEFT writes where the base was loaded from, which for an embedded model is a folder of this machine."""
     for peft_config in model.peft_config.values():
         peft_config.base_model_name_or_path, peft_config.revision = config.model.name, config.model.revision
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # an empty template; the run's own card comes in notebook 07
 

@@ -124,6 +124,8 @@ def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Re
             engine_name="medcot",
             progress_bar=False,
             kernel_name="python3",
+            # A headless kernel's own log (a note on its transport, the interrupt at shutdown) says nothing of the notebook.
+            extra_arguments=["--IPKernelApp.log_level=50"],
         )
     except (PapermillExecutionError, DeadKernelError) as error:
         if isinstance(error, PapermillExecutionError):

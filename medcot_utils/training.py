@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,6 +118,16 @@ def check_effective_batch(trainer: SFTTrainer, config: RunConfig) -> int:
     return actual
 
 
+def keep_lora_float32(trainer: SFTTrainer) -> None:
+    """Undo TRL's cast of the LoRA matrices to bfloat16.
+
+    SFTTrainer casts them when the base is quantized. Steps of 1e-3 and less are then rounded to 8 bits of mantissa, a card
+    without bfloat16 (T4) cannot scale such gradients, and the article's engine, Unsloth, keeps them in float32."""
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 # --- what the reader sees ------------------------------------------------------------------------------------------
 
 
@@ -157,8 +168,11 @@ class LossFigure(TrainerCallback):
             self.handle.update(figure)
 
 
-def show_live(trainer: SFTTrainer) -> SFTTrainer:
-    """Replace the trainer's printed dictionaries by a progress bar and a live loss figure."""
+def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
+    """The trainer made ready: effective batch checked, LoRA matrices in float32, and a progress bar and a live loss
+    figure in place of its printed dictionaries. Raises TrainingError if the effective batch is not the configured one."""
+    print(f"{check_effective_batch(trainer, config)} rows per optimizer step")
+    keep_lora_float32(trainer)
     for kind in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(kind)
     trainer.add_callback(TqdmProgress())
@@ -167,6 +181,15 @@ def show_live(trainer: SFTTrainer) -> SFTTrainer:
 
 
 # --- plan ----------------------------------------------------------------------------------------------------------
+
+
+def step_plan(config: RunConfig, rows: int) -> dict[str, Any]:
+    """{rows, effective_batch, steps, epochs}: optimizer steps and how often they pass over the rows."""
+    t = config.training
+    effective_batch = t.per_device_train_batch_size * t.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(rows / effective_batch)
+    steps = t.max_steps if t.max_steps > 0 else math.ceil(t.num_train_epochs * steps_per_epoch)
+    return {"rows": rows, "effective_batch": effective_batch, "steps": steps, "epochs": round(steps / steps_per_epoch, 2)}
 
 
 def memory_estimate(model: PreTrainedModel, config: RunConfig, tokens_per_row: int) -> dict[str, float]:

