@@ -71,7 +71,9 @@ def run(
     _print_status(series.status(finished), finished.path)
 
 
-def _parse_parameters(pairs: list[str]) -> dict[str, str]:
+def _parse_parameters(pairs: list[str]) -> dict[str, object]:
+    import yaml
+
     parsed = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -79,7 +81,7 @@ def _parse_parameters(pairs: list[str]) -> dict[str, str]:
             raise MedcotError(f"--parameter {pair}: expected NAME=VALUE")
         if name in ("RUN_DIR", "PROFILE", "OVERRIDES"):
             raise MedcotError(f"--parameter {name}: use --run-dir, --profile or --set")
-        parsed[name] = value
+        parsed[name] = yaml.safe_load(value)
     return parsed
 
 

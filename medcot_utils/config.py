@@ -7,15 +7,22 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from medcot_utils.errors import MedcotError
 
 PROFILES_DIR = Path(__file__).parent / "profiles"
 PROFILES = ("smoke", "demo", "article", "recommended", "full")
+
+# Pins that belong to the profile's own model or data set, and not to another one put in its place.
+_PINS = {
+    "model.name": ("model.revision", "model.quantized_name", "model.quantized_revision"),
+    "dataset.name": ("dataset.subset", "dataset.revision"),
+}
 
 # What people type for a setting whose name in this field is another: string distance would never find these.
 _ALIASES = {
@@ -37,7 +44,16 @@ class ConfigError(MedcotError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would take true for 1, and YAML reads yes and on as true: training.max_steps=yes would train one step.
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise PydanticCustomError("switch", "This is no on/off setting")
+        return value
 
 
 class ModelSettings(_Section):
@@ -203,13 +219,15 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
         name = name.strip()
         if not equals:
             raise ConfigError(f"--set {pair}: expected NAME=VALUE, as in --set training.max_steps=10")
-        if name not in valid or name == "profile":
+        if name == "profile":
+            raise ConfigError("profile is no setting: choose it with --profile, or PROFILE in notebook 01_setup")
+        if name not in valid:
             raise ConfigError(f"unknown setting {name!r}{nearest(name, valid)}")
         try:
             overrides[name] = yaml.safe_load(text) if text.strip() else None
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {name}: {text!r} is not a YAML value ({error})") from error
-        if isinstance(overrides[name], str):
+            raise ConfigError(f"--set {name}: {text!r} is not a YAML value ({getattr(error, 'problem', error)})") from error
+        if overrides[name] == text.strip():  # a plain text, not one in quotation marks
             overrides[name] = _number(overrides[name])
     return overrides
 
@@ -223,11 +241,13 @@ def _number(text: str) -> Any:
 
 
 def load_config(profile: str, overrides: Iterable[str] = ()) -> RunConfig:
-    """The configuration of a profile with `a.b=value` overrides laid over it.
+    """The configuration of a profile with `a.b=value` overrides laid over it. Another model or data set by name drops the
+    pinned revisions of the profile's own.
 
     Raises ConfigError naming the profile, setting or value at fault, and the nearest valid one."""
-    values = read_profile(profile)
-    for name, value in parse_overrides(overrides).items():
+    values, given = read_profile(profile), parse_overrides(overrides)
+    unpinned = {pin: None for name, pins in _PINS.items() if name in given for pin in pins}
+    for name, value in (unpinned | given).items():
         node = values
         *sections, leaf = name.split(".")
         for section in sections:
@@ -239,7 +259,8 @@ def load_config(profile: str, overrides: Iterable[str] = ()) -> RunConfig:
 def overrides_of(config: RunConfig) -> list[str]:
     """The `a.b=value` pairs that make this configuration out of its profile's defaults."""
     default = load_config(config.profile)
-    return [f"{name}={json.dumps(config.get(name))}" for name in setting_names() if config.get(name) != default.get(name)]
+    changed = (name for name in setting_names() if config.get(name) != default.get(name))
+    return [f"{name}={json.dumps(config.get(name), ensure_ascii=False)}" for name in changed]
 
 
 def read_profile(profile: str) -> dict[str, Any]:

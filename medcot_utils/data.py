@@ -83,7 +83,7 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # str.splitlines would cut texts at U+2028 and its like
             try:
                 rows.extend([json.loads(line)] if line.strip() else [])
             except ValueError as error:
@@ -212,8 +212,8 @@ def choose_questions(held_out: Dataset, count: int) -> list[dict[str, Any]]:
 
 
 def normalize(text: str) -> str:
-    """Lower case, letters and digits only, single spaces: what two questions are compared by."""
-    return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
+    """Lower case, letters and digits (of any script) only, single spaces: what two questions are compared by."""
+    return re.sub(r"[\W_]+", " ", text.lower()).strip()
 
 
 def find_repeats(train: Dataset, questions: Sequence[dict[str, Any]], similarity: float) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from medcot_utils.config import RunConfig, config_from_dict
+from medcot_utils.config import ConfigError, RunConfig, config_from_dict
 from medcot_utils.errors import MedcotError
 from medcot_utils.layout import ARTIFACTS, STEPS, Artifact
 
@@ -86,7 +86,8 @@ class Run:
         """Make the run directory, or take up an earlier run of the same profile and write the new settings into it.
 
         Raises RunError if the folder is not writable, holds something else, or a run of another profile or model
-        (unless `force`, which keeps the folder and redoes what differs)."""
+        (unless `force`, which keeps the folder and redoes what differs). An unreadable manifest is begun anew: then nothing
+        counts as made."""
         path = Path(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -94,10 +95,12 @@ class Run:
             (path / ".writable").unlink()
         except OSError as error:
             raise RunError(f"run directory {path} cannot be written ({error.strerror}): choose another with --run-dir") from error
-        if (path / CONFIG).exists():
+        if force and (path / MANIFEST).exists():
+            pass  # a run, whatever its settings were
+        elif (path / CONFIG).exists():
             held = cls.open(path).config
             for name in ("profile", "model.name"):
-                if held.get(name) != config.get(name) and not force:
+                if held.get(name) != config.get(name):
                     raise RunError(
                         f"run directory {path} holds a run of {name} {held.get(name)!r}, not {config.get(name)!r}: "
                         f"choose another with --run-dir, or redo it in place with --force"
@@ -106,7 +109,9 @@ class Run:
             raise RunError(f"run directory {path} is not empty and holds no run: choose another with --run-dir")
         write_atomic(path / CONFIG, to_json(config.model_dump(mode="json")))
         run = cls(path, config)
-        if not (path / MANIFEST).exists():
+        try:
+            run.manifest()
+        except RunError:
             run._save({"format": FORMAT, "steps": {}, "artifacts": {}})
         return run
 
@@ -118,8 +123,11 @@ class Run:
             raise RunError(f"no run in {path.name}/: run notebook 01_setup first, or give the run directory of one (RUN_DIR)")
         try:
             config = config_from_dict(json.loads((path / CONFIG).read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise RunError(f"{path.name}/{CONFIG} cannot be read ({error}): run notebook 01_setup again") from error
+        except (OSError, ValueError, ConfigError) as error:
+            raise RunError(
+                f"{path.name}/{CONFIG} cannot be read ({error}): run notebook 01_setup in another run directory, or redo this "
+                f"one in place with `medcot run --profile NAME --force`"
+            ) from error
         return cls(path, config)
 
     # --- manifest --------------------------------------------------------------------------------------------
@@ -127,7 +135,10 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         """The manifest as it is on disk now. Raises RunError if it cannot be read."""
         try:
-            return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+                raise ValueError(f"not a manifest of format {FORMAT}")
+            return manifest
         except (OSError, ValueError) as error:
             raise RunError(f"{self.path.name}/{MANIFEST} cannot be read ({error}): run notebook 01_setup again") from error
 
@@ -264,7 +275,9 @@ class Run:
         if path.suffix == ".json":
             return json.loads(path.read_text(encoding="utf-8"))
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            # Not str.splitlines: it also cuts at U+2028 and its like, which JSON leaves unescaped within a text.
+            with path.open(encoding="utf-8") as lines:
+                return [json.loads(line) for line in lines]
         if path.suffix == ".parquet":
             # Not from_parquet: its cache is keyed by path, and would hand back an older file of the same name.
             import pyarrow.parquet as pq

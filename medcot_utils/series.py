@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -51,6 +53,10 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
     else:
         name, line = platforms.resolve_profile(profile or "auto")
         config = load_config(name, overrides)
+    if config.dataset.path:  # kernels and later calls may run in other folders
+        absolute = json.dumps(str(Path(config.dataset.path).absolute()))
+        others = [pair for pair in overrides_of(config) if not pair.startswith("dataset.path=")]
+        config = load_config(config.profile, [*others, f"dataset.path={absolute}"])
     if config.dataset.path or config.dataset.name == "shipped":
         rows = data.load_rows(config.dataset)
         kept_rows, _ = data.validate_rows(rows)
@@ -59,10 +65,16 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
 
 
 def parameters_of(notebook: Path) -> set[str]:
-    """The names in a notebook's `parameters` cell."""
-    import papermill
+    """The names in a notebook's `parameters` cell.
 
-    return set(papermill.inspect_notebook(str(notebook)))
+    Read by Python's own parser: papermill's gives up, with a warning only, on a line whose comment holds a `=`."""
+    import ast
+
+    import nbformat
+
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])]
+    lines = [node for cell in cells for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)]
+    return {target.id for node in lines for target in node.targets if isinstance(target, ast.Name)}
 
 
 def check_parameters(parameters: Mapping[str, Any], folder: Path) -> None:
@@ -115,6 +127,8 @@ def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Re
     executed = run.path / "notebooks" / notebook.name
     executed.parent.mkdir(exist_ok=True)
     known = parameters_of(notebook)
+    # What it warns of are parameters that its own reader overlooked; unknown ones were refused before.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     _register_engine(name, report)
     try:
         papermill.execute_notebook(

@@ -155,13 +155,19 @@ class LossFigure(TrainerCallback):
         self.handle = None
 
     def on_log(self, args, state, control, **kwargs):
+        if any("loss" in entry for entry in state.log_history):
+            self._draw(state.log_history)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        # A run resumed at its last step logs nothing more, and its curve is wanted all the same.
+        self.on_log(args, state, control)
+
+    def _draw(self, log_history):
         from IPython.display import display
 
         from medcot_utils.plots import loss_figure
 
-        if not any("loss" in entry for entry in state.log_history):
-            return
-        figure = loss_figure(state.log_history)
+        figure = loss_figure(log_history)
         if self.handle is None:
             self.handle = display(figure, display_id=True)
         else:

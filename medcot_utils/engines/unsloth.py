@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import unsloth  # noqa: F401 - patches the libraries below, so it comes first
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +24,7 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
         model_name=settings.quantized_name if quantized else model_source(settings.name),
         revision=settings.quantized_revision if quantized else settings.revision,
         max_seq_length=settings.max_seq_length,
-        dtype=None if settings.dtype == "auto" else settings.dtype,
+        dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
         load_in_4bit=settings.load_in_4bit,
         use_exact_model_name=True,
     )

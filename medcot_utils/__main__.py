@@ -1,0 +1,3 @@
+from medcot_utils.cli import main
+
+main()

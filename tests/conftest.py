@@ -1,0 +1,48 @@
+"""What every test stands on: a model cache of its own, no secrets, no platform, and runs in temporary folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from medcot_utils.config import RunConfig, load_config
+from medcot_utils.platforms import SECRET_NAMES
+from medcot_utils.run import Run
+
+_SECRETS = [name for names in SECRET_NAMES.values() for name in names]
+_PLATFORM = ["KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "PAPERMILL", "MEDCOT_RUN_DIR", "MEDCOT_NOTEBOOKS"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Converted models go to a folder of this session, unless MEDCOT_CACHE names one that is kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not os.environ.get("MEDCOT_CACHE"):
+            patch.setenv("MEDCOT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the secrets or the platform of the machine it runs on."""
+    for name in [*_SECRETS, *_PLATFORM]:
+        monkeypatch.setenv(name, "")  # remembered first, so that what a test sets by other means is taken away again
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def smoke_config() -> RunConfig:
+    return load_config("smoke")
+
+
+@pytest.fixture
+def run_factory(tmp_path: Path) -> Callable[..., Run]:
+    """`run_factory("training.max_steps=2", ...)`: the run in `tmp_path/run`, made or taken up again with these settings."""
+
+    def make(*overrides: str, profile: str = "smoke", name: str = "run", force: bool = False) -> Run:
+        return Run.create(tmp_path / name, load_config(profile, overrides), force)
+
+    return make

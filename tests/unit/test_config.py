@@ -1,0 +1,206 @@
+"""RunConfig: the profiles, the article's numbers, overrides, and what each bad input is answered with."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from medcot_utils.config import PROFILES, ConfigError, config_from_dict, load_config, overrides_of, setting_names
+
+ARTICLE = {
+    "model.name": "unsloth/DeepSeek-R1-Distill-Llama-8B",
+    "model.revision": "736e4a6391593d33a1f019f23bc23f91cf56b830",
+    "model.load_in_4bit": True,
+    "model.max_seq_length": 2048,
+    "prompt.newline_after_think": False,
+    "dataset.name": "FreedomIntelligence/medical-o1-reasoning-SFT",
+    "dataset.subset": "en",
+    "dataset.revision": "fc2c9e8a37b38f38da6d449564a8c350b244aef4",
+    "dataset.num_rows": 500,
+    "dataset.shuffle": False,
+    "dataset.loss_on": "full",
+    "lora.r": 16,
+    "lora.lora_alpha": 16,
+    "lora.lora_dropout": 0,
+    "lora.bias": "none",
+    "lora.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "lora.use_rslora": False,
+    "lora.use_gradient_checkpointing": "unsloth",
+    "lora.random_state": 3407,
+    "training.per_device_train_batch_size": 2,
+    "training.gradient_accumulation_steps": 4,
+    "training.warmup_steps": 5,
+    "training.max_steps": 60,
+    "training.learning_rate": 2e-4,
+    "training.logging_steps": 10,
+    "training.optim": "adamw_8bit",
+    "training.weight_decay": 0.01,
+    "training.lr_scheduler_type": "linear",
+    "generation.max_new_tokens": 1200,
+    "seed": 3407,
+}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_loads_under_its_own_name(profile):
+    assert load_config(profile).profile == profile
+
+
+@pytest.mark.parametrize(("name", "value"), ARTICLE.items())
+def test_article_profile_has_the_articles_number(name, value):
+    assert load_config("article").get(name) == value
+
+
+def test_recommended_profile_differs_from_the_article_only_in_the_named_flaws():
+    changed = {name.partition("=")[0] for name in _differences("article", "recommended")}
+    assert {"prompt.newline_after_think", "dataset.loss_on", "dataset.overlong", "dataset.repeats"} <= changed
+    assert not {name for name in changed if name.startswith(("model.", "lora."))}
+
+
+def _differences(one: str, other: str) -> list[str]:
+    first, second = load_config(one), load_config(other)
+    return [name for name in setting_names() if name != "profile" and first.get(name) != second.get(name)]
+
+
+def test_full_profile_trains_on_all_rows_for_one_epoch():
+    config = load_config("full")
+    assert (config.dataset.num_rows, config.training.max_steps, config.training.num_train_epochs) == (None, -1, 1)
+    assert config.model == load_config("article").model
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("training.max_steps=10", 10),
+        ("training.learning_rate=2e-4", 0.0002),
+        ("training.learning_rate=1.5E-3", 0.0015),
+        ("lora.target_modules=[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("lora.use_gradient_checkpointing=unsloth", "unsloth"),
+        ("lora.use_gradient_checkpointing=no", False),
+        ("dataset.num_rows=null", None),
+        ("dataset.num_rows=", None),
+        ("dataset.path=a=b.csv", "a=b.csv"),
+        ("dataset.columns.complex_cot=reasoning", "reasoning"),
+        ("model.revision='1234567e8'", "1234567e8"),
+        (" seed =7", 7),
+    ],
+)
+def test_override_is_read_with_its_type(override, value):
+    config = load_config("smoke", [override])
+    assert config.get(override.partition("=")[0].strip()) == value
+
+
+def test_nested_override_leaves_the_other_columns_alone():
+    columns = load_config("smoke", ["dataset.columns.question=q"]).dataset.columns
+    assert (columns.question, columns.complex_cot, columns.response) == ("q", "Complex_CoT", "Response")
+
+
+def test_the_last_of_two_overrides_wins():
+    assert load_config("smoke", ["seed=1", "seed=2"]).seed == 2
+
+
+def test_overrides_do_not_leak_into_the_next_configuration():
+    before = load_config("smoke")
+    load_config("smoke", ["dataset.columns.question=q", "training.max_steps=99"])
+    assert load_config("smoke") == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.learning_rat=1", r"unknown setting 'training\.learning_rat'; did you mean training\.learning_rate\?"),
+        ("dataset.columns.questoin=x", r"did you mean dataset\.columns\.question\?"),
+        ("temperature=1", r"did you mean generation\.temperature\?"),
+        ("lr=1", r"did you mean training\.learning_rate\?"),
+        ("training.lr=1", r"did you mean training\.learning_rate\?"),
+        ("lora.rank=8", r"did you mean lora\.r\?"),
+        ("xyzzy.plugh=1", r"unknown setting 'xyzzy\.plugh'; `medcot settings` lists them all"),
+        ("profile=demo", r"profile is no setting: choose it with --profile"),
+        ("training.max_steps", r"--set training\.max_steps: expected NAME=VALUE"),
+        ("seed=[1", r"--set seed: '\[1' is not a YAML value"),
+        ("dataset.num_rows=many", r"setting dataset\.num_rows is 'many': input should be a valid integer"),
+        ("training.max_steps=yes", r"setting training\.max_steps is True: this is no on/off setting"),
+        ("training.max_steps=", r"setting training\.max_steps is None: input should be a valid integer"),
+        ("training.max_steps=0", r"training\.max_steps is 0: expected a number of steps, or -1"),
+        ("training.learning_rate=.inf", r"setting training\.learning_rate is inf: input should be a finite number"),
+        ("generation.temperature=0", r"setting generation\.temperature is 0: input should be greater than 0"),
+        ("export.dtype=int8", r"setting export\.dtype is 'int8': input should be 'float16' or 'bfloat16'"),
+        ("lora.target_modules=q_proj", r"setting lora\.target_modules is 'q_proj': input should be a valid tuple"),
+    ],
+)
+def test_bad_override_is_named_with_what_was_expected(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config("smoke", [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("profile", "message"), [("artcle", "did you mean article"), ("zzz", "smoke, demo, article")])
+def test_unknown_profile_is_answered_with_the_known_ones(profile, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(profile)
+
+
+def test_more_questions_than_held_out_rows_is_refused_with_both_numbers():
+    with pytest.raises(ConfigError, match=r"evaluation\.num_questions is 51, more than dataset\.held_out_rows \(50\)"):
+        load_config("article", ["evaluation.num_questions=51"])
+    assert load_config("article", ["evaluation.num_questions=50"]).evaluation.num_questions == 50
+
+
+def test_stored_configuration_with_unknown_and_missing_settings_names_every_fault():
+    values = load_config("smoke").model_dump(mode="json")
+    values["training"]["learning_rte"] = 1
+    del values["dataset"]["held_out_rows"]
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(values)
+    assert "unknown setting 'training.learning_rte'; did you mean training.learning_rate?" in str(caught.value)
+    assert "setting dataset.held_out_rows is missing" in str(caught.value)
+
+
+def test_configuration_is_frozen_in_every_section():
+    config = load_config("smoke")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        config.training.max_steps = 1
+
+
+def test_configuration_survives_its_json():
+    config = load_config("article", ["lora.target_modules=[q_proj]"])
+    assert config_from_dict(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "changes"),
+    [("training.max_steps=7", True), ("lora.r=4", True), ("lora.random_state=1", False), ("generation.batch_size=9", False)],
+)
+def test_digest_changes_only_with_the_named_settings(override, changes):
+    named = ("training", "lora.r")
+    assert (load_config("smoke", [override]).digest(named) != load_config("smoke").digest(named)) is changes
+
+
+def test_digest_is_independent_of_the_order_of_names():
+    config = load_config("smoke")
+    assert config.digest(["lora", "seed"]) == config.digest(["seed", "lora"])
+    assert config.digest(["lora"]) != config.digest(["seed"])
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_profile_as_it_stands_has_no_overrides(profile):
+    assert overrides_of(load_config(profile)) == []
+
+
+def test_overrides_of_make_the_same_configuration_again():
+    given = [
+        "training.learning_rate=1e-05",
+        "dataset.num_rows=null",
+        "dataset.path='/data/é 😀: #1.csv'",
+        "dataset.columns.question=Frage",
+        "lora.target_modules=[q_proj]",
+        "lora.use_gradient_checkpointing=true",
+        "model.revision='1234567e8'",
+        "model.dtype=bfloat16",
+    ]
+    config = load_config("smoke", given)
+    pairs = overrides_of(config)
+    assert {pair.partition("=")[0] for pair in pairs} == {pair.partition("=")[0] for pair in given}
+    assert load_config("smoke", pairs) == config
