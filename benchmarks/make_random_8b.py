@@ -17,9 +17,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 # Of Llama 3's tokenizer: how it splits text before the byte-pair merges, and how many special tokens follow the 128,000.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIAL_TOKENS = 256
 # Of the R1-Distill tokenizer: ids 128000, 128001, 128013 and 128014; unsloth pads with 128004.
 NAMES = {0: "<｜begin▁of▁sentence｜>", 1: "<｜end▁of▁sentence｜>", 4: "<|finetune_right_pad_id|>", 13: "<think>", 14: "</think>"}

@@ -145,8 +145,9 @@ class EvaluationSettings(_Section):
 
 class ExportSettings(_Section):
     dtype: Literal["float16", "bfloat16"] = "float16"
-    logits_tolerance: float = Field(0.05, gt=0, description="largest allowed mean absolute difference of log-probabilities")
+    logits_tolerance: float = Field(0.02, gt=0, description="largest allowed mean absolute difference of log-probabilities")
     check_prompts: int = Field(3, ge=1)
+    check_rows: int = Field(8, ge=1, description="held-out rows that merged and trained model's losses are compared on")
     check_new_tokens: int = Field(32, ge=1)
 
 
@@ -246,7 +247,9 @@ def load_config(profile: str, overrides: Iterable[str] = ()) -> RunConfig:
 
     Raises ConfigError naming the profile, setting or value at fault, and the nearest valid one."""
     values, given = read_profile(profile), parse_overrides(overrides)
-    unpinned = {pin: None for name, pins in _PINS.items() if name in given for pin in pins}
+    default = config_from_dict(values)
+    others = [name for name in _PINS if name in given and given[name] != default.get(name)]
+    unpinned = {pin: None for name in others for pin in _PINS[name]}
     for name, value in (unpinned | given).items():
         node = values
         *sections, leaf = name.split(".")
@@ -259,7 +262,9 @@ def load_config(profile: str, overrides: Iterable[str] = ()) -> RunConfig:
 def overrides_of(config: RunConfig) -> list[str]:
     """The `a.b=value` pairs that make this configuration out of its profile's defaults."""
     default = load_config(config.profile)
-    changed = (name for name in setting_names() if config.get(name) != default.get(name))
+    # Another model's pins are always named: left out, one equal to the profile's would be dropped on the way back.
+    pins = [pin for name, pins in _PINS.items() if config.get(name) != default.get(name) for pin in pins]
+    changed = (name for name in setting_names() if name in pins or config.get(name) != default.get(name))
     return [f"{name}={json.dumps(config.get(name), ensure_ascii=False)}" for name in changed]
 
 

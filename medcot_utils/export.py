@@ -11,7 +11,7 @@ from medcot_utils.config import RunConfig
 from medcot_utils.engines.embedded import describe
 from medcot_utils.engines.merging import load_16bit
 from medcot_utils.errors import MedcotError
-from medcot_utils.evaluation import METRICS, format_interval, verdict
+from medcot_utils.evaluation import METRICS, format_interval, row_losses, verdict
 from medcot_utils.prompts import inference_prompt
 
 if TYPE_CHECKING:
@@ -65,8 +65,9 @@ def verify_export(engine: ModuleType, run: Run) -> dict[str, Any]:
     """Reload three models one after the other and compare them on the first held-out questions: the merged one, the
     16-bit base + adapter it must equal, and the 4-bit base + adapter that was trained.
 
-    Returns {tolerance, ok, pairs: [{a, b, max_logprob_difference, mean_logprob_difference, same_greedy, prompts}], files}. ok is
-    False when merged and 16-bit base + adapter differ by more than the tolerance in mean, or in a greedy token."""
+    Returns {tolerance, ok, pairs: [{a, b, max_logprob_difference, mean_logprob_difference, same_greedy, prompts}],
+    held_out_loss: {model: nats per token}, held_out_rows, files}. ok is False when merged and 16-bit base + adapter differ
+    by more than the tolerance in mean, or in a greedy token."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -75,9 +76,12 @@ def verify_export(engine: ModuleType, run: Run) -> dict[str, Any]:
     prompts = [inference_prompt(q["Question"], config.prompt.newline_after_think) for q in texts]
     dtype = _comparison_dtype(run.read("plan")["total_parameters"], config)
 
-    outputs = {}
+    rows = run.read("held_out_rows")
+    rows = rows.select(range(min(config.export.check_rows, len(rows))))
+    outputs, losses = {}, {}
     merged = AutoModelForCausalLM.from_pretrained(merged_dir, dtype=dtype)
     outputs["merged"] = _probe(merged, AutoTokenizer.from_pretrained(merged_dir), prompts, texts, config)
+    losses["merged"] = _mean_loss(merged, rows, config)
     del merged
     base, tokenizer = load_16bit(config.model, dtype)
     outputs["16-bit base + adapter"] = _probe(PeftModel.from_pretrained(base, adapter), tokenizer, prompts, texts, config)
@@ -85,11 +89,19 @@ def verify_export(engine: ModuleType, run: Run) -> dict[str, Any]:
     trained, tokenizer = engine.load(config.model, adapter)
     trained_name = "4-bit base + adapter" if config.model.load_in_4bit else "loaded base + adapter"
     outputs[trained_name] = _probe(engine.for_inference(trained), tokenizer, prompts, texts, config)
+    losses[trained_name] = _mean_loss(trained, rows, config)
 
     pairs = [_differ(outputs, "merged", other) for other in list(outputs)[1:]]
     exact = pairs[0]
     ok = exact["mean_logprob_difference"] <= config.export.logits_tolerance and exact["same_greedy"] == exact["prompts"]
-    return {"tolerance": config.export.logits_tolerance, "ok": ok, "pairs": pairs, "files": _files(run)}
+    return {
+        "tolerance": config.export.logits_tolerance,
+        "ok": ok,
+        "pairs": pairs,
+        "held_out_loss": losses,
+        "held_out_rows": len(rows),
+        "files": _files(run),
+    }
 
 
 def _comparison_dtype(parameters: int, config: RunConfig) -> str:
@@ -120,6 +132,11 @@ def _probe(
             )
         found.append({"logprobs": logprobs, "greedy": greedy[0, start["input_ids"].shape[1] :].tolist()})
     return found
+
+
+def _mean_loss(model: Any, rows: Any, config: RunConfig) -> float:
+    records = row_losses(model, rows, config.training.per_device_eval_batch_size, "check")
+    return sum(record["nll"] for record in records) / sum(record["tokens"] for record in records)
 
 
 def _differ(outputs: dict[str, list[dict[str, Any]]], a: str, b: str) -> dict[str, Any]:
@@ -190,6 +207,7 @@ def model_card(run: Run) -> str:
         confidence=round(100 * config.evaluation.confidence_level),
         plan=run.read("plan"),
         check=check,
+        trained_name=check["pairs"][1]["b"],
         repeats=run.read("data_report")["repeats"],
     )
     return str(card)

@@ -45,7 +45,9 @@ ARTIFACTS: dict[str, Artifact] = {
         ("metrics", "base_answers", "tuned_answers", "training_log", "data_report", "plan"),
     ),
     "merged": Artifact(_EXPORT, "merged", ("model", "export.dtype"), ("adapter",)),
-    "export_check": Artifact(_EXPORT, "export_check.json", ("export", "prompt"), ("merged", "adapter", "questions")),
+    "export_check": Artifact(
+        _EXPORT, "export_check.json", ("export", "prompt"), ("merged", "adapter", "questions", "held_out_rows")
+    ),
     "model_card": Artifact(
         _EXPORT,
         "MODEL_CARD.md",

@@ -143,12 +143,12 @@ def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Re
         )
     except (PapermillExecutionError, DeadKernelError) as error:
         if isinstance(error, PapermillExecutionError):
-            why = f"{error.ename}: {error.evalue}"
+            why = " ".join(f"{error.ename}: {error.evalue}".split())  # one line, also of an error that has many
         else:
             why = "its kernel died (killed, or out of memory)"
         run.record_step(name, state="failed", error=why)
         raise SeriesError(
-            f"notebook {name} failed: {why}\nThe partial notebook is {run.display(executed)}; the same command goes on there"
+            f"notebook {name} failed: {why}. The partial notebook is {run.display(executed)}; the same command goes on there"
         ) from error
     if run.step_state(name) != "done":
         raise SeriesError(f"notebook {name} ended without recording its results: its last cell did not run")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from medcot_utils.config import RunConfig, load_config
+from medcot_utils.layout import ARTIFACTS
 from medcot_utils.platforms import SECRET_NAMES
 from medcot_utils.run import Run
 
@@ -46,3 +48,32 @@ def run_factory(tmp_path: Path) -> Callable[..., Run]:
         return Run.create(tmp_path / name, load_config(profile, overrides), force)
 
     return make
+
+
+@pytest.fixture
+def content() -> Callable[..., Any]:
+    """`content("adapter", "second")`: something small that `run.write` takes for that artifact; another tag, other content."""
+
+    def make(name: str, tag: str = "first") -> Any:
+        suffix = Path(ARTIFACTS[name].file).suffix
+        if suffix == ".parquet":
+            from datasets import Dataset
+
+            return Dataset.from_dict({"name": [name], "tag": [tag]})
+        if not suffix:
+            return lambda folder: (folder / "weights.bin").write_text(f"{name} {tag}")
+        return {".jsonl": [{"name": name, "tag": tag}], ".json": {"tag": tag}}.get(suffix, f"{name} {tag}\n")
+
+    return make
+
+
+@pytest.fixture
+def write_all(content: Callable[..., Any]) -> Callable[[Run], Run]:
+    """`write_all(run)` writes made-up content for every artifact, in the order of the series, and gives the run back."""
+
+    def write(run: Run) -> Run:
+        for name in ARTIFACTS:
+            run.write(name, content(name))
+        return run
+
+    return write

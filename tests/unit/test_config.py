@@ -204,3 +204,28 @@ def test_overrides_of_make_the_same_configuration_again():
     pairs = overrides_of(config)
     assert {pair.partition("=")[0] for pair in pairs} == {pair.partition("=")[0] for pair in given}
     assert load_config("smoke", pairs) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "pins"),
+    [
+        ("model.name=me/other-8b", ["model.revision", "model.quantized_name", "model.quantized_revision"]),
+        ("dataset.name=me/other-data", ["dataset.subset", "dataset.revision"]),
+    ],
+)
+def test_another_model_or_data_set_does_not_inherit_the_profiles_pins(override, pins):
+    config = load_config("article", [override])
+    assert [config.get(pin) for pin in pins] == [None] * len(pins)
+    assert load_config("article", [override, f"{pins[0]}=mine"]).get(pins[0]) == "mine"
+
+
+@pytest.mark.parametrize("name", ["model.name", "dataset.name"])
+def test_the_profiles_own_name_given_again_keeps_its_pins(name):
+    article = load_config("article")
+    assert load_config("article", [f"{name}={article.get(name)}"]) == article
+
+
+@pytest.mark.parametrize("extra", [[], [f"model.revision={ARTICLE['model.revision']}"], ["model.revision=other"]])
+def test_overrides_of_another_model_keep_its_revision(extra):
+    config = load_config("article", ["model.name=me/mirror", *extra])
+    assert load_config("article", overrides_of(config)) == config

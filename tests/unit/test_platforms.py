@@ -34,7 +34,7 @@ SECRET = "hf_verysecretvalue0123456789"
 
 @pytest.fixture
 def service_modules(tmp_path, monkeypatch):
-    """Stands a `kaggle_secrets` or a `google.colab` on the import path, as the platforms themselves do; both log what is asked."""
+    """Stands a `kaggle_secrets` or a `google.colab` on the import path, as the platforms do; both log what is asked."""
     asked = tmp_path / "asked.txt"
 
     def install(name: str, body: str) -> Path:

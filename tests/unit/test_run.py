@@ -10,29 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
 
 from medcot_utils.config import load_config
 from medcot_utils.layout import ARTIFACTS, STEPS
 from medcot_utils.run import CONFIG, MANIFEST, Run, RunError
-
-DATA_FILE = "mine.jsonl"
-
-
-def content(name: str, tag: str):
-    """Small made-up content for any artifact."""
-    file = ARTIFACTS[name].file
-    if not Path(file).suffix:
-        return lambda folder: (folder / "weights.bin").write_text(f"{name} {tag}")
-    if file.endswith(".parquet"):
-        return Dataset.from_dict({"name": [name], "tag": [tag]})
-    return {".jsonl": [{"name": name, "tag": tag}], ".json": {"tag": tag}}.get(Path(file).suffix, f"{name} {tag}\n")
-
-
-def write_all(run: Run, tag: str = "first") -> Run:
-    for name in ARTIFACTS:
-        run.write(name, content(name, tag))
-    return run
 
 
 def stale(run: Run) -> set[str]:
@@ -52,7 +33,7 @@ def test_a_made_run_opens_with_the_same_configuration(run_factory):
     assert Run.open(made.path).manifest() == {"format": 1, "steps": {}, "artifacts": {}}
 
 
-def test_taking_a_run_up_again_keeps_its_artifacts_and_takes_the_new_settings(run_factory):
+def test_taking_a_run_up_again_keeps_its_artifacts_and_takes_the_new_settings(run_factory, write_all):
     write_all(run_factory())
     again = run_factory("evaluation.n_resamples=600")
     assert again.config.evaluation.n_resamples == Run.open(again.path).config.evaluation.n_resamples == 600
@@ -89,7 +70,7 @@ def test_a_model_folder_with_its_own_config_json_is_not_taken_for_a_run(tmp_path
 @pytest.mark.parametrize(
     ("other", "named"), [({"profile": "demo"}, "profile 'smoke', not 'demo'"), ({"overrides": ["model.name=x"]}, "not 'x'")]
 )
-def test_a_run_of_another_profile_or_model_is_refused_unless_forced(run_factory, other, named):
+def test_a_run_of_another_profile_or_model_is_refused_unless_forced(run_factory, other, named, write_all):
     write_all(run_factory())
     overrides, kind = other.get("overrides", []), {"profile": other.get("profile", "smoke")}
     with pytest.raises(RunError, match=named):
@@ -111,7 +92,7 @@ def test_an_unreadable_configuration_is_one_error_and_forcing_mends_it(run_facto
 
 
 @pytest.mark.parametrize("text", ["", '{"steps": {', "null", "{}"])
-def test_an_unreadable_manifest_names_notebook_01_which_mends_it(run_factory, text):
+def test_an_unreadable_manifest_names_notebook_01_which_mends_it(run_factory, text, write_all):
     run = write_all(run_factory())
     (run.path / MANIFEST).write_text(text)
     with pytest.raises(RunError, match=r"run/manifest\.json cannot be read .*: run notebook 01_setup again"):
@@ -130,7 +111,7 @@ def _fill_half_and_raise(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter", "plan", "questions"])
-def test_a_write_that_fails_leaves_the_old_artifact_and_the_manifest_whole(run_factory, name):
+def test_a_write_that_fails_leaves_the_old_artifact_and_the_manifest_whole(run_factory, name, write_all, content):
     run = write_all(run_factory())
     before, old = run.manifest(), content(name, "first")
     with pytest.raises(MemoryError):
@@ -141,7 +122,7 @@ def test_a_write_that_fails_leaves_the_old_artifact_and_the_manifest_whole(run_f
     assert (kept / "weights.bin").read_text() == "adapter first" if name == "adapter" else kept == old
 
 
-def test_data_that_is_not_json_leaves_no_part_of_a_file(run_factory):
+def test_data_that_is_not_json_leaves_no_part_of_a_file(run_factory, write_all, content):
     run = write_all(run_factory())
     with pytest.raises(TypeError):
         run.write("questions", [{"id": 1}, {"id": object()}])
@@ -149,7 +130,7 @@ def test_data_that_is_not_json_leaves_no_part_of_a_file(run_factory):
     assert leftovers(run) == []
 
 
-def test_a_process_killed_in_the_middle_of_a_write_leaves_the_old_artifact(run_factory):
+def test_a_process_killed_in_the_middle_of_a_write_leaves_the_old_artifact(run_factory, write_all):
     run = write_all(run_factory())
     script = (
         "import os, signal, sys\nfrom medcot_utils.run import Run\n"
@@ -163,7 +144,7 @@ def test_a_process_killed_in_the_middle_of_a_write_leaves_the_old_artifact(run_f
     assert (again.read("adapter") / "weights.bin").read_text() == "adapter first"
 
 
-def test_writing_a_folder_anew_leaves_nothing_of_the_old_one(run_factory):
+def test_writing_a_folder_anew_leaves_nothing_of_the_old_one(run_factory, write_all):
     run = write_all(run_factory())
     run.write("adapter", lambda folder: (folder / "other.bin").write_text("new"))
     assert [path.name for path in run.read("adapter").iterdir()] == ["other.bin"]
@@ -177,7 +158,7 @@ def test_any_text_comes_back_from_a_jsonl_as_it_went_in(run_factory, text):
     assert Run.open(run.path).read("questions") == [{"Question": text}, {"Question": "next"}]
 
 
-def test_a_parquet_written_anew_is_not_read_from_a_cache(run_factory):
+def test_a_parquet_written_anew_is_not_read_from_a_cache(run_factory, write_all, content):
     run = write_all(run_factory())
     run.read("train_rows")
     run.write("train_rows", content("train_rows", "second"))
@@ -209,24 +190,28 @@ def _file_of(run: Run, name: str) -> Path:
     ],
     ids=["cut", "same size", "longer"],
 )
-def test_damage_is_one_error_that_names_the_notebook(run_factory, name, damage, said):
+def test_damage_is_one_error_that_names_the_notebook(run_factory, name, damage, said, write_all):
     damage(_file_of(write_all(run_factory()), name))
     run = run_factory()
-    with pytest.raises(RunError, match=rf"{ARTIFACTS[name].file} in run/ is {said} .*: run notebook {ARTIFACTS[name].step} again"):
+    with pytest.raises(
+        RunError, match=rf"{ARTIFACTS[name].file} in run/ is {said} .*: run notebook {ARTIFACTS[name].step} again"
+    ):
         run.read(name)
     assert not run.is_fresh(name)
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_missing_artifact_is_one_error_that_names_the_notebook(run_factory, name):
+def test_a_missing_artifact_is_one_error_that_names_the_notebook(run_factory, name, write_all):
     run = write_all(run_factory())
     (run.path / ARTIFACTS[name].file).rename(run.path / "elsewhere")
-    with pytest.raises(RunError, match=rf"{ARTIFACTS[name].file} is missing from run/: run notebook {ARTIFACTS[name].step} again"):
+    with pytest.raises(
+        RunError, match=rf"{ARTIFACTS[name].file} is missing from run/: run notebook {ARTIFACTS[name].step} again"
+    ):
         run.require(name)
     assert not run.is_fresh(name)
 
 
-def test_a_step_does_not_begin_on_a_damaged_input(run_factory):
+def test_a_step_does_not_begin_on_a_damaged_input(run_factory, write_all):
     _file_of(write_all(run_factory()), "adapter").write_text("###############")
     run = run_factory()
     with pytest.raises(RunError, match="run notebook 05_training again"):
@@ -264,7 +249,7 @@ def test_a_step_whose_process_is_gone_is_interrupted(run_factory):
     assert (run.step_state("01_setup"), run.manifest()["steps"]["01_setup"]["pid"]) == ("running", os.getpid())
 
 
-def test_a_failed_step_stays_failed_until_it_begins_again(run_factory):
+def test_a_failed_step_stays_failed_until_it_begins_again(run_factory, write_all):
     run = write_all(run_factory())
     run.record_step("02_baseline_inference", state="failed", error="ValueError: x")
     assert run.step_state("02_baseline_inference") == "failed"
@@ -272,7 +257,7 @@ def test_a_failed_step_stays_failed_until_it_begins_again(run_factory):
     assert run.manifest()["steps"]["02_baseline_inference"]["error"] is None
 
 
-def test_a_done_step_is_stale_when_its_settings_change_or_its_artifact_goes(run_factory):
+def test_a_done_step_is_stale_when_its_settings_change_or_its_artifact_goes(run_factory, write_all):
     run = write_all(run_factory())
     for step in STEPS:
         run.record_step(step, state="done")
@@ -283,7 +268,7 @@ def test_a_done_step_is_stale_when_its_settings_change_or_its_artifact_goes(run_
     assert run_factory().step_state("06_comparison", deep=False) == "stale"
 
 
-def test_a_forgotten_step_is_not_run_and_its_checkpoints_are_gone(run_factory):
+def test_a_forgotten_step_is_not_run_and_its_checkpoints_are_gone(run_factory, write_all):
     run = write_all(run_factory())
     run.record_step("05_training", state="done")
     (run.checkpoint_dir("adapter") / "checkpoint-2").mkdir()

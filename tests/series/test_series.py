@@ -1,0 +1,220 @@
+"""The seven notebooks through `medcot run` on profile smoke: done once, skipped when done, redone when stale, the same again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medcot_utils.layout import ARTIFACTS, STEPS
+from medcot_utils.series import HEADLINE, notebooks_dir
+
+pytestmark = pytest.mark.series
+
+MEDCOT = Path(sys.executable).with_name("medcot")
+
+
+def medcot(*arguments):
+    # On the CPU and with one thread: the same bits everywhere, and no threads that wait for each other on a busy machine.
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        [str(MEDCOT), *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=1200, check=False
+    )
+
+
+def succeed(*arguments):
+    result = medcot(*arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def notebook_times(run_dir):
+    return {path.stem: path.stat().st_mtime_ns for path in (run_dir / "notebooks").glob("*.ipynb")}
+
+
+def redone(before, run_dir):
+    """The notebooks whose executed copy was written anew since `before`."""
+    return sorted(name for name, time in notebook_times(run_dir).items() if before.get(name) != time)
+
+
+def states(run_dir):
+    return {step["name"]: step["state"] for step in json.loads(succeed("status", run_dir, "--json").stdout)["steps"]}
+
+
+def manifest(run_dir):
+    return json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def first_call(tmp_path_factory):
+    """(run directory, result) of the whole series on smoke."""
+    run_dir = tmp_path_factory.mktemp("series") / "run"
+    return run_dir, succeed("run", "--profile", "smoke", "--run-dir", run_dir)
+
+
+@pytest.fixture
+def done(first_call, tmp_path):
+    """A copy of the finished run that a test may change."""
+    return shutil.copytree(first_call[0], tmp_path / "run")
+
+
+# --- one whole run -------------------------------------------------------------------------------------------------
+
+
+def test_all_seven_are_done_and_every_artifact_is_there(first_call):
+    run_dir, result = first_call
+    assert result.stderr == ""
+    assert states(run_dir) == dict.fromkeys(STEPS, "done")
+    assert set(manifest(run_dir)["artifacts"]) == set(ARTIFACTS)
+    assert all((run_dir / artifact.file).exists() for artifact in ARTIFACTS.values())
+    assert [path for path in run_dir.iterdir() if path.name.startswith(".")] == [], "nothing half written is left"
+    assert all(f"{name}: " in result.stdout for name in STEPS)
+
+
+def test_status_gives_six_headline_metrics_with_their_intervals(first_call):
+    found = json.loads(succeed("status", first_call[0], "--json").stdout)
+    assert found["profile"] == "smoke"
+    assert set(found["metrics"]) == set(HEADLINE) and len(HEADLINE) == 6
+    for name, metric in found["metrics"].items():
+        assert set(metric) == {"base", "tuned", "difference"}
+        for side in metric.values():
+            assert set(side) == {"value", "low", "high", "n"}
+            assert side["low"] <= side["value"] <= side["high"]
+            assert side["n"] == (40 if name == "eval_loss" else 6)
+    loss = found["metrics"]["eval_loss"]
+    assert loss["difference"]["value"] == pytest.approx(loss["tuned"]["value"] - loss["base"]["value"])
+    assert loss["difference"]["high"] < 0, "six steps lower the loss of the tiny model on every resample"
+    assert all(step["seconds"] >= 0 and step["peak_memory_mb"] > 50 for step in found["steps"])
+
+
+def test_the_executed_notebooks_hold_outputs_and_no_error(first_call):
+    for name in STEPS:
+        notebook = json.loads((first_call[0] / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
+        outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+        assert outputs and not any(output["output_type"] == "error" for output in outputs)
+
+
+def test_a_second_call_does_nothing_again(done):
+    before, recorded = notebook_times(done), manifest(done)
+    result = succeed("run", "--profile", "smoke", "--run-dir", done)
+    assert result.stdout.count("done before") == 7
+    assert redone(before, done) == [] and manifest(done) == recorded
+
+
+# --- what is redone, and what is not -------------------------------------------------------------------------------
+
+
+def test_other_answers_are_not_another_training(done):
+    before, adapter = notebook_times(done), (done / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    # No profile: the run's own settings are kept under the changed one.
+    succeed("run", "--run-dir", done, "--set", "generation.max_new_tokens=20")
+    assert redone(before, done) == ["01_setup", "02_baseline_inference", "06_comparison", "07_export"]
+    assert (done / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == adapter
+    answers = [json.loads(line) for line in (done / "tuned_answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {record["completion_tokens"] for record in answers} == {20}
+    assert json.loads((done / "config.json").read_text())["generation"]["max_new_tokens"] == 20
+    assert states(done) == dict.fromkeys(STEPS, "done")
+
+
+def test_force_redoes_what_it_is_asked_for_and_nothing_else(done):
+    before = notebook_times(done)
+    succeed("run", "--profile", "smoke", "--run-dir", done, "--force", "--from", "4", "--to", "4")
+    assert redone(before, done) == ["04_lora_config"]
+
+
+def test_a_setting_reaches_the_notebooks_and_stays(tmp_path):
+    changed = (
+        "--set",
+        "training.max_steps=3",
+        "--set",
+        "dataset.near_repeat_similarity=90.5",
+        "--set",
+        "lora.target_modules=[q_proj]",
+    )
+    succeed("run", "--profile", "smoke", "--run-dir", tmp_path / "run", "--to", "1", *changed)
+    # Notebook 01 resolves the configuration again and writes it: what it was not given would be lost here.
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert (config["training"]["max_steps"], config["dataset"]["near_repeat_similarity"]) == (3, 90.5)
+    assert config["lora"]["target_modules"] == ["q_proj"]
+
+
+def alter_one_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_an_altered_adapter_is_refused_by_the_notebooks_that_read_it_and_made_again_by_the_series(done):
+    weights = done / "adapter" / "adapter_model.safetensors"
+    original = weights.read_bytes()
+    alter_one_byte(weights)
+
+    refused = medcot("run", "--run-dir", done, "--from", "6", "--to", "6", "--force")
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert refused.stderr.startswith("medcot: notebook 06_comparison failed")
+    assert "adapter in run/ is altered" in refused.stderr and "run notebook 05_training again" in refused.stderr
+    assert states(done)["06_comparison"] == "failed"
+
+    before = notebook_times(done)
+    succeed("run", "--run-dir", done)
+    assert {"05_training", "06_comparison"} <= set(redone(before, done))
+    assert not {"01_setup", "02_baseline_inference", "03_dataset_prep", "04_lora_config"} & set(redone(before, done))
+    assert weights.read_bytes() == original
+    assert states(done) == dict.fromkeys(STEPS, "done")
+
+
+def test_a_missing_artifact_is_made_again(done):
+    (done / "report.html").unlink()
+    assert states(done)["06_comparison"] == "stale"
+    before = notebook_times(done)
+    succeed("run", "--run-dir", done)
+    assert "06_comparison" in redone(before, done) and "05_training" not in redone(before, done)
+    assert (done / "report.html").exists()
+
+
+# --- the same again ------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_adapter_bit_for_bit_and_another_seed_another(first_call, tmp_path):
+    weights = Path("adapter") / "adapter_model.safetensors"
+    again, other = tmp_path / "again", tmp_path / "other"
+    succeed("run", "--profile", "smoke", "--run-dir", again, "--to", "5")
+    assert (again / weights).read_bytes() == (first_call[0] / weights).read_bytes()
+    assert (again / "base_answers.jsonl").exists()
+    shutil.copytree(again, other)
+    succeed("run", "--run-dir", other, "--to", "5", "--set", "seed=1")
+    assert (other / weights).read_bytes() != (again / weights).read_bytes()
+
+
+# --- one notebook alone --------------------------------------------------------------------------------------------
+
+
+def test_a_notebook_alone_in_a_fresh_folder_names_the_one_to_run_first(tmp_path):
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    source = notebooks_dir() / "03_dataset_prep.ipynb"
+    with pytest.raises(PapermillExecutionError, match="run notebook 01_setup first"):
+        papermill.execute_notebook(
+            str(source), str(tmp_path / "out.ipynb"), parameters={"RUN_DIR": str(tmp_path / "run")}, progress_bar=False
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_notebook_before_the_one_it_reads_from_names_that_one(tmp_path):
+    result = medcot("run", "--profile", "smoke", "--run-dir", tmp_path / "run", "--from", "3", "--to", "3")
+    assert result.returncode == 1
+    assert "03_dataset_prep failed" in result.stderr and "run notebook 02_baseline_inference first" in result.stderr
+
+
+def test_a_notebook_parameter_is_handed_to_the_notebook_that_has_it(done):
+    before = notebook_times(done)
+    succeed("run", "--run-dir", done, "--from", "2", "--to", "3", "--parameter", "QUESTION=Is a fever of 41.5 = danger?")
+    assert redone(before, done) == ["02_baseline_inference", "03_dataset_prep"]
+    executed = (done / "notebooks" / "02_baseline_inference.ipynb").read_text(encoding="utf-8")
+    assert executed.count("Is a fever of 41.5 = danger?") >= 2, "once as parameter, once in the printed prompt"
