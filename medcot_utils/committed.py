@@ -14,7 +14,7 @@ from typing import Any
 import nbformat
 
 from medcot_utils.layout import STEPS
-from medcot_utils.series import notebooks_dir
+from medcot_utils.series import QUIET_KERNEL, notebooks_dir
 
 _ABSOLUTE_PATH = re.compile(r"(?<![\w/.:~-])/(?:home|root|Users|tmp|var|mnt|opt|usr|work|kaggle|content)/\w")
 _SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|KGAT_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9]{20,}|wandb[^\n]{0,40}\b[0-9a-f]{40}\b")
@@ -112,6 +112,7 @@ def execute() -> None:
             path = folder / f"{name}.ipynb"
             notebook = nbformat.read(path, as_version=4)
             client = NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+            client.extra_arguments = QUIET_KERNEL
             client.execute()
             nbformat.write(clean(notebook), path)
             entry = Run.open(run_dir).manifest()["steps"][name]

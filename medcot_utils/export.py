@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from medcot_utils import platforms
 from medcot_utils.config import RunConfig
 from medcot_utils.engines.embedded import describe
-from medcot_utils.engines.merging import load_16bit
+from medcot_utils.engines.merging import load_base, load_unquantized
 from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation import METRICS, format_interval, row_losses, verdict
 from medcot_utils.prompts import inference_prompt
@@ -69,7 +69,6 @@ def verify_export(engine: ModuleType, run: Run) -> dict[str, Any]:
     held_out_loss: {model: nats per token}, held_out_rows, files}. ok is False when merged and 16-bit base + adapter differ
     by more than the tolerance in mean, or in a greedy token."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config, adapter, merged_dir = run.config, run.require("adapter"), run.require("merged")
     texts = [q for q in run.read("questions") if q["scored"]][: config.export.check_prompts]
@@ -79,11 +78,11 @@ def verify_export(engine: ModuleType, run: Run) -> dict[str, Any]:
     rows = run.read("held_out_rows")
     rows = rows.select(range(min(config.export.check_rows, len(rows))))
     outputs, losses = {}, {}
-    merged = AutoModelForCausalLM.from_pretrained(merged_dir, dtype=dtype)
-    outputs["merged"] = _probe(merged, AutoTokenizer.from_pretrained(merged_dir), prompts, texts, config)
+    merged, tokenizer = load_unquantized(merged_dir, dtype)
+    outputs["merged"] = _probe(merged, tokenizer, prompts, texts, config)
     losses["merged"] = _mean_loss(merged, rows, config)
     del merged
-    base, tokenizer = load_16bit(config.model, dtype)
+    base, tokenizer = load_base(config.model, dtype)
     outputs["16-bit base + adapter"] = _probe(PeftModel.from_pretrained(base, adapter), tokenizer, prompts, texts, config)
     del base
     trained, tokenizer = engine.load(config.model, adapter)

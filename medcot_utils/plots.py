@@ -81,7 +81,8 @@ def comparison_figure(metrics: dict[str, dict[str, dict[str, Any]]]) -> Figure:
         axes.set(title=title, ylabel=unit, xticks=range(len(names)), xticklabels=list(names.values()))
         axes.set_ylim(bottom=0)
         _tidy(axes)
-    figure.axes[0].legend(frameon=False, loc="lower center")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

@@ -19,6 +19,9 @@ from medcot_utils.run import CONFIG, Run
 NOTEBOOKS = tuple(STEPS)
 HEADLINE = ("eval_loss", "closed_think_rate", "finished_rate", "rouge_l", "thinking_tokens", "answer_tokens")
 
+# A headless kernel's own log (a note on its transport, the interrupt at shutdown) says nothing of the notebook.
+QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
+
 Report = Callable[[str, int, int], None]
 
 
@@ -127,8 +130,9 @@ def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Re
     executed = run.path / "notebooks" / notebook.name
     executed.parent.mkdir(exist_ok=True)
     known = parameters_of(notebook)
-    # What it warns of are parameters that its own reader overlooked; unknown ones were refused before.
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    # What it warns of are parameters that its own reader overlooked (unknown ones were refused before); what it logs as an
+    # error it also raises.
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
     _register_engine(name, report)
     try:
         papermill.execute_notebook(
@@ -138,8 +142,7 @@ def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Re
             engine_name="medcot",
             progress_bar=False,
             kernel_name="python3",
-            # A headless kernel's own log (a note on its transport, the interrupt at shutdown) says nothing of the notebook.
-            extra_arguments=["--IPKernelApp.log_level=50"],
+            extra_arguments=QUIET_KERNEL,
         )
     except (PapermillExecutionError, DeadKernelError) as error:
         if isinstance(error, PapermillExecutionError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,14 +67,17 @@ def sft_arguments(config: RunConfig) -> dict[str, Any]:
 
 
 def last_good_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole, or None. One cut off in the middle of being written is set aside as `.broken`."""
+    """The newest checkpoint that is whole, or None. One cut off in the middle of being written is set aside."""
     checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         fault = checkpoint_fault(path)
         if fault is None:
             return path
         print(f"{path.name} is not whole ({fault}): set aside, an earlier one is used")
-        path.rename(path.with_name(path.name + ".broken"))
+        # Not a name that begins with `checkpoint-`: the trainer would count it, and remove a whole one in its stead.
+        aside = path.with_name(f"broken-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
     return None
 
 

@@ -14,6 +14,10 @@ from medcot_utils.layout import ARTIFACTS
 from medcot_utils.platforms import SECRET_NAMES
 from medcot_utils.run import Run
 
+# Tiny models gain nothing from a second thread, and two waiting threads beside a busy process make the tests five times
+# slower. Set before torch is imported; the processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 _SECRETS = [name for names in SECRET_NAMES.values() for name in names]
 _PLATFORM = ["KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "PAPERMILL", "MEDCOT_RUN_DIR", "MEDCOT_NOTEBOOKS"]
 

@@ -128,5 +128,7 @@ def test_a_newest_checkpoint_that_is_truncated_is_set_aside_for_the_one_before(k
     said = printed(run_dir)
     assert f"{newest.name} is not whole" in said
     assert f"resuming after step {older.name.removeprefix('checkpoint-')} of 40 ({older.name})" in said
-    assert newest.with_name(f"{newest.name}.broken").is_dir()
+    assert newest.with_name(f"broken-{newest.name}").is_dir() and len(checkpoints(run_dir)) == 2, (
+        "two whole ones are kept beside it"
+    )
     assert_ends_as(run_dir, uninterrupted)

@@ -79,6 +79,13 @@ def test_the_interval_is_the_same_with_the_same_seed_and_wider_with_more_confide
     assert wide["high"] - wide["low"] > 1.1 * (narrow["high"] - narrow["low"])
 
 
+def test_the_interval_of_a_share_stays_between_0_and_1():
+    one_in_ten = interval(np.mean, [np.array([1.0] + [0.0] * 9)], SETTINGS, 0)
+    nine_in_ten = interval(np.mean, [np.array([0.0] + [1.0] * 9)], SETTINGS, 0)
+    assert one_in_ten["low"] == 0 and 0.2 <= one_in_ten["high"] <= 0.4
+    assert nine_in_ten["high"] == 1 and 0.6 <= nine_in_ten["low"] <= 0.8
+
+
 def test_a_95_percent_interval_covers_the_truth_about_95_times_in_100():
     truth, samples = 2.0, 400
     generator = np.random.default_rng(3407)

@@ -37,7 +37,10 @@ CHECK = {
     "ok": True,
     "pairs": [
         {"a": "merged", "b": "16-bit base + adapter", "mean_logprob_difference": 0.00123, "same_greedy": 3, "prompts": 3},
+        {"a": "merged", "b": "4-bit base + adapter", "mean_logprob_difference": 0.234, "same_greedy": 1, "prompts": 3},
     ],
+    "held_out_loss": {"merged": 1.8123, "4-bit base + adapter": 1.9456},
+    "held_out_rows": 8,
     "files": [],
 }
 
@@ -63,9 +66,7 @@ def fill(run, repeats=()):
     """A run's artifacts up to the comparison and the export check, written as the notebooks write them, without a model."""
     from datasets import Dataset
 
-    rows = Dataset.from_list(
-        [{"id": "t1", "Question": "a", "Complex_CoT": "b", "Response": "c", "input_ids": [1], "labels": [1]}]
-    )
+    rows = Dataset.from_list([{"id": "t1", "Question": "a", "input_ids": [0, 9, 40, 41], "labels": [-100, -100, 40, 41]}])
     run.write("questions", QUESTIONS)
     base = [answer(question, "", False) for question in QUESTIONS]
     tuned = [answer(question, ATTACK, True) for question in QUESTIONS]
@@ -174,6 +175,7 @@ def test_the_card_has_the_measured_numbers_the_licence_and_the_limits(run):
     assert "2.00 [2.00, 2.00] | 1.50 [1.50, 1.50] | -0.50 [-0.50, -0.50] | fell, better" in card.text
     assert "On 4 held-out questions" in card.text and "95 % bootstrap" in card.text and "117 training rows" in card.text
     assert "0.0012" in card.text and "3 of 3 prompts" in card.text
+    assert "1.81 nats per token, that of the 4-bit base + adapter 1.95" in card.text and "1 of 3 prompts" in card.text
     assert str(run.path) not in text
 
 
@@ -242,17 +244,19 @@ def test_the_right_merge_agrees_with_base_and_adapter(exported):
     assert check["ok"] and exact["same_greedy"] == exact["prompts"] == CONFIG.export.check_prompts
     assert exact["mean_logprob_difference"] < 1e-3
     assert trained["b"] == "4-bit base + adapter" and trained["mean_logprob_difference"] > exact["mean_logprob_difference"]
+    losses = check["held_out_loss"]
+    assert losses["merged"] == pytest.approx(losses["4-bit base + adapter"], abs=0.5)
     assert {"adapter/adapter_model.safetensors", "merged/model.safetensors"} <= {file["file"] for file in check["files"]}
 
 
 @pytest.mark.model
 def test_a_merge_that_left_the_adapter_out_is_told(exported):
-    from medcot_utils.engines.merging import load_16bit
+    from medcot_utils.engines.merging import load_base
 
     engine, run = exported
 
     def base_alone(folder):
-        base, tokenizer = load_16bit(CONFIG.model, "float16")
+        base, tokenizer = load_base(CONFIG.model, "float16")
         base.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -265,6 +269,7 @@ def test_a_merge_that_left_the_adapter_out_is_told(exported):
 
 def test_a_check_that_is_not_ok_is_an_error_with_its_numbers():
     require_agreement(CHECK)
-    exact = CHECK["pairs"][0] | {"mean_logprob_difference": 0.81, "same_greedy": 1}
+    exact, trained = CHECK["pairs"]
+    wrong = [exact | {"mean_logprob_difference": 0.81, "same_greedy": 1}, trained]
     with pytest.raises(ExportError, match=r"0\.81 \(allowed 0\.05\), same greedy answer on 1 of 3 prompts"):
-        require_agreement(CHECK | {"ok": False, "pairs": [exact]})
+        require_agreement(CHECK | {"ok": False, "pairs": wrong})

@@ -130,7 +130,7 @@ def test_the_newest_whole_checkpoint_is_chosen_by_its_step(checkpoints):
     assert last_good_checkpoint(checkpoints).name == "checkpoint-6"
     (checkpoints / "checkpoint-4").rename(checkpoints / "checkpoint-10")  # after 6 by number, before it by name
     assert last_good_checkpoint(checkpoints).name == "checkpoint-10"
-    assert list(checkpoints.glob("*.broken")) == []
+    assert list(checkpoints.glob("broken*")) == []
 
 
 def test_no_checkpoint_is_none(tmp_path):
@@ -169,10 +169,18 @@ def test_a_checkpoint_that_is_not_whole_is_set_aside_for_the_one_before(fault, c
     assert checkpoint_fault(checkpoints / "checkpoint-6") is None
     FAULTS[fault](checkpoints / "checkpoint-6")
     assert last_good_checkpoint(checkpoints).name == "checkpoint-4"
-    assert (checkpoints / "checkpoint-6.broken").is_dir() and not (checkpoints / "checkpoint-6").exists()
+    assert (checkpoints / "broken-checkpoint-6").is_dir() and not (checkpoints / "checkpoint-6").exists()
     said = capsys.readouterr().out
     assert "checkpoint-6 is not whole" in said and str(checkpoints) not in said, "no machine's folders in a notebook"
     assert last_good_checkpoint(checkpoints).name == "checkpoint-4", "and the next call does not stumble over it"
+
+
+@pytest.mark.model
+def test_a_checkpoint_broken_twice_at_the_same_step_is_set_aside_twice(checkpoints):
+    for _ in range(2):
+        truncate(checkpoints / "checkpoint-6" / "optimizer.pt")
+        assert last_good_checkpoint(checkpoints).name == "checkpoint-4"
+        shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-6")
 
 
 @pytest.mark.model
@@ -180,7 +188,7 @@ def test_when_no_checkpoint_is_whole_training_starts_anew(checkpoints):
     for path in checkpoints.glob("checkpoint-*"):
         truncate(path / "optimizer.pt")
     assert last_good_checkpoint(checkpoints) is None
-    assert len(list(checkpoints.glob("*.broken"))) == 2
+    assert len(list(checkpoints.glob("broken-*"))) == 2
 
 
 @pytest.mark.model
@@ -198,6 +206,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_did(newest, uninterrupte
     resumed = adapter_weights(trainer)
     assert resumed.keys() == weights.keys()
     assert max((resumed[name] - weights[name]).abs().max().item() for name in weights) <= 1e-6
+    whole = sorted(path.name for path in checkpoints.glob("checkpoint-*"))
+    assert whole == ["checkpoint-4", "checkpoint-6"], "a broken one must not displace a whole one"
     state = json.loads((checkpoints / "checkpoint-6" / "trainer_state.json").read_text(encoding="utf-8"))
     assert state["global_step"] == 6
 
