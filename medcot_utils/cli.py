@@ -81,7 +81,12 @@ def _parse_parameters(pairs: list[str]) -> dict[str, object]:
             raise MedcotError(f"--parameter {pair}: expected NAME=VALUE")
         if name in ("RUN_DIR", "PROFILE", "OVERRIDES"):
             raise MedcotError(f"--parameter {name}: use --run-dir, --profile or --set")
-        parsed[name] = yaml.safe_load(value)
+        try:
+            parsed[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed[name] = value
+        if isinstance(parsed[name], dict):  # a question with a colon in it is a text
+            parsed[name] = value
     return parsed
 
 

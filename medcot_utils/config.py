@@ -86,11 +86,11 @@ class DatasetSettings(_Section):
     path: str | None = Field(None, description="a local json, jsonl, csv or parquet file; wins over name")
     columns: ColumnNames = ColumnNames()
     num_rows: int | None = Field(None, ge=1, description="training rows; None takes all but the held-out ones")
-    held_out_rows: int = Field(ge=1, description="rows kept out of training; used where the data has no `split` column")
+    held_out_rows: int = Field(ge=1, description="rows kept out of training; at most so many where a `split` column chooses them")
     shuffle: bool = Field(False, description="shuffle with the seed before the split")
     loss_on: Literal["full", "completion"] = Field("completion", description="full: the prompt is in the loss too")
     overlong: Literal["drop", "truncate", "error"] = "drop"
-    repeats: Literal["report", "drop"] = Field("drop", description="training rows that repeat an evaluation question")
+    repeats: Literal["report", "drop"] = Field("drop", description="training rows that repeat a held-out question")
     near_repeat_similarity: float = Field(85, ge=50, le=100, description="rapidfuzz ratio from which two questions repeat")
 
 

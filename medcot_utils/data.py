@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcot_utils.config import DatasetSettings
+from medcot_utils.config import DatasetSettings, RunConfig
 from medcot_utils.errors import MedcotError
+from medcot_utils.layout import SHIPPED_CASES
 from medcot_utils.prompts import ARTICLE_ANSWER, ARTICLE_QUESTION, inference_prompt, training_text
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-SHIPPED_DIR = Path(__file__).parent / "data"
-SHIPPED_CASES, SHIPPED_MCQ = SHIPPED_DIR / "cases.jsonl", SHIPPED_DIR / "mcq.jsonl"
 TEXT_COLUMNS = ("Question", "Complex_CoT", "Response")
 _SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
@@ -46,9 +45,21 @@ def load_rows(settings: DatasetSettings) -> Dataset:
 
         rows = load_dataset(settings.name, settings.subset, revision=settings.revision, split="train")
     rows = _map_columns(rows, settings)
+    if "id" in rows.column_names and len(set(rows["id"])) < len(rows):
+        rows = rows.remove_columns("id")  # answers and losses are told apart by it
     if "id" not in rows.column_names:
         rows = rows.add_column("id", [f"row-{index}" for index in range(len(rows))])
     return rows
+
+
+def check_usable(config: RunConfig) -> tuple[int, int]:
+    """(rows to train on, rows held out) that the configuration's data would give, before any model is loaded.
+
+    Raises DataError for whatever would stop notebooks 02 and 03: a file, column, split or number of questions that fails."""
+    rows, _ = validate_rows(load_rows(config.dataset))
+    train, held_out = split_rows(rows, config.dataset, config.seed)
+    choose_questions(held_out, config.evaluation.num_questions)
+    return len(train), len(held_out)
 
 
 def _read_file(path: Path) -> Dataset:
@@ -189,6 +200,11 @@ def split_rows(rows: Dataset, settings: DatasetSettings, seed: int) -> tuple[Dat
             rows.select(range(n_train)),
             rows.select(range(n_train, min(n_train + settings.held_out_rows, len(rows)))),
         )
+    if (not len(train) or not len(held_out)) and "split" in rows.column_names:
+        raise DataError(
+            f"the column `split` holds {', '.join(sorted(map(str, set(rows['split']))))}: rows to train on must say "
+            f"train, and at least one row something else (it is held out)"
+        )
     if not len(train) or not len(held_out):
         raise DataError(
             f"{len(rows)} usable rows leave {len(train)} to train on and {len(held_out)} held out: "
@@ -282,7 +298,6 @@ def tokenize_rows(
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         prompt_ids = tokenizer(prompt)["input_ids"]
         tokens.append(len(ids))
-        prefixes += ids[: len(prompt_ids)] == prompt_ids
         # A token that reaches over the prompt's end belongs to the completion: it is the model's to produce.
         labels = ids if settings.loss_on == "full" else _mask_prompt(ids, offsets, len(prompt))
         if len(ids) > max_seq_length:
@@ -295,6 +310,7 @@ def tokenize_rows(
                 continue
             truncated += 1
             ids, labels = ids[:max_seq_length], labels[:max_seq_length]
+        prefixes += ids[: len(prompt_ids)] == prompt_ids
         kept.append({"index": index, "input_ids": list(ids), "labels": list(labels)})
     if not kept:
         raise DataError(f"every row is longer than model.max_seq_length ({max_seq_length}): raise it, or check the data")
@@ -337,13 +353,18 @@ def check_labels(rows: Dataset, tokenizer: PreTrainedTokenizerBase, truncated: i
 
 
 def report(
-    validation: ValidationReport, lengths: LengthReport, checks: dict[str, int], repeats: list[dict[str, Any]]
+    validation: ValidationReport,
+    lengths: LengthReport,
+    checks: dict[str, int],
+    repeats: list[dict[str, Any]],
+    dropped_repeats: bool,
 ) -> dict[str, Any]:
     """What notebook 03 found, as one JSON-ready record."""
     return {
         "rows_read": validation.rows_in,
         "dropped": validation.dropped,
         "repeats": repeats,
+        "repeats_dropped": dropped_repeats,
         "tokens": {"mean": sum(lengths.tokens) / len(lengths.tokens), "max": max(lengths.tokens), "all": sum(lengths.tokens)},
         "overlong_dropped": lengths.dropped,
         "truncated": lengths.truncated,

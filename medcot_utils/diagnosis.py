@@ -58,8 +58,12 @@ def _diagnose(profile: str, run_root: Path, cards: list[platforms.Gpu]) -> Diagn
 
 
 def _places(run_dir: Path, profile: str) -> list[tuple[str, Path, float]]:
-    run_gib, cache_gib = DISK_GIB[profile]
-    return [("run directory", run_dir, run_gib), ("model cache", platforms.cache_dir(), cache_gib)]
+    """(place, folder, GiB still needed there): what lies there already is not needed again."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = platforms.cache_dir() if profile in ("smoke", "demo") else Path(HF_HUB_CACHE)
+    places = zip(("run directory", "model cache"), (run_dir, cache), DISK_GIB[profile], strict=True)
+    return [(place, folder, round(max(0.0, need - platforms.folder_gib(folder)), 2)) for place, folder, need in places]
 
 
 def disk_table(run_dir: Path, profile: str) -> pd.DataFrame:

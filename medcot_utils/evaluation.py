@@ -19,9 +19,9 @@ Array = np.ndarray
 
 # name -> (what it says, unit, which way is better: +1, -1, or 0 for neither)
 METRICS: dict[str, tuple[str, str, int]] = {
-    "eval_loss": ("held-out loss, per completion token", "nats", -1),
+    "eval_loss": ("held-out loss, per trained token", "nats", -1),
     "perplexity": ("held-out perplexity", "", -1),
-    "closed_think_rate": ("answers that close </think>", "share", 1),
+    "closed_think_rate": ("one </think>, text on both sides", "share", 1),
     "finished_rate": ("answers that end by themselves", "share", 1),
     "thinking_tokens": ("length of the thinking", "tokens", 0),
     "answer_tokens": ("length of the answer", "tokens", 0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ def verify_export(engine: ModuleType, run: Run) -> dict[str, Any]:
     outputs[trained_name] = _probe(engine.for_inference(trained), tokenizer, prompts, texts, config)
     losses[trained_name] = _mean_loss(trained, rows, config)
 
-    pairs = [_differ(outputs, "merged", other) for other in list(outputs)[1:]]
+    pairs = [_differ(outputs, a, b) for a, b in itertools.combinations(outputs, 2)]
     exact = pairs[0]
     ok = exact["mean_logprob_difference"] <= config.export.logits_tolerance and exact["same_greedy"] == exact["prompts"]
     return {
@@ -119,7 +119,9 @@ def _probe(
         ids = tokenizer(prompt + question["Complex_CoT"], return_tensors="pt").to(model.device)
         start = tokenizer(prompt, return_tensors="pt").to(model.device)
         with torch.inference_mode():
-            logprobs = model(**ids).logits[0].float().log_softmax(-1).cpu()
+            # From the prompt's last position on: what the model says of the reasoning, not of the question it was given.
+            logits = model(**ids).logits[0, start["input_ids"].shape[1] - 1 :]
+            logprobs = logits.float().log_softmax(-1).cpu()
             greedy = model.generate(
                 **start,
                 max_new_tokens=config.export.check_new_tokens,
@@ -181,7 +183,7 @@ def model_card(run: Run) -> str:
     """The README.md of the exported model, with the run's measured numbers, data, licence and limits."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    config, measured, check = run.config, run.read("metrics"), run.read("export_check")
+    config, measured, check, report = run.config, run.read("metrics"), run.read("export_check"), run.read("data_report")
     data = ModelCardData(
         license="apache-2.0",
         language="en",
@@ -207,7 +209,8 @@ def model_card(run: Run) -> str:
         plan=run.read("plan"),
         check=check,
         trained_name=check["pairs"][1]["b"],
-        repeats=run.read("data_report")["repeats"],
+        repeats=len({repeat["train_id"] for repeat in report["repeats"]}),
+        repeats_dropped=report["repeats_dropped"],
     )
     return str(card)
 
@@ -218,9 +221,3 @@ def _data_source(config: RunConfig) -> str:
     if config.dataset.name == "shipped":
         return "the cases shipped with medcot (120 training rows, written for teaching)"
     return f"{config.dataset.name} at revision {config.dataset.revision}"
-
-
-def copy_card(card: Path, folders: list[Path]) -> None:
-    """Put the card as README.md beside exported files, without touching the artifacts' own content in the run."""
-    for folder in folders:
-        shutil.copyfile(card, folder / "README.md")

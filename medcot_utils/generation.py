@@ -39,7 +39,8 @@ def answer_questions(
     """One record per question, in the questions' order. Prompts are sorted by length and padded on the left.
 
     A record: id, prompt, completion, thinking, answer, completion_tokens, thinking_tokens, answer_tokens, closed
-    (`</think>` tags), finished (ended by EOS, not cut at max_new_tokens), seconds (its share of its batch's time)."""
+    (`</think>` tags), well_formed (closed once, text on both sides), finished (ended by EOS, not cut at max_new_tokens),
+    seconds (its share of its batch's time)."""
     import torch
     from tqdm.auto import tqdm
 

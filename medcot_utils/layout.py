@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+SHIPPED_CASES = Path(__file__).parent / "data" / "cases.jsonl"
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,12 @@ _LOSS = ("model", "lora", "training", "seed")
 
 ARTIFACTS: dict[str, Artifact] = {
     "machine": Artifact(_SETUP, "machine.json", _ALL),
-    "questions": Artifact(_BASELINE, "questions.jsonl", ("dataset", "evaluation.num_questions", "seed"), reads_dataset=True),
+    "questions": Artifact(
+        _BASELINE,
+        "questions.jsonl",
+        ("model.name", "model.revision", "dataset", "evaluation.num_questions", "seed"),
+        reads_dataset=True,
+    ),
     "base_answers": Artifact(_BASELINE, "base_answers.jsonl", _GENERATION, ("questions",)),
     "train_rows": Artifact(_DATA, "train_rows.parquet", _TEXT, ("questions",), reads_dataset=True),
     "held_out_rows": Artifact(_DATA, "held_out_rows.parquet", _TEXT, ("questions",), reads_dataset=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from medcot_utils.run import Run
+
+
+_started = time.time()
 
 
 def start(run_dir: str) -> Path:
@@ -55,7 +59,7 @@ def finish(run: Run, step: str) -> pd.DataFrame:
     """Record the step as done and show what it left in the run, with its time and peak memory."""
     import pandas as pd
 
-    entry = run.finish(step)
+    entry = run.finish(step, since=_started)
     manifest = run.manifest()["artifacts"]
     lines = [
         {

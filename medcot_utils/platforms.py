@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -156,6 +157,22 @@ def require_disk(folder: Path, need_gib: float, purpose: str) -> float:
     return free
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half written in `folder`: `.NAME.PID.tmp` and `.NAME.PID.old` of a PID that is gone."""
+    for path in folder.glob(".*"):
+        leftover = re.fullmatch(r"\..+\.(\d+)\.(?:tmp|old)", path.name)
+        if leftover and not psutil.pid_exists(int(leftover[1])):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def folder_gib(folder: Path) -> float:
+    """GiB of the files below `folder`; 0 if there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / GIB
+
+
 def cache_dir() -> Path:
     """Where converted models are kept between runs: MEDCOT_CACHE, else the user's cache folder."""
     import platformdirs
@@ -227,7 +244,7 @@ def machine_report(run_dir: Path) -> dict[str, Any]:
         "memory_free_gib": round(memory.available / GIB, 1),
         "disk_free_gib": round(disk_free_gib(run_dir), 1),
         "cache_disk_free_gib": round(disk_free_gib(cache_dir()), 1),
-        "gpus": [f"{card.name}, {card.memory_gib:.0f} GiB" for card in gpus()],
+        "gpus": ", ".join(f"{card.name}, {card.memory_gib:.0f} GiB" for card in gpus()) or "none",
         "versions": installed_versions(),
         "secrets": secrets_found(),
     }

@@ -20,8 +20,8 @@ Please answer the following medical question.
 ### Response:
 """
 
-# As in the article. The inference prompt stops at `<think>`, the training text goes on `<think>` + newline: with most
-# tokenizers another token than the model was trained on. `newline_after_think` mends it.
+# As in the article. The inference prompt stops at `<think>`, the training text goes on with a newline, which
+# some tokenizers join to the tag's `>`: then it ends in tokens that training never showed. `newline_after_think` mends it.
 INFERENCE_TEMPLATE = INSTRUCTION + "<think>{}"
 TRAINING_TEMPLATE = INSTRUCTION + "<think>\n{}\n</think>\n{}"
 

@@ -28,7 +28,7 @@ def build_report(run: Run) -> str:
         confidence=round(100 * run.config.evaluation.confidence_level),
         comparison=plots.to_data_uri(plots.comparison_figure(measured["metrics"])),
         loss=plots.to_data_uri(plots.loss_figure(run.read("training_log"))),
-        repeats=run.read("data_report")["repeats"],
+        data_report=run.read("data_report"),
         plan=run.read("plan"),
         questions=_side_by_side(run),
     )

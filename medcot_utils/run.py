@@ -22,9 +22,10 @@ from typing import Any
 
 import psutil
 
+from medcot_utils import platforms
 from medcot_utils.config import ConfigError, RunConfig, config_from_dict
 from medcot_utils.errors import MedcotError
-from medcot_utils.layout import ARTIFACTS, STEPS, Artifact
+from medcot_utils.layout import ARTIFACTS, SHIPPED_CASES, STEPS, Artifact
 
 CONFIG, MANIFEST, FORMAT = "config.json", "manifest.json", 1
 
@@ -152,17 +153,20 @@ class Run:
 
         Raises RunError if an input is not there yet."""
         artifact = ARTIFACTS[name]
-        inputs = {key: self._entry(key)["sha256"] for key in artifact.inputs}
-        inputs |= self._outside_inputs(artifact)
-        made_from = {"settings": self.config.digest(artifact.settings), "inputs": inputs, "version": artifact.version}
+        made_from = {
+            "settings": self.config.digest(artifact.settings),
+            "inputs": self._input_digests(artifact),
+            "version": artifact.version,
+        }
         return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
-    def _outside_inputs(self, artifact: Artifact) -> dict[str, str]:
-        # A user's own data file may change under its name: its content counts, not its path.
-        data_file = self.config.dataset.path
+    def _input_digests(self, artifact: Artifact) -> dict[str, str]:
+        digests = {name: self._entry(name)["sha256"] for name in artifact.inputs}
+        # A data file may change under its name: its content counts, not its path.
+        data_file = self.config.dataset.path or (SHIPPED_CASES if self.config.dataset.name == "shipped" else None)
         if artifact.reads_dataset and data_file and Path(data_file).is_file():
-            return {"dataset.path": sha256_of(Path(data_file))[0]}
-        return {}
+            digests["data file"] = sha256_of(Path(data_file))[0]
+        return digests
 
     def _entry(self, name: str) -> dict[str, Any]:
         artifact, entry = ARTIFACTS[name], self.manifest()["artifacts"].get(name)
@@ -219,6 +223,7 @@ class Run:
             "sha256": digest,
             "bytes": size,
             "fingerprint": fingerprint,
+            "inputs": self._input_digests(artifact),
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self._save(manifest)
@@ -299,14 +304,30 @@ class Run:
     # --- steps -----------------------------------------------------------------------------------------------
 
     def begin(self, step: str) -> None:
-        """Check that every artifact the step reads is there and whole; raises RunError naming the notebook to run."""
+        """Check that every artifact the step reads is there, whole, and made from today's settings and inputs; raises
+        RunError naming the notebook to run. Leftovers of killed processes are removed."""
+        platforms.remove_leftovers(self.path)
         for name in STEPS[step].reads:
             self.require(name)
+            if stale := self._stale_origin(name):
+                artifact = ARTIFACTS[stale]
+                raise RunError(
+                    f"{artifact.file} in {self.path.name}/ was made with other settings or inputs than the run has now: "
+                    f"run notebook {artifact.step} again, and those after it"
+                )
         self.record_step(step, state="running", started=time.time(), pid=os.getpid(), error=None)
 
-    def finish(self, step: str) -> dict[str, Any]:
-        """Record the step as done, with seconds since `begin` and this process's peak memory in MB."""
-        began = self.manifest()["steps"][step]["started"]
+    def _stale_origin(self, name: str) -> str | None:
+        """The first artifact on the way to this one that is not as today's settings and inputs would make it, or None."""
+        for source in ARTIFACTS[name].inputs:
+            if origin := self._stale_origin(source):
+                return origin
+        return None if self.is_fresh(name, deep=False) else name
+
+    def finish(self, step: str, since: float | None = None) -> dict[str, Any]:
+        """Record the step as done, with seconds since `since` (a `time.time()`; `begin` if None) and this process's peak
+        memory in MB."""
+        began = since or self.manifest()["steps"][step]["started"]
         # Linux reports kilobytes.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         entry = {"state": "done", "seconds": round(time.time() - began, 1), "peak_memory_mb": round(peak)}

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from medcot_utils import data, platforms
 from medcot_utils.config import RunConfig, load_config, overrides_of, parse_overrides
 from medcot_utils.engines import quiet_start
@@ -52,6 +54,7 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
         stored = Run.open(run_dir).config
         names = set(parse_overrides(overrides))
         kept = [pair for pair in overrides_of(stored) if pair.partition("=")[0] not in names]
+        platforms.resolve_profile(stored.profile)
         config, line = load_config(stored.profile, [*kept, *overrides]), f"profile {stored.profile}: as in {run_dir.name}/"
     else:
         name, line = platforms.resolve_profile(profile or "auto")
@@ -61,9 +64,7 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
         others = [pair for pair in overrides_of(config) if not pair.startswith("dataset.path=")]
         config = load_config(config.profile, [*others, f"dataset.path={absolute}"])
     if config.dataset.path or config.dataset.name == "shipped":
-        rows = data.load_rows(config.dataset)
-        kept_rows, _ = data.validate_rows(rows)
-        data.split_rows(kept_rows, config.dataset, config.seed)
+        data.check_usable(config)
     return config, line
 
 
@@ -106,15 +107,34 @@ def run_series(
     check_parameters(parameters or {}, folder)
     quiet_start(config.seed)
     run = Run.create(run_dir, config, force)
-    for name in NOTEBOOKS[first - 1 : last]:
+    try:
+        with FileLock(run.path / ".lock", timeout=0):
+            _run_steps(run, NOTEBOOKS[first - 1 : last], folder, force, parameters or {}, say, report)
+    except Timeout:
+        raise SeriesError(
+            f"another medcot run is working in {run.path.name}/: wait for it, or choose another --run-dir"
+        ) from None
+    return run
+
+
+def _run_steps(
+    run: Run,
+    names: Iterable[str],
+    folder: Path,
+    force: bool,
+    parameters: Mapping[str, Any],
+    say: Callable[[str], None],
+    report: Report,
+) -> None:
+    for name in names:
         if force:
             run.forget(name)
-        elif not parameters and run.step_state(name) == "done":
+        elif not set(parameters) & parameters_of(folder / f"{name}.ipynb") and run.step_state(name) == "done":
             say(f"{name}: done before with the same settings and inputs")
             continue
-        given = {"RUN_DIR": str(run_dir.absolute()), **(parameters or {})}
+        given = {"RUN_DIR": str(run.path.absolute()), **parameters}
         if name == NOTEBOOKS[0]:
-            given |= {"PROFILE": config.profile, "OVERRIDES": overrides_of(config)}
+            given |= {"PROFILE": run.config.profile, "OVERRIDES": overrides_of(run.config)}
         _run_notebook(run, folder / f"{name}.ipynb", given, report)
         entry = run.manifest()["steps"][name]
         say(f"{name}: {entry['seconds']:.0f} s, peak memory {entry['peak_memory_mb']} MB")

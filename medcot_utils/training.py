@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 from transformers.utils.notebook import NotebookProgressCallback
 
 from medcot_utils.config import RunConfig
@@ -18,7 +19,6 @@ from medcot_utils.errors import MedcotError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.trainer_utils import TrainOutput
     from trl import SFTTrainer
 
 
@@ -90,7 +90,8 @@ def checkpoint_fault(path: Path) -> str | None:
         with safe_open(path / "adapter_model.safetensors", "pt") as tensors:
             if not tensors.keys():
                 return "adapter_model.safetensors holds no tensors"
-        for name in ("optimizer.pt", "scheduler.pt"):
+        optional = [name for name in ("rng_state.pth", "scaler.pt") if (path / name).exists()]
+        for name in ("optimizer.pt", "scheduler.pt", *optional):
             with zipfile.ZipFile(path / name) as archive:
                 if bad := archive.testzip():
                     return f"{name}: {bad} is damaged"
@@ -104,9 +105,21 @@ def train(trainer: SFTTrainer) -> TrainOutput:
     output_dir = Path(trainer.args.output_dir)
     checkpoint = last_good_checkpoint(output_dir)
     if checkpoint:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        print(f"resuming after step {state['global_step']} of {state['max_steps']} ({checkpoint.name})")
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        print(f"resuming after step {state.global_step} of {state.max_steps} ({checkpoint.name})")
+        if state.global_step >= state.max_steps:
+            return _take_up(trainer, checkpoint, state)
     return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def _take_up(trainer: SFTTrainer, checkpoint: Path, state: TrainerState) -> TrainOutput:
+    # The Trainer itself would take one more step before it saw that there was none left.
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, LossFigure):
+            callback.on_log(trainer.args, state, trainer.control)
+    return TrainOutput(state.global_step, float("nan"), {})
 
 
 def check_effective_batch(trainer: SFTTrainer, config: RunConfig) -> int:
@@ -117,7 +130,7 @@ def check_effective_batch(trainer: SFTTrainer, config: RunConfig) -> int:
     if actual != planned:
         raise TrainingError(
             f"each step would train on {actual} rows where {planned} were asked for ({trainer.args.n_gpu} cards visible): "
-            f"set CUDA_VISIBLE_DEVICES=0, or halve training.gradient_accumulation_steps"
+            f"set CUDA_VISIBLE_DEVICES=0"
         )
     return actual
 
@@ -161,10 +174,6 @@ class LossFigure(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         if any("loss" in entry for entry in state.log_history):
             self._draw(state.log_history)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        # A run resumed at its last step logs nothing more, and its curve is wanted all the same.
-        self.on_log(args, state, control)
 
     def _draw(self, log_history):
         from IPython.display import display

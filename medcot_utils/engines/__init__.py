@@ -53,8 +53,6 @@ def get_engine(settings: ModelSettings) -> ModuleType:
 
 def load_tokenizer(settings: ModelSettings):
     """The model's tokenizer alone, for notebooks that need no weights."""
-    from transformers import AutoTokenizer
+    from medcot_utils.engines import embedded
 
-    from medcot_utils.engines.embedded import model_source
-
-    return AutoTokenizer.from_pretrained(model_source(settings.name), revision=settings.revision)
+    return embedded.load_tokenizer(embedded.model_source(settings.name), settings.revision)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from medcot_utils import platforms
-from medcot_utils.data import SHIPPED_CASES
+from medcot_utils.layout import SHIPPED_CASES
 from medcot_utils.platforms import PlatformError
 
 PREFIX = "embedded:"
@@ -36,10 +36,20 @@ def model_source(name: str) -> str:
     return str(_cached(f"{short}-{_RECIPE}-{hashlib.sha256(made_from).hexdigest()[:8]}", makers[short]))
 
 
+def load_tokenizer(source: str | Path, revision: str | None = None):
+    """The tokenizer of a model source, with EOS standing in where it has no pad token (as TRL does)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
 def _cached(folder_name: str, make: Callable[[Path], None]) -> Path:
     final = platforms.cache_dir() / folder_name
     if not final.exists():
         final.parent.mkdir(parents=True, exist_ok=True)
+        platforms.remove_leftovers(final.parent)
         beside = final.with_name(f".{folder_name}.{os.getpid()}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
         try:

@@ -6,13 +6,13 @@ import gc
 from pathlib import Path
 
 from medcot_utils.config import ModelSettings
-from medcot_utils.engines.embedded import model_source
+from medcot_utils.engines.embedded import load_tokenizer, model_source
 
 
 def load_unquantized(source: str | Path, dtype: str, revision: str | None = None):
     """(model, tokenizer) in `dtype`, never quantized; on the card where it has room, and a quarter more, else on a CPU."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, device_map = getattr(torch, dtype), None
     if torch.cuda.is_available():
@@ -23,7 +23,7 @@ def load_unquantized(source: str | Path, dtype: str, revision: str | None = None
         torch.cuda.empty_cache()
         device_map = {"": 0} if torch.cuda.mem_get_info()[0] > need else None
     model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=kind, device_map=device_map)
-    return model, AutoTokenizer.from_pretrained(source, revision=revision)
+    return model, load_tokenizer(source, revision)
 
 
 def load_base(settings: ModelSettings, dtype: str):

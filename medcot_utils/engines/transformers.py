@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medcot_utils.config import LoraSettings, ModelSettings
-from medcot_utils.engines.embedded import model_source
+from medcot_utils.engines.embedded import load_tokenizer, model_source
 from medcot_utils.engines.merging import merge
 
 __all__ = ["add_lora", "for_inference", "load", "merge"]
@@ -39,7 +39,7 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
         quantization_config=quantization,
         device_map={"": 0} if torch.cuda.is_available() else None,
     )
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=settings.revision)
+    tokenizer = load_tokenizer(source, settings.revision)
     _cpu_packing(model, allowed=False)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))

@@ -213,9 +213,27 @@ def test_a_notebook_before_the_one_it_reads_from_names_that_one(tmp_path):
     assert "03_dataset_prep failed" in result.stderr and "run notebook 02_baseline_inference first" in result.stderr
 
 
+def test_a_notebook_on_inputs_of_other_settings_names_the_one_to_run_again(done):
+    before = notebook_times(done)
+    result = medcot("run", "--run-dir", done, "--from", "6", "--to", "6", "--set", "generation.max_new_tokens=19")
+    assert result.returncode == 1
+    assert "base_answers.jsonl in run/ was made with other settings" in result.stderr
+    assert "run notebook 02_baseline_inference again" in result.stderr
+    assert redone(before, done) == ["06_comparison"], "tried, and stopped before any model"
+    succeed("run", "--run-dir", done)
+
+
+def test_a_second_run_in_the_same_directory_is_refused(done):
+    from filelock import FileLock
+
+    with FileLock(done / ".lock"):
+        result = medcot("run", "--run-dir", done)
+    assert result.returncode == 1 and "another medcot run is working in" in result.stderr
+
+
 def test_a_notebook_parameter_is_handed_to_the_notebook_that_has_it(done):
     before = notebook_times(done)
     succeed("run", "--run-dir", done, "--from", "2", "--to", "3", "--parameter", "QUESTION=Is a fever of 41.5 = danger?")
-    assert redone(before, done) == ["02_baseline_inference", "03_dataset_prep"]
+    assert redone(before, done) == ["02_baseline_inference"], "03 has no such parameter"
     executed = (done / "notebooks" / "02_baseline_inference.ipynb").read_text(encoding="utf-8")
     assert executed.count("Is a fever of 41.5 = danger?") >= 2, "once as parameter, once in the printed prompt"

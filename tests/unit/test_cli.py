@@ -102,6 +102,11 @@ BAD_DATA = {
     "without rows": ("rows.csv", "Question,Complex_CoT,Response\n", "holds no rows"),
     "unusable rows": ("rows.json", json.dumps([ROW | {"Response": " "}]), "no usable row is left of 1"),
     "too few rows": ("rows.json", json.dumps([ROW]), "lower dataset.held_out_rows"),
+    "too few questions": (
+        "rows.json",
+        json.dumps([ROW | {"Question": f"Why {n}?"} for n in range(45)]),
+        "evaluation.num_questions is",
+    ),
     "of another kind": ("rows.xlsx", "x", "expected a file ending in .json, .jsonl, .csv, .parquet"),
 }
 
@@ -111,9 +116,10 @@ def test_data_that_cannot_be_used_is_told_before_anything_runs(case, tmp_path):
     name, content, expected = BAD_DATA[case]
     if content is not None:
         (tmp_path / name).write_text(content, encoding="utf-8")
-    arguments = ("--profile", "smoke", "--run-dir", "run", "--set", f"dataset.path={name}")
+    few = ("--set", "dataset.held_out_rows=5") if case == "too few questions" else ()
+    arguments = ("--profile", "smoke", "--run-dir", "run", "--set", f"dataset.path={name}", *few)
     line = the_one_line(medcot("run", *arguments, cwd=tmp_path))
-    assert name in line or "no usable row" in line or "too few" in case
+    assert name in line or "no usable row" in line or "too few" in case, line
     assert expected in line
     assert not (tmp_path / "run").exists()
 

@@ -205,10 +205,22 @@ def test_shuffling_is_the_same_for_the_same_seed_and_keeps_the_sides_apart():
     assert sorted([*one["id"], *held_out["id"]]) == sorted(rows["id"])
 
 
-@pytest.mark.parametrize("rows", [[{}] * 3, [{"split": "train"}] * 3, [{"split": "test"}] * 3])
-def test_a_split_with_an_empty_side_is_refused(rows):
+def test_a_split_with_an_empty_side_is_refused():
     with pytest.raises(DataError, match=r"3 usable rows leave \d to train on and \d held out: .*held_out_rows \(3\)"):
-        split_rows(dataset(*rows), settings(None, "dataset.held_out_rows=3"), 0)
+        split_rows(dataset(*[{}] * 3), settings(None, "dataset.held_out_rows=3"), 0)
+
+
+@pytest.mark.parametrize("split", ["train", "Train", "test"])
+def test_a_split_column_with_an_empty_side_is_refused_with_its_values(split):
+    with pytest.raises(DataError, match=f"column `split` holds {split}: rows to train on must say train"):
+        split_rows(dataset(*[{"split": split}] * 3), settings(None, "dataset.held_out_rows=3"), 0)
+
+
+def test_ids_that_stand_twice_are_replaced(tmp_path):
+    rows = [{"id": "same", "Question": f"Question {n}?", "Complex_CoT": "So.", "Response": "Yes."} for n in range(3)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert load_rows(settings(path))["id"] == ["row-0", "row-1", "row-2"]
 
 
 # --- repeats and questions ---------------------------------------------------------------------------------------------

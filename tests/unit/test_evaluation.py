@@ -199,7 +199,7 @@ def test_conclusions_say_what_was_shown_and_never_claim_what_was_not():
 def test_the_table_has_a_line_for_every_metric_with_its_verdict():
     table = metrics_table(compared(answers(well_formed=3), answers(well_formed=27)))
     assert len(table) == len(METRICS)
-    assert table.loc["answers that close </think> (share)", "verdict"] == "rose, better"
+    assert table.loc["one </think>, text on both sides (share)", "verdict"] == "rose, better"
 
 
 # --- text ----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ BY_SETTING = [
 BY_INPUT = [
     ("questions", {"base_answers", "tuned_answers", "export_check", *DATA}),
     ("train_rows", {"plan", "adapter", "training_log"}),
-    ("held_out_rows", {"adapter", "training_log", "held_out_loss"}),
+    ("held_out_rows", {"adapter", "training_log", "held_out_loss", "export_check"}),
     ("adapter", {"held_out_loss", "tuned_answers", "merged", "export_check"}),
     ("base_answers", {"metrics", "report"}),
     ("metrics", {"report", "model_card"}),

@@ -73,7 +73,7 @@ def fill(run, repeats=()):
     run.write("base_answers", base)
     run.write("train_rows", rows)
     run.write("held_out_rows", rows)
-    run.write("data_report", {"repeats": list(repeats)})
+    run.write("data_report", {"repeats": list(repeats), "repeats_dropped": True})
     run.write("plan", {"rows": 117, "effective_batch": 4, "steps": 6, "trainable_parameters": 32768, "total_parameters": 10**9})
     run.write("adapter", lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"0" * 1000))
     run.write("training_log", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "eval_loss": 1.75}])
@@ -143,7 +143,7 @@ def test_the_report_shows_every_metric_and_every_question(page, run):
         assert format_interval(metric["difference"]) in seen.text and verdict(name, metric) in seen.text
     assert all(f'<article id="{question["id"]}">' in page for question in QUESTIONS)
     assert seen.text.count("shown, not scored") == 1
-    assert "No training row repeats an evaluation question" in seen.text
+    assert "No training row repeats a held-out question" in seen.text
 
 
 def test_repeated_questions_are_listed_in_report_and_card(tmp_path):
@@ -151,7 +151,7 @@ def test_repeated_questions_are_listed_in_report_and_card(tmp_path):
     repeated = fill(Run.create(tmp_path / "run", CONFIG), [repeat])
     page = Tags(build_report(repeated)).text
     assert "case-9 repeats q1 (similarity 91.5)" in page and "No training row repeats" not in page
-    assert "1 training rows repeat an evaluation question" in model_card(repeated)
+    assert "1 training rows repeat a held-out question and were left out" in model_card(repeated)
 
 
 def test_a_report_without_its_inputs_names_the_notebook(tmp_path):
@@ -173,7 +173,7 @@ def test_the_card_has_the_measured_numbers_the_licence_and_the_limits(run):
         cells = " | ".join(format_interval(metric[side]) for side in ("base", "tuned", "difference"))
         assert f"| {METRICS[name][0]} | {cells} | {verdict(name, metric)} |" in card.text
     assert "2.00 [2.00, 2.00] | 1.50 [1.50, 1.50] | -0.50 [-0.50, -0.50] | fell, better" in card.text
-    assert "On 4 held-out questions" in card.text and "95 % bootstrap" in card.text and "117 training rows" in card.text
+    assert "the rest on 4 held-out questions" in card.text and "95 % bootstrap" in card.text and "117 training rows" in card.text
     assert "0.0012" in card.text and "3 of 3 prompts" in card.text
     assert "1.81 nats per token, that of the 4-bit base + adapter 1.95" in card.text and "1 of 3 prompts" in card.text
     assert str(run.path) not in text
@@ -240,7 +240,8 @@ def test_the_right_merge_agrees_with_base_and_adapter(exported):
     engine, run = exported
     check = verify_export(engine, run)
     require_agreement(check)
-    exact, trained = check["pairs"]
+    exact, trained, both_adapters = check["pairs"]
+    assert (both_adapters["a"], both_adapters["b"]) == ("16-bit base + adapter", "4-bit base + adapter")
     assert check["ok"] and exact["same_greedy"] == exact["prompts"] == CONFIG.export.check_prompts
     assert exact["mean_logprob_difference"] < 1e-3
     assert trained["b"] == "4-bit base + adapter" and trained["mean_logprob_difference"] > exact["mean_logprob_difference"]

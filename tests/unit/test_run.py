@@ -277,3 +277,21 @@ def test_a_forgotten_step_is_not_run_and_its_checkpoints_are_gone(run_factory, w
     assert stale(run) >= {"adapter", "training_log", "held_out_loss"} and run.is_fresh("plan")
     assert not (run.path / "checkpoints").exists()
     assert json.loads((run.path / MANIFEST).read_text())["steps"] == {}
+
+
+def test_what_killed_processes_left_half_written_is_removed_at_the_next_step(run_factory, write_all):
+    run = write_all(run_factory())
+    gone, alive = run.path / ".merged.4194305.tmp", run.path / f".merged.{os.getpid()}.tmp"  # above Linux's largest PID
+    for folder in (gone, alive):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("half")
+    run.begin("05_training")
+    assert not gone.exists() and alive.exists()
+
+
+def test_a_step_on_inputs_of_other_settings_is_refused_with_the_notebook_to_run_again(run_factory, write_all):
+    write_all(run_factory())
+    changed = run_factory("dataset.loss_on=full")
+    with pytest.raises(RunError, match=r"made with other settings .* run notebook 02_baseline_inference again"):
+        changed.begin("05_training")
+    run_factory().begin("05_training")

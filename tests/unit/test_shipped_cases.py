@@ -10,11 +10,12 @@ import pytest
 from datasets import Dataset
 from rapidfuzz import fuzz
 
-from medcot_utils.data import SHIPPED_CASES, SHIPPED_MCQ, find_repeats, normalize
+from medcot_utils.data import find_repeats, normalize
+from medcot_utils.layout import SHIPPED_CASES
 from medcot_utils.prompts import ARTICLE_QUESTION
 
 CASES = [json.loads(line) for line in SHIPPED_CASES.read_text(encoding="utf-8").splitlines()]
-MCQ = [json.loads(line) for line in SHIPPED_MCQ.read_text(encoding="utf-8").splitlines()]
+MCQ = [json.loads(line) for line in SHIPPED_CASES.with_name("mcq.jsonl").read_text(encoding="utf-8").splitlines()]
 SIMILARITY = 75  # stricter than the 85 from which training rows are dropped
 WORDS = {"Question": (20, 60), "Complex_CoT": (50, 110), "Response": (20, 50)}
 

@@ -191,6 +191,19 @@ def test_when_no_checkpoint_is_whole_training_starts_anew(checkpoints):
     assert len(list(checkpoints.glob("broken-*"))) == 2
 
 
+def test_a_finished_run_is_taken_up_without_another_step(tmp_path, capsys):
+    # Four of six steps: in the middle of an epoch, where the Trainer alone would take a fifth.
+    config = load_config("smoke", ["training.max_steps=4", "training.save_steps=2", "training.eval_steps=null"])
+    first = prepare_trainer(make_trainer(tmp_path, config), config)
+    train(first)
+    again = prepare_trainer(make_trainer(tmp_path, config), config)
+    train(again)
+    assert "resuming after step 4 of 4 (checkpoint-4)" in capsys.readouterr().out
+    assert again.state.global_step == 4 and losses(again) == losses(first)
+    weights, taken_up = adapter_weights(first), adapter_weights(again)
+    assert all(taken_up[name].equal(weights[name]) for name in weights)
+
+
 @pytest.mark.model
 @pytest.mark.parametrize("newest", ["deleted", "truncated"])
 def test_a_resumed_run_ends_where_the_uninterrupted_one_did(newest, uninterrupted, checkpoints, capsys):
