@@ -95,7 +95,7 @@ BREAKS = {
     "widgets": (lambda notebook: notebook.metadata.update(widgets={"state": {}}), "metadata.widgets is kept"),
     "no kernelspec": (lambda notebook: notebook.metadata.pop("kernelspec"), "kernelspec is not python3"),
     "another kernel": (lambda notebook: notebook.metadata.kernelspec.update(name="venv"), "kernelspec is not python3"),
-    "home folder": (add_output("saved to /home/ann/runs\n"), "absolute path (/home/a"),
+    "home folder": (add_output(f"saved to {Path('/', 'home', 'ann', 'runs')}\n"), "absolute path (/home/a"),
     "temporary folder": (add_output("'/tmp/pytest-1/run'\n"), "absolute path (/tmp/p"),
     "Kaggle folder": (add_output("(/kaggle/working/runs)\n"), "absolute path (/kaggle/w"),
     "Hub token": (add_output("hf_" + "aB3" * 11), "looks like a secret"),
