@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -65,6 +65,9 @@ class ModelSettings(_Section):
     load_in_4bit: bool = True
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     max_seq_length: int = Field(2048, ge=64, description="tokens of prompt and completion together")
+    gpu_memory_gib: float | None = Field(
+        None, gt=0, description="use no more of the card: rehearse a T4 with 14.5 on a larger one"
+    )
 
 
 class PromptSettings(_Section):
@@ -121,11 +124,29 @@ class TrainingSettings(_Section):
     save_total_limit: int = Field(2, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="held-out loss during training, every so many steps")
     eval_rows: int = Field(8, ge=1, description="held-out rows that the loss during training is taken on")
+    batch_plan: Literal["auto", "as_set"] = Field(
+        "auto", description="auto: on a card, share the effective batch out as its memory allows; as_set: as the settings say"
+    )
+    padding: Literal["auto", "padded", "padding_free"] = Field("auto", description="how rows of unequal length share a batch")
+    num_processes: int = Field(1, ge=1, description="cards to train on, one process each; the effective batch stays")
+    max_hours: float | None = Field(
+        None, gt=0, description="stop in good time before this, with a checkpoint; the next call goes on"
+    )
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Rows per optimizer step, however many processes and micro-batches share them."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @model_validator(mode="after")
     def _steps(self) -> TrainingSettings:
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"training.max_steps is {self.max_steps}: expected a number of steps, or -1 for whole epochs")
+        if self.effective_batch_size % self.num_processes:
+            raise ValueError(
+                f"training.num_processes is {self.num_processes}: the effective batch of {self.effective_batch_size} rows cannot "
+                f"be shared evenly by so many. Choose a divisor, or change training.gradient_accumulation_steps"
+            )
         return self
 
 
@@ -134,7 +155,12 @@ class GenerationSettings(_Section):
     do_sample: bool = False
     temperature: float = Field(0.6, gt=0)
     top_p: float = Field(0.95, gt=0, le=1)
-    batch_size: int = Field(8, ge=1)
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="questions answered at once; auto: what the card's memory holds"
+    )
+    cache_implementation: Literal["auto", "static", "dynamic"] = Field(
+        "auto", description="static: 16-bit weights and a compiled step, for cards with room; auto: where it pays"
+    )
 
 
 class EvaluationSettings(_Section):

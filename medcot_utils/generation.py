@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils.config import GenerationSettings
+from medcot_utils.errors import MedcotError
+from medcot_utils.plans import free_card_memory
 from medcot_utils.prompts import inference_prompt, parse_completion
+
+MAX_BATCH = 64  # more gains little on a card: the step is then bound by arithmetic
+CPU_BATCH = 8
+# The compilation takes about a minute; a step of 64 answers in 4 bits about 40 ms more than a compiled one (benchmarks/).
+STEPS_WORTH_COMPILING = 1000
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class GenerationError(MedcotError):
+    """Answers cannot be made as asked; the message says why and what to set."""
 
 
 def generate_arguments(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -28,6 +40,48 @@ def generate_arguments(settings: GenerationSettings, tokenizer: PreTrainedTokeni
     return arguments | {"temperature": None, "top_p": None} | sampling
 
 
+def resolve(
+    model: PreTrainedModel, settings: GenerationSettings, questions: int, prompt_tokens: int
+) -> tuple[PreTrainedModel, GenerationSettings]:
+    """(model, settings) for many answers, with every `auto` decided; says what was decided.
+
+    Where a card has room and there are enough steps to repay the compilation, the cache is static: the model is dequantized
+    to its compute dtype, adapter merged (`engines.fast`), and each step runs compiled. Else the model stays as it is.
+    `prompt_tokens`: the longest prompt's."""
+    import torch
+
+    on_card, cache = torch.cuda.is_available(), settings.cache_implementation
+    size = model.config.get_text_config()
+    head = getattr(size, "head_dim", None) or size.hidden_size // size.num_attention_heads
+    row = 4 * size.num_hidden_layers * size.num_key_value_heads * head * (prompt_tokens + settings.max_new_tokens)
+    patched = "unsloth" in sys.modules
+    if cache == "auto":
+        batches = -(-questions // MAX_BATCH)
+        weights = 2 * model.num_parameters()
+        room = on_card and free_card_memory() > 1.3 * weights + 1.5 * row * min(questions, MAX_BATCH)
+        long = batches * settings.max_new_tokens >= STEPS_WORTH_COMPILING
+        cache = "static" if room and long and not patched else "dynamic"
+    if cache == "static":
+        if patched:
+            raise GenerationError(
+                "generation.cache_implementation static: Unsloth's patches allow no static cache. Set model.engine=transformers, "
+                "or leave the cache to auto"
+            )
+        from medcot_utils.engines.fast import dequantized, use_grouped_decode
+
+        model = dequantized(model)
+        use_grouped_decode(model)
+    batch_size = settings.batch_size
+    if batch_size == "auto":
+        # A cache that grows is copied as it does; one of fixed size is there once.
+        fits = int(free_card_memory() / (row * (1.2 if cache == "static" else 2.5))) if on_card else CPU_BATCH
+        batches = -(-questions // max(1, min(MAX_BATCH, fits, questions)))
+        batch_size = -(-questions // batches)
+    how = "compiled steps over a static cache, 16-bit weights" if cache == "static" else "a cache that grows, weights as loaded"
+    print(f"{questions} questions in batches of {batch_size}: {how}")
+    return model, settings.model_copy(update={"batch_size": batch_size, "cache_implementation": cache})
+
+
 def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -40,30 +94,69 @@ def answer_questions(
 
     A record: id, prompt, completion, thinking, answer, completion_tokens, thinking_tokens, answer_tokens, closed
     (`</think>` tags), well_formed (closed once, text on both sides), finished (ended by EOS, not cut at max_new_tokens),
-    seconds (its share of its batch's time)."""
+    seconds (its share of its batch's time). The model may be used up (see `resolve`); a batch that the card's memory does
+    not hold is halved. Raises GenerationError for a static cache in a process that unsloth has patched."""
     import torch
+    from accelerate.utils.memory import should_reduce_batch_size
     from tqdm.auto import tqdm
 
     prompts = [inference_prompt(question["Question"], newline_after_think) for question in questions]
+    longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
+    model, settings = resolve(model, settings, len(prompts), longest)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    arguments, records = generate_arguments(settings, tokenizer), [None] * len(prompts)
+    records, batch_size = [None] * len(prompts), settings.batch_size
     torch.manual_seed(seed)
-    for start in tqdm(range(0, len(order), settings.batch_size), desc="answers", unit="batch"):
-        chosen = order[start : start + settings.batch_size]
-        began = time.perf_counter()
-        batch = _pad_left(tokenizer, [prompts[i] for i in chosen]).to(model.device)
-        with torch.inference_mode():
-            sequences = model.generate(**batch, **arguments)
-        seconds = (time.perf_counter() - began) / len(chosen)
-        for i, row in zip(chosen, sequences[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            records[i] = {"id": questions[i]["id"], **make_record(tokenizer, prompts[i], row, seconds)}
+    with tqdm(total=len(order), desc="answers", unit="answer") as bar:
+        while order:
+            chosen = order[:batch_size]
+            began = time.perf_counter()
+            try:
+                completions = _complete(model, tokenizer, [prompts[i] for i in chosen], settings, batch_size, longest)
+            except RuntimeError as error:
+                if len(chosen) == 1 or not should_reduce_batch_size(error):
+                    raise
+                completions = None
+            if completions is None:  # out of the except block: its traceback would keep the cache alive
+                batch_size = len(chosen) // 2
+                print(f"out of memory: batches of {batch_size} from here on")
+                torch.cuda.empty_cache()
+                continue
+            seconds = (time.perf_counter() - began) / len(chosen)
+            for i, row in zip(chosen, completions, strict=True):
+                records[i] = {"id": questions[i]["id"], **make_record(tokenizer, prompts[i], row, seconds)}
+            order = order[batch_size:]
+            bar.update(len(chosen))
     return records
 
 
-def _pad_left(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> Any:
+def _complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    settings: GenerationSettings,
+    batch_size: int,
+    longest: int,
+) -> list[list[int]]:
+    """Token ids after each prompt."""
+    import torch
+
+    arguments, length = generate_arguments(settings, tokenizer), None
+    if settings.cache_implementation == "static":
+        # One shape for all batches: another one would be compiled anew.
+        arguments["cache_implementation"], length = "static", longest
+        padded = prompts + prompts[-1:] * (batch_size - len(prompts))
+    else:
+        padded = prompts
+    batch = _pad_left(tokenizer, padded, length).to(model.device)
+    with torch.inference_mode():
+        sequences = model.generate(**batch, **arguments)
+    return sequences[: len(prompts), batch["input_ids"].shape[1] :].tolist()
+
+
+def _pad_left(tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int | None = None) -> Any:
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
-        return tokenizer(prompts, return_tensors="pt", padding=True)
+        return tokenizer(prompts, return_tensors="pt", padding="max_length" if length else True, max_length=length)
     finally:
         tokenizer.padding_side = side  # training pads on the right
 

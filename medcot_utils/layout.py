@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from medcot_utils.config import TrainingSettings
+
 SHIPPED_CASES = Path(__file__).parent / "data" / "cases.jsonl"
 
 
@@ -26,7 +28,9 @@ _TRAINING, _COMPARISON, _EXPORT = "05_training", "06_comparison", "07_export"
 _ALL = ("profile", "seed", "model", "prompt", "dataset", "lora", "training", "generation", "evaluation", "export")
 _GENERATION = ("model", "prompt", "generation", "seed")
 _TEXT = ("model.name", "model.revision", "model.max_seq_length", "prompt", "dataset", "seed")
-_LOSS = ("model", "lora", "training", "seed")
+# How the work is shared out and when it pauses, which changes no result beyond rounding.
+_HOW = {"batch_plan", "padding", "num_processes", "max_hours"}
+_LOSS = ("model", "lora", *(f"training.{name}" for name in TrainingSettings.model_fields if name not in _HOW), "seed")
 
 ARTIFACTS: dict[str, Artifact] = {
     "machine": Artifact(_SETUP, "machine.json", _ALL),

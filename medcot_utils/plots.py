@@ -42,6 +42,20 @@ def loss_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def band_figure(bounds: dict[int, tuple[float, float]], log_history: Sequence[dict[str, Any]]) -> Figure:
+    """A run's training loss at its logged steps over the band of the public T4 runs. Loss in nats per token."""
+    figure, axes = _figure()
+    steps = list(bounds)
+    low, high = zip(*bounds.values(), strict=True)
+    axes.fill_between(steps, low, high, color=BASE, alpha=0.35, linewidth=0, label="public T4 runs")
+    train = [(entry["step"], float(entry["loss"])) for entry in log_history if "loss" in entry]
+    axes.plot(*zip(*train, strict=True), color=TUNED, marker="o", markersize=3.5, label="this run")
+    axes.set(title="This run and public runs of the recipe", xlabel="optimizer step", ylabel="loss (nats per token)")
+    _tidy(axes)
+    axes.legend(frameon=False)
+    return figure
+
+
 def length_figure(tokens: Sequence[int], limit: int) -> Figure:
     """Histogram of row lengths in tokens, with the cut-off."""
     figure, axes = _figure()

@@ -1,4 +1,4 @@
-"""The SFT trainer: its arguments, resume from the last good checkpoint, live figure and progress, memory estimate."""
+"""The SFT trainer: its arguments, resume from the last good checkpoint, and going on with less memory."""
 
 from __future__ import annotations
 
@@ -6,35 +6,42 @@ import json
 import math
 import shutil
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils.notebook import NotebookProgressCallback
 
+from medcot_utils.callbacks import LossFigure, ProgressFile, SkippedSteps, TimeBudget, TimeBudgetReached, TqdmProgress
 from medcot_utils.config import RunConfig
+from medcot_utils.engines import compute_dtype
 from medcot_utils.errors import MedcotError
+from medcot_utils.plans import BatchPlan, batch_plans, choose, free_card_memory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from types import ModuleType
+
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTTrainer
+
+PROGRESS = "progress.jsonl"
 
 
 class TrainingError(MedcotError):
     """Training cannot go on as planned; the message says what differs and what to do."""
 
 
-def sft_arguments(config: RunConfig) -> dict[str, Any]:
+def sft_arguments(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
     """The keyword arguments of `trl.SFTConfig` (but for output_dir), all that differ from its defaults or matter here."""
     import torch
 
     t, on_card = config.training, torch.cuda.is_available()
-    bf16 = on_card and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = compute_dtype(config.model)
     return {
-        "per_device_train_batch_size": t.per_device_train_batch_size,
-        "gradient_accumulation_steps": t.gradient_accumulation_steps,
+        "per_device_train_batch_size": plan.per_device_train_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "per_device_eval_batch_size": t.per_device_eval_batch_size,
         "warmup_steps": t.warmup_steps,
         "max_steps": t.max_steps,
@@ -51,14 +58,13 @@ def sft_arguments(config: RunConfig) -> dict[str, Any]:
         "eval_steps": t.eval_steps,
         "seed": config.seed,
         "data_seed": config.seed,
-        "bf16": bf16,
-        "fp16": on_card and not bf16,
-        # TRL's defaults would put both back: checkpointing on, and rows clipped at 1,024 tokens without a word.
-        "gradient_checkpointing": bool(config.lora.use_gradient_checkpointing),
-        "max_length": None,
-        # Rows come tokenized, with labels, from notebook 03.
-        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "bf16": on_card and dtype == torch.bfloat16,
+        "fp16": on_card and dtype == torch.float16,
+        # TRL's default would put it back on.
+        "gradient_checkpointing": bool(plan.gradient_checkpointing),
+        "use_cpu": not on_card,
         "dataloader_pin_memory": on_card,
+        "ddp_find_unused_parameters": False if plan.num_processes > 1 else None,
         "report_to": "none",
     }
 
@@ -100,32 +106,83 @@ def checkpoint_fault(path: Path) -> str | None:
     return None
 
 
-def train(trainer: SFTTrainer) -> TrainOutput:
-    """Train from the last good checkpoint in the trainer's output_dir, or from the start; says which."""
-    output_dir = Path(trainer.args.output_dir)
-    checkpoint = last_good_checkpoint(output_dir)
+def train(make_trainer: Callable[[BatchPlan], SFTTrainer], plans: Sequence[BatchPlan], config: RunConfig) -> SFTTrainer:
+    """Train to the end from the last good checkpoint in the trainer's output_dir, or from the start; says which.
+
+    `make_trainer(plan)` gives a trainer for a plan, as notebook 05 shows. When the card's memory runs out, the finished
+    steps are saved and the next plan, which needs less, goes on from there. Returns the trainer that finished.
+
+    Raises the card's own error if the last plan runs out of memory too, TimeBudgetReached where training.max_hours ended it
+    in time (a checkpoint is there), and TrainingError for an effective batch other than the configured one."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    for plan, smaller in zip(plans, [*plans[1:], None], strict=True):
+        trainer = prepare_trainer(make_trainer(plan), config)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            _train_or_resume(trainer)
+            return trainer
+        except RuntimeError as error:
+            # Of several processes only one may have run out: all end, and whoever started them goes on with a smaller plan.
+            if smaller is None or trainer.args.world_size > 1 or not should_reduce_batch_size(error):
+                raise
+        # Out of the except block: its traceback would keep the activations alive.
+        print(f"out of memory after step {trainer.state.global_step} with {plan}: going on from there with {smaller}")
+        _keep_finished_steps(trainer)
+        del trainer
+    raise TrainingError("no batch plan was given")
+
+
+def _train_or_resume(trainer: SFTTrainer) -> None:
+    checkpoint = last_good_checkpoint(Path(trainer.args.output_dir))
     if checkpoint:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        print(f"resuming after step {state.global_step} of {state.max_steps} ({checkpoint.name})")
+        if trainer.is_world_process_zero():
+            print(f"resuming after step {state.global_step} of {state.max_steps} ({checkpoint.name})")
         if state.global_step >= state.max_steps:
-            return _take_up(trainer, checkpoint, state)
-    return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            _take_up(trainer, checkpoint, state)
+            return
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    budgets = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TimeBudget)]
+    if any(budget.stopped for budget in budgets):
+        raise TimeBudgetReached(
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, before training.max_hours were over; "
+            f"a checkpoint is saved, and the same command or notebook goes on from it"
+        )
 
 
-def _take_up(trainer: SFTTrainer, checkpoint: Path, state: TrainerState) -> TrainOutput:
+def _take_up(trainer: SFTTrainer, checkpoint: Path, state: TrainerState) -> None:
     # The Trainer itself would take one more step before it saw that there was none left.
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = state
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, LossFigure):
-            callback.on_log(trainer.args, state, trainer.control)
-    return TrainOutput(state.global_step, float("nan"), {})
+            callback.draw(state.log_history)
+
+
+def _keep_finished_steps(trainer: SFTTrainer) -> None:
+    """Save the state after the last finished step and give back what the trainer holds on the card. A step that ran out of
+    memory has changed neither weights nor optimizer, so nothing of it needs undoing."""
+    import gc
+
+    import torch
+
+    trainer.model.zero_grad(set_to_none=True)
+    saved = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    if trainer.state.global_step > 0 and checkpoint_fault(saved) is not None:
+        trainer._save_checkpoint(trainer.model, trial=None)
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def check_effective_batch(trainer: SFTTrainer, config: RunConfig) -> int:
     """Rows per optimizer step. Raises TrainingError if it is not per-device batch x accumulation as configured: with two
     cards visible some stacks double it without a word."""
-    planned = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
+    planned = config.training.effective_batch_size
     actual = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
     if actual != planned:
         raise TrainingError(
@@ -145,58 +202,63 @@ def keep_lora_float32(trainer: SFTTrainer) -> None:
             parameter.data = parameter.data.float()
 
 
-# --- what the reader sees ------------------------------------------------------------------------------------------
-
-
-class TqdmProgress(TrainerCallback):
-    """One progress bar over optimizer steps with the last loss beside it."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
-
-class LossFigure(TrainerCallback):
-    """The loss curve, drawn anew in the same place of the notebook at every logged step."""
-
-    def __init__(self) -> None:
-        self.handle = None
-
-    def on_log(self, args, state, control, **kwargs):
-        if any("loss" in entry for entry in state.log_history):
-            self._draw(state.log_history)
-
-    def _draw(self, log_history):
-        from IPython.display import display
-
-        from medcot_utils.plots import loss_figure
-
-        figure = loss_figure(log_history)
-        if self.handle is None:
-            self.handle = display(figure, display_id=True)
-        else:
-            self.handle.update(figure)
+# --- made ready ----------------------------------------------------------------------------------------------------
 
 
 def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
-    """The trainer made ready: effective batch checked, LoRA matrices in float32, and a progress bar and a live loss
-    figure in place of its printed dictionaries. Raises TrainingError if the effective batch is not the configured one."""
-    print(f"{check_effective_batch(trainer, config)} rows per optimizer step")
+    """The trainer made ready: effective batch checked, LoRA matrices in float32, skipped steps counted, the time budget
+    watched, and a progress bar and a live loss figure in place of its printed dictionaries. Raises TrainingError if the
+    effective batch is not the configured one."""
+    rows = check_effective_batch(trainer, config)
     keep_lora_float32(trainer)
     for kind in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(kind)
-    trainer.add_callback(TqdmProgress())
-    trainer.add_callback(LossFigure())
+    trainer.add_callback(SkippedSteps(trainer.accelerator))
+    if config.training.max_hours:
+        trainer.add_callback(TimeBudget(config.training.max_hours))
+    if trainer.args.world_size > 1:
+        trainer.add_callback(ProgressFile(Path(trainer.args.output_dir) / PROGRESS))
+    else:
+        print(f"{rows} rows per optimizer step")
+        trainer.add_callback(TqdmProgress())
+        trainer.add_callback(LossFigure())
     return trainer
+
+
+# --- without a notebook --------------------------------------------------------------------------------------------
+
+
+def plan_training(
+    engine: ModuleType, model: PreTrainedModel, config: RunConfig, rows: Dataset, processes: int = 1
+) -> list[BatchPlan]:
+    """The batch plans to try in turn for tokenized rows, by this card's free memory. Raises PlanError if none fits."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return choose(batch_plans(model, config, lengths, engine.WHOLE_LOGITS, processes), free_card_memory())
+
+
+def make_sft_trainer(
+    engine: ModuleType,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    plan: BatchPlan,
+    train_rows: Dataset,
+    held_out_rows: Dataset,
+    output_dir: Path,
+) -> SFTTrainer:
+    """TRL's trainer for a plan, over tokenized and labelled rows; held-out rows only as far as training looks at them."""
+    from trl import SFTConfig, SFTTrainer
+
+    engine.set_checkpointing(model, plan.gradient_checkpointing)
+    columns, few = ["input_ids", "labels"], range(min(config.training.eval_rows, len(held_out_rows)))
+    arguments = sft_arguments(config, plan) | engine.trainer_arguments(config.training)
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(output_dir=str(output_dir), **arguments),
+        train_dataset=train_rows.select_columns(columns),
+        eval_dataset=held_out_rows.select_columns(columns).select(few),
+        processing_class=tokenizer,
+    )
 
 
 # --- plan ----------------------------------------------------------------------------------------------------------
@@ -205,35 +267,6 @@ def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
 def step_plan(config: RunConfig, rows: int) -> dict[str, Any]:
     """{rows, effective_batch, steps, epochs}: optimizer steps and how often they pass over the rows."""
     t = config.training
-    effective_batch = t.per_device_train_batch_size * t.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(rows / effective_batch)
+    steps_per_epoch = math.ceil(rows / t.effective_batch_size)
     steps = t.max_steps if t.max_steps > 0 else math.ceil(t.num_train_epochs * steps_per_epoch)
-    return {"rows": rows, "effective_batch": effective_batch, "steps": steps, "epochs": round(steps / steps_per_epoch, 2)}
-
-
-def memory_estimate(model: PreTrainedModel, config: RunConfig, tokens_per_row: int) -> dict[str, float]:
-    """MB that one training step needs, by part, for rows of `tokens_per_row` tokens.
-
-    Activations without checkpointing: 34 bytes x tokens x hidden size x layers at 16 bits, after Korthikanti et al. 2022,
-    "Reducing Activation Recomputation in Large Transformer Models", eq. 2 without its attention-score term (SDPA keeps no
-    scores), doubled at float32; with checkpointing only each layer's input is kept. Logits: three float32 copies (the
-    logits, their softmax, their gradient)."""
-    import torch
-
-    sizes, batch = model.config.get_text_config(), config.training.per_device_train_batch_size
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    wide = 2 if model.dtype == torch.float32 else 1
-    tokens = batch * tokens_per_row
-    per_layer = 2 * wide if config.lora.use_gradient_checkpointing else 34 * wide
-    optimizer = 2 if config.training.optim.endswith("8bit") else 8
-    frozen = model.get_memory_footprint() - sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    parts = {
-        "base weights": frozen,
-        "LoRA weights (float32)": 4 * trainable,
-        "LoRA gradients": 4 * trainable,
-        "optimizer states": optimizer * trainable,
-        "activations": per_layer * tokens * sizes.hidden_size * sizes.num_hidden_layers,
-        "logits": 3 * 4 * tokens * sizes.vocab_size,
-    }
-    parts["total"] = sum(parts.values())
-    return {name: round(size / 1e6, 1) for name, size in parts.items()}
+    return {"rows": rows, "effective_batch": t.effective_batch_size, "steps": steps, "epochs": round(steps / steps_per_epoch, 2)}

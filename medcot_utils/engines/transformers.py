@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from medcot_utils.config import LoraSettings, ModelSettings
+from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
+from medcot_utils.engines import compute_dtype, local_rank
 from medcot_utils.engines.embedded import load_tokenizer, model_source
 from medcot_utils.engines.merging import merge
 
-__all__ = ["add_lora", "for_inference", "load", "merge"]
+__all__ = ["add_lora", "for_inference", "load", "merge", "set_checkpointing", "trainer_arguments"]
 
-
-def compute_dtype(settings: ModelSettings) -> torch.dtype:
-    """The dtype of activations: as set, or with `auto` bfloat16 on cards that have it, float16 on others, float32 on a CPU."""
-    if settings.dtype != "auto":
-        return getattr(torch, settings.dtype)
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+WHOLE_LOGITS = True  # TRL's loss keeps the logits of a whole micro-batch
 
 
 def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -37,7 +32,7 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
         revision=settings.revision,
         dtype=dtype,
         quantization_config=quantization,
-        device_map={"": 0} if torch.cuda.is_available() else None,
+        device_map={"": local_rank()} if torch.cuda.is_available() else None,
     )
     tokenizer = load_tokenizer(source, settings.revision)
     _cpu_packing(model, allowed=False)
@@ -67,6 +62,20 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def set_checkpointing(model: PreTrainedModel, checkpointing: Literal["unsloth"] | bool) -> None:
+    """Switch gradient checkpointing on or off, as a batch plan asks; "unsloth" is plain checkpointing here."""
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    elif model.is_gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+
+
+def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
+    """What this engine adds to the trainer's arguments: the rows of notebook 03 are left as they are, and padded."""
+    return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
 
 
 def for_inference(model: PreTrainedModel) -> PreTrainedModel:

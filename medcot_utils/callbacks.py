@@ -1,0 +1,145 @@
+"""Trainer callbacks: what the reader sees, steps that did not count, and stopping in good time."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from medcot_utils.errors import MedcotError
+
+SESSION_STARTED = "MEDCOT_SESSION_STARTED"  # seconds since the epoch, set where a session of several notebooks begins
+MAX_SKIPPED_STEPS = 5
+_RESERVE_SECONDS = 60  # to save the checkpoint and end in peace
+
+
+class TimeBudgetReached(MedcotError):
+    """Training stopped before training.max_hours with a checkpoint; nothing failed, and the same command goes on."""
+
+
+class SkippedStepsError(MedcotError):
+    """GradScaler threw away more steps than a healthy start does."""
+
+
+class TqdmProgress(TrainerCallback):
+    """One progress bar over optimizer steps with the last loss beside it."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+class LossFigure(TrainerCallback):
+    """The loss curve, drawn anew in the same place of the notebook at every logged step."""
+
+    def __init__(self) -> None:
+        self.handle = None
+
+    def on_log(self, args, state, control, **kwargs):
+        self.draw(state.log_history)
+
+    def draw(self, log_history: list[dict[str, Any]]) -> None:
+        """Show or update the figure; nothing to show without a logged loss."""
+        from IPython.display import display
+
+        from medcot_utils.plots import loss_figure
+
+        if not any("loss" in entry for entry in log_history):
+            return
+        figure = loss_figure(log_history)
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)
+
+
+class ProgressFile(TrainerCallback):
+    """Step and log of the first process as lines of JSON, for the notebook that waits for several processes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def _write(self, state, **more) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"step": state.global_step, "max_steps": state.max_steps} | more) + "\n")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._write(state, log_history=state.log_history)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._write(state)
+
+    def on_log(self, args, state, control, **kwargs):
+        self._write(state, log_history=state.log_history)
+
+
+class SkippedSteps(TrainerCallback):
+    """Count the optimizer steps that GradScaler skipped, which happens in float16 until its scale has come down.
+
+    Each leaves an entry `skipped_step` in the log, which checkpoints keep. Raises SkippedStepsError at the sixth: a run
+    that goes on so trains on far fewer steps than it says."""
+
+    def __init__(self, accelerator) -> None:
+        self.accelerator = accelerator
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.accelerator.optimizer_step_was_skipped:
+            return
+        state.log_history.append({"step": state.global_step, "skipped_step": 1})
+        if (skipped := skipped_steps(state.log_history)) > MAX_SKIPPED_STEPS:
+            raise SkippedStepsError(
+                f"{skipped} of {state.global_step} optimizer steps were skipped because gradients overflowed in float16 (up to "
+                f"{MAX_SKIPPED_STEPS} at the start are usual): lower training.learning_rate, look for rows with odd text, or "
+                f"use a card with bfloat16"
+            )
+
+
+def skipped_steps(log_history: list[dict[str, Any]]) -> int:
+    """How many optimizer steps GradScaler skipped, by the trainer's log."""
+    return sum(entry.get("skipped_step", 0) for entry in log_history)
+
+
+class TimeBudget(TrainerCallback):
+    """Stop with a checkpoint while there is still time to save it: `max_hours` after the session began.
+
+    A session begins where `medcot run` or, without it, this callback did. At least one step is taken."""
+
+    def __init__(self, max_hours: float) -> None:
+        self.deadline = float(os.environ.get(SESSION_STARTED) or time.time()) + 3600 * max_hours
+        self.longest, self.last, self.stopped = 0.0, None, False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.last = time.time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.time()
+        self.longest = max(self.longest, now - self.last)
+        late = now + 2 * self.longest + _RESERVE_SECONDS > self.deadline
+        if _any_process(late, args.device) and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+
+def _any_process(flag: bool, device) -> bool:
+    # All processes stop at the same step, or the next one waits for ever.
+    import torch
+
+    if not torch.distributed.is_initialized():
+        return flag
+    everywhere = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MAX)
+    return bool(everywhere.item())

@@ -1,0 +1,114 @@
+"""Training in several processes from a notebook: torchrun beneath, one bar and one figure above."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from medcot_utils.callbacks import LossFigure, TimeBudgetReached
+from medcot_utils.run import Run
+from medcot_utils.training import PROGRESS, TrainingError, last_good_checkpoint
+
+_OUT_OF_MEMORY = "out of memory"
+
+
+def train_in_processes(run: Run, num_processes: int) -> None:
+    """Train the run to its last step in `num_processes` processes, one to a card; the last checkpoint is left to be taken up.
+
+    A process that runs out of memory ends them all, and the next batch plan goes on from the last checkpoint. Raises
+    TrainingError with the first failing process's message, or TimeBudgetReached where training.max_hours ended it in time."""
+    check_cards(num_processes)
+    output_dir = run.checkpoint_dir("adapter")
+    for skip_plans in range(32):
+        progress = output_dir / PROGRESS
+        progress.unlink(missing_ok=True)
+        failure = _launch(run, num_processes, skip_plans, progress)
+        if failure is None:
+            return
+        kind, message = failure
+        if kind == "TimeBudgetReached":
+            raise TimeBudgetReached(message)
+        if _OUT_OF_MEMORY not in message or skip_plans == 31:
+            raise TrainingError(f"training in {num_processes} processes failed: {kind}: {message}")
+        checkpoint = last_good_checkpoint(output_dir)
+        print(f"out of memory: going on with the next smaller batch plan from {checkpoint.name if checkpoint else 'the start'}")
+
+
+def check_cards(num_processes: int) -> None:
+    """Raises TrainingError if there are cards, but fewer than processes."""
+    import torch
+
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if 0 < cards < num_processes:
+        raise TrainingError(
+            f"training.num_processes is {num_processes}, but only {cards} can be seen: each process needs a card of its own. "
+            f"Set training.num_processes={cards}"
+        )
+
+
+def _launch(run: Run, num_processes: int, skip_plans: int, progress: Path) -> tuple[str, str] | None:
+    """Run torchrun to its end, showing progress; (kind, message) of the first failure, or None."""
+    with tempfile.TemporaryDirectory() as logs:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+        command += [f"--log-dir={logs}", "--redirects=3", "-m", "medcot_utils.worker", str(run.path)]
+        command += ["--skip-plans", str(skip_plans)]
+        package = str(Path(__file__).parent.parent)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+        said = Path(logs) / "torchrun.log"
+        with said.open("w") as out:
+            # A group of its own: what ends this process by a signal must end them all.
+            started = subprocess.Popen(command, env=environment, start_new_session=True, stdout=out, stderr=out)
+        try:
+            _show(started, progress)
+        finally:
+            if started.poll() is None:
+                os.killpg(started.pid, signal.SIGTERM)
+                started.wait(30)
+        return None if started.returncode == 0 else _first_failure(Path(logs))
+
+
+def _first_failure(logs: Path) -> tuple[str, str]:
+    """The kind and message of the process that failed first, by the files that torchrun's `record` leaves."""
+    failures = []
+    for path in logs.rglob("error.json"):
+        message: Any = json.loads(path.read_text(encoding="utf-8"))["message"]
+        if isinstance(message, dict):
+            failures.append((float(message["extraInfo"]["timestamp"]), message["message"], path.parent.name))
+    if not failures:
+        tails = [path.read_text(encoding="utf-8", errors="replace").strip()[-300:] for path in sorted(logs.rglob("*.log"))]
+        return "a process was killed", " | ".join(tail.splitlines()[-1] for tail in tails if tail)
+    _, message, rank = min(failures)
+    kind, _, text = message.partition(": ")
+    return (kind, text) if kind == "TimeBudgetReached" else (f"process {rank}: {kind}", text)
+
+
+def _show(started: subprocess.Popen, progress: Path) -> None:
+    """Follow the first process's lines until the processes have ended."""
+    figure, read = LossFigure(), 0
+    with tqdm(desc="training", unit="step") as bar:
+        while True:
+            ended = started.poll() is not None
+            lines = progress.read_text(encoding="utf-8").splitlines() if progress.exists() else []
+            for line in lines[read:]:
+                state = json.loads(line)
+                bar.total = state["max_steps"]
+                bar.update(state["step"] - bar.n)
+                if log := [entry for entry in state.get("log_history", []) if "loss" in entry]:
+                    bar.set_postfix(loss=f"{float(log[-1]['loss']):.3f}")
+            logged = [line for line in lines[read:] if "log_history" in line]
+            if logged:
+                figure.draw(json.loads(logged[-1])["log_history"])
+            read = len(lines)
+            if ended:
+                return
+            time.sleep(0.5)

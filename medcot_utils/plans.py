@@ -1,0 +1,196 @@
+"""The batch plan: how an effective batch is shared out over micro-batches and processes, and the memory that takes."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from medcot_utils.config import RunConfig
+from medcot_utils.errors import MedcotError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedModel
+
+# Bytes of activations per token, hidden unit and layer at 16 bits: Korthikanti et al. 2022, "Reducing Activation
+# Recomputation in Large Transformer Models", eq. 2 without its attention-score term (SDPA keeps no scores).
+_ACTIVATION_BYTES = 34
+# Each micro-batch costs about as much time as so many tokens more (launches and, in 4 bits, the weights unpacked anew):
+# benchmarks/, an 8B Llama on an H200. Plans are only ranked by it.
+_MICRO_BATCH_TOKENS = 1500
+# Recomputing the forward pass makes six operations per weight and token out of the four that LoRA needs.
+_RECOMPUTE = 1.5
+# Left free for fragmentation and the libraries' workspaces.
+_HEADROOM = 0.9
+
+
+class PlanError(MedcotError):
+    """The effective batch cannot be trained on this card; the message says what is needed, what is free and what to do."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One way to take an optimizer step: the same rows in the same order, in micro-batches that differ.
+
+    memory_mb: what the step needs beside the weights (MB, estimate). relative_cost: tokens' worth of time per step, for
+    ranking only."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    num_processes: int
+    gradient_checkpointing: Literal["unsloth"] | bool
+    memory_mb: float
+    relative_cost: float
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Rows per optimizer step over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_processes
+
+    def __str__(self) -> str:
+        processes = f"{self.num_processes} processes x " if self.num_processes > 1 else ""
+        checkpointing = f"{self.gradient_checkpointing} checkpointing" if self.gradient_checkpointing else "no checkpointing"
+        shape = f"{self.per_device_train_batch_size} rows x {self.gradient_accumulation_steps} micro-batches"
+        return f"{processes}{shape}, {checkpointing.replace('True', 'gradient')}"
+
+
+def memory_parts(
+    model: PreTrainedModel, config: RunConfig, tokens: int, checkpointing: Literal["unsloth"] | bool, whole_logits: bool
+) -> dict[str, float]:
+    """MB that one training step needs, by part, when its largest micro-batch has `tokens` tokens, padding counted.
+
+    Activations without checkpointing: 34 bytes x tokens x hidden size x layers at 16 bits (Korthikanti et al. 2022, eq. 2),
+    doubled at float32. With checkpointing only one layer's, and the input of every layer ("unsloth" keeps those in main
+    memory). Logits: three float32 copies (the logits, their softmax, their gradient), unless the loss is taken in pieces."""
+    import torch
+
+    sizes = model.config.get_text_config()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    wide = 2 if model.dtype == torch.float32 else 1
+    layer = _ACTIVATION_BYTES * wide * tokens * sizes.hidden_size
+    if not checkpointing:
+        activations = layer * sizes.num_hidden_layers
+    else:
+        inputs = 0 if checkpointing == "unsloth" else 2 * wide * tokens * sizes.hidden_size * sizes.num_hidden_layers
+        activations = 2 * layer + inputs
+    frozen = model.get_memory_footprint() - sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    parts = {
+        "base weights": frozen,
+        "LoRA weights (float32)": 4 * trainable,
+        "LoRA gradients": 4 * trainable,
+        "optimizer states": (2 if config.training.optim.endswith("8bit") else 8) * trainable,
+        "activations": activations,
+        "logits": 3 * 4 * tokens * sizes.vocab_size if whole_logits else 0,
+    }
+    parts["total"] = sum(parts.values())
+    return {name: round(size / 1e6, 1) for name, size in parts.items()}
+
+
+def free_card_memory() -> float:
+    """Bytes that this process can still take on its card, what it holds unused counted in; infinite without a card. In a
+    group of processes: the least of any."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return math.inf
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    allowed = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
+    least = min(free, allowed)
+    if torch.distributed.is_initialized():
+        everywhere = torch.tensor(least, dtype=torch.float64, device="cuda")
+        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
+        least = everywhere.item()
+    return least
+
+
+def padded_tokens(lengths: Sequence[int], rows: int) -> float:
+    """Mean tokens of a micro-batch of `rows` rows padded to its longest, over the rows in their given order."""
+    batches = [lengths[start : start + rows] for start in range(0, len(lengths) - rows + 1, rows)] or [lengths]
+    return sum(len(batch) * max(batch) for batch in batches) / len(batches)
+
+
+def batch_plans(
+    model: PreTrainedModel,
+    config: RunConfig,
+    lengths: Sequence[int],
+    whole_logits: bool,
+    num_processes: int = 1,
+    on_card: bool | None = None,
+) -> list[BatchPlan]:
+    """Every way to share out the effective batch of the settings, fastest first by `relative_cost`; what memory allows is
+    not asked here. One plan only, as set, with `training.batch_plan: as_set` and on a CPU, where larger micro-batches gain
+    nothing. Raises PlanError if the processes cannot share the batch evenly."""
+    import torch
+
+    t, asked = config.training, config.lora.use_gradient_checkpointing
+    if t.effective_batch_size % num_processes:
+        raise PlanError(f"{num_processes} processes cannot evenly share an effective batch of {t.effective_batch_size} rows")
+    share = t.effective_batch_size // num_processes
+    on_card = torch.cuda.is_available() if on_card is None else on_card
+    if t.batch_plan == "as_set" or not on_card:
+        per_device = min(t.per_device_train_batch_size, share)
+        choices = [(per_device if share % per_device == 0 else math.gcd(per_device, share), asked)]
+    else:
+        sizes = [size for size in range(1, share + 1) if share % size == 0]
+        choices = [(size, checkpointing) for size in sizes for checkpointing in {False: None, asked: None}]
+    plans = []
+    for size, checkpointing in choices:
+        parts = memory_parts(model, config, size * max(lengths), checkpointing, whole_logits)
+        # The weights lie on the card already when the plan is made.
+        need = parts["total"] - parts["base weights"] - parts["LoRA weights (float32)"]
+        tokens = padded_tokens(lengths, size) * (_RECOMPUTE if checkpointing else 1) + _MICRO_BATCH_TOKENS
+        plans.append(BatchPlan(size, share // size, num_processes, checkpointing, round(need, 1), round(tokens * share / size)))
+    return sorted(plans, key=lambda plan: plan.relative_cost)
+
+
+def choose(plans: Sequence[BatchPlan], free: float) -> list[BatchPlan]:
+    """The plans to try in turn: the fastest that `free` bytes hold with a tenth to spare, then those that need less and
+    less. Raises PlanError if none fits."""
+    fitting = [plan for plan in plans if plan.memory_mb * 1e6 <= _HEADROOM * free]
+    if not fitting:
+        smallest = min(plans, key=lambda plan: plan.memory_mb)
+        raise PlanError(
+            f"a training step needs {smallest.memory_mb / 1e3:.1f} GB beside the weights even as {smallest}; "
+            f"{free / 1e9:.1f} GB are free. Lower model.max_seq_length or lora.r, switch on lora.use_gradient_checkpointing, "
+            f"or use a larger card"
+        )
+    chosen = [fitting[0]]
+    for plan in sorted(plans, key=lambda plan: -plan.memory_mb):
+        if plan.memory_mb < chosen[-1].memory_mb:
+            chosen.append(plan)
+    return chosen
+
+
+def plans_table(plans: Sequence[BatchPlan], chosen: BatchPlan, weights_mb: float) -> pd.DataFrame:
+    """One line per plan: its shape, the memory it is estimated to need in all (GB), its cost beside the chosen one's."""
+    import pandas as pd
+
+    lines = [
+        {
+            "rows at once": plan.per_device_train_batch_size,
+            "micro-batches": plan.gradient_accumulation_steps,
+            "gradient checkpointing": str(plan.gradient_checkpointing),
+            "memory (GB)": round((plan.memory_mb + weights_mb) / 1e3, 1),
+            "relative time": round(plan.relative_cost / chosen.relative_cost, 2),
+            "chosen": "yes" if plan == chosen else "",
+        }
+        for plan in plans
+    ]
+    return pd.DataFrame(lines)
+
+
+def measured_memory_gb() -> dict[str, float]:
+    """The most this process has held of its card since training began, by name (GB); empty without a card."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "memory, measured: reserved (GB)": round(torch.cuda.max_memory_reserved() / 1e9, 1),
+        "memory, measured: in use (GB)": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+    }
