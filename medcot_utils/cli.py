@@ -20,6 +20,7 @@ app = typer.Typer(
     help="Fine-tune a reasoning model on medical chain-of-thought data in seven notebooks, and judge the result.",
 )
 console = Console()
+EX_PAUSED = 75
 
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="where the run is kept; runs/<profile> if not given")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="override a setting: --set training.max_steps=10")]
@@ -38,14 +39,43 @@ def run(
     """Run the notebooks in order. A second call goes on at the first unfinished one.
 
     With --profile the settings are that profile's with --set over it; without, those of the run in --run-dir are kept."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    from medcot_utils import platforms, series
+    from medcot_utils import platforms
 
     if first > last:
         raise MedcotError(f"--from {first} is after --to {last}")
     folder = run_dir or Path("runs") / platforms.resolve_profile(profile or "auto")[0]
-    config, line = series.plan_config(folder, profile, settings or [])
+    _run_notebooks(folder, profile, settings or [], first, last, force, _parse_parameters(parameter or []))
+
+
+@app.command()
+def train(
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="a run that notebooks 01 to 04 have prepared")],
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="processes, each on a card of its own")] = 1,
+    settings: Settings = None,
+) -> None:
+    """Train a prepared run (notebook 05), on several cards if asked; the effective batch stays as set.
+
+    A stopped training goes on from its last checkpoint. On several machines, see the README."""
+    from medcot_utils.run import Run
+
+    Run.open(run_dir)  # must be there: train prepares nothing
+    _run_notebooks(run_dir, None, [f"training.num_processes={nproc}", *(settings or [])], 5, 5, False, {})
+
+
+def _run_notebooks(
+    folder: Path,
+    profile: str | None,
+    settings: list[str],
+    first: int,
+    last: int,
+    force: bool,
+    parameters: dict[str, object],
+) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from medcot_utils import platforms, series
+
+    config, line = series.plan_config(folder, profile, settings)
     platforms.hand_on_secrets()
     console.print(line, highlight=False)
     columns = (
@@ -64,7 +94,7 @@ def run(
             first,
             last,
             force,
-            _parse_parameters(parameter or []),
+            parameters,
             say=lambda text: progress.console.print(text, highlight=False),
             report=lambda name, cell, cells: progress.update(task, description=name, completed=cell, total=cells),
         )
@@ -153,9 +183,12 @@ def list_settings(profile: Annotated[str, typer.Argument(help="a profile")] = "d
 
 
 def main() -> None:
-    """Entry point: one line for an error the user can mend, exit code 1."""
+    """Entry point: one line for an error the user can mend, exit code 1; 75 (EX_TEMPFAIL: try again) for a paused training."""
     try:
         app()
     except MedcotError as error:
+        if type(error).__name__ == "SeriesPaused":  # its module is heavy to import, and this one must be light
+            typer.echo(f"medcot: paused. {error}")
+            raise SystemExit(EX_PAUSED) from None
         Console(stderr=True).print(f"medcot: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(1) from None

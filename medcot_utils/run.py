@@ -351,8 +351,8 @@ class Run:
             _remove(self.path / "checkpoints")
 
     def step_state(self, step: str, deep: bool = True) -> str:
-        """`done`, `stale` (settings or inputs have changed), `failed`, `running`, `interrupted` (its process is gone), or
-        `not run`; `deep` as in `is_fresh`."""
+        """`done`, `stale` (settings or inputs have changed), `failed`, `paused` (training.max_hours), `running`,
+        `interrupted` (its process is gone), or `not run`; `deep` as in `is_fresh`."""
         entry = self.manifest()["steps"].get(step)
         if entry is None:
             return "not run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ Report = Callable[[str, int, int], None]
 
 class SeriesError(MedcotError):
     """A notebook failed or cannot be run; the message names it, the cell's error, and where the partial notebook lies."""
+
+
+class SeriesPaused(MedcotError):
+    """Training ended in time, as training.max_hours asked; nothing failed, and the next call goes on."""
 
 
 def notebooks_dir() -> Path:
@@ -102,8 +107,10 @@ def run_series(
     """Run notebooks `first` to `last` into `run_dir`, leaving out those that are done with these settings and inputs.
 
     `report(name, cell, cells)` is called before each cell. Raises SeriesError at the first notebook that fails or whose
-    kernel dies; it and what it had made so far are kept, and the next call goes on there."""
+    kernel dies, and SeriesPaused where training.max_hours ended it; what was made so far is kept, and the next call goes
+    on there."""
     folder = notebooks_dir()
+    os.environ.setdefault("MEDCOT_SESSION_STARTED", str(time.time()))
     check_parameters(parameters or {}, folder)
     quiet_start(config.seed)
     run = Run.create(run_dir, config, force)
@@ -165,6 +172,9 @@ def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Re
             extra_arguments=QUIET_KERNEL,
         )
     except (PapermillExecutionError, DeadKernelError) as error:
+        if isinstance(error, PapermillExecutionError) and error.ename == "TimeBudgetReached":
+            run.record_step(name, state="paused", error=error.evalue)
+            raise SeriesPaused(f"{name}: {error.evalue}") from error
         if isinstance(error, PapermillExecutionError):
             why = " ".join(f"{error.ename}: {error.evalue}".split())  # one line, also of an error that has many
         else:

@@ -1,0 +1,44 @@
+"""Fast answers on a real card, each in a process of its own: Unsloth's patches must not reach the static cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import json, sys
+from medcot_utils.config import load_config
+from medcot_utils.engines import get_engine
+
+name, dtype, cache, quantized = sys.argv[1:]
+config = load_config("smoke", [f"model.name={name}", f"model.dtype={dtype}", f"generation.cache_implementation={cache}",
+    "generation.max_new_tokens=48", "generation.batch_size=4", f"model.load_in_4bit={quantized}"])
+engine = get_engine(config.model, fast_answers=True)
+from medcot_utils import data
+from medcot_utils.generation import answer_questions
+model, tokenizer = engine.load(config.model)
+model = engine.for_inference(model)
+questions = [{"id": str(i), "Question": row["Question"]} for i, row in enumerate(data.load_rows(config.dataset).select(range(7)))]
+records = answer_questions(model, tokenizer, questions, config.generation, True, 0)
+print("RECORDS" + json.dumps([record["completion"] for record in records]))
+"""
+
+
+def answers(model: str, dtype: str, cache: str, quantized: str = "true") -> list[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", SCRIPT, model, dtype, cache, quantized]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RECORDS")).removeprefix("RECORDS"))
+
+
+@pytest.mark.parametrize("quantized", ["true", "false"])
+def test_compiled_answers_are_those_of_a_growing_cache_in_float32(wide_llama, quantized):
+    """In float32 rounding is too small to choose another token, so a wrong mask, position or weight would show."""
+    growing = answers(wide_llama, "float32", "dynamic", quantized)
+    assert len(growing) == 7 and len(set(growing)) > 1
+    assert answers(wide_llama, "float32", "static", quantized) == growing
