@@ -77,7 +77,8 @@ def resolve(
         fits = int(free_card_memory() / (row * (1.2 if cache == "static" else 2.5))) if on_card else CPU_BATCH
         batches = -(-questions // max(1, min(MAX_BATCH, fits, questions)))
         batch_size = -(-questions // batches)
-    how = "compiled steps over a static cache, 16-bit weights" if cache == "static" else "a cache that grows, weights as loaded"
+    static = "a static cache, weights dequantized" + (", compiled steps" if on_card else "")
+    how = static if cache == "static" else "a cache that grows, weights as loaded"
     print(f"{questions} questions in batches of {batch_size}: {how}")
     return model, settings.model_copy(update={"batch_size": batch_size, "cache_implementation": cache})
 
@@ -111,7 +112,7 @@ def answer_questions(
             chosen = order[:batch_size]
             began = time.perf_counter()
             try:
-                completions = _complete(model, tokenizer, [prompts[i] for i in chosen], settings, batch_size, longest)
+                completions = complete(model, tokenizer, [prompts[i] for i in chosen], settings, batch_size, longest)
             except RuntimeError as error:
                 if len(chosen) == 1 or not should_reduce_batch_size(error):
                     raise
@@ -129,7 +130,7 @@ def answer_questions(
     return records
 
 
-def _complete(
+def complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],

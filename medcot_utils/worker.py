@@ -1,4 +1,4 @@
-"""One of several training processes, started by torchrun: `torchrun --nproc-per-node 4 -m medcot_utils.worker RUN_DIR`.
+"""One of several training processes: `torchrun --nproc-per-node 4 -m medcot_utils.worker RUN_DIR`; alone without torchrun.
 
 Each process holds a whole model on its own card and takes its share of every batch; the first one writes checkpoints and
 progress. It leaves the checkpoint of the last step, which notebook 05 takes up."""
@@ -35,7 +35,7 @@ def main() -> None:
     model, tokenizer = engine.load(config.model)
     model = engine.add_lora(model, config.lora)
     train_rows, held_out_rows = run.read("train_rows"), run.read("held_out_rows")
-    plans = plan_training(engine, model, config, train_rows, int(os.environ["WORLD_SIZE"]))
+    plans = plan_training(engine, model, config, train_rows, int(os.environ.get("WORLD_SIZE", 1)))
     output_dir = run.checkpoint_dir("adapter")
 
     def make_trainer(plan):

@@ -56,6 +56,7 @@ def make_config(wide_llama: str):
     def make(*overrides: str):
         settings = [
             f"model.name={wide_llama}",
+            "model.engine=auto",
             "model.dtype=auto",
             "dataset.num_rows=48",
             "training.per_device_train_batch_size=2",

@@ -1,0 +1,131 @@
+"""The table and the figure of docs/benchmarks.md, made from a results file of `run.py`:
+
+python benchmarks/report.py benchmarks/results/NAME.json"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent.parent / "docs"
+BEGIN, END = "<!-- begin: made by benchmarks/report.py -->", "<!-- end -->"
+# Multiplications and additions that LoRA training needs per token and weight: forward 2, gradients of the inputs 2. The
+# weights' own gradients are not needed, recomputed activations and padding are not counted.
+OPERATIONS = 4
+# Weights in matrix products: all of the 8.03e9 but the token embedding, which is looked up.
+MULTIPLIED_WEIGHTS = 8.03e9 - 128256 * 4096
+
+
+def share_of_ceiling(tokens_per_second: float, found: dict[str, Any]) -> float:
+    """Needed operations per second over the card's measured bf16 matrix product."""
+    return tokens_per_second * OPERATIONS * MULTIPLIED_WEIGHTS / (found["ceiling"]["matrix_product_tflops"] * 1e12)
+
+
+def worst_loss_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """The largest relative difference of two runs' losses at any logged step."""
+    return max(abs(a - b) / b for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+
+
+def training_table(found: dict[str, Any]) -> list[str]:
+    names = {"training a": "TRL + PEFT + bitsandbytes", "training b": "Unsloth, the article's arguments", "training c": "medcot"}
+    lines = ["| training, 8 rows a step | how | step | tokens/s | beside b | share of ceiling | peak reserved |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    reference = found["training b"]["tokens_per_second"]
+    for name, label in names.items():
+        result = found[name]
+        step = sum(result["step_seconds"]) / len(result["step_seconds"])
+        rate = result["tokens_per_second"]
+        lines.append(
+            f"| {label} | {result['what']} | {step:.2f} s | {rate:,.0f} | {rate / reference:.2f}x | "
+            f"{share_of_ceiling(rate, found):.0%} | {result['peak_reserved_gib']:.1f} GiB |"
+        )
+    return lines
+
+
+def generation_table(found: dict[str, Any]) -> list[str]:
+    lines = ["| answers, greedy | prompts at once | tokens/s | beside one at a time | first call adds | peak reserved |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    reference = found["generation article"]["tokens_per_second"]
+    for name in ("generation article", "generation 16", "generation 64"):
+        result = found[name]
+        lines.append(
+            f"| {result['what']} | {result['prompts']} | {result['tokens_per_second']:,.0f} | "
+            f"{result['tokens_per_second'] / reference:.0f}x | {result['first_call_extra_seconds']:.0f} s | "
+            f"{result['peak_reserved_gib']:.1f} GiB |"
+        )
+    return lines
+
+
+def cards_table(found: dict[str, Any]) -> list[str]:
+    names = [name for name in ("cards 1", "cards 2", "cards 4") if name in found and "error" not in found[name]]
+    if not names:
+        return []
+    lines = ["", "| cards, 32 rows a step | how | tokens/s | beside one |", "| --- | --- | --- | --- |"]
+    for name in names:
+        result = found[name]
+        ratio = result["tokens_per_second"] / found["cards 1"]["tokens_per_second"]
+        lines.append(f"| {result['cards']} | {result['what']} | {result['tokens_per_second']:,.0f} | {ratio:.2f}x |")
+    return lines
+
+
+def sentences(found: dict[str, Any]) -> list[str]:
+    a, b, c = (found[f"training {variant}"] for variant in "abc")
+    ceiling, profile = found["ceiling"], c["profile_seconds_per_step"]
+    t4 = found["training c as on a T4"]
+    busy = {kind: seconds for kind, seconds in profile.items() if kind != "wall"}
+    total = sum(busy.values())
+    shares = ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in busy.items())
+    versions = found["environment"]["versions"]
+    return [
+        f"Card: {found['environment']['cards'][0]}; torch {versions['torch']}, unsloth {versions['unsloth']}, "
+        f"trl {versions['trl']}. Its own ceiling: {ceiling['matrix_product_tflops']:.0f} TFLOP/s in a bf16 matrix product "
+        f"({ceiling['mlp_shape_tflops']:.0f} in one of the model's shape), {ceiling['copy_gb_per_second']:,.0f} GB/s in a copy.",
+        "",
+        f"Losses at every step: c within {worst_loss_difference(c, b):.2%} of b and {worst_loss_difference(c, a):.2%} of a. "
+        f"First step, compilation included: a {a['first_step_seconds']:.0f} s, b {b['first_step_seconds']:.0f} s, "
+        f"c {c['first_step_seconds']:.0f} s.",
+        "",
+        f"Where the time of c's step goes on the card: {shares} ({profile['wall']:.2f} s by the clock, profiled).",
+        "",
+        f"Rehearsal of a T4 (float16, 14.5 GiB allowed, unpadded batches; not a T4's speed): {t4['what']}, "
+        f"{t4['peak_reserved_gib']:.1f} GiB reserved at most, {t4['skipped_steps']} steps skipped by GradScaler, "
+        f"{t4['tokens_per_second']:,.0f} tokens/s here.",
+    ]
+
+
+def figure(found: dict[str, Any]):
+    """Two panels of horizontal bars: training and answering, tokens per second."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(8.4, 2.9), layout="constrained", dpi=110)
+    training = {"TRL + PEFT": "training a", "Unsloth, article": "training b", "medcot": "training c"}
+    answers = {"one at a time": "generation article", "16 at once": "generation 16", "64 at once": "generation 64"}
+    panels = [("Training, 8 rows a step", training), ("Answers", answers)]
+    for axes, (title, names) in zip(made.subplots(1, 2), panels, strict=True):
+        rates = [found[name]["tokens_per_second"] for name in names.values()]
+        colours = ["#0072B2" if label == "medcot" or "at once" in label else "#999999" for label in names]
+        bars = axes.barh(list(names), rates, color=colours)
+        axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3)
+        axes.set(title=title, xlabel="tokens per second")
+        axes.margins(x=0.18)
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    found = json.loads(parser.parse_args().results.read_text(encoding="utf-8"))
+    made = [*training_table(found), "", *generation_table(found), *cards_table(found), "", *sentences(found)]
+    page = DOCS / "benchmarks.md"
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    page.write_text("\n".join([before + BEGIN, "", *made, "", END]) + after, encoding="utf-8")
+    figure(found).savefig(DOCS / "benchmarks.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Everything that the speed claims stand on, in one go on one machine:
+
+    python benchmarks/run.py --model PATH --rows FILE --out benchmarks/results/NAME.json
+
+Each measurement runs in a process of its own, one after the other. A later call with `--only` adds to the same file.
+`benchmarks/report.py` makes the table and the figure of docs/benchmarks.md from it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+# A T4 as far as another card can play one: float16, its memory, Unsloth's unpadded batches.
+REHEARSAL = ["model.dtype=float16", "model.gpu_memory_gib=14.5", "training.padding=padding_free"]
+
+
+def measurements(cards: int) -> dict[str, list[str]]:
+    """{name: command line} in the order they run; those of several cards only where there are as many."""
+    training = {
+        "training a": ["training.py", "a"],
+        "training b": ["training.py", "b"],
+        "training c": ["training.py", "c", "--profile"],
+        "training c as on a T4": ["training.py", "c", *_settings(REHEARSAL)],
+    }
+    static = _settings(["generation.cache_implementation=static"])
+    generation = {"generation article": ["generation.py", "article"]} | {
+        f"generation {prompts}": ["generation.py", "batches", "--prompts", str(prompts), *static] for prompts in (64, 16)
+    }
+    batch32 = _settings(["training.gradient_accumulation_steps=16"])
+    several = {
+        f"cards {count}": ["training.py", "c", *batch32, "--num-rows", "96"]
+        for count in (1, 2, 4)
+        if cards > 1 and count <= cards
+    }
+    return {"ceiling": ["ceiling.py"]} | training | generation | several
+
+
+def _settings(pairs: list[str]) -> list[str]:
+    return [word for pair in pairs for word in ("--set", pair)]
+
+
+def environment() -> dict[str, object]:
+    """Card, driver and library versions: what the figures hold for."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    versions = {}
+    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "unsloth_zoo", "accelerate", "triton"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"cards": cards, "cuda": torch.version.cuda, "python": platform.python_version(), "versions": versions}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder or Hub id; benchmarks/make_random_8b.py makes one")
+    parser.add_argument("--rows", required=True, help="jsonl with Question, Complex_CoT, Response")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", help="names that begin so: training, generation, ceiling, cards")
+    options = parser.parse_args()
+    found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    found["environment"] = environment()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for name, command in measurements(len(found["environment"]["cards"])).items():
+        if options.only and not any(name.startswith(word) for word in options.only):
+            continue
+        began = time.perf_counter()
+        found[name] = measure(name, command, options)
+        print(f"{name}: {time.perf_counter() - began:.0f} s; {_headline(found[name])}", flush=True)
+        options.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def measure(name: str, command: list[str], options: argparse.Namespace) -> dict[str, object]:
+    """Run one measurement; its result, or {"error": the end of what it said}."""
+    with tempfile.TemporaryDirectory() as work:
+        out = Path(work) / "result.json"
+        script, *arguments = command
+        launcher = [sys.executable]
+        if name.startswith("cards ") and name != "cards 1":
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={name.removeprefix('cards ')}"]
+        if script != "ceiling.py":
+            arguments += ["--model", options.model, "--rows", options.rows]
+        if script == "training.py":
+            arguments += ["--work", work]
+        done = subprocess.run(
+            [*launcher, str(HERE / script), *arguments, "--out", str(out)], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            return {"error": (done.stdout + done.stderr)[-3000:]}
+        if (profile := out.with_name("profile.txt")).exists():
+            options.out.with_suffix(".profile.txt").write_text(profile.read_text())
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def _headline(result: dict[str, object]) -> str:
+    if "error" in result:
+        return f"FAILED: {str(result['error'])[-600:]}"
+    keys = ("tokens_per_second", "peak_reserved_gib", "first_step_seconds", "first_call_extra_seconds", "matrix_product_tflops")
+    return ", ".join(f"{key} {result[key]}" for key in keys if key in result)
+
+
+if __name__ == "__main__":
+    main()
