@@ -137,8 +137,9 @@ def status(
 
 
 def _print_status(found: dict, run_dir: Path) -> None:
-    from medcot_utils.evaluation import METRICS, format_interval, verdict
+    from medcot_utils.evaluation import format_interval, verdict
     from medcot_utils.layout import ARTIFACTS
+    from medcot_utils.measures import METRICS
 
     steps = Table(
         "step", "state", "seconds", "peak memory", title=f"{run_dir} (profile {found['profile']})", title_justify="left"
@@ -152,11 +153,30 @@ def _print_status(found: dict, run_dir: Path) -> None:
         metrics = Table("metric", "base", "tuned", "difference", "verdict", title="before and after", title_justify="left")
         for name, metric in found["metrics"].items():
             cells = [format_interval(metric[side]) for side in ("base", "tuned", "difference")]
-            metrics.add_row(METRICS[name][0], *cells, verdict(name, metric))
+            metrics.add_row(METRICS[name].text, *cells, verdict(name, metric))
         console.print(metrics)
         console.print(
             f"report: {run_dir / ARTIFACTS['report'].file}\nexecuted notebooks: {run_dir / 'notebooks'}/", highlight=False
         )
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(help="one or more runs that notebook 06 has compared")],
+    out: Annotated[Path | None, typer.Option(help="the HTML file; report.html in the first run if not given")] = None,
+) -> None:
+    """Make the HTML report anew; with several runs, one that sets them side by side."""
+    from medcot_utils.report import build_report
+    from medcot_utils.run import Run, write_atomic
+
+    if out is None and len(run_dirs) > 1:
+        raise MedcotError("a report of several runs belongs to none of them: name a file with --out")
+    page, first = build_report(*(Run.open(run_dir) for run_dir in run_dirs)), Run.open(run_dirs[0])
+    if out is None:
+        out = first.write("report", page)
+    else:
+        write_atomic(out, page)
+    console.print(f"{out} ({len(page.encode()) / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -95,6 +95,9 @@ class DatasetSettings(_Section):
     overlong: Literal["drop", "truncate", "error"] = "drop"
     repeats: Literal["report", "drop"] = Field("drop", description="training rows that repeat a held-out question")
     near_repeat_similarity: float = Field(85, ge=50, le=100, description="rapidfuzz ratio from which two questions repeat")
+    ngram_overlap: float = Field(
+        0.5, gt=0, le=1, description="share of a question's 8-word sequences in a row that makes a repeat"
+    )
 
 
 class LoraSettings(_Section):
@@ -152,7 +155,7 @@ class TrainingSettings(_Section):
 
 class GenerationSettings(_Section):
     max_new_tokens: int = Field(1200, ge=1)
-    do_sample: bool = False
+    do_sample: bool = Field(False, description="sample the one question of notebook 02; scored answers: evaluation.n_samples")
     temperature: float = Field(0.6, gt=0)
     top_p: float = Field(0.95, gt=0, le=1)
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
@@ -165,6 +168,9 @@ class GenerationSettings(_Section):
 
 class EvaluationSettings(_Section):
     num_questions: int = Field(20, ge=1, description="held-out questions that both models answer")
+    n_samples: int = Field(
+        0, ge=0, description="sampled answers a question (temperature, top_p of generation) beside the greedy one"
+    )
     confidence_level: float = Field(0.95, gt=0.5, lt=1)
     n_resamples: int = Field(5000, ge=200, description="bootstrap resamples")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils.config import DatasetSettings, RunConfig
+from medcot_utils.contamination import normalize
 from medcot_utils.errors import MedcotError
 from medcot_utils.layout import SHIPPED_CASES
 from medcot_utils.prompts import ARTICLE_ANSWER, ARTICLE_QUESTION, inference_prompt, training_text
@@ -227,33 +227,8 @@ def choose_questions(held_out: Dataset, count: int) -> list[dict[str, Any]]:
     return chosen
 
 
-def normalize(text: str) -> str:
-    """Lower case, letters and digits (of any script) only, single spaces: what two questions are compared by."""
-    return re.sub(r"[\W_]+", " ", text.lower()).strip()
-
-
-def find_repeats(train: Dataset, questions: Sequence[dict[str, Any]], similarity: float) -> list[dict[str, Any]]:
-    """Training rows that repeat an evaluation question: exactly after `normalize`, or nearly, by rapidfuzz's normalized
-    Indel similarity (0 to 100) from `similarity` on. One record per pair: train_id, question_id, similarity, exact."""
-    from rapidfuzz import fuzz, process
-
-    ours = [normalize(text) for text in train["Question"]]
-    theirs = [normalize(question["Question"]) for question in questions]
-    scores = process.cdist(theirs, ours, scorer=fuzz.ratio, score_cutoff=similarity, workers=-1)
-    ids = train["id"]
-    return [
-        {
-            "train_id": str(ids[j]),
-            "question_id": questions[i]["id"],
-            "similarity": round(float(scores[i, j]), 1),
-            "exact": theirs[i] == ours[j],
-        }
-        for i, j in zip(*scores.nonzero(), strict=True)
-    ]
-
-
 def drop_repeats(train: Dataset, repeats: Sequence[dict[str, Any]]) -> Dataset:
-    """The training rows without those that `find_repeats` found. Raises DataError if none is left."""
+    """The training rows without those that `contamination.find_repeats` found. Raises DataError if none is left."""
     repeated = {repeat["train_id"] for repeat in repeats}
     kept = train.select([index for index, row_id in enumerate(train["id"]) if str(row_id) not in repeated])
     if not len(kept):

@@ -2,99 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from medcot_utils.config import EvaluationSettings
+from medcot_utils.measures import METRICS, answer_columns, sampled_columns
 
 if TYPE_CHECKING:
     import pandas as pd
-    from datasets import Dataset
-    from transformers import PreTrainedModel
 
 Array = np.ndarray
-
-# name -> (what it says, unit, which way is better: +1, -1, or 0 for neither)
-METRICS: dict[str, tuple[str, str, int]] = {
-    "eval_loss": ("held-out loss, per trained token", "nats", -1),
-    "perplexity": ("held-out perplexity", "", -1),
-    "closed_think_rate": ("one </think>, text on both sides", "share", 1),
-    "finished_rate": ("answers that end by themselves", "share", 1),
-    "thinking_tokens": ("length of the thinking", "tokens", 0),
-    "answer_tokens": ("length of the answer", "tokens", 0),
-    "bullet_rate": ("answers written as a list", "share", 0),
-    "rouge_l": ("ROUGE-L of the answer against the reference", "F1", 1),
-}
-
-
-def row_losses(model: PreTrainedModel, rows: Dataset, batch_size: int, label: str) -> list[dict[str, Any]]:
-    """Negative log-likelihood of each row's labels: one record {model, id, nll (nats, summed), tokens} per row.
-
-    Rows carry input_ids and labels (-100 where no loss is taken), as notebook 03 makes them."""
-    import torch
-    from tqdm.auto import tqdm
-
-    model.eval()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
-    records: list[Any] = [None] * len(rows)
-    for start in tqdm(range(0, len(order), batch_size), desc=f"held-out loss, {label}", unit="batch"):
-        chosen = order[start : start + batch_size]
-        batch = [rows[i] for i in chosen]
-        ids, labels, mask = (tensor.to(model.device) for tensor in _pad_right(batch))
-        with torch.inference_mode():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for position, i in enumerate(chosen):
-            wanted = labels[position, 1:] != -100
-            # Only the label positions become float32: a full copy of the logits would be the largest tensor of the step.
-            picked = logits[position, :-1][wanted].float()
-            nll = torch.nn.functional.cross_entropy(picked, labels[position, 1:][wanted], reduction="sum")
-            records[i] = {"model": label, "id": rows[i]["id"], "nll": float(nll), "tokens": int(wanted.sum())}
-    return records
-
-
-def _pad_right(batch: Sequence[dict[str, Any]]) -> tuple[Any, Any, Any]:
-    from torch import tensor
-    from torch.nn.utils.rnn import pad_sequence
-
-    ids = pad_sequence([tensor(row["input_ids"]) for row in batch], batch_first=True)
-    labels = pad_sequence([tensor(row["labels"]) for row in batch], batch_first=True, padding_value=-100)
-    mask = pad_sequence([tensor([1] * len(row["input_ids"])) for row in batch], batch_first=True)
-    return ids, labels, mask
-
-
-_BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+\S", re.MULTILINE)
-
-
-def is_bullet_list(answer: str) -> bool:
-    """Two or more lines that begin with a bullet or a number: what the article says the base model does."""
-    return len(_BULLET.findall(answer)) >= 2
-
-
-def rouge_l(answer: str, reference: str) -> float:
-    """ROUGE-L F1 (rouge-score, with stemming) of an answer against the reference response; 0 for an empty answer."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=True).score(reference, answer)["rougeL"].fmeasure
-
-
-def answer_columns(records: Sequence[dict[str, Any]], references: Sequence[str]) -> dict[str, Array]:
-    """The per-question columns behind the metrics, from generation records and the reference responses beside them."""
-    values = [
-        {
-            # Well formed: closed exactly once with text on both sides; a bare or doubled tag is no closed reasoning.
-            "closed_think_rate": float(record["well_formed"]),
-            "finished_rate": float(record["finished"]),
-            "thinking_tokens": record["thinking_tokens"],
-            "answer_tokens": record["answer_tokens"],
-            "bullet_rate": float(is_bullet_list(record["answer"] or record["thinking"])),
-            "rouge_l": rouge_l(record["answer"], reference),
-        }
-        for record, reference in zip(records, references, strict=True)
-    ]
-    return {name: np.array([row[name] for row in values], dtype=float) for name in values[0]}
 
 
 def _ratio(numerator: Array, denominator: Array, axis: int = -1) -> Array:
@@ -126,16 +45,54 @@ def interval(
     return {"value": value, "low": float(found.low), "high": float(found.high), "n": n}
 
 
-def _three(single: Callable[..., Array], base: Sequence[Array], tuned: Sequence[Array], settings: EvaluationSettings, seed: int):
+def exact_p(base: Array, tuned: Array) -> float:
+    """McNemar's exact two-sided p for yes-or-no answers to the same questions: of those on which the models differ, as
+    many should go either way if nothing had changed (scipy.stats.binomtest); 1 where they differ on none."""
+    from scipy.stats import binomtest
+
+    only_base, only_tuned = int(((base == 1) & (tuned == 0)).sum()), int(((base == 0) & (tuned == 1)).sum())
+    return float(binomtest(only_tuned, only_base + only_tuned).pvalue) if only_base + only_tuned else 1.0
+
+
+def questions_needed(spread: float, difference: float, confidence_level: float = 0.95, power: float = 0.8) -> int | None:
+    """How many questions a paired comparison needs to show a mean difference of this size with this power, by the normal
+    approximation: ((z_confidence + z_power) x spread / difference)^2, `spread` being the standard deviation of the
+    difference between questions. None where nothing differs.
+
+    Source: any textbook's sample size of a paired test, e.g. Chow, Shao and Wang, "Sample Size Calculations in Clinical
+    Research", 3.1."""
+    from scipy.stats import norm
+
+    if difference == 0 or spread == 0:
+        return None
+    z = norm.ppf(0.5 + confidence_level / 2) + norm.ppf(power)
+    return max(2, int(np.ceil((z * spread / difference) ** 2)))
+
+
+def _sides(
+    single: Callable[..., Array],
+    base: Sequence[Array],
+    tuned: Sequence[Array],
+    settings: EvaluationSettings,
+    seed: int,
+    yes_or_no: bool = False,
+) -> dict[str, dict[str, Any]]:
     def difference(*columns: Array, axis: int = -1) -> Array:
         half = len(columns) // 2
         return single(*columns[half:], axis=axis) - single(*columns[:half], axis=axis)
 
-    return {
+    found = {
         "base": interval(single, base, settings, seed),
         "tuned": interval(single, tuned, settings, seed),
         "difference": interval(difference, (*base, *tuned), settings, seed),
     }
+    # A row of the loss counts by its tokens; its own loss is near enough to say how much rows differ.
+    spread = (tuned[0] / tuned[-1] - base[0] / base[-1]) if len(base) > 1 else tuned[0] - base[0]
+    needed = questions_needed(float(np.std(spread, ddof=1)), found["difference"]["value"], settings.confidence_level)
+    found["difference"] |= {"needed": needed if len(spread) > 1 else None}
+    if yes_or_no:
+        found["difference"] |= {"p": exact_p(base[0], tuned[0]), "alpha": round(1 - settings.confidence_level, 6)}
+    return found
 
 
 def compare(
@@ -148,39 +105,99 @@ def compare(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Every metric as {base, tuned, difference}, each {value, low, high, n}; the difference is tuned minus base, paired.
 
-    Raises ValueError if the two models did not answer the same questions in the same order."""
-    if [record["id"] for record in base_answers] != [record["id"] for record in tuned_answers]:
+    The difference also has `needed` (see `questions_needed`) and, for metrics of yes or no, the exact `p`. Without losses
+    (`[]`) the two metrics made of them are left out. Raises ValueError if the two models did not answer the same questions
+    in the same order."""
+    _same_questions(base_answers, tuned_answers)
+    metrics = _compare_losses(losses, settings, seed) if losses else {}
+    columns = (answer_columns(base_answers, references), answer_columns(tuned_answers, references))
+    return metrics | _compare_columns(*columns, settings, seed, yes_or_no=True)
+
+
+def compare_sampled(
+    base_samples: Sequence[Sequence[dict[str, Any]]],
+    tuned_samples: Sequence[Sequence[dict[str, Any]]],
+    references: Sequence[str],
+    settings: EvaluationSettings,
+    seed: int,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """As `compare`, over several sampled answers a question: each question counts with its mean, and questions, not
+    answers, are what is resampled. `base_samples[k]` holds sample k of every question, in one order throughout."""
+    for base, tuned in zip(base_samples, tuned_samples, strict=True):
+        _same_questions(base, tuned)
+    columns = (sampled_columns(base_samples, references), sampled_columns(tuned_samples, references))
+    return _compare_columns(*columns, settings, seed, yes_or_no=len(base_samples) == 1)
+
+
+def compare_all(
+    answers: Mapping[str, Sequence[dict[str, Any]]],
+    references: Sequence[str],
+    losses: Sequence[dict[str, Any]],
+    settings: EvaluationSettings,
+    seed: int,
+) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """Any number of models by label, each compared with the first: {label: what `compare` gives, first as base}.
+
+    `losses`: records of `losses.row_losses` whose `model` is a label; a model without them has no loss metrics."""
+    first, *others = answers
+    compared = {}
+    for label in others:
+        renamed = [
+            record | {"model": "base" if record["model"] == first else "tuned"}
+            for record in losses
+            if record["model"] in (first, label)
+        ]
+        both = {record["model"] for record in renamed} == {"base", "tuned"}
+        compared[label] = compare(answers[first], answers[label], references, renamed if both else [], settings, seed)
+    return compared
+
+
+def _same_questions(base: Sequence[dict[str, Any]], tuned: Sequence[dict[str, Any]]) -> None:
+    if [record["id"] for record in base] != [record["id"] for record in tuned]:
         raise ValueError("base and tuned answers are to different questions: run notebooks 02 and 06 of one run")
-    base_loss, tuned_loss = ([record for record in losses if record["model"] == label] for label in ("base", "tuned"))
-    columns = [
-        [np.array([r[key] for r in records], dtype=float) for key in ("nll", "tokens")] for records in (base_loss, tuned_loss)
-    ]
+
+
+def _compare_losses(
+    losses: Sequence[dict[str, Any]], settings: EvaluationSettings, seed: int
+) -> dict[str, dict[str, dict[str, Any]]]:
+    records = [[record for record in losses if record["model"] == label] for label in ("base", "tuned")]
+    base, tuned = ([np.array([r[key] for r in rows], dtype=float) for key in ("nll", "tokens")] for rows in records)
 
     def perplexity(nll: Array, tokens: Array, axis: int = -1) -> Array:
         return np.exp(_ratio(nll, tokens, axis=axis))
 
-    metrics = {
-        "eval_loss": _three(_ratio, *columns, settings, seed),
-        "perplexity": _three(perplexity, *columns, settings, seed),
+    found = {
+        "eval_loss": _sides(_ratio, base, tuned, settings, seed),
+        "perplexity": _sides(perplexity, base, tuned, settings, seed),
     }
-    base, tuned = answer_columns(base_answers, references), answer_columns(tuned_answers, references)
-    for name in base:
-        metrics[name] = _three(np.mean, [base[name]], [tuned[name]], settings, seed)
-    return metrics
+    found["perplexity"]["difference"]["needed"] = found["eval_loss"]["difference"]["needed"]  # the same rows tell both apart
+    return found
+
+
+def _compare_columns(
+    base: Mapping[str, Array], tuned: Mapping[str, Array], settings: EvaluationSettings, seed: int, yes_or_no: bool
+) -> dict[str, dict[str, dict[str, Any]]]:
+    return {
+        name: _sides(np.mean, [base[name]], [tuned[name]], settings, seed, yes_or_no and METRICS[name].yes_or_no) for name in base
+    }
 
 
 def is_clear(difference: dict[str, Any]) -> bool:
-    """True if the difference's interval lies wholly on one side of zero."""
-    return difference["low"] is not None and (difference["low"] > 0 or difference["high"] < 0)
+    """True if the difference's interval lies wholly on one side of zero and, where there is one, the exact test agrees.
+
+    A bootstrap interval has no width where every question says the same, however few they are; the exact test knows."""
+    if difference["low"] is None or not (difference["low"] > 0 or difference["high"] < 0):
+        return False
+    return difference.get("p", 0) < difference.get("alpha", 1)
 
 
 def verdict(name: str, metric: dict[str, dict[str, Any]]) -> str:
-    """In words, from the interval alone: rose, fell, or cannot be told apart with n questions."""
+    """In words, from interval and test alone: rose, fell, or cannot be told apart with n questions."""
     difference = metric["difference"]
     if not is_clear(difference):
         return f"no difference shown with {difference['n']} questions"
     direction = "rose" if difference["value"] > 0 else "fell"
-    better = METRICS[name][2]
+    better = METRICS[name].better
     judged = "" if not better else ", better" if np.sign(difference["value"]) == better else ", worse"
     return direction + judged
 
@@ -189,19 +206,20 @@ def conclusions(metrics: dict[str, dict[str, dict[str, Any]]]) -> str:
     """What the numbers do and do not show, as Markdown, computed from the intervals."""
     shown, not_shown = [], []
     for name, metric in metrics.items():
-        difference = metric["difference"]
+        difference, text = metric["difference"], METRICS[name].text
         if is_clear(difference):
             sides = f"from {format_interval(metric['base'])} to {format_interval(metric['tuned'])}"
-            shown.append(f"- {METRICS[name][0]} **{verdict(name, metric)}**, {sides}")
+            shown.append(f"- {text} **{verdict(name, metric)}**, {sides}")
         else:
-            not_shown.append(f"- {METRICS[name][0]}: {verdict(name, metric)} ({format_interval(difference)})")
+            needed = f"; a difference of that size takes about {difference['needed']:,} questions" if difference["needed"] else ""
+            not_shown.append(f"- {text}: {verdict(name, metric)} ({format_interval(difference)}{needed})")
     never = (
         "- whether an answer is medically right: no metric here reads for that\n"
         "- anything about questions unlike these, or about patients"
     )
     parts = ["**Shown**, the interval of the difference lies clear of zero:", "\n".join(shown) or "- nothing"]
     if not_shown:
-        parts += ["**Not shown**, the interval holds zero:", "\n".join(not_shown)]
+        parts += ["**Not shown**, the interval holds zero or the exact test is not clear:", "\n".join(not_shown)]
     return "\n\n".join([*parts, "**Not tested** at all:", never])
 
 
@@ -211,7 +229,7 @@ def metrics_table(metrics: dict[str, dict[str, dict[str, Any]]]) -> pd.DataFrame
 
     lines = []
     for name, metric in metrics.items():
-        text, unit, _ = METRICS[name]
+        text, unit = METRICS[name].text, METRICS[name].unit
         cells = {side: format_interval(metric[side]) for side in ("base", "tuned", "difference")}
         lines.append({"metric": text + (f" ({unit})" if unit else ""), **cells, "verdict": verdict(name, metric)})
     return pd.DataFrame(lines).set_index("metric")

@@ -11,7 +11,9 @@ from medcot_utils.config import RunConfig
 from medcot_utils.engines.embedded import describe
 from medcot_utils.engines.merging import load_base, load_unquantized
 from medcot_utils.errors import MedcotError
-from medcot_utils.evaluation import METRICS, format_interval, row_losses, verdict
+from medcot_utils.evaluation import format_interval, verdict
+from medcot_utils.losses import row_losses
+from medcot_utils.measures import METRICS
 from medcot_utils.prompts import inference_prompt
 
 if TYPE_CHECKING:
@@ -193,7 +195,7 @@ def model_card(run: Run) -> str:
         tags=["medical", "chain-of-thought", "lora", "sft"],
     )
     lines = [
-        {"text": METRICS[name][0], "verdict": verdict(name, metric)}
+        {"text": METRICS[name].text, "verdict": verdict(name, metric)}
         | {side: format_interval(metric[side]) for side in ("base", "tuned", "difference")}
         for name, metric in measured["metrics"].items()
     ]

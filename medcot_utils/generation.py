@@ -90,24 +90,57 @@ def answer_questions(
     settings: GenerationSettings,
     newline_after_think: bool,
     seed: int,
+    n_samples: int = 0,
 ) -> list[dict[str, Any]]:
-    """One record per question, in the questions' order. Prompts are sorted by length and padded on the left.
+    """One greedy record per question, in the questions' order, then `n_samples` times one sampled record per question.
 
-    A record: id, prompt, completion, thinking, answer, completion_tokens, thinking_tokens, answer_tokens, closed
-    (`</think>` tags), well_formed (closed once, text on both sides), finished (ended by EOS, not cut at max_new_tokens),
-    seconds (its share of its batch's time). The model may be used up (see `resolve`); a batch that the card's memory does
-    not hold is halved. Raises GenerationError for a static cache in a process that unsloth has patched."""
+    Sampling is at the settings' temperature and top_p, sample k from seed + k, whatever `do_sample` says (that is for the
+    one question of notebook 02). A record: id, sample (0: greedy), prompt, completion, thinking, answer, completion_tokens,
+    thinking_tokens, answer_tokens, closed (`</think>` tags), well_formed (closed once, text on both sides), finished (ended
+    by EOS, not cut at max_new_tokens), seconds (its share of its batch's time). The model may be used up (see `resolve`); a
+    batch that the card's memory does not hold is halved. Raises GenerationError for a static cache in a process that
+    unsloth has patched."""
     import torch
-    from accelerate.utils.memory import should_reduce_batch_size
-    from tqdm.auto import tqdm
 
     prompts = [inference_prompt(question["Question"], newline_after_think) for question in questions]
     longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
     model, settings = resolve(model, settings, len(prompts), longest)
+    records = []
+    for sample in range(n_samples + 1):
+        torch.manual_seed(seed + sample)
+        how = settings.model_copy(update={"do_sample": sample > 0})
+        label = f"answers, sample {sample} of {n_samples}" if sample else "answers"
+        completions = _answer_all(model, tokenizer, prompts, how, longest, label)
+        for question, prompt, (row, seconds) in zip(questions, prompts, completions, strict=True):
+            record = make_record(tokenizer, prompt, row, seconds)
+            records.append({"id": question["id"], "sample": sample, **record})
+    return records
+
+
+def by_sample(records: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Records of `answer_questions`, one list per sample; the first is the greedy one."""
+    samples: dict[int, list[dict[str, Any]]] = {}
+    for record in records:
+        samples.setdefault(record["sample"], []).append(record)
+    return [samples[sample] for sample in sorted(samples)]
+
+
+def _answer_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    settings: GenerationSettings,
+    longest: int,
+    label: str,
+) -> list[tuple[list[int], float]]:
+    """(token ids, seconds) for each prompt, longest prompts first so that a batch has little padding."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+    from tqdm.auto import tqdm
+
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    records, batch_size = [None] * len(prompts), settings.batch_size
-    torch.manual_seed(seed)
-    with tqdm(total=len(order), desc="answers", unit="answer") as bar:
+    answers, batch_size = [None] * len(prompts), settings.batch_size
+    with tqdm(total=len(order), desc=label, unit="answer") as bar:
         while order:
             chosen = order[:batch_size]
             began = time.perf_counter()
@@ -124,10 +157,10 @@ def answer_questions(
                 continue
             seconds = (time.perf_counter() - began) / len(chosen)
             for i, row in zip(chosen, completions, strict=True):
-                records[i] = {"id": questions[i]["id"], **make_record(tokenizer, prompts[i], row, seconds)}
+                answers[i] = (row, seconds)
             order = order[batch_size:]
             bar.update(len(chosen))
-    return records
+    return answers
 
 
 def complete(

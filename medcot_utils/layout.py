@@ -26,7 +26,7 @@ _SETUP, _BASELINE, _DATA, _LORA = "01_setup", "02_baseline_inference", "03_datas
 _TRAINING, _COMPARISON, _EXPORT = "05_training", "06_comparison", "07_export"
 
 _ALL = ("profile", "seed", "model", "prompt", "dataset", "lora", "training", "generation", "evaluation", "export")
-_GENERATION = ("model", "prompt", "generation", "seed")
+_ANSWERS = ("model", "prompt", "generation", "evaluation.n_samples", "seed")
 _TEXT = ("model.name", "model.revision", "model.max_seq_length", "prompt", "dataset", "seed")
 # How the work is shared out and when it pauses, which changes no result beyond rounding.
 _HOW = {"batch_plan", "padding", "num_processes", "max_hours"}
@@ -40,7 +40,7 @@ ARTIFACTS: dict[str, Artifact] = {
         ("model.name", "model.revision", "dataset", "evaluation.num_questions", "seed"),
         reads_dataset=True,
     ),
-    "base_answers": Artifact(_BASELINE, "base_answers.jsonl", _GENERATION, ("questions",)),
+    "base_answers": Artifact(_BASELINE, "base_answers.jsonl", _ANSWERS, ("questions",)),
     "train_rows": Artifact(_DATA, "train_rows.parquet", _TEXT, ("questions",), reads_dataset=True),
     "held_out_rows": Artifact(_DATA, "held_out_rows.parquet", _TEXT, ("questions",), reads_dataset=True),
     "data_report": Artifact(_DATA, "data_report.json", _TEXT, ("questions",), reads_dataset=True),
@@ -48,8 +48,14 @@ ARTIFACTS: dict[str, Artifact] = {
     "adapter": Artifact(_TRAINING, "adapter", _LOSS, ("train_rows", "held_out_rows")),
     "training_log": Artifact(_TRAINING, "training_log.jsonl", _LOSS, ("train_rows", "held_out_rows")),
     "held_out_loss": Artifact(_TRAINING, "held_out_loss.jsonl", ("model",), ("held_out_rows", "adapter")),
-    "tuned_answers": Artifact(_COMPARISON, "tuned_answers.jsonl", _GENERATION, ("questions", "adapter")),
-    "metrics": Artifact(_COMPARISON, "metrics.json", ("evaluation", "seed"), ("base_answers", "tuned_answers", "held_out_loss")),
+    "tuned_answers": Artifact(_COMPARISON, "tuned_answers.jsonl", _ANSWERS, ("questions", "adapter")),
+    "metrics": Artifact(
+        _COMPARISON,
+        "metrics.json",
+        ("evaluation", "seed"),
+        ("questions", "base_answers", "tuned_answers", "held_out_loss", "data_report"),
+        version=2,
+    ),
     "report": Artifact(
         _COMPARISON,
         "report.html",
