@@ -171,6 +171,9 @@ class EvaluationSettings(_Section):
     n_samples: int = Field(
         0, ge=0, description="sampled answers a question (temperature, top_p of generation) beside the greedy one"
     )
+    mcq_tasks: tuple[str, ...] = Field(("shipped",), description="shipped, medqa, medmcqa, pubmedqa, or a local .jsonl file")
+    mcq_limit: int | None = Field(None, ge=1, description="questions per task, spread over the specialties; None: all")
+    mcq_max_new_tokens: int = Field(1200, ge=1)
     confidence_level: float = Field(0.95, gt=0.5, lt=1)
     n_resamples: int = Field(5000, ge=200, description="bootstrap resamples")
 

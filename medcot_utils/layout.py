@@ -27,6 +27,7 @@ _TRAINING, _COMPARISON, _EXPORT = "05_training", "06_comparison", "07_export"
 
 _ALL = ("profile", "seed", "model", "prompt", "dataset", "lora", "training", "generation", "evaluation", "export")
 _ANSWERS = ("model", "prompt", "generation", "evaluation.n_samples", "seed")
+_MCQ = ("model", "prompt", "evaluation.mcq_tasks", "evaluation.mcq_limit", "evaluation.mcq_max_new_tokens", "seed")
 _TEXT = ("model.name", "model.revision", "model.max_seq_length", "prompt", "dataset", "seed")
 # How the work is shared out and when it pauses, which changes no result beyond rounding.
 _HOW = {"batch_plan", "padding", "num_processes", "max_hours"}
@@ -41,6 +42,7 @@ ARTIFACTS: dict[str, Artifact] = {
         reads_dataset=True,
     ),
     "base_answers": Artifact(_BASELINE, "base_answers.jsonl", _ANSWERS, ("questions",)),
+    "base_mcq": Artifact(_BASELINE, "base_mcq.jsonl", _MCQ),
     "train_rows": Artifact(_DATA, "train_rows.parquet", _TEXT, ("questions",), reads_dataset=True),
     "held_out_rows": Artifact(_DATA, "held_out_rows.parquet", _TEXT, ("questions",), reads_dataset=True),
     "data_report": Artifact(_DATA, "data_report.json", _TEXT, ("questions",), reads_dataset=True),
@@ -49,11 +51,12 @@ ARTIFACTS: dict[str, Artifact] = {
     "training_log": Artifact(_TRAINING, "training_log.jsonl", _LOSS, ("train_rows", "held_out_rows")),
     "held_out_loss": Artifact(_TRAINING, "held_out_loss.jsonl", ("model",), ("held_out_rows", "adapter")),
     "tuned_answers": Artifact(_COMPARISON, "tuned_answers.jsonl", _ANSWERS, ("questions", "adapter")),
+    "tuned_mcq": Artifact(_COMPARISON, "tuned_mcq.jsonl", _MCQ, ("adapter",)),
     "metrics": Artifact(
         _COMPARISON,
         "metrics.json",
         ("evaluation", "seed"),
-        ("questions", "base_answers", "tuned_answers", "held_out_loss", "data_report"),
+        ("questions", "base_answers", "tuned_answers", "base_mcq", "tuned_mcq", "held_out_loss", "data_report"),
         version=2,
     ),
     "report": Artifact(

@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _SECRETS = [name for names in SECRET_NAMES.values() for name in names]
 _PLATFORM = ["KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "PAPERMILL", "MEDCOT_RUN_DIR", "MEDCOT_NOTEBOOKS"]
+_SESSION = ["MEDCOT_SESSION_STARTED"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,8 +34,8 @@ def _model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees the secrets or the platform of the machine it runs on."""
-    for name in [*_SECRETS, *_PLATFORM]:
+    """No test sees the secrets, the platform or the session that it runs in."""
+    for name in [*_SECRETS, *_PLATFORM, *_SESSION]:
         monkeypatch.setenv(name, "")  # remembered first, so that what a test sets by other means is taken away again
         monkeypatch.delenv(name)
 

@@ -236,6 +236,16 @@ def test_the_plans_that_stand_by_need_strictly_less_and_less_memory_down_to_the_
     assert len(chosen) == 1 + len({plan.memory_mb for plan in below}), "none is left out"
 
 
+def test_of_two_plans_that_need_the_same_memory_only_the_faster_stands_by():
+    plans = [
+        BatchPlan(4, 1, 1, False, memory_mb=30, relative_cost=1),
+        BatchPlan(4, 1, 1, True, memory_mb=20, relative_cost=2),
+        BatchPlan(2, 2, 1, False, memory_mb=20, relative_cost=3),
+        BatchPlan(1, 4, 1, False, memory_mb=10, relative_cost=4),
+    ]
+    assert choose(plans, math.inf) == [plans[0], plans[1], plans[3]]
+
+
 def test_too_little_memory_is_refused_with_what_is_needed_and_what_is_free(article_plans):
     smallest = min(article_plans, key=lambda plan: plan.memory_mb)
     need = f"{smallest.memory_mb / 1e3:.1f} GB beside the weights even as 1 rows x 8 micro-batches, unsloth checkpointing"

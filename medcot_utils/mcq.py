@@ -1,0 +1,326 @@
+"""Multiple-choice accuracy through lm-evaluation-harness: asked with the project's own prompt, answered after thinking, and
+read strictly. What cannot be read is counted as abstained, apart from wrong."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import ascii_uppercase
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from medcot_utils.config import EvaluationSettings, RunConfig
+from medcot_utils.evaluation import exact_p, interval, questions_needed
+from medcot_utils.prompts import inference_prompt, parse_completion
+from medcot_utils.tasks.utils import McqError, quiet, read_questions
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import DatasetDict
+    from tqdm import tqdm
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TASKS = Path(__file__).parent / "tasks"
+TASK_NAMES = ("shipped", "medqa", "medmcqa", "pubmedqa")
+PUBLISHED = Path(__file__).parent / "data" / "published_scores.json"
+
+AUTO_BATCH = 16
+
+ASK = 'End your response with one line of the form "Answer: X", where X is the letter of the right option.'
+
+
+# --- the answer ----------------------------------------------------------------------------------------------------
+
+_ASKED_LINE = re.compile(r"\s*answer\s*:(.*)", re.IGNORECASE)
+_LETTER = re.compile(r"\s*\(?([a-z])\b(.*)", re.IGNORECASE)
+_MARKUP = re.compile(r"[*_`#]")
+
+
+def read_answer(completion: str, options: Mapping[str, str]) -> str | None:
+    """The letter that a completion answers with, or None where none can be read: then the model abstained.
+
+    Read is only what follows the single `</think>`, and there only the last line that begins with `Answer:`, whatever its
+    case and Markdown emphasis. After the colon stands an option's letter, alone or in brackets, and then nothing or that
+    option's own text: not "B or C", nor "C. difficile". Not read: thinking that was never closed, was closed twice or goes on
+    after the answer; any other wording; a letter that no option has.
+
+    HuatuoGPT-o1's scorer, which most published numbers come from, counts first and last letters and reports the better total,
+    and takes the most similar option where there is no letter. This one has one reading, fixed before the result is known."""
+    answer = completion.partition("</think>")[2]
+    if parse_completion(completion).closed != 1 or "<think>" in answer:
+        return None
+    lines = [found[1] for line in answer.splitlines() if (found := _ASKED_LINE.fullmatch(_MARKUP.sub("", line)))]
+    found = _LETTER.fullmatch(lines[-1]) if lines else None
+    if not found or found[1].upper() not in options:
+        return None
+    letter, rest = found[1].upper(), _bare(found[2])
+    return letter if rest in ("", _bare(options[letter])) else None
+
+
+def _bare(text: str) -> str:
+    return " ".join(_MARKUP.sub("", text).casefold().split()).strip(" .,:;()-")
+
+
+def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, int]:
+    """lm-eval's `process_results`: correct and abstained, each 0 or 1, of one row of `task_rows` and its completion."""
+    read = read_answer(results[0], dict(zip(ascii_uppercase, doc["options"], strict=False)))
+    return {"correct": int(read == doc["answer"]), "abstained": int(read is None)}
+
+
+# --- the questions -------------------------------------------------------------------------------------------------
+
+
+def load_questions(task: str, limit: int | None = None, seed: int = 3407) -> list[dict[str, Any]]:
+    """The questions of a task by name (`TASK_NAMES`) or of a local .jsonl file: id, question, options {letter: text}, answer
+    (the right letter), specialty. `limit` of them are chosen by `choose`; fewer are all taken, and it is said.
+
+    A file's rows hold question; options as {letter: text} or a list; answer_idx, or else answer, as a letter, an index from 0
+    or the option's text; id and specialty if they like. Raises McqError for an unknown task, a data set that cannot be
+    reached, and a file whose rows lack a column, repeat an id, or have an empty option or an answer that is no option."""
+    if task in TASK_NAMES:
+        source = yaml.safe_load((TASKS / f"{task}.yaml").read_text(encoding="utf-8"))["dataset_kwargs"]
+    elif task.endswith(".jsonl"):
+        source = {"path": task}
+    else:
+        match = difflib.get_close_matches(task.lower(), TASK_NAMES, 1)
+        hint = f"; did you mean {match[0]}?" if match else ""
+        raise McqError(f"unknown multiple-choice task {task!r}: expected {', '.join(TASK_NAMES)} or a .jsonl file{hint}")
+    questions = read_questions(**source)
+    if limit and limit > len(questions):
+        print(f"{task} has {len(questions)} questions, fewer than the {limit} asked for: all of them are asked")
+    return choose(questions, limit, seed)
+
+
+def choose(questions: Sequence[dict[str, Any]], limit: int | None, seed: int) -> list[dict[str, Any]]:
+    """`limit` questions (None: all) in their own order, every specialty with its share of them, the same for the same seed.
+
+    A systematic sample: sorted by specialty, in random order within each, every (n / limit)-th is taken. Each question is
+    equally likely, so accuracy on the sample estimates accuracy on all."""
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    chance = random.Random(seed)
+    order = sorted(range(len(questions)), key=lambda i: (questions[i]["specialty"], chance.random()))
+    start = chance.random()
+    return [questions[i] for i in sorted(order[int((k + start) * len(order) / limit)] for k in range(limit))]
+
+
+def task_rows(
+    questions: Sequence[dict[str, Any]] | None = None,
+    newline_after_think: bool = True,
+    limit: int | None = None,
+    seed: int = 3407,
+    path: str = "shipped",
+    name: str | None = None,
+    split: str | None = None,
+    shape: str = "usual",
+    **_: Any,
+) -> DatasetDict:
+    """lm-eval's `custom_dataset`: the task's rows with their prompts, from questions already chosen or from the source in
+    the task's file. Other arguments are lm-eval's own metadata."""
+    from datasets import Dataset, DatasetDict
+
+    chosen = choose(read_questions(path, name, split, shape), limit, seed) if questions is None else questions
+    columns = {
+        "prompt": [prompt(question, newline_after_think) for question in chosen],
+        "options": [[*question["options"].values()] for question in chosen],  # not by letter: Arrow would give all rows all keys
+        "answer": [question["answer"] for question in chosen],
+    }
+    return DatasetDict(test=Dataset.from_dict(columns))
+
+
+def prompt(question: Mapping[str, Any], newline_after_think: bool = True) -> str:
+    """The project's inference prompt over the question, its options as lines, and the sentence that asks for the form."""
+    options = "\n".join(f"{letter}. {text}" for letter, text in question["options"].items())
+    return inference_prompt(f"{question['question']}\n\n{options}\n\n{ASK}", newline_after_think)
+
+
+# --- the run -------------------------------------------------------------------------------------------------------
+
+
+def run_mcq(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    *,
+    limit: int | None = None,
+    max_new_tokens: int = 1200,
+    batch_size: int = 8,
+    newline_after_think: bool = True,
+    seed: int = 3407,
+    label: str = "model",
+) -> list[dict[str, Any]]:
+    """One record per question of `load_questions`, answered greedily: model (the label), task, id, question, options, answer,
+    specialty, completion, read (the letter, or None), correct, abstained.
+
+    lm-eval's simple_evaluate over the loaded model, with the tasks of this package; it needs no network but for a data set
+    from the Hub. Raises McqError as `load_questions` does, and where question and new tokens exceed the model's context:
+    lm-eval would cut the question's beginning without a word."""
+    from lm_eval import evaluator
+    from lm_eval.tasks import TaskManager
+    from tqdm.auto import tqdm
+
+    questions = load_questions(task, limit, seed)
+    longest = max(len(tokenizer(prompt(question, newline_after_think))["input_ids"]) for question in questions)
+    name = f"medcot_{task}" if task in TASK_NAMES else "medcot_file"
+    metadata = {"questions": questions, "newline_after_think": newline_after_think}
+    with tqdm(total=len(questions), desc=f"multiple choice, {label}", unit="answer") as bar, quiet():
+        harness = _harness_model(model, tokenizer, batch_size, bar)
+        if longest + max_new_tokens > harness.max_length:
+            raise McqError(
+                f"the longest question of {task} takes {longest} tokens: with max_new_tokens ({max_new_tokens}) more than the "
+                f"model's {harness.max_length}. Lower max_new_tokens"
+            )
+        # It would ask git for this folder's commit, which complains on the terminal where there is no repository.
+        evaluator.get_git_commit_hash = lambda: None
+        results = evaluator.simple_evaluate(
+            harness,
+            tasks=[name],
+            task_manager=TaskManager(include_path=TASKS, include_defaults=False, metadata=metadata),
+            # A model's own generation_config may name another EOS, or sample.
+            gen_kwargs={"max_gen_toks": max_new_tokens, "do_sample": False, "eos_token_id": tokenizer.eos_token_id},
+            bootstrap_iters=0,
+            log_samples=True,
+            # Greedy answers draw nothing at random: the caller's generators are not seeded anew.
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+            fewshot_random_seed=None,
+        )
+    records = []
+    for question, sample in zip(questions, sorted(results["samples"][name], key=lambda s: s["doc_id"]), strict=True):
+        completion = sample["resps"][0][0]
+        judged = {key: bool(sample[key]) for key in ("correct", "abstained")}
+        read = read_answer(completion, question["options"])
+        records.append({"model": label, "task": Path(task).name, **question, "completion": completion, "read": read, **judged})
+    return records
+
+
+def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, label: str) -> list[dict[str, Any]]:
+    """`run_mcq` over every task of `evaluation.mcq_tasks`, with a run's settings."""
+    settings, batch_size = config.evaluation, config.generation.batch_size
+    records = []
+    for task in settings.mcq_tasks:
+        records += run_mcq(
+            model,
+            tokenizer,
+            task,
+            limit=settings.mcq_limit,
+            max_new_tokens=settings.mcq_max_new_tokens,
+            batch_size=AUTO_BATCH if batch_size == "auto" else batch_size,
+            newline_after_think=config.prompt.newline_after_think,
+            seed=config.seed,
+            label=label,
+        )
+    return records
+
+
+def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, bar: tqdm) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    class CountedHFLM(HFLM):
+        """lm-eval's own, with a progress bar that says whose answers these are."""
+
+        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+            sequences = super()._model_generate(context, *args, **kwargs)
+            bar.update(len(context))
+            return sequences
+
+    return CountedHFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+# --- the numbers ---------------------------------------------------------------------------------------------------
+
+
+def accuracy(records: Sequence[Mapping[str, Any]], confidence_level: float = 0.95) -> dict[str, Any]:
+    """n, and the shares `accuracy` (abstained counts as not right) and `abstained`, each {value, low, high, stderr, n}.
+
+    low and high: Wilson's interval (scipy). stderr: lm-eval's own, the sample's standard deviation over the root of n; None
+    for a single question. Raises ValueError without records."""
+    if not records:
+        raise ValueError("no records: run_mcq gives one per question")
+    return {"n": len(records)} | {
+        name: _share([int(record[key]) for record in records], confidence_level)
+        for name, key in (("accuracy", "correct"), ("abstained", "abstained"))
+    }
+
+
+def _share(values: Sequence[int], confidence_level: float) -> dict[str, Any]:
+    from lm_eval.api.metrics import mean_stderr
+    from scipy.stats import binomtest
+
+    n = len(values)
+    found = binomtest(sum(values), n).proportion_ci(confidence_level, method="wilson")
+    stderr = mean_stderr(values) if n > 1 else None
+    return {"value": sum(values) / n, "low": float(found.low), "high": float(found.high), "stderr": stderr, "n": n}
+
+
+def by_specialty(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """One line per specialty: n, right, abstained, accuracy and its 95 % Wilson interval (low, high)."""
+    import pandas as pd
+
+    groups = pd.DataFrame(records).groupby("specialty")
+    table = groups.agg(n=("id", "size"), right=("correct", "sum"), abstained=("abstained", "sum"))
+    shares = [_share([1] * right + [0] * (n - right), 0.95) for n, right in zip(table["n"], table["right"], strict=True)]
+    return table.assign(accuracy=[s["value"] for s in shares], low=[s["low"] for s in shares], high=[s["high"] for s in shares])
+
+
+def paired(
+    base: Sequence[Mapping[str, Any]],
+    tuned: Sequence[Mapping[str, Any]],
+    settings: EvaluationSettings,
+    seed: int,
+    key: str = "correct",
+) -> dict[str, Any]:
+    """Two models on the same questions: n, both, only_base, only_tuned, neither (counts of `key`: correct or abstained),
+    base and tuned (as in `accuracy`), and difference, tuned minus base: its bootstrap interval over questions
+    (`evaluation.interval`), McNemar's exact p, alpha, and how many questions one of this size would need.
+
+    base, tuned and difference have the form of `evaluation.compare`'s metrics. Raises ValueError for unlike questions."""
+    import numpy as np
+
+    if [(r["task"], r["id"]) for r in base] != [(r["task"], r["id"]) for r in tuned]:
+        raise ValueError("base and tuned records are of different questions: same task, limit and seed for both")
+    b, t = (np.array([record[key] for record in records], dtype=float) for records in (base, tuned))
+    level = settings.confidence_level
+
+    def difference(b: np.ndarray, t: np.ndarray, axis: int = -1) -> np.ndarray:
+        return t.mean(axis=axis) - b.mean(axis=axis)
+
+    found = interval(difference, (b, t), settings, seed)
+    needed = questions_needed(float(np.std(t - b, ddof=1)), found["value"], level) if len(b) > 1 else None
+    return {
+        "n": len(b),
+        "both": int((b * t).sum()),
+        "only_base": int((b * (1 - t)).sum()),
+        "only_tuned": int(((1 - b) * t).sum()),
+        "neither": int(((1 - b) * (1 - t)).sum()),
+        "base": _share(b.astype(int).tolist(), level),
+        "tuned": _share(t.astype(int).tolist(), level),
+        "difference": found | {"p": exact_p(b, t), "alpha": round(1 - level, 6), "needed": needed},
+    }
+
+
+def published_scores(task: str, own: Mapping[str, Mapping[str, Any]] | None = None) -> pd.DataFrame:
+    """Published scores of a task (`PUBLISHED`), below our own results by label (what `accuracy` gives): accuracy with its
+    95 % Wilson interval, abstained, n, source, and how it was scored. Only our own for a task without published scores."""
+    import pandas as pd
+
+    def line(model: str, share: Mapping[str, Any], abstained: float | None, source: str, scoring: str) -> dict[str, Any]:
+        found = {"model": model, "accuracy": share["value"], "low": share["low"], "high": share["high"], "n": share["n"]}
+        return found | {"abstained": abstained, "source": source, "scoring": scoring}
+
+    data = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    strict = "one reading, of the asked form only; an unread answer is not right"
+    lines = [line(name, o["accuracy"], o["abstained"]["value"], "this run", strict) for name, o in (own or {}).items()]
+    if n := data["questions"].get(task):
+        for entry in data["scores"]:
+            right = round(entry[task] / 100 * n)
+            share = _share([1] * right + [0] * (n - right), 0.95) | {"value": entry[task] / 100}
+            lines.append(line(entry["model"], share, None, **data["sources"][entry["source"]]))
+    columns = ["model", "accuracy", "low", "high", "n", "abstained", "source", "scoring"]
+    return pd.DataFrame(lines, columns=columns).set_index("model")
