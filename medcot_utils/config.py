@@ -328,11 +328,20 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(fault) for fault in error.errors())) from None
+        # Of a setting that may be one thing or another, each alternative has its own fault: the first says enough.
+        lines = {_setting_of(fault): _explain(fault) for fault in reversed(error.errors())}
+        raise ConfigError("; ".join(reversed(lines.values()))) from None
+
+
+def _setting_of(fault: Mapping[str, Any]) -> str:
+    """The dotted name that a fault is about, without the alternatives and list places that pydantic adds to it."""
+    name = ".".join(str(part) for part in fault["loc"])
+    known = [setting for setting in setting_names() if f"{name}.".startswith(f"{setting}.")]
+    return known[0] if known else name
 
 
 def _explain(fault: Mapping[str, Any]) -> str:
-    name = ".".join(str(part) for part in fault["loc"])
+    name = _setting_of(fault)
     if fault["type"] == "extra_forbidden":
         return f"unknown setting {name!r}{nearest(name, setting_names())}"
     if fault["type"] == "value_error":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +22,8 @@ from medcot_utils.run import Run
 from medcot_utils.training import PROGRESS, TrainingError, last_good_checkpoint
 
 _OUT_OF_MEMORY = "out of memory"
+_FOLLOWS_FROM_ANOTHER = ("DistBackendError", "DistNetworkError", "Connection", "NCCL", "gloo")
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def train_in_processes(run: Run, num_processes: int) -> None:
@@ -28,7 +33,7 @@ def train_in_processes(run: Run, num_processes: int) -> None:
     TrainingError with the first failing process's message, or TimeBudgetReached where training.max_hours ended it in time."""
     check_cards(num_processes)
     output_dir = run.checkpoint_dir("adapter")
-    for skip_plans in range(32):
+    for skip_plans in itertools.count():
         progress = output_dir / PROGRESS
         progress.unlink(missing_ok=True)
         failure = _launch(run, num_processes, skip_plans, progress)
@@ -37,7 +42,7 @@ def train_in_processes(run: Run, num_processes: int) -> None:
         kind, message = failure
         if kind == "TimeBudgetReached":
             raise TimeBudgetReached(message)
-        if _OUT_OF_MEMORY not in message or skip_plans == 31:
+        if _OUT_OF_MEMORY not in message:
             raise TrainingError(f"training in {num_processes} processes failed: {kind}: {message}")
         checkpoint = last_good_checkpoint(output_dir)
         print(f"out of memory: going on with the next smaller batch plan from {checkpoint.name if checkpoint else 'the start'}")
@@ -55,6 +60,12 @@ def check_cards(num_processes: int) -> None:
         )
 
 
+def _end_with_parent() -> None:
+    # Workers that outlived a killed notebook would go on writing the checkpoints that the next call writes too. Linux only.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _launch(run: Run, num_processes: int, skip_plans: int, progress: Path) -> tuple[str, str] | None:
     """Run torchrun to its end, showing progress; (kind, message) of the first failure, or None."""
     with tempfile.TemporaryDirectory() as logs:
@@ -66,8 +77,10 @@ def _launch(run: Run, num_processes: int, skip_plans: int, progress: Path) -> tu
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
         said = Path(logs) / "torchrun.log"
         with said.open("w") as out:
-            # A group of its own: what ends this process by a signal must end them all.
-            started = subprocess.Popen(command, env=environment, start_new_session=True, stdout=out, stderr=out)
+            # A group of its own, ended by hand below; and by the kernel, should this process be killed.
+            started = subprocess.Popen(
+                command, env=environment, start_new_session=True, preexec_fn=_end_with_parent, stdout=out, stderr=out
+            )
         try:
             _show(started, progress)
         finally:
@@ -78,16 +91,24 @@ def _launch(run: Run, num_processes: int, skip_plans: int, progress: Path) -> tu
 
 
 def _first_failure(logs: Path) -> tuple[str, str]:
-    """The kind and message of the process that failed first, by the files that torchrun's `record` leaves."""
+    """The kind and message of the failure that the others follow from: a process that was killed, by torchrun's log, else
+    the first by the files that torchrun's `record` leaves, those about the lost connection to another process last."""
+    log = logs / "torchrun.log"
+    said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    for rank, number in re.findall(r"rank\s*: (\d+).*?exitcode\s*: -(\d+)", said, re.DOTALL):
+        if int(number) != signal.SIGTERM:  # that one torchrun sends itself, to those that are left
+            return f"process {rank}", f"killed by signal {number}, as a machine out of main memory does"
     failures = []
     for path in logs.rglob("error.json"):
         message: Any = json.loads(path.read_text(encoding="utf-8"))["message"]
         if isinstance(message, dict):
-            failures.append((float(message["extraInfo"]["timestamp"]), message["message"], path.parent.name))
+            text = message["message"]
+            follows = any(word in text for word in _FOLLOWS_FROM_ANOTHER)
+            failures.append((follows, float(message["extraInfo"]["timestamp"]), path.parent.name, text))
     if not failures:
         tails = [path.read_text(encoding="utf-8", errors="replace").strip()[-300:] for path in sorted(logs.rglob("*.log"))]
         return "a process was killed", " | ".join(tail.splitlines()[-1] for tail in tails if tail)
-    _, message, rank = min(failures)
+    _, _, rank, message = min(failures)
     kind, _, text = message.partition(": ")
     return (kind, text) if kind == "TimeBudgetReached" else (f"process {rank}: {kind}", text)
 
@@ -98,7 +119,8 @@ def _show(started: subprocess.Popen, progress: Path) -> None:
     with tqdm(desc="training", unit="step") as bar:
         while True:
             ended = started.poll() is not None
-            lines = progress.read_text(encoding="utf-8").splitlines() if progress.exists() else []
+            text = progress.read_text(encoding="utf-8") if progress.exists() else ""
+            lines = text.split("\n")[:-1]  # what has no line end yet is still being written
             for line in lines[read:]:
                 state = json.loads(line)
                 bar.total = state["max_steps"]

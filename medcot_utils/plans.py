@@ -63,8 +63,9 @@ def memory_parts(
     """MB that one training step needs, by part, when its largest micro-batch has `tokens` tokens, padding counted.
 
     Activations without checkpointing: 34 bytes x tokens x hidden size x layers at 16 bits (Korthikanti et al. 2022, eq. 2),
-    doubled at float32. With checkpointing only one layer's, and the input of every layer ("unsloth" keeps those in main
-    memory). Logits: three float32 copies (the logits, their softmax, their gradient), unless the loss is taken in pieces."""
+    doubled at float32. With checkpointing those of one layer twice (recomputed, and their gradients), and the input of every
+    layer ("unsloth" keeps those in main memory). Logits: three float32 copies (the logits, their softmax, their gradient),
+    unless the loss is taken in pieces."""
     import torch
 
     sizes = model.config.get_text_config()

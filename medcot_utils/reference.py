@@ -55,9 +55,10 @@ def place(config: RunConfig, log_history: Sequence[Mapping[str, Any]]) -> pd.Dat
         lines = [{"setting": name, "public T4 runs": theirs, "this run": ours} for name, (theirs, ours) in differing.items()]
         return pd.DataFrame(lines).set_index("setting")
     losses = {entry["step"]: float(entry["loss"]) for entry in log_history if "loss" in entry}
+    columns = ["step", "band low", "band high", "this run", "inside"]
     lines = [
         {"step": step, "band low": low, "band high": high, "this run": losses.get(step), "inside": low <= losses[step] <= high}
         for step, (low, high) in band().items()
         if step in losses
     ]
-    return pd.DataFrame(lines).set_index("step").round(4)
+    return pd.DataFrame(lines, columns=columns).set_index("step").round(4)

@@ -136,7 +136,13 @@ def train(make_trainer: Callable[[BatchPlan], SFTTrainer], plans: Sequence[Batch
 
 
 def _train_or_resume(trainer: SFTTrainer) -> None:
-    checkpoint = last_good_checkpoint(Path(trainer.args.output_dir))
+    import torch
+
+    with trainer.args.main_process_first(local=False):  # the first sets aside what is broken, the others find it gone
+        checkpoint = last_good_checkpoint(Path(trainer.args.output_dir))
+    if trainer.args.device.type == "cpu":
+        # In several processes the trainer would load its optimizer to "cpu:0", which torch refuses.
+        trainer.args.__dict__["_setup_devices"] = torch.device("cpu")
     if checkpoint:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if trainer.is_world_process_zero():

@@ -30,18 +30,20 @@ def main() -> None:
 
     # Joins the group, in which the free memory for the plan is agreed on.
     PartialState(cpu=not torch.cuda.is_available())
-    from medcot_utils.training import make_sft_trainer, plan_training, train
+    from medcot_utils.training import TrainingError, make_sft_trainer, plan_training, train
 
     model, tokenizer = engine.load(config.model)
     model = engine.add_lora(model, config.lora)
     train_rows, held_out_rows = run.read("train_rows"), run.read("held_out_rows")
     plans = plan_training(engine, model, config, train_rows, int(os.environ.get("WORLD_SIZE", 1)))
+    if options.skip_plans >= len(plans):
+        raise TrainingError(f"memory ran out with each of the {len(plans)} batch plans: use a larger card or shorter rows")
     output_dir = run.checkpoint_dir("adapter")
 
     def make_trainer(plan):
         return make_sft_trainer(engine, model, tokenizer, config, plan, train_rows, held_out_rows, output_dir)
 
-    train(make_trainer, plans[min(options.skip_plans, len(plans) - 1) :], config)
+    train(make_trainer, plans[options.skip_plans :], config)
 
 
 if __name__ == "__main__":

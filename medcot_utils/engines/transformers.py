@@ -35,7 +35,7 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
         device_map={"": local_rank()} if torch.cuda.is_available() else None,
     )
     tokenizer = load_tokenizer(source, settings.revision)
-    _cpu_packing(model, allowed=False)
+    cpu_packing(model, allowed=False)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     return model, tokenizer
@@ -44,7 +44,7 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     """Fresh LoRA matrices on the named projections; the base stays frozen. `random_state` seeds the matrices A."""
     checkpointing = bool(settings.use_gradient_checkpointing)
-    _cpu_packing(model, allowed=False)
+    cpu_packing(model, allowed=False)
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     elif checkpointing:
@@ -84,11 +84,11 @@ def for_inference(model: PreTrainedModel) -> PreTrainedModel:
     if model.is_gradient_checkpointing:
         model.gradient_checkpointing_disable()
     model.config.use_cache = True
-    _cpu_packing(model, allowed=True)
+    cpu_packing(model, allowed=True)
     return model
 
 
-def _cpu_packing(model: PreTrainedModel, allowed: bool) -> None:
+def cpu_packing(model: PreTrainedModel, allowed: bool) -> None:
     """Allow or undo bitsandbytes' packed 4-bit weights, a CPU layout that triples generation and has no backward pass.
 
     On processors with AVX512-BF16, bitsandbytes 0.50 packs each layer at its first forward in eval mode and never unpacks

@@ -188,15 +188,17 @@ def test_the_executed_notebook_shows_bar_and_loss_figure_of_the_processes(one, t
     assert outputs_of_the_launch(one) == []
 
 
-@pytest.mark.xfail(reason="accelerate fills up the last batches of an epoch with rows of its beginning", strict=True)
-def test_two_processes_have_the_losses_of_one_where_the_last_batch_of_an_epoch_is_short(copy_untrained, on_the_cpu):
-    # 12 rows, 8 to a step: the second step has 4, which one process takes and the other has nothing to take.
+def test_a_short_last_step_of_an_epoch_is_filled_up_with_its_first_rows_and_nothing_before_it_is(copy_untrained, on_the_cpu):
+    # 12 rows, 8 to a step: the second step has 4, one process's share. accelerate gives the other the epoch's first rows, as
+    # the README says: the weights after it are others, and the loss of the third step shows it.
     settings = ["training.per_device_train_batch_size=4", "training.max_steps=4", "training.eval_steps=null"]
     alone = changed(copy_untrained(), *settings)
     together = changed(copy_untrained(), *settings, "training.num_processes=2")
     train_in_processes(Run.open(alone), 1)
     train_in_processes(Run.open(together), 2)
-    assert logged(together) == pytest.approx(logged(alone), abs=1e-5)
+    expected, found = logged(alone), logged(together)
+    assert found["loss", 1] == pytest.approx(expected["loss", 1], abs=1e-5)
+    assert found["loss", 3] != pytest.approx(expected["loss", 3], abs=1e-5), "no longer filled up: say so in README and notebook 05"
 
 
 # --- a process that fails ------------------------------------------------------------------------------------------
@@ -225,7 +227,6 @@ def test_a_killed_process_ends_the_others_and_the_notebook_within_a_minute(kille
     assert not (run_dir / "adapter").exists()
 
 
-@pytest.mark.xfail(reason="the other process's broken connection is told as the failure", strict=True)
 def test_the_error_names_the_killed_process_and_not_the_one_that_lost_its_connection(killed):
     told = killed[2].partition("processes failed: ")[2]
     assert re.match(r"process 1\b", told) and re.search(r"SIGKILL|killed|signal 9", told)
@@ -242,7 +243,6 @@ def test_a_process_that_cannot_read_its_rows_is_named_with_its_error(copy_untrai
     assert workers(run_dir) == {}
 
 
-@pytest.mark.xfail(reason="torchrun has a session of its own and outlives the process that started it", strict=True)
 def test_the_processes_end_when_the_one_that_waits_for_them_is_killed(copy_untrained):
     run_dir = changed(copy_untrained(), *SETTINGS, "training.max_steps=2000", "training.num_processes=2")
     process = start(sys.executable, "-c", TRAIN, run_dir)
@@ -281,9 +281,7 @@ def test_two_processes_stop_in_time_with_a_whole_checkpoint_and_it_is_no_failure
 @pytest.mark.parametrize(
     "processes",
     [
-        pytest.param(
-            2, marks=pytest.mark.xfail(reason="the trainer loads its optimizer to cpu:0, which torch refuses", strict=True)
-        ),
+        2,
         1,
     ],
 )

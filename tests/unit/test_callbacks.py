@@ -117,7 +117,6 @@ def test_only_the_first_process_writes(tell):
     assert not tell.path.exists()
 
 
-@pytest.mark.xfail(reason="_show parses a line whose end is not written yet, and the error ends the training", strict=True)
 def test_a_line_that_is_half_written_is_left_for_the_next_look_on_a_simulated_display(tell, shown):
     tell("on_log", 1, LOG[:1])
     line = json.dumps({"step": 2, "max_steps": 6, "log_history": LOG})

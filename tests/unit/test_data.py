@@ -1,4 +1,4 @@
-"""Rows: loaders, what each unusable file is answered with, validation, the split, repeats, the evaluation questions."""
+"""Rows: loaders, what each unusable file is answered with, validation, the split, the evaluation questions."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from datasets import Dataset
 
 from medcot_utils.config import load_config
 from medcot_utils.data import (
-    SHIPPED_CASES,
     TEXT_COLUMNS,
     DataError,
     choose_questions,
     drop_repeats,
-    find_repeats,
     load_rows,
-    normalize,
     split_rows,
     validate_rows,
 )
+from medcot_utils.layout import SHIPPED_CASES
 from medcot_utils.prompts import ARTICLE_ANSWER, ARTICLE_QUESTION
 
 ROWS = [
@@ -49,10 +47,6 @@ def write(path: Path, rows: list[dict]) -> Path:
 def dataset(*rows: dict) -> Dataset:
     filled = [{"id": f"r{i}", "Question": f"q{i}", "Complex_CoT": "c", "Response": "a"} | row for i, row in enumerate(rows)]
     return Dataset.from_list(filled)
-
-
-def questions(*texts: str) -> list[dict]:
-    return [{"id": f"q-{i}", "Question": text} for i, text in enumerate(texts)]
 
 
 # --- load --------------------------------------------------------------------------------------------------------------
@@ -166,16 +160,9 @@ def test_validation_table_shows_each_reason_between_read_and_kept():
 
 
 @pytest.mark.parametrize("texts", [("为什么会发烧？", "为什么会咳嗽？"), ("Чому?", "Як?"), ("ação", "aço")])
-def test_questions_in_any_script_are_compared_by_their_letters(texts):
+def test_questions_in_any_script_are_told_apart_by_their_letters(texts):
     kept, _ = validate_rows(dataset(*({"Question": text} for text in texts)))
     assert len(kept) == 2
-    assert find_repeats(kept, questions(texts[0]), 100) == [
-        {"train_id": "r0", "question_id": "q-0", "similarity": 100.0, "exact": True}
-    ]
-
-
-def test_normalize_keeps_letters_and_digits_only():
-    assert normalize("  A 61-year-old_woman's\nTest: 3.5%?\t") == "a 61 year old woman s test 3 5"
 
 
 # --- split -------------------------------------------------------------------------------------------------------------
@@ -225,51 +212,30 @@ def test_ids_that_stand_twice_are_replaced(tmp_path):
 
 # --- repeats and questions ---------------------------------------------------------------------------------------------
 
-ASKED = "A 40-year-old man has sudden chest pain radiating to the left arm. What is the first test?"
 
-
-@pytest.mark.parametrize(
-    ("text", "exact"),
-    [
-        (ASKED, True),
-        (ASKED.upper().replace(".", " -"), True),
-        (ASKED.replace("40", "42").replace("sudden", "acute"), False),
-        ("Which vitamin is lacking in scurvy, and how does it show?", None),
-    ],
-    ids=["same", "same but for case and signs", "reworded", "another"],
-)
-def test_a_repeated_question_is_found_exactly_nearly_or_not_at_all(text, exact):
-    found = find_repeats(dataset({}, {"Question": text}), questions("unlike everything else here", ASKED), 85)
-    assert [(repeat["train_id"], repeat["question_id"], repeat["exact"]) for repeat in found] == (
-        [] if exact is None else [("r1", "q-1", exact)]
-    )
-    assert all(85 <= repeat["similarity"] <= 100 and (repeat["similarity"] == 100) is exact for repeat in found)
-
-
-def test_similarity_from_which_two_questions_repeat_is_respected():
-    near = ASKED.replace("40", "42").replace("sudden", "acute")
-    score = find_repeats(dataset({"Question": near}), questions(ASKED), 50)[0]["similarity"]
-    assert find_repeats(dataset({"Question": near}), questions(ASKED), min(score + 1, 100)) == []
+def repeat_of(row_id: str | int) -> dict:
+    return {"train_id": str(row_id), "question_id": "q", "similarity": 100.0, "overlap": 1.0, "exact": True}
 
 
 def test_repeats_are_dropped_and_nothing_else_is():
-    train = dataset({"Question": ASKED}, {}, {"Question": ASKED + "!"}, {})
-    assert drop_repeats(train, find_repeats(train, questions(ASKED), 85))["id"] == ["r1", "r3"]
+    train = dataset({}, {}, {}, {})
+    assert drop_repeats(train, [repeat_of("r0"), repeat_of("r2"), repeat_of("r2")])["id"] == ["r1", "r3"]
     assert drop_repeats(train, [])["id"] == train["id"]
 
 
+def test_repeats_of_rows_whose_ids_are_numbers_are_dropped():
+    assert drop_repeats(dataset({"id": 7}, {"id": 8}), [repeat_of(7)])["id"] == [8]
+
+
 def test_rows_that_all_repeat_a_question_are_refused():
-    train = dataset({"Question": ASKED})
     with pytest.raises(DataError, match="every training row repeats an evaluation question"):
-        drop_repeats(train, find_repeats(train, questions(ASKED), 85))
+        drop_repeats(dataset({}), [repeat_of("r0")])
 
 
-def test_the_articles_question_is_asked_unscored_and_found_when_it_stands_in_the_training_rows():
+def test_the_articles_question_is_asked_first_and_unscored():
     asked = choose_questions(dataset({}, {}, {}), 2)
     assert [(one["id"], one["scored"]) for one in asked] == [("article", False), ("r0", True), ("r1", True)]
-    assert asked[0]["Response"] == ARTICLE_ANSWER
-    train = dataset({}, {}, {"Question": ARTICLE_QUESTION.lower()})
-    assert [(one["train_id"], one["question_id"]) for one in find_repeats(train, asked[:1], 85)] == [("r2", "article")]
+    assert (asked[0]["Question"], asked[0]["Response"]) == (ARTICLE_QUESTION, ARTICLE_ANSWER)
 
 
 def test_more_questions_than_held_out_rows_are_refused():

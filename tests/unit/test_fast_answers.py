@@ -246,9 +246,6 @@ def test_with_4_bits_and_adapter_a_static_cache_gives_the_records_of_one_that_gr
 @pytest.mark.model
 @on_the_cpu
 @pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes packs weights only on CPUs with AVX512-BF16")
-@pytest.mark.xfail(
-    reason="dequantize() takes weights that an answer before has packed for the CPU for unpacked ones", strict=True
-)
 def test_a_static_cache_gives_the_same_records_after_a_streamed_answer_has_packed_the_weights():
     def records(streamed):
         model, tokenizer = load()

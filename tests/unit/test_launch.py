@@ -106,7 +106,6 @@ def test_time_that_was_over_is_told_without_a_process(leave, tmp_path):
     assert _first_failure(tmp_path) == ("TimeBudgetReached", "stopped after step 3 of 6")
 
 
-@pytest.mark.xfail(reason="torchrun's times are whole seconds; within one, the alphabet decides", strict=True)
 def test_of_failures_in_the_same_second_memory_that_ran_out_is_told_before_what_followed_from_it(leave, tmp_path):
     leave(0, "DistBackendError: NCCL error: remote process exited", 1700000002)
     leave(1, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", 1700000002)

@@ -174,6 +174,7 @@ def test_every_usual_shape_of_a_file_gives_the_same_question(write, row):
     path = write({"question": "Which ion?"} | row)
     expected = {"id": "row-1", "question": "Which ion?", "options": LETTERS, "answer": "B", "specialty": ""}
     assert load_questions(path) == [expected]
+    assert [*load_questions(path)[0]["options"]] == ["A", "B", "C"], "the prompt shows them in this order"
 
 
 def test_id_and_specialty_are_used_where_a_file_has_them_and_options_may_differ_in_number(write):
@@ -240,9 +241,10 @@ def test_an_unknown_task_without_a_near_name_lists_them_all():
 
 def test_a_data_set_that_cannot_be_reached_is_said_in_one_line(monkeypatch, caplog, capsys):
     import datasets
+    import huggingface_hub
 
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for module in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
     with pytest.raises(McqError, match="GBaker/MedQA-USMLE-4-options-hf cannot be had from the Hub") as caught:
         load_questions("medqa")
     assert "\n" not in str(caught.value) and "local .jsonl" in str(caught.value)
@@ -290,7 +292,8 @@ def test_rows_of_the_hubs_shapes_become_questions(task, tmp_path, monkeypatch, w
     lines = [json.dumps(row) for row in [*HUB_ROWS[task], faulty]]
     (folder / f"{source['split']}.jsonl").write_text("\n".join(lines))
     first, second = read_questions(path=str(folder), split=source["split"], shape=source["shape"])
-    assert "1 of 3 rows left out" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "1 of 3 rows left out" in said.out and said.out.count("\n") == 1 and said.err == ""
     assert first["id"] != second["id"] and first["answer"] == "B"
     if task == "pubmedqa":
         assert first["question"] == "We asked.\nWe saw.\n\nIs it so?"
@@ -313,7 +316,7 @@ def test_a_limit_takes_its_share_of_every_specialty_and_the_same_for_the_same_se
 
 
 def test_specialties_of_unlike_size_keep_their_shares_and_every_question_its_chance():
-    questions = [{"id": i, "specialty": "large" if i < 90 else "small"} for i in range(100)]
+    questions = [{"id": i, "specialty": "large" if i < 87 else "rare" if i < 90 else "small"} for i in range(100)]
     seen = dict.fromkeys(range(100), 0)
     for seed in range(600):
         chosen = choose(questions, 10, seed)
@@ -432,12 +435,18 @@ def test_the_callers_generators_streams_and_log_levels_are_left_alone(tiny):
     def state():
         return np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), logging.root.manager.disable
 
+    # Values that no library would set by itself.
+    np.random.seed(81)
+    torch.manual_seed(82)
+    logging.disable(logging.DEBUG)
     before = state(), sys.stdout, sys.stderr
     run_mcq(*tiny, "shipped", limit=1, max_new_tokens=2)
     assert (state(), sys.stdout, sys.stderr) == before
     with pytest.raises(McqError):
         run_mcq(*tiny, "shipped", limit=1, max_new_tokens=5000)
-    assert (state(), sys.stdout, sys.stderr) == before
+    after = state(), sys.stdout, sys.stderr
+    logging.disable(logging.NOTSET)
+    assert after == before
 
 
 @pytest.mark.model
@@ -492,6 +501,7 @@ def test_lm_eval_itself_can_run_the_task_files(tiny, write):
         found = simple_evaluate(harness, tasks=[name], task_manager=manager, gen_kwargs={"max_gen_toks": 3})
         assert found["results"][name]["sample_len"] == 2 and found["results"][name]["abstained,none"] == 1.0
         assert "correct_stderr,none" in found["results"][name]
+        assert found["higher_is_better"][name] == {"correct": True, "abstained": False}
 
 
 @pytest.mark.embedded

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from medcot_utils import platforms
+from medcot_utils.claims import judge
 from medcot_utils.config import load_config
-from medcot_utils.evaluation import METRICS, compare, format_interval, verdict
+from medcot_utils.evaluation import compare, compare_sampled, format_interval, verdict
 from medcot_utils.export import (
     ExportError,
     export_disk_gib,
@@ -20,12 +21,18 @@ from medcot_utils.export import (
     save_merged,
     verify_export,
 )
+from medcot_utils.mcq import paired
+from medcot_utils.measures import METRICS
 from medcot_utils.platforms import GIB, PlatformError
 from medcot_utils.report import build_report
 from medcot_utils.run import Run, RunError
 
 CONFIG = load_config("smoke")
-ATTACK = '<script>alert("x")</script> see <img src="https://evil.example/x.png"> & "quoted"'
+# Closes the page's own script, makes a new one, fetches a picture, leaves an attribute, and ends a line within a script.
+ATTACK = (
+    """</script><script>alert("x")</script> see <img src="https://evil.example/x.png" onerror='alert(1)'> & "quoted" """
+    "'so'\u2028> end"
+)
 QUESTIONS = [{"id": "article", "scored": False, "specialty": "the article's question", "Question": "Which?", "Response": "This."}]
 QUESTIONS += [
     {"id": f"q{i}", "scored": True, "specialty": "cardiology", "Question": f"Which valve, {i} < 9?", "Response": "The mitral."}
@@ -45,11 +52,12 @@ CHECK = {
 }
 
 
-def answer(question, answer_text, closed):
+def answer(question, answer_text, closed, thinking="so & so", sample=0):
     return {
         "id": question["id"],
+        "sample": sample,
         "prompt": question["Question"],
-        "thinking": "so & so",
+        "thinking": thinking,
         "answer": answer_text,
         "completion": answer_text,
         "well_formed": closed,
@@ -62,18 +70,27 @@ def answer(question, answer_text, closed):
     }
 
 
-def fill(run, repeats=()):
-    """A run's artifacts up to the comparison and the export check, written as the notebooks write them, without a model."""
+def choice(label, index, right):
+    return {"model": label, "task": "shipped", "id": f"m{index}", "specialty": "cardiology", "correct": right, "abstained": False}
+
+
+def fill(
+    run, repeats=(), trained_on=(), questions=QUESTIONS, base=("", False), tuned=(ATTACK, True), thinking="so & so", notes=()
+):
+    """A run's artifacts up to the comparison and the export check, written as the notebooks write them, without a model.
+
+    base, tuned: the answer to every question, and whether its reasoning is closed. `trained_on`: ids set apart."""
     from datasets import Dataset
 
     rows = Dataset.from_list([{"id": "t1", "Question": "a", "input_ids": [0, 9, 40, 41], "labels": [-100, -100, 40, 41]}])
-    run.write("questions", QUESTIONS)
-    base = [answer(question, "", False) for question in QUESTIONS]
-    tuned = [answer(question, ATTACK, True) for question in QUESTIONS]
-    run.write("base_answers", base)
+    run.write("questions", questions)
+    sides = [[[answer(question, *side, thinking, k) for question in questions] for k in range(2)] for side in (base, tuned)]
+    mcq = [[choice(label, index, right) for index in range(8)] for label, right in (("base", False), ("tuned", True))]
+    run.write("base_answers", [record for sample in sides[0] for record in sample])
+    run.write("base_mcq", mcq[0])
     run.write("train_rows", rows)
     run.write("held_out_rows", rows)
-    run.write("data_report", {"repeats": list(repeats), "repeats_dropped": True})
+    run.write("data_report", {"repeats": list(repeats), "repeats_dropped": not trained_on})
     run.write("plan", {"rows": 117, "effective_batch": 4, "steps": 6, "trainable_parameters": 32768, "total_parameters": 10**9})
     run.write("adapter", lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"0" * 1000))
     run.write("training_log", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "eval_loss": 1.75}])
@@ -83,9 +100,23 @@ def fill(run, repeats=()):
         for i in range(4)
     ]
     run.write("held_out_loss", held_out)
-    run.write("tuned_answers", tuned)
-    metrics = compare(base[1:], tuned[1:], ["The mitral."] * 4, held_out, run.config.evaluation, run.config.seed)
-    run.write("metrics", {"n_questions": 4, "metrics": metrics})
+    run.write("tuned_answers", [record for sample in sides[1] for record in sample])
+    run.write("tuned_mcq", mcq[1])
+
+    settings, seed = run.config.evaluation, run.config.seed
+    apart = [index for index, question in enumerate(questions) if question["id"] in trained_on]
+    clean = [index for index, question in enumerate(questions) if question["scored"] and index not in apart]
+
+    def chosen(numbers, sample):
+        return [[side[sample][i] for i in numbers] for side in sides]
+
+    metrics = compare(*chosen(clean, 0), ["The mitral."] * len(clean), held_out, settings, seed)
+    metrics |= {"mcq_accuracy": paired(*mcq, settings, seed)}
+    sampled = compare_sampled(*([one] for one in chosen(clean, 1)), ["The mitral."] * len(clean), settings, seed)
+    contaminated = compare(*chosen(apart, 0), ["The mitral."] * len(apart), [], settings, seed) if apart else None
+    measured = {"n_questions": len(clean), "metrics": metrics, "n_samples": 1, "sampled": sampled, "notes": list(notes)}
+    measured |= {"n_contaminated": len(apart), "contaminated": contaminated, "claims": judge(metrics, ["t9"] if apart else [])}
+    run.write("metrics", measured)
     run.write("merged", lambda folder: (folder / "model.safetensors").write_bytes(b"0"))
     run.write("export_check", CHECK)
     return run
@@ -100,19 +131,31 @@ def run(tmp_path_factory):
 
 
 class Tags(HTMLParser):
-    """The tags of a page, and every address that a browser would fetch for it."""
+    """The tags of a page, its texts, and every address that a browser would fetch for it."""
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.addresses, self.text = [], [], ""
+        self.tags, self.addresses, self.attributes, self.ids, self.text, self.scripts = [], [], set(), [], "", ""
+        self.options = {}
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.ids += [value for name, value in attrs if name == "id"]
         self.addresses += [value for name, value in attrs if name in ("src", "srcset", "href", "data", "action", "poster")]
+        if tag == "select":
+            self.options[dict(attrs)["id"]] = []
+        elif tag == "option":
+            self.options[next(reversed(self.options))].append("")
 
     def handle_data(self, text):
-        self.text += text
+        if self.tags and self.tags[-1] == "script":
+            self.scripts += text
+        else:
+            self.text += text
+        if self.tags and self.tags[-1] == "option":
+            self.options[next(reversed(self.options))][-1] += text.strip("\n")
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +164,27 @@ def page(run):
 
 
 def test_model_text_is_escaped_in_the_report(page):
-    assert "&lt;script&gt;" in page and "<script" not in page
     seen = Tags(page)
-    assert "script" not in seen.tags
-    assert seen.tags.count("img") == 2, "the two figures, and no picture out of an answer"
     assert seen.text.count(ATTACK) == len(QUESTIONS), "the reader sees the answer as the model wrote it"
+    assert seen.tags.count("script") == 1 and page.count("<script") == page.count("</script") == 1, "the page's own"
+    assert "alert" not in seen.scripts and 'field("filters")' in seen.scripts
+    assert seen.tags.count("img") == 2, "the two figures, and no picture out of an answer"
     assert "Which valve, 0 < 9?" in seen.text
+
+
+def test_every_text_that_comes_from_a_file_is_escaped(tmp_path):
+    hostile = [question | dict.fromkeys(("specialty", "Question", "Response"), ATTACK) for question in QUESTIONS]
+    hostile[1] = hostile[1] | {"id": f'q0" onclick="{ATTACK}'}
+    repeat = {"train_id": ATTACK, "question_id": hostile[1]["id"], "similarity": 91.5, "overlap": 0.5, "exact": False}
+    given = {"questions": hostile, "base": (ATTACK, True), "thinking": ATTACK, "notes": [ATTACK]}
+    page = build_report(fill(Run.create(tmp_path / "run", CONFIG), [repeat | {"train_question": ATTACK}], **given))
+    seen = Tags(page)
+    assert seen.tags.count("script") == 1 and page.count("</script") == 1 and "alert" not in seen.scripts
+    assert seen.tags.count("img") == 2 and not [name for name in seen.attributes if name.startswith("on")]
+    # Of each question: specialty, question, reference, two answers and two thinkings; one id, shown as its link; a choice of
+    # specialty; a note, and the repeat's two texts and its link.
+    assert seen.text.count(ATTACK) == 7 * len(QUESTIONS) + 1 + 1 + 1 + 3
+    assert seen.options["specialty"] == ["every specialty", ATTACK]
 
 
 def test_the_report_opens_without_a_network(page):
@@ -134,29 +192,134 @@ def test_the_report_opens_without_a_network(page):
     assert len(seen.addresses) >= 2 + len(QUESTIONS)
     assert [a for a in seen.addresses if not a.startswith(("data:image/png;base64,", "#"))] == []
     assert re.findall(r"(?:url\(|@import)\s*[\"']?[^\s)]{0,40}", page) == []
+    assert re.findall(r"fetch|XMLHttpRequest|WebSocket|import", Tags(page).scripts) == []
 
 
 def test_the_report_shows_every_metric_and_every_question(page, run):
-    seen, metrics = Tags(page), run.read("metrics")["metrics"]
-    for name, metric in metrics.items():
-        assert METRICS[name][0] in seen.text
+    seen, measured = Tags(page), run.read("metrics")
+    assert {"eval_loss", "repetition", "chrf", "mcq_accuracy"} <= set(measured["metrics"])
+    for name, metric in (*measured["metrics"].items(), *measured["sampled"].items()):
+        assert METRICS[name].text in seen.text
         assert format_interval(metric["difference"]) in seen.text and verdict(name, metric) in seen.text
-    assert all(f'<article id="{question["id"]}">' in page for question in QUESTIONS)
+    assert all(page.count(f'<article id="{question["id"]}"') == 1 for question in QUESTIONS)
     assert seen.text.count("shown, not scored") == 1
-    assert "No training row repeats a held-out question" in seen.text
+    assert "No training row repeats an evaluation question" in seen.text
+
+
+def test_the_report_shows_every_claim_with_its_test_and_verdict(page, run):
+    seen, claims = Tags(page), run.read("metrics")["claims"]
+    assert len(claims) >= 8 and {claim["verdict"] for claim in claims} > {"holds"}
+    for claim in claims:
+        cells = "</td><td>".join(claim[key] for key in ("claim", "tested_by", "result"))
+        assert cells in page.replace("&lt;", "<").replace("&gt;", ">").replace("&#39;", "'") and claim["verdict"] in seen.text
+
+
+def test_every_question_has_a_link_to_itself_and_no_link_leads_nowhere(page):
+    seen = Tags(page)
+    inner = [address[1:] for address in seen.addresses if address.startswith("#")]
+    assert sorted(inner) == sorted(question["id"] for question in QUESTIONS)
+    assert set(inner) <= set(seen.ids) and len(seen.ids) == len(set(seen.ids))
+
+
+def test_marks_say_where_an_answer_differs_from_the_first_models(page):
+    seen = Tags(page).text
+    assert seen.count("does not close the tag properly; cut off") == len(QUESTIONS), "the base model's answers"
+    assert seen.count("times the words") == len(QUESTIONS), "the tuned ones are longer"
+    assert "base does not, tuned reasons and answers" in seen and seen.count("(no answer)") == len(QUESTIONS)
+
+
+def test_sampled_and_set_apart_questions_have_tables_of_their_own_and_notes_are_shown(tmp_path, run, page):
+    plain = Tags(page).text
+    assert "greedy answers, 4 questions" in plain and "sampled answers, 1 a question" in plain
+    assert "that training rows repeat, apart" not in plain
+
+    repeats = [
+        {"train_id": "t9", "question_id": q, "train_question": "Which?", "similarity": 99.0, "overlap": 1.0, "exact": True}
+        for q in ("q0", "q1", "article")
+    ]
+    apart = fill(Run.create(tmp_path / "run", CONFIG), repeats, trained_on=("q0", "q1"), notes=["A remark on 5 < 6."])
+    seen = Tags(build_report(apart)).text
+    assert "greedy answers, 2 questions" in seen
+    assert "2 questions that training rows repeat, apart from all other figures" in seen
+    assert "A remark on 5 < 6." in seen and "can't tell: it stands in the training rows (t9)" in seen
+    assert "and were trained on:" in seen and "left out:" not in seen
+    assert "t9 repeats q0 (exactly): Which?" in " ".join(seen.split())
+
+    measured = apart.read("metrics") | {"sampled": None, "n_samples": 0, "contaminated": None, "n_contaminated": 0}
+    apart.write("metrics", measured)
+    seen = Tags(build_report(apart)).text
+    assert "sampled answers" not in seen and "apart from all other figures" not in seen and "greedy answers" in seen
 
 
 def test_repeated_questions_are_listed_in_report_and_card(tmp_path):
-    repeat = {"train_id": "case-9", "question_id": "q1", "similarity": 91.5, "exact": False}
+    shares = {"similarity": 91.5, "overlap": 0.58, "exact": False}
+    repeat = {"train_id": "case-9", "question_id": "q1", "train_question": "Which valve, then?"} | shares
     repeated = fill(Run.create(tmp_path / "run", CONFIG), [repeat])
-    page = Tags(build_report(repeated)).text
-    assert "case-9 repeats q1 (similarity 91.5)" in page and "No training row repeats" not in page
+    page = " ".join(Tags(build_report(repeated)).text.split())
+    assert "left out:" in page and "No training row repeats" not in page
+    assert "case-9 repeats q1 (similarity 91.5, 58 % of its 8-word sequences): Which valve, then?" in page
     assert "1 training rows repeat a held-out question and were left out" in model_card(repeated)
 
 
+def test_a_repeat_of_a_held_out_row_that_was_not_asked_has_no_link_into_nowhere(tmp_path):
+    # Notebook 03 looks at all held-out rows, of which only the first are asked.
+    repeat = {"train_id": "case-9", "question_id": "row-77", "train_question": "?", "exact": True}
+    seen = Tags(build_report(fill(Run.create(tmp_path / "run", CONFIG), [repeat])))
+    assert "case-9 repeats row-77" in " ".join(seen.text.split())
+    assert {address[1:] for address in seen.addresses if address.startswith("#")} <= set(seen.ids)
+
+
+def test_rows_without_specialties_give_no_empty_choice(tmp_path):
+    # As choose_questions makes them of a data set without that column: the article's.
+    bare = [question | {"specialty": question["specialty"] if question["id"] == "article" else ""} for question in QUESTIONS]
+    seen = Tags(build_report(fill(Run.create(tmp_path / "run", CONFIG), questions=bare)))
+    assert seen.options["specialty"] == ["every specialty", "the article's question"]
+
+
+def test_two_models_that_wrote_nothing_are_not_furthest_apart(tmp_path):
+    silent = fill(Run.create(tmp_path / "run", CONFIG), base=("", False), tuned=("", False), thinking="")
+    assert set(re.findall(r'data-apart="([^"]*)"', build_report(silent))) <= {"0", "0.0"}
+
+
+def test_several_runs_stand_beside_each_other(tmp_path, run):
+    other = fill(Run.create(tmp_path / "other", CONFIG), tuned=("The aortic one.", True))
+    page = build_report(run, other)
+    seen = Tags(page)
+    assert "Run run" in seen.text and "Run other" in seen.text and "What fine-tuning did" not in seen.text
+    titles = re.findall(r"<section><h3>([^<]*)</h3>", page)
+    assert titles == ["base", "tuned, run", "tuned, other"] * len(QUESTIONS)
+    assert seen.text.count(ATTACK) == seen.text.count("The aortic one.") == len(QUESTIONS)
+    assert seen.tags.count("img") == 4 and page.count("What the article claims") == 2
+    assert all(page.count(f'<article id="{question["id"]}"') == 1 for question in QUESTIONS)
+
+
+def test_200_questions_with_two_answers_of_500_words_make_a_page_of_less_than_5_megabytes(tmp_path):
+    import numpy as np
+
+    words = [f"{start}{end}ia" for start in ("nephr", "carcin", "oste", "hepat") for end in ("om", "opath", "it")]
+    generator = np.random.default_rng(1)
+
+    def prose():
+        return " ".join(generator.choice(words, size=500))
+
+    questions = [QUESTIONS[1] | {"id": f"q{i}", "Question": prose()[:300]} for i in range(200)]
+    big = fill(Run.create(tmp_path / "run", CONFIG))
+    big.write("questions", questions)
+    for side in ("base", "tuned"):
+        big.write(f"{side}_answers", [answer(question, prose(), True, prose()) for question in questions])
+    page = build_report(big)
+    assert page.count("<article ") == 200
+    assert 200 * 2 * 2 * 500 * 6 < len(page.encode()) < 5_000_000
+
+
 def test_a_report_without_its_inputs_names_the_notebook(tmp_path):
-    with pytest.raises(RunError, match="06_comparison"):
+    with pytest.raises(RunError, match="02_baseline_inference"):
         build_report(Run.create(tmp_path / "run", CONFIG))
+    filled = fill(Run.create(tmp_path / "run", CONFIG))
+    assert "<h1>" in build_report(filled)
+    (filled.path / "metrics.json").unlink()
+    with pytest.raises(RunError, match="06_comparison"):
+        build_report(filled)
 
 
 # --- model card ----------------------------------------------------------------------------------------------------
@@ -171,7 +334,7 @@ def test_the_card_has_the_measured_numbers_the_licence_and_the_limits(run):
     assert "Not for clinical use" in card.text and "Apache-2.0" in card.text
     for name, metric in run.read("metrics")["metrics"].items():
         cells = " | ".join(format_interval(metric[side]) for side in ("base", "tuned", "difference"))
-        assert f"| {METRICS[name][0]} | {cells} | {verdict(name, metric)} |" in card.text
+        assert f"| {METRICS[name].text} | {cells} | {verdict(name, metric)} |" in card.text
     assert "2.00 [2.00, 2.00] | 1.50 [1.50, 1.50] | -0.50 [-0.50, -0.50] | fell, better" in card.text
     assert "the rest on 4 held-out questions" in card.text and "95 % bootstrap" in card.text and "117 training rows" in card.text
     assert "0.0012" in card.text and "3 of 3 prompts" in card.text

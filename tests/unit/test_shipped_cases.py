@@ -10,13 +10,15 @@ import pytest
 from datasets import Dataset
 from rapidfuzz import fuzz
 
-from medcot_utils.data import find_repeats, normalize
+from medcot_utils.config import load_config
+from medcot_utils.contamination import find_repeats, normalize
 from medcot_utils.layout import SHIPPED_CASES
 from medcot_utils.prompts import ARTICLE_QUESTION
 
 CASES = [json.loads(line) for line in SHIPPED_CASES.read_text(encoding="utf-8").splitlines()]
 MCQ = [json.loads(line) for line in SHIPPED_CASES.with_name("mcq.jsonl").read_text(encoding="utf-8").splitlines()]
-SIMILARITY = 75  # stricter than the 85 from which training rows are dropped
+# Stricter than the 85 and the half from which training rows are dropped.
+STRICT = load_config("smoke", ["dataset.near_repeat_similarity=75", "dataset.ngram_overlap=0.2"]).dataset
 WORDS = {"Question": (20, 60), "Complex_CoT": (50, 110), "Response": (20, 50)}
 
 _MARKUP = re.compile(r"[<>*#`|_{}\[\]\\]|\]\(|^\s*([-•]|\d+[.)])\s|\s(1[.)]|\(1\))\s|[\r\n\t\u2028\u2029]|  ")
@@ -24,7 +26,7 @@ _MARKUP = re.compile(r"[<>*#`|_{}\[\]\\]|\]\(|^\s*([-•]|\d+[.)])\s|\s(1[.)]|\(
 
 def near(ours: list[str], theirs: list[str]) -> list[dict]:
     train = Dataset.from_dict({"id": [str(i) for i in range(len(ours))], "Question": ours})
-    return find_repeats(train, [{"id": str(i), "Question": text} for i, text in enumerate(theirs)], SIMILARITY)
+    return find_repeats(train, [{"id": str(i), "Question": text} for i, text in enumerate(theirs)], STRICT)
 
 
 def test_every_case_has_just_the_columns_of_the_schema_as_texts():
