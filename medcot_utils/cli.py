@@ -180,6 +180,20 @@ def report(
 
 
 @app.command()
+def grade(
+    run_dir: Annotated[Path, typer.Argument(help="a run whose base and tuned model have answered")],
+    grader: Annotated[str, typer.Option(help="whose judgements these are")] = "grader",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 0,
+    open_browser: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
+) -> None:
+    """Serve a page on this machine to judge the answers blind, without knowing which model wrote which."""
+    from medcot_utils.grading import serve
+    from medcot_utils.run import Run
+
+    serve(Run.open(run_dir), port, open_browser, grader)
+
+
+@app.command()
 def doctor(run_dir: RunDir = None) -> None:
     """Say whether this machine can run which profile, and why not."""
     from medcot_utils import diagnosis

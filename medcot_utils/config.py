@@ -328,9 +328,16 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        # Of a setting that may be one thing or another, each alternative has its own fault: the first says enough.
-        lines = {_setting_of(fault): _explain(fault) for fault in reversed(error.errors())}
-        raise ConfigError("; ".join(reversed(lines.values()))) from None
+        lines: dict[str, str] = {}
+        for fault in error.errors():
+            setting = _setting_of(fault)
+            # Of a setting that may be one thing or another, each alternative has its own fault.
+            lines[setting] = f"{lines[setting]}, or {_lower(fault['msg'])}" if setting in lines else _explain(fault)
+        raise ConfigError("; ".join(lines.values())) from None
+
+
+def _lower(message: str) -> str:
+    return message[0].lower() + message[1:]
 
 
 def _setting_of(fault: Mapping[str, Any]) -> str:
@@ -348,4 +355,4 @@ def _explain(fault: Mapping[str, Any]) -> str:
         return str(fault["ctx"]["error"])
     if fault["type"] == "missing":
         return f"setting {name} is missing"
-    return f"setting {name} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+    return f"setting {name} is {fault['input']!r}: {_lower(fault['msg'])}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,16 @@ if TYPE_CHECKING:
 
 # Words in a sequence. Language-model papers look for 8 (PaLM) to 13 (GPT-3); a question here has 34 on average.
 NGRAM_WORDS = 8
+# Chinese and Japanese put no spaces between words: there a character counts as one.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\s\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
 TEXTS = ("Question", "Complex_CoT", "Response")
 
 
 def normalize(text: str) -> str:
-    """Lower case, letters and digits (of any script) only, single spaces: what two questions are compared by."""
-    return re.sub(r"[\W_]+", " ", text.lower()).strip()
+    """Lower case, letters with their marks and digits (of any script) only, single spaces: what two questions are compared
+    by. Unicode's NFKC form, so that an accent written apart is the same letter."""
+    characters = unicodedata.normalize("NFKC", text.lower())
+    return " ".join("".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in characters).split())
 
 
 def find_repeats(train: Dataset, questions: Sequence[dict[str, Any]], settings: DatasetSettings) -> list[dict[str, Any]]:
@@ -40,7 +45,7 @@ def find_repeats(train: Dataset, questions: Sequence[dict[str, Any]], settings: 
     found = []
     for i, j in zip(*((scores > 0) | (overlaps >= settings.ngram_overlap)).nonzero(), strict=True):
         similarity = float(scores[i, j]) or fuzz.ratio(theirs[i], ours[j])
-        record = {"train_id": str(ids[j]), "question_id": questions[i]["id"], "train_question": train[int(j)]["Question"]}
+        record = {"train_id": str(ids[j]), "question_id": str(questions[i]["id"]), "train_question": train[int(j)]["Question"]}
         shares = {"similarity": round(similarity, 1), "overlap": round(float(overlaps[i, j]), 2)}
         found.append(record | shares | {"exact": theirs[i] == ours[j]})
     return found
@@ -52,7 +57,7 @@ def _overlaps(questions: list[str], rows: list[str]) -> Any:
     from sklearn.feature_extraction.text import CountVectorizer
 
     def sequences(text: str) -> list[str]:
-        words = text.split()
+        words = _WORD.findall(text)
         return [" ".join(words[i : i + NGRAM_WORDS]) for i in range(len(words) - NGRAM_WORDS + 1)]
 
     vocabulary = sorted({sequence for question in questions for sequence in sequences(question)})
@@ -69,5 +74,5 @@ def contaminated(questions: Sequence[dict[str, Any]], data_report: dict[str, Any
     """The ids of questions that a row the model was trained on repeats: none where such rows were dropped."""
     if data_report["repeats_dropped"]:
         return set()
-    asked = {question["id"] for question in questions}
-    return {repeat["question_id"] for repeat in data_report["repeats"]} & asked
+    asked = {str(question["id"]) for question in questions}
+    return {str(repeat["question_id"]) for repeat in data_report["repeats"]} & asked

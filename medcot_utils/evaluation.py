@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Array = np.ndarray
+FEWEST_QUESTIONS = 6
 
 
 def _ratio(numerator: Array, denominator: Array, axis: int = -1) -> Array:
@@ -88,8 +89,9 @@ def _sides(
     }
     # A row of the loss counts by its tokens; its own loss is near enough to say how much rows differ.
     spread = (tuned[0] / tuned[-1] - base[0] / base[-1]) if len(base) > 1 else tuned[0] - base[0]
-    needed = questions_needed(float(np.std(spread, ddof=1)), found["difference"]["value"], settings.confidence_level)
-    found["difference"] |= {"needed": needed if len(spread) > 1 else None}
+    level, difference_value = settings.confidence_level, found["difference"]["value"]
+    needed = questions_needed(float(np.std(spread, ddof=1)), difference_value, level) if len(spread) > 1 else None
+    found["difference"] |= {"needed": needed}
     if yes_or_no:
         found["difference"] |= {"p": exact_p(base[0], tuned[0]), "alpha": round(1 - settings.confidence_level, 6)}
     return found
@@ -185,8 +187,11 @@ def _compare_columns(
 def is_clear(difference: dict[str, Any]) -> bool:
     """True if the difference's interval lies wholly on one side of zero and, where there is one, the exact test agrees.
 
-    A bootstrap interval has no width where every question says the same, however few they are; the exact test knows."""
-    if difference["low"] is None or not (difference["low"] > 0 or difference["high"] < 0):
+    A bootstrap interval has no width where every question says the same, however few they are; the exact test knows. Where
+    there is none, fewer than six questions show nothing: even if all went one way, a sign test would give p = 2/2^5."""
+    if difference["n"] < FEWEST_QUESTIONS or difference["low"] is None:
+        return False
+    if not (difference["low"] > 0 or difference["high"] < 0):
         return False
     return difference.get("p", 0) < difference.get("alpha", 1)
 

@@ -24,6 +24,7 @@ from pydantic import AwareDatetime, BaseModel
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation import format_interval
+from medcot_utils.generation import by_sample
 from medcot_utils.run import Run, write_atomic
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def read_pairs(run: Run) -> list[Pair]:
 
     Which model is A is a coin thrown by the run's seed and the question's id, so every grader and every session sees the
     same. Raises RunError naming the notebook to run if answers are missing, GradingError if they do not fit the questions."""
-    answers = {side: {str(r["id"]): r for r in run.read(f"{side}_answers")} for side in get_args(Side)}
+    # The greedy answers: sampled ones stand behind them in the same file.
+    answers = {side: {str(r["id"]): r for r in by_sample(run.read(f"{side}_answers"))[0]} for side in get_args(Side)}
     questions = run.read("questions")
     if not questions:
         raise GradingError(f"{run.path.name}/ holds no question to grade: run notebooks 02 and 06 again with some")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from medcot_utils import plots
 from medcot_utils.evaluation import format_interval, verdict
 from medcot_utils.generation import by_sample
+from medcot_utils.grading import describe, win_rate
 from medcot_utils.measures import METRICS, chrf, is_bullet_list
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def build_report(*runs: Run) -> str:
         columns=columns,
         confidence=round(100 * runs[0].config.evaluation.confidence_level),
         questions=questions,
-        specialties=sorted({question["specialty"] for question in questions}),
+        asked={question["id"] for question in questions},
+        specialties=sorted({question["specialty"] for question in questions} - {""}),
         outcomes=sorted({question["outcome"] for question in questions}),
     )
 
@@ -55,7 +57,7 @@ def _run_section(run: Run, named: bool) -> dict[str, Any]:
         "n_questions": measured["n_questions"],
         "claims": measured["claims"],
         "tables": tables,
-        "notes": measured["notes"],
+        "notes": [*measured["notes"], *(describe(graded).splitlines() if (graded := win_rate(run)) else [])],
         "comparison": plots.to_data_uri(plots.comparison_figure(measured["metrics"])),
         "loss": plots.to_data_uri(plots.loss_figure(run.read("training_log"))),
         "repeats": data_report["repeats"],
@@ -93,10 +95,15 @@ def _side_by_side(runs: Sequence[Run], columns: Sequence[dict[str, Any]]) -> lis
                 "answers": [_answer(label, record, first) for label, record in given],
                 "tags": [] if question["scored"] else ["shown, not scored"],
                 "outcome": _outcome(first, last),
-                "apart": round(1 - chrf(last["answer"] or last["thinking"], first["answer"] or first["thinking"]), 3),
+                "apart": _apart(first["answer"] or first["thinking"], last["answer"] or last["thinking"]),
             }
         )
     return lines
+
+
+def _apart(first: str, last: str) -> float:
+    """How unlike two texts are, 0 to 1, by chrF; two empty ones are alike."""
+    return round(1 - chrf(last, first), 3) if first or last else 0.0
 
 
 def _outcome(first: dict[str, Any], last: dict[str, Any]) -> str:

@@ -198,7 +198,7 @@ def test_a_short_last_step_of_an_epoch_is_filled_up_with_its_first_rows_and_noth
     train_in_processes(Run.open(together), 2)
     expected, found = logged(alone), logged(together)
     assert found["loss", 1] == pytest.approx(expected["loss", 1], abs=1e-5)
-    assert found["loss", 3] != pytest.approx(expected["loss", 3], abs=1e-5), "no longer filled up: say so in README and notebook 05"
+    assert found["loss", 3] != pytest.approx(expected["loss", 3], abs=1e-5), "no longer filled up: say so in the README"
 
 
 # --- a process that fails ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The report in a real browser: it opens from a file without a complaint, its filters and links work, and model text stays text."""
+"""The report in a real browser: it opens from a file without a complaint, filters and links work, model text stays text."""
 
 from __future__ import annotations
 
@@ -29,32 +29,11 @@ FILLER = "The patient is seen again after a week. " * 12
 # id: specialty, question, the base model's thinking and answer, the tuned model's. The reasoning is closed where there is an
 # answer; the further down the list, the less alike the two.
 CASES = {
-    "q0": (
-        "cardiology",
-        "Which valve is affected?",
-        "I think of the valve.",
-        "The mitral valve.",
-        "A zebra? No.",
-        "The mitral valve.",
-    ),
-    "q1": (
-        "cardiology",
-        "Which rhythm is it?",
-        "It is irregular.",
-        "Atrial flutter, and rest.",
-        "So.",
-        "Atrial fibrillation, and rest.",
-    ),
+    "q0": ("cardiology", "Which valve is affected?", "I think of it.", "The mitral valve.", "A zebra? No.", "The mitral valve."),
+    "q1": ("cardiology", "Which rhythm is it?", "Irregular.", "Atrial flutter, and rest.", "So.", "Atrial flutter and rest."),
     "q2": ("ear, nose & throat", 'What hurts in "Menière"?', "Hm, hm, hm.", "", "The ear.", "Nothing; he is dizzy."),
     "q3": ("neurology", "Where is the lesion?", "No idea at all.", "", "Still 12 + 13 = 25?", ""),
-    "q4": (
-        "neurology",
-        f"What does this do: {ATTACK}",
-        ATTACK,
-        f"Mitral or not, {ATTACK}",
-        "xyz",
-        "Quite 7 other words, bdfgh jklmp qsvwx.",
-    ),
+    "q4": ("neurology", f"What does this do: {ATTACK}", ATTACK, f"Mitral or not, {ATTACK}", "xyz", "7 other words: bdfgh jklmp."),
 }
 BOTH, NEITHER, GAINED = "both: reasons and answers", "both: does not", "base does not, tuned reasons and answers"
 
@@ -112,7 +91,7 @@ function report(result) {
 
 
 def browse(folder: Path, page: str, script: str = "report(null)", fragment: str = "", *flags: str):
-    """(what the script reported, complaints on the console, the title) of a page opened from a file, `script` added at its end."""
+    """(what the script reported, complaints on the console, the title) of a page opened from a file, `script` added to it."""
     file = folder / "report.html"
     head, end = page.rsplit("</body>", 1)
     file.write_text(f"{head}<script>{TOOLS}{script}</script></body>{end}", encoding="utf-8")
@@ -128,9 +107,7 @@ def test_the_report_opens_from_a_file_without_a_complaint(page, tmp_path):
     shown, console, title = browse(tmp_path, page, 'report([seen(), field_("count").textContent])')
     assert shown == [list(CASES), "5 of 5 questions"]
     assert console == [] and title == "medcot: base and tuned"
-    # What would be a complaint is one: a script that fails, and something that the page does not hold.
-    assert browse(tmp_path, page, "missing()")[1]
-    assert browse(tmp_path, page.replace("<h1>", '<script src="missing.js"></script><h1>'))[1]
+    assert browse(tmp_path, page, "missing()")[1], "a script that fails is a complaint"
 
 
 def test_text_of_a_model_does_not_run_and_is_shown_as_it_was_written(page, tmp_path):
@@ -173,7 +150,7 @@ FILTERED = [
 
 
 def test_words_specialty_outcome_and_order_filter_the_questions(page, tmp_path):
-    chosen = json.dumps([values for values, _ in FILTERED])
+    chosen = json.dumps([values for values, _ in FILTERED]).replace("</", "<\\/")
     script = f'report({chosen}.map(values => {{ choose(values); return [seen(), field_("count").textContent]; }}))'
     shown, console, _ = browse(tmp_path, page, script)
     for (values, expected), (cards, count) in zip(FILTERED, shown, strict=True):
@@ -204,7 +181,7 @@ def test_a_link_to_a_question_opens_the_report_there(page, tmp_path):
     assert browse(tmp_path, page, f"setTimeout(() => {{ {WHERE} }}, 1000)")[0][:2] == [None, False], "it is not there by itself"
 
 
-def test_a_question_that_a_link_leads_to_is_not_covered_by_the_filters(page, tmp_path):
+def test_the_question_that_a_link_leads_to_is_not_covered_by_the_filters(page, tmp_path):
     assert browse(tmp_path, page, f"setTimeout(() => {{ {WHERE} }}, 1000)", "#q3")[0] == ["q3", True, "q3"]
 
 
@@ -213,7 +190,7 @@ def test_a_link_within_the_page_leads_to_its_question(page, tmp_path):
     assert browse(tmp_path, page, script)[0][:2] == ["q3", True]
 
 
-def test_a_question_far_down_is_marked_as_the_target_in_the_light_and_in_the_dark(page, tmp_path):
+def test_the_question_that_a_link_leads_to_is_marked_in_the_light_and_in_the_dark(page, tmp_path):
     script = """setTimeout(() => report([matchMedia("(prefers-color-scheme: dark)").matches,
       getComputedStyle(document.querySelector(":target")).outlineColor, getComputedStyle(document.body).color]), 500)"""
     light, dark = (
@@ -223,10 +200,10 @@ def test_a_question_far_down_is_marked_as_the_target_in_the_light_and_in_the_dar
     assert dark == [True, "rgb(108, 184, 230)", "rgb(255, 255, 255)"]
 
 
-def test_nothing_but_tables_is_wider_than_a_telephone(page, tmp_path):
+def test_nothing_is_wider_than_a_telephone(page, tmp_path):
     # Chromium opens no window as narrow as that, so the page stands in a frame and tells its parent.
-    inner = f"<script>{TOOLS}onload = () => parent.postMessage([innerWidth, document.documentElement.scrollWidth], '*')</script></body>"
-    (tmp_path / "inner.html").write_text(page.replace("</body>", inner), encoding="utf-8")
+    tell = "onload = () => parent.postMessage([innerWidth, document.documentElement.scrollWidth], '*')"
+    (tmp_path / "inner.html").write_text(page.replace("</body>", f"<script>{tell}</script></body>"), encoding="utf-8")
     outer = '<title>outer</title><body><iframe src="inner.html" width="390" height="844" style="border: 0"></iframe></body>'
     (inner_width, scroll_width), _, _ = browse(tmp_path, outer, "onmessage = event => report(event.data)")
     assert inner_width == 390 and scroll_width <= inner_width

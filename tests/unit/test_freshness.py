@@ -15,7 +15,7 @@ DATA = {"train_rows", "held_out_rows", "data_report"}
 # Setting, and every artifact whose own content it changes, by the meaning of each: written by hand, not taken from layout.
 BY_SETTING = [
     ("generation.max_new_tokens=25", {"base_answers", "tuned_answers"}),
-    ("prompt.newline_after_think=false", {"base_answers", "tuned_answers", "export_check", *DATA}),
+    ("prompt.newline_after_think=false", {"base_answers", "tuned_answers", "base_mcq", "tuned_mcq", "export_check", *DATA}),
     ("lora.r=8", {"plan", "adapter", "training_log"}),
     ("training.learning_rate=1e-4", {"plan", "adapter", "training_log"}),
     ("training.save_steps=3", {"plan", "adapter", "training_log"}),
@@ -27,14 +27,16 @@ BY_SETTING = [
     ("dataset.loss_on=full", {"questions", "model_card", *DATA}),
     ("evaluation.n_resamples=600", {"metrics"}),
     ("evaluation.num_questions=5", {"questions", "metrics"}),
+    ("evaluation.n_samples=3", {"base_answers", "tuned_answers", "metrics"}),
+    ("evaluation.mcq_limit=2", {"base_mcq", "tuned_mcq", "metrics"}),
     ("export.dtype=bfloat16", {"merged", "export_check"}),
     ("export.check_prompts=2", {"export_check"}),
 ]
 BY_INPUT = [
-    ("questions", {"base_answers", "tuned_answers", "export_check", *DATA}),
+    ("questions", {"base_answers", "tuned_answers", "metrics", "export_check", *DATA}),
     ("train_rows", {"plan", "adapter", "training_log"}),
     ("held_out_rows", {"adapter", "training_log", "held_out_loss", "export_check"}),
-    ("adapter", {"held_out_loss", "tuned_answers", "merged", "export_check"}),
+    ("adapter", {"held_out_loss", "tuned_answers", "tuned_mcq", "merged", "export_check"}),
     ("base_answers", {"metrics", "report"}),
     ("metrics", {"report", "model_card"}),
     ("report", set()),

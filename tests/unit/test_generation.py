@@ -6,7 +6,7 @@ import pytest
 
 from medcot_utils.config import load_config
 from medcot_utils.engines import get_engine
-from medcot_utils.generation import _pad_left, answer_questions, generate_arguments, make_record, stream_answer
+from medcot_utils.generation import _pad_left, answer_questions, by_sample, generate_arguments, make_record, stream_answer
 from medcot_utils.prompts import inference_prompt
 
 pytestmark = pytest.mark.model
@@ -126,13 +126,15 @@ def test_an_eos_at_once_is_an_empty_finished_answer_of_one_token(loaded):
 
 
 def test_sampling_is_reproducible_with_a_seed_and_another_seed_samples_otherwise(loaded):
-    first, again, other = (
-        [record["completion"] for record in answers(loaded, seed=seed, do_sample=True)] for seed in (11, 11, 12)
-    )
-    greedy = [record["completion"] for record in answers(loaded)]
+    def completions(seed):
+        records = answer_questions(*loaded, QUESTIONS, settings(), True, seed, n_samples=2)
+        assert [record["id"] for record in records] == [question["id"] for question in QUESTIONS] * 3
+        return [[record["completion"] for record in sample] for sample in by_sample(records)]
+
+    first, again, other = completions(11), completions(11), completions(20)
     assert first == again
-    assert first != other
-    assert first != greedy
+    assert first[0] == other[0] == [record["completion"] for record in answers(loaded)], "sample 0 is the greedy answer"
+    assert first[1] != other[1] and first[1] != first[2] and first[1] != first[0]
 
 
 def test_greedy_answers_do_not_depend_on_the_seed(loaded):
@@ -152,7 +154,7 @@ def test_a_streamed_answer_is_printed_and_is_the_batched_one(loaded, capsys):
     assert record["completion"].strip() and record["completion"].strip() in printed
     assert "### Question" not in printed, "the prompt is not to be repeated"
     batched = answers(loaded, questions=QUESTIONS[2:3])[0]
-    assert {key: value for key, value in batched.items() if key not in ("id", "seconds")} == {
+    assert {key: value for key, value in batched.items() if key not in ("id", "sample", "seconds")} == {
         key: value for key, value in record.items() if key != "seconds"
     }
 

@@ -410,7 +410,7 @@ def test_lm_eval_asks_the_tiny_model_exactly_what_was_meant(tiny, spy, newline, 
         assert (record["read"], record["correct"], record["abstained"]) == (None, False, True), "random weights answer nothing"
     assert tokenizer.padding_side == side
     shown = capsys.readouterr()
-    assert shown.out == "" and shown.err.count("\n") <= 1 and "multiple choice, base" in shown.err
+    assert shown.out == "" and shown.err.count("\n") <= 1 and "multiple choice, base: 100%" in shown.err and "5/5" in shown.err
 
 
 @pytest.mark.model

@@ -120,6 +120,7 @@ def test_rouge_l_is_1_for_equal_texts_0_for_unlike_or_empty_ones_and_between_oth
     assert rouge_l(REFERENCE, REFERENCE) == 1
     assert rouge_l("", REFERENCE) == 0 and rouge_l("kidney stones hurt", REFERENCE) == 0
     assert rouge_l("The mitral valve", REFERENCE) == pytest.approx(2 * 1 * (3 / 7) / (1 + 3 / 7))
+    assert rouge_l("valve mitral the", REFERENCE) == pytest.approx(2 * (1 / 3) * (1 / 7) / (1 / 3 + 1 / 7)), "order counts"
 
 
 def test_chrf_is_1_for_equal_texts_0_for_unlike_or_empty_ones_and_between_otherwise():

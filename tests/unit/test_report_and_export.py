@@ -84,7 +84,10 @@ def fill(
 
     rows = Dataset.from_list([{"id": "t1", "Question": "a", "input_ids": [0, 9, 40, 41], "labels": [-100, -100, 40, 41]}])
     run.write("questions", questions)
-    sides = [[[answer(question, *side, thinking, k) for question in questions] for k in range(2)] for side in (base, tuned)]
+    sides = []
+    for side in (base, tuned):
+        greedy = [answer(question, *side, thinking) for question in questions]
+        sides.append([greedy, [answer(question, "A sampled one.", True, "hm", sample=1) for question in questions]])
     mcq = [[choice(label, index, right) for index in range(8)] for label, right in (("base", False), ("tuned", True))]
     run.write("base_answers", [record for sample in sides[0] for record in sample])
     run.write("base_mcq", mcq[0])
@@ -97,7 +100,7 @@ def fill(
     held_out = [
         {"model": label, "id": f"h{i}", "nll": 10.0 * loss, "tokens": 10}
         for label, loss in (("base", 2.0), ("tuned", 1.5))
-        for i in range(4)
+        for i in range(8)
     ]
     run.write("held_out_loss", held_out)
     run.write("tuned_answers", [record for sample in sides[1] for record in sample])
@@ -231,6 +234,7 @@ def test_marks_say_where_an_answer_differs_from_the_first_models(page):
 def test_sampled_and_set_apart_questions_have_tables_of_their_own_and_notes_are_shown(tmp_path, run, page):
     plain = Tags(page).text
     assert "greedy answers, 4 questions" in plain and "sampled answers, 1 a question" in plain
+    assert "A sampled one." not in plain, "side by side stand the greedy answers"
     assert "that training rows repeat, apart" not in plain
 
     repeats = [
