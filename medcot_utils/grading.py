@@ -237,7 +237,8 @@ def describe(graded: Mapping[str, Any] | None) -> str:
     lines = [f"{graded['n']} of {graded['of']} scored questions graded by {', '.join(graded['graders']) or 'nobody'}: {counts}"]
     if (rate := graded["win_rate"])["n"]:
         lines.append(
-            f"tuned judged better in {format_interval(rate)} of {rate['n']} decided pairs (Clopper-Pearson), p = {graded['p']:.2g}"
+            f"tuned judged better in {format_interval(rate)} of {rate['n']} decided pairs (Clopper-Pearson), "
+            f"p = {graded['p']:.2g}"
         )
     for kappa in graded["kappa"]:
         value = "not defined" if kappa["value"] is None else f"{kappa['value']:.2f}"
