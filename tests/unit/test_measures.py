@@ -169,8 +169,10 @@ def test_an_answer_of_blanks_is_no_answer():
 
 
 def test_columns_hold_a_value_for_each_question_in_order_against_its_own_reference():
-    columns = answer_columns([record(answer="one two"), record(answer="three")], ["one two", "one two"])
-    assert columns["answer_words"].tolist() == [2, 1] and columns["rouge_l"].tolist() == [1, 0]
+    columns = answer_columns([record(answer="one two"), record(answer="three")], ["one two", "three three"])
+    assert columns["answer_words"].tolist() == [2, 1]
+    assert columns["rouge_l"].tolist() == [1, pytest.approx(2 / 3)]
+    assert columns["chrf"].tolist() == [1, chrf("three", "three three")] != columns["rouge_l"].tolist()
     with pytest.raises(ValueError, match="zip"):
         answer_columns([record()], ["one", "two"])
 
