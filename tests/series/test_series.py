@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from medcot_utils.layout import ARTIFACTS, STEPS
+from medcot_utils.measures import METRICS
 from medcot_utils.series import HEADLINE, notebooks_dir
 
 pytestmark = pytest.mark.series
@@ -83,8 +84,9 @@ def test_status_gives_six_headline_metrics_with_their_intervals(first_call):
     assert set(found["metrics"]) == set(HEADLINE) and len(HEADLINE) == 6
     for name, metric in found["metrics"].items():
         assert set(metric) == {"base", "tuned", "difference"}
-        for side in metric.values():
-            assert set(side) == {"value", "low", "high", "n"}
+        for label, side in metric.items():
+            tested = {"needed"} | ({"p", "alpha"} if METRICS[name].yes_or_no else set()) if label == "difference" else set()
+            assert set(side) == {"value", "low", "high", "n"} | tested
             assert side["low"] <= side["value"] <= side["high"]
             assert side["n"] == (40 if name == "eval_loss" else 6)
     loss = found["metrics"]["eval_loss"]
