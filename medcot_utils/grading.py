@@ -1,7 +1,7 @@
 """Blind grading: a person says which answer is better without being told which model wrote it.
 
-Questions and answers come from the run; judgements go to grades.jsonl beside them, one line a click. The page is served to
-this machine only and never receives a label: which model is shown as A stays in this process and in the file."""
+Judgements go to grades.jsonl in the run directory, one line a click. The page is served to this machine only and never
+receives a label: which model is shown as A stays in this process and in the file."""
 
 from __future__ import annotations
 
@@ -24,26 +24,25 @@ from pydantic import AwareDatetime, BaseModel
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation import format_interval
-from medcot_utils.generation import by_sample
 from medcot_utils.run import Run, write_atomic
 
 if TYPE_CHECKING:
     import gradio
 
-GRADES = "grades.jsonl"
-HOST = "127.0.0.1"
+GRADES, HOST = "grades.jsonl", "127.0.0.1"
 # The browser itself refuses whatever lies elsewhere, also if a later gradio asks for it. Its templates need inline and eval.
 CONTENT_POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'"
 CSS = """
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }
 .missing { font-style: italic; opacity: .7; }
 .question { font-size: 1.1rem; font-weight: 600; }
-.tag { border: 1px solid #8888; border-radius: 1em; padding: 0 .6em; margin-left: .4em; white-space: nowrap; }
+.tag { border: 1px solid #8888; border-radius: 1em; padding: 0 .6em; margin-left: .4em; }
 """
 
 Side = Literal["base", "tuned"]
 Verdict = Literal["base", "tuned", "tie", "both_wrong"]
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+SIDES: tuple[Side, Side] = get_args(Side)
+CHOICES = {"a": "A better", "b": "B better", "tie": "Tie", "both_wrong": "Both wrong"}
 
 
 class GradingError(MedcotError):
@@ -51,7 +50,7 @@ class GradingError(MedcotError):
 
 
 class Grade(BaseModel):
-    """One judgement: a line of grades.jsonl. `answers` is the sha256 of what was judged (see `Pair.digest`)."""
+    """One judgement: a line of grades.jsonl. `answers` is the digest of what was judged (see `Pair`)."""
 
     id: str
     verdict: Verdict
@@ -64,59 +63,40 @@ class Grade(BaseModel):
 
 @dataclass(frozen=True)
 class Pair:
-    """A question with both models' answers, and which of them is shown as A."""
+    """A question with both models' answers; `shown` are the models behind A and B.
 
+    `digest`: sha256 of question, thinking and answers, base first. The page names the pair by `token`, the same with A first,
+    as a digest with base first would tell which of A and B is base."""
+
+    id: str
     question: Mapping[str, Any]
     answers: Mapping[Side, Mapping[str, Any]]
-    shown_as_a: Side
-
-    @property
-    def id(self) -> str:
-        return str(self.question["id"])
-
-    @property
-    def sides(self) -> tuple[Side, Side]:
-        """The models behind A and B."""
-        return self.shown_as_a, "base" if self.shown_as_a == "tuned" else "tuned"
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the question, and thinking and answer of base and tuned: another text of any of them, another digest."""
-        return self._sha256("base", "tuned")
-
-    @property
-    def token(self) -> str:
-        """What the page names this pair by. Over A and B in the order shown, as `digest` would tell which of them is base."""
-        return self._sha256(*self.sides)
-
-    def _sha256(self, *sides: Side) -> str:
-        texts = [[self.answers[side]["thinking"], self.answers[side]["answer"]] for side in sides]
-        return hashlib.sha256(json.dumps([self.id, self.question["Question"], *texts]).encode()).hexdigest()
+    shown: tuple[Side, Side]
+    digest: str
+    token: str
 
 
 def read_pairs(run: Run) -> list[Pair]:
     """The run's questions with both answers, in their order, those that are shown only (`scored: false`) last.
 
-    Which model is A is a coin thrown by the run's seed and the question's id, so every grader and every session sees the
-    same. Raises RunError naming the notebook to run if answers are missing, GradingError if they do not fit the questions."""
-    # The greedy answers: sampled ones stand behind them in the same file.
-    answers = {side: {str(r["id"]): r for r in by_sample(run.read(f"{side}_answers"))[0]} for side in get_args(Side)}
+    Which model is A is a coin thrown by the run's seed and the question's id: the same for every grader and session.
+    Raises RunError naming the notebook to run if answers are missing, GradingError if they do not fit the questions."""
+    answers = {side: {record["id"]: record for record in run.read(f"{side}_answers")} for side in SIDES}
     questions = run.read("questions")
     if not questions:
-        raise GradingError(f"{run.path.name}/ holds no question to grade: run notebooks 02 and 06 again with some")
-    for side, records in answers.items():
-        missing = [str(question["id"]) for question in questions if str(question["id"]) not in records]
-        if missing:
-            raise GradingError(
-                f"{side}_answers.jsonl in {run.path.name}/ has no answer to question {missing[0]}"
-                f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: run notebooks 02 and 06 again"
-            )
+        raise GradingError(f"{run.path.name}/ holds no question: run notebook 02_baseline_inference again with some")
+    if any(question["id"] not in answers[side] for question in questions for side in SIDES):
+        raise GradingError(f"the answers in {run.path.name}/ are to other questions: run notebooks 02 and 06 again")
     pairs = []
     for question in sorted(questions, key=lambda question: not question["scored"]):
-        name = str(question["id"])
-        coin = hashlib.sha256(f"{run.config.seed}:{name}".encode()).digest()[0] % 2
-        both = {side: records[name] for side, records in answers.items()}
-        pairs.append(Pair(question, both, get_args(Side)[coin]))
+        coin = hashlib.sha256(f"{run.config.seed}:{question['id']}".encode()).digest()[0] % 2
+        both, shown = {side: answers[side][question["id"]] for side in SIDES}, SIDES[::-1] if coin else SIDES
+        texts = {side: [both[side]["thinking"], both[side]["answer"]] for side in SIDES}
+        digests = (
+            hashlib.sha256(json.dumps([question["id"], question["Question"], *map(texts.get, order)]).encode()).hexdigest()
+            for order in (SIDES, shown)
+        )
+        pairs.append(Pair(question["id"], question, both, shown, *digests))
     return pairs
 
 
@@ -144,10 +124,9 @@ def append_grade(run: Run, grade: Grade) -> None:
     if not path.exists():
         write_atomic(path, "")  # makes the new name durable too
     with path.open("a+b") as stream:
-        end = stream.seek(0, os.SEEK_END)
-        stream.seek(max(0, end - 1))
-        # After a line that a crash cut off, begin a new one.
-        stream.write((b"\n" if stream.read(1) not in (b"", b"\n") else b"") + grade.model_dump_json().encode() + b"\n")
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
+        torn = stream.read(1) not in (b"", b"\n")  # a crash cut the last line off: begin a new one
+        stream.write(b"\n" * torn + grade.model_dump_json().encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -155,10 +134,9 @@ def append_grade(run: Run, grade: Grade) -> None:
 def counted(pairs: Sequence[Pair], grades: Sequence[Grade]) -> tuple[dict[tuple[str, str], Grade], int]:
     """({(grader, question id): the judgement that counts, last made last}, how many count no more).
 
-    The last one of a grader on a question counts. One of answers that have changed since does not, and is numbered unless
-    its grader has judged the new ones."""
-    digests = {pair.id: pair.digest for pair in pairs}
-    latest: dict[tuple[str, str], Grade] = {}
+    The last one of a grader on a question counts. One of answers that have changed since does not; it is among the second
+    number unless its grader has judged the new ones."""
+    digests, latest = {pair.id: pair.digest for pair in pairs}, {}
     for grade in grades:
         if digests.get(grade.id) == grade.answers:
             latest.pop((grade.grader, grade.id), None)
@@ -170,12 +148,12 @@ def counted(pairs: Sequence[Pair], grades: Sequence[Grade]) -> tuple[dict[tuple[
 
 
 def cohen_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
-    """Agreement of two graders beyond chance, -1 to 1: (observed - expected) / (1 - expected), where expected is what their
-    own shares of each verdict would give (Cohen 1960, doi:10.1177/001316446002000104). None if both gave one same verdict
-    throughout: then it is not defined."""
-    n, counts = len(first), (Counter(first), Counter(second))
+    """Agreement of two graders beyond chance, at most 1: (observed - expected) / (1 - expected), where expected is what their
+    own shares of each verdict would give (Cohen 1960, doi:10.1177/001316446002000104). None, as undefined, if both gave one
+    same verdict throughout."""
+    n, one, other = len(first), Counter(first), Counter(second)
     observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
-    expected = sum(counts[0][name] * counts[1][name] for name in counts[0]) / n**2
+    expected = sum(one[name] * other[name] for name in one) / n**2
     return None if expected == 1 else (observed - expected) / (1 - expected)
 
 
@@ -183,38 +161,38 @@ def win_rate(run: Run) -> dict[str, Any] | None:
     """How often the tuned model's answer was judged better, over the scored questions; None if nothing is graded.
 
     {n: questions graded, of: scored questions, counts: {base, tuned, tie, both_wrong, split}, win_rate: {value, low, high, n},
-    p, graders: {name: {verdict: count}}, kappa: [{graders, value, n}], stale}. win_rate is the share of tuned among the n
-    decided pairs, with the exact Clopper-Pearson interval at the run's evaluation.confidence_level (0.95), and p the exact
-    two-sided one against a coin (scipy.stats.binomtest); values are None if no pair is decided. A question counts once, however
-    many graders: by the verdict that most of them gave, as `split` if there is none. kappa is Cohen's, a pair of graders
-    each, on the questions that both graded. stale: judgements not counted, as the answers have changed since.
-
-    Raises RunError or GradingError as `read_pairs` does."""
-    grades = read_grades(run)
-    if not grades:
+    p, graders: {name: {verdict: count}}, kappa: [{graders, value, n}], stale}. win_rate: the share of tuned among the n
+    decided pairs with its exact (Clopper-Pearson) interval at evaluation.confidence_level, 95 % by default; p: exact,
+    two-sided, against a coin (scipy.stats.binomtest for both); None where no pair is decided. A question counts once, however
+    many graders, so that pairs stay independent: by the verdict that most of them gave, as `split` if there is no such. kappa:
+    Cohen's, for each two graders, on the questions that both graded. stale: judgements of answers that have changed since, not
+    counted. Raises RunError or GradingError as `read_pairs` does."""
+    if not (grades := read_grades(run)):
         return None
     pairs = read_pairs(run)
     latest, stale = counted(pairs, grades)
-    scored = {pair.id for pair in pairs if pair.question["scored"]}
+    scored = [pair.id for pair in pairs if pair.question["scored"]]
     by_grader: dict[str, dict[str, Verdict]] = {}
     for (grader, name), grade in latest.items():
         if name in scored:
             by_grader.setdefault(grader, {})[name] = grade.verdict
     if not by_grader and not stale:
         return None
-    counts = dict.fromkeys([*VERDICTS, "split"], 0)
+    counts = dict.fromkeys([*get_args(Verdict), "split"], 0)
     for name in scored:
-        votes = Counter(verdicts[name] for verdicts in by_grader.values() if name in verdicts).most_common(2)
+        votes = Counter(verdicts[name] for verdicts in by_grader.values() if name in verdicts).most_common()
         if votes:
-            split = len(votes) == 2 and votes[0][1] == votes[1][1]
-            counts["split" if split else votes[0][0]] += 1
+            counts["split" if len(votes) > 1 and votes[0][1] == votes[1][1] else votes[0][0]] += 1
     kappa = []
-    for first, second in itertools.combinations(sorted(by_grader), 2):
-        if both := sorted(by_grader[first].keys() & by_grader[second].keys()):
-            value = cohen_kappa([by_grader[first][name] for name in both], [by_grader[second][name] for name in both])
-            kappa.append({"graders": [first, second], "value": value, "n": len(both)})
+    for graders in itertools.combinations(sorted(by_grader), 2):
+        one, other = (by_grader[grader] for grader in graders)
+        if both := [name for name in scored if name in one and name in other]:
+            value = cohen_kappa([one[name] for name in both], [other[name] for name in both])
+            kappa.append({"graders": list(graders), "value": value, "n": len(both)})
     rate, p = _binomial(counts["tuned"], counts["tuned"] + counts["base"], run.config.evaluation.confidence_level)
-    tallies = {grader: {verdict: list(by_grader[grader].values()).count(verdict) for verdict in VERDICTS} for grader in by_grader}
+    tallies = {
+        who: {verdict: [*found.values()].count(verdict) for verdict in get_args(Verdict)} for who, found in by_grader.items()
+    }
     graded = {"n": sum(counts.values()), "of": len(scored), "counts": counts, "win_rate": rate, "p": p}
     return graded | {"graders": tallies, "kappa": kappa, "stale": stale}
 
@@ -225,8 +203,8 @@ def _binomial(wins: int, decided: int, confidence: float) -> tuple[dict[str, Any
     if not decided:
         return {"value": None, "low": None, "high": None, "n": 0}, None
     test = binomtest(wins, decided)
-    found = test.proportion_ci(confidence, method="exact")
-    return {"value": wins / decided, "low": float(found.low), "high": float(found.high), "n": decided}, float(test.pvalue)
+    low, high = test.proportion_ci(confidence, method="exact")
+    return {"value": wins / decided, "low": float(low), "high": float(high), "n": decided}, float(test.pvalue)
 
 
 def describe(graded: Mapping[str, Any] | None) -> str:
@@ -236,12 +214,10 @@ def describe(graded: Mapping[str, Any] | None) -> str:
     counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in graded["counts"].items())
     lines = [f"{graded['n']} of {graded['of']} scored questions graded by {', '.join(graded['graders']) or 'nobody'}: {counts}"]
     if (rate := graded["win_rate"])["n"]:
-        lines.append(
-            f"tuned judged better in {format_interval(rate)} of {rate['n']} decided pairs (Clopper-Pearson), "
-            f"p = {graded['p']:.2g}"
-        )
+        share = f"{format_interval(rate)} of {rate['n']} decided pairs"
+        lines.append(f"tuned judged better in {share} (Clopper-Pearson interval), p = {graded['p']:.2g}")
     for kappa in graded["kappa"]:
-        value = "not defined" if kappa["value"] is None else f"{kappa['value']:.2f}"
+        value = "undefined" if kappa["value"] is None else f"{kappa['value']:.2f}"
         lines.append(f"Cohen's kappa of {' and '.join(kappa['graders'])}: {value}, on {kappa['n']} questions that both graded")
     if graded["stale"]:
         lines.append(f"not counted: {graded['stale']} judgement(s) of answers that have changed since")
@@ -251,22 +227,16 @@ def describe(graded: Mapping[str, Any] | None) -> str:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def _plain(text: str, kind: str = "", missing: str = "") -> str:
-    """Text as HTML that shows it as it is. Gradio's own template marks ($, {, }) are escaped too."""
-    escaped = html.escape(text).translate({ord(mark): f"&#{ord(mark)};" for mark in "${}"})
-    return f'<div class="text {kind}">{escaped}</div>' if text.strip() else f'<div class="missing">{missing}</div>'
-
-
 class Desk:
     """One grader's session. The page holds nothing but a pair's token, so a click means the pair it was made on, also after
-    a restart; all else is read from the file."""
+    a restart; all else comes from the file."""
 
     def __init__(self, run: Run, grader: str):
         self.run, self.grader, self.pairs = run, grader, read_pairs(run)
         self.by_token = {pair.token: pair for pair in self.pairs}
         latest, self.stale = counted(self.pairs, read_grades(run))
         self.judged = {name: grade for (who, name), grade in latest.items() if who == grader}
-        self.lock = threading.Lock()  # gradio calls from several threads
+        self._lock = threading.Lock()  # gradio calls from several threads
 
     def next_pair(self, after: Pair | None = None) -> Pair | None:
         """The first ungraded pair behind `after`, then from the beginning; None if all are graded."""
@@ -274,24 +244,17 @@ class Desk:
         return next((pair for pair in self.pairs[at:] + self.pairs[:at] if pair.id not in self.judged), None)
 
     def previous_pair(self, shown: Pair | None) -> Pair | None:
-        """The pair judged before the one shown; the last judged if that is not judged yet. None if there is none."""
-        history = list(self.judged)
-        before = history[: history.index(shown.id)] if shown and shown.id in history else history
-        return next((pair for pair in self.pairs if before and pair.id == before[-1]), None)
+        """The pair judged before the one shown, or the last judged if that is not judged yet; None if there is none."""
+        before = list(itertools.takewhile(lambda name: shown is None or name != shown.id, self.judged))
+        return next((pair for pair in self.pairs if pair.id in before[-1:]), None)
 
     def judge(self, pair: Pair, choice: str, note: str) -> None:
-        """Keep a judgement: `choice` is a, b, tie or both_wrong. Raises OSError if it cannot be written."""
-        verdict = dict(zip("ab", pair.sides, strict=True)).get(choice, choice)
-        grade = Grade(
-            id=pair.id,
-            verdict=verdict,
-            note=note.strip(),
-            shown_as_a=pair.shown_as_a,
-            grader=self.grader,
-            at=datetime.now(UTC).replace(microsecond=0),
-            answers=pair.digest,
-        )
-        with self.lock:
+        """Keep a judgement; `choice` is one of CHOICES. Raises OSError if it cannot be written."""
+        now = datetime.now(UTC).replace(microsecond=0)
+        verdict = dict(zip("ab", pair.shown, strict=True)).get(choice, choice)
+        kept = {"note": note.strip(), "shown_as_a": pair.shown[0], "grader": self.grader, "at": now, "answers": pair.digest}
+        grade = Grade(id=pair.id, verdict=verdict, **kept)
+        with self._lock:
             append_grade(self.run, grade)
             self.judged.pop(pair.id, None)
             self.judged[pair.id] = grade
@@ -303,80 +266,76 @@ class Desk:
             return f"<p>{progress}. That was the last one: this page can be closed.</p>"
         tags = [pair.question["specialty"], "" if pair.question["scored"] else "shown, not scored"]
         if grade := self.judged.get(pair.id):
-            side = dict(zip(pair.sides, ("A better", "B better"), strict=True))
-            tags.append("you said: " + side.get(grade.verdict, grade.verdict.replace("_", " ")))
+            said = dict(zip(pair.shown, "ab", strict=True)).get(grade.verdict, grade.verdict)
+            tags.append(f"you said: {CHOICES[said]}")
         marks = "".join(f'<span class="tag">{html.escape(tag)}</span>' for tag in tags if tag)
         return f"<p>Question {self.pairs.index(pair) + 1} of {len(self.pairs)}, {progress} {marks}</p>"
 
 
+def _plain(text: str, kind: str = "", missing: str = "") -> str:
+    """HTML that shows a text as it is. The marks of gradio's own templates ($, {, }) are escaped too."""
+    escaped = html.escape(text).translate({ord(mark): f"&#{ord(mark)};" for mark in "${}"})
+    return f'<div class="text {kind}">{escaped}</div>' if text.strip() else f'<div class="missing">{missing}</div>'
+
+
 def build_page(desk: Desk) -> gradio.Blocks:
-    """The page over a desk. Every function gives the whole view anew, so nothing of the last question stays behind."""
+    """The page over a desk. Every click gives the whole view anew, so nothing of the last question stays behind."""
     import gradio as gr
 
-    def view(pair: Pair | None) -> list[Any]:
-        shown = [desk.heading(pair), gr.Column(visible=pair is not None), gr.Button(interactive=bool(desk.previous_pair(pair)))]
+    def view(pair: Pair | None, say: str = "") -> list[Any]:
+        around = [
+            say + desk.heading(pair),
+            gr.Column(visible=pair is not None),
+            gr.Button(visible=bool(desk.previous_pair(pair))),
+        ]
+        folded = [gr.Accordion(open=False)] * 2
         if pair is None:
-            return ["", *shown, *[""] * 6, gr.Accordion(open=False), gr.Accordion(open=False), ""]
-        both = [pair.answers[side] for side in pair.sides]
+            return ["", *around, *[""] * 6, *folded, ""]
+        both = [pair.answers[side] for side in pair.shown]
         texts = [_plain(answer["answer"], missing="no answer after the thinking") for answer in both]
         thoughts = [_plain(answer["thinking"], missing="no thinking") for answer in both]
         note = desk.judged[pair.id].note if pair.id in desk.judged else ""
-        question = _plain(pair.question["Question"], "question")
-        folded = [gr.Accordion(open=False), gr.Accordion(open=False)]
-        return [pair.token, *shown, question, *texts, *thoughts, "", *folded, note]
+        return [pair.token, *around, _plain(pair.question["Question"], "question"), *texts, *thoughts, "", *folded, note]
 
-    def known(token: str) -> Pair | None:
-        if token and token not in desk.by_token:
-            gr.Warning("The run's answers have changed since this page was loaded. Nothing was kept; please judge these.")
-        return desk.by_token.get(token)
-
-    def judge(choice: str, token: str, note: str) -> list[Any]:
-        if pair := known(token):
+    def answer(act: str, token: str, note: str = "") -> Any:
+        pair = desk.by_token.get(token)
+        if act == "reference":
+            return _plain(f"Reference response: {pair.question['Response']}") if pair else ""
+        if token and not pair:
+            return view(desk.next_pair(), "<p><b>The answers have changed since you saw them: nothing was kept.</b></p>")
+        if act == "back":
+            return view(desk.previous_pair(pair) or pair)
+        if pair and act in CHOICES:
             try:
-                desk.judge(pair, choice, note)
+                desk.judge(pair, act, note)
             except OSError as error:
-                raise gr.Error(
-                    f"The judgement was not kept: {desk.run.display(desk.run.path / GRADES)}: {error.strerror}"
-                ) from error
+                raise gr.Error(f"Not kept: {GRADES} cannot be written ({error.strerror})") from error
         return view(desk.next_pair(pair))
 
-    def back(token: str) -> list[Any]:
-        pair = known(token)
-        return view(desk.previous_pair(pair) or pair)
-
-    def reference(token: str) -> str:
-        pair = known(token)
-        return _plain("Reference response: " + pair.question["Response"]) if pair else ""
-
     with gr.Blocks(title="Blind grading", analytics_enabled=False) as page:
-        token = gr.Textbox(visible="hidden")
-        heading = gr.HTML()
+        token, heading = gr.Textbox(visible="hidden"), gr.HTML()
         with gr.Column() as body:
-            question = gr.HTML()
-            answers, thoughts, folds = [], [], []
+            question, texts, thoughts, folds = gr.HTML(), [], [], []
             with gr.Row():
                 for letter in "AB":
                     with gr.Column(min_width=320, variant="panel"):
                         gr.HTML(f"<h3>Answer {letter}</h3>")
-                        answers.append(gr.HTML())
+                        texts.append(gr.HTML())
                         with gr.Accordion(f"Thinking of {letter}", open=False) as fold:
                             thoughts.append(gr.HTML())
                         folds.append(fold)
-            show = gr.Button("Show the reference response", size="sm")
-            expected = gr.HTML()
+            show, expected = gr.Button("Show the reference response", size="sm"), gr.HTML()
             note = gr.Textbox(label="Note", placeholder="optional", lines=2)
             with gr.Row():
-                choices = {"a": "A better", "b": "B better", "tie": "Tie", "both_wrong": "Both wrong"}
-                buttons = {choice: gr.Button(text, variant="primary", min_width=120) for choice, text in choices.items()}
-            skip = gr.Button("Skip for now")
-        previous = gr.Button("Back to the previous judgement")
-        whole = [token, heading, body, previous, question, *answers, *thoughts, expected, *folds, note]
-        for choice, button in buttons.items():
-            button.click(partial(judge, choice), [token, note], whole, api_name=f"judge_{choice}")
-        previous.click(back, token, whole, api_name="back")
-        skip.click(lambda token: view(desk.next_pair(known(token))), token, whole, api_name="skip")
-        show.click(reference, token, expected, api_name="reference")
-        page.load(lambda: view(desk.next_pair()), None, whole, api_name="current")
+                buttons = {act: gr.Button(text, variant="primary", min_width=120) for act, text in CHOICES.items()}
+            buttons["skip"] = gr.Button("Skip for now")
+        buttons["back"] = gr.Button("Back to the previous judgement")
+        whole = [token, heading, body, buttons["back"], question, *texts, *thoughts, expected, *folds, note]
+        quick = {"queue": False, "show_progress": "hidden"}
+        for act, button in buttons.items():
+            button.click(partial(answer, act), [token, note], whole, api_name=act, **quick)
+        show.click(partial(answer, "reference"), token, expected, api_name="reference", **quick)
+        page.load(partial(answer, "current", ""), None, whole, api_name="current", **quick)
     return page
 
 
@@ -387,16 +346,12 @@ def serve(run: Run, port: int = 0, open_browser: bool = False, grader: str = "gr
     no question, the name is empty or the port is taken."""
     if not grader.strip():
         raise GradingError("the grader needs a name: give one with --grader, or leave it out")
-    desk = Desk(run, grader.strip())
-    listener = socket.socket()
+    desk, listener = Desk(run, grader.strip()), socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((HOST, port))
     except (OSError, OverflowError) as error:
-        listener.close()
-        raise GradingError(
-            f"port {port} on {HOST} cannot be used ({error}): choose another with --port, or leave it out"
-        ) from error
+        raise GradingError(f"port {port} on {HOST} cannot be used: {error}. Choose another with --port, or none") from error
     listener.listen()
     import gradio as gr
     import uvicorn
@@ -404,33 +359,20 @@ def serve(run: Run, port: int = 0, open_browser: bool = False, grader: str = "gr
 
     # Mounted, not launched: launch() takes host, sharing and proxies from the environment, and asks its own address through them.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    app = gr.mount_gradio_app(
-        FastAPI(),
-        build_page(desk),
-        "/",
-        server_name=HOST,
-        server_port=listener.getsockname()[1],
-        footer_links=[],
-        run_history=False,
-        blocked_paths=[str(run.path.absolute())],
-        ssr_mode=False,
-        enable_monitoring=False,
-        pwa=False,
-        mcp_server=False,
-        theme=theme,
-        css=CSS,
-    )
-    address = f"http://{HOST}:{listener.getsockname()[1]}/"
-    print(f"{len(desk.judged)} of {len(desk.pairs)} questions judged by {desk.grader}; judgements go to {run.path / GRADES}")
+    hidden = {"footer_links": [], "run_history": False, "blocked_paths": [str(run.path.absolute())], "enable_monitoring": False}
+    plain = {"ssr_mode": False, "mcp_server": False, "theme": theme, "css": CSS}
+    app = gr.mount_gradio_app(FastAPI(), build_page(desk), "/", **hidden, **plain)
+    # An open page holds a connection for ever: do not wait for it.
+    headers = [("Content-Security-Policy", CONTENT_POLICY)]
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", headers=headers, timeout_graceful_shutdown=1))
+    address, progress = f"http://{HOST}:{listener.getsockname()[1]}/", f"of {len(desk.pairs)} questions judged by {desk.grader}"
+    print(f"{len(desk.judged)} {progress}; judgements go to {run.path / GRADES}")
     if desk.stale:
         print(f"not counted: {desk.stale} judgement(s) of answers that have changed since")
     print(f"grading page: {address} (Ctrl-C ends it)", flush=True)
     if open_browser:
         webbrowser.open(address)
-    headers = [("Content-Security-Policy", CONTENT_POLICY)]
-    # An open page holds a connection for ever: do not wait for it.
-    config = uvicorn.Config(app, log_level="warning", headers=headers, timeout_graceful_shutdown=1)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
     except KeyboardInterrupt:
-        print(f"{len(desk.judged)} of {len(desk.pairs)} questions judged by {desk.grader}")
+        print(f"{len(desk.judged)} {progress}")
