@@ -24,6 +24,7 @@ from pydantic import AwareDatetime, BaseModel
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation import format_interval
+from medcot_utils.generation import by_sample
 from medcot_utils.run import Run, write_atomic
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def read_pairs(run: Run) -> list[Pair]:
 
     Which model is A is a coin thrown by the run's seed and the question's id: the same for every grader and session.
     Raises RunError naming the notebook to run if answers are missing, GradingError if they do not fit the questions."""
-    answers = {side: {record["id"]: record for record in run.read(f"{side}_answers")} for side in SIDES}
+    # The greedy answers: sampled ones stand behind them in the same file.
+    answers = {side: {record["id"]: record for record in by_sample(run.read(f"{side}_answers"))[0]} for side in SIDES}
     questions = run.read("questions")
     if not questions:
         raise GradingError(f"{run.path.name}/ holds no question: run notebook 02_baseline_inference again with some")
@@ -164,9 +166,11 @@ def win_rate(run: Run) -> dict[str, Any] | None:
     p, graders: {name: {verdict: count}}, kappa: [{graders, value, n}], stale}. win_rate: the share of tuned among the n
     decided pairs with its exact (Clopper-Pearson) interval at evaluation.confidence_level, 95 % by default; p: exact,
     two-sided, against a coin (scipy.stats.binomtest for both); None where no pair is decided. A question counts once, however
-    many graders, so that pairs stay independent: by the verdict that most of them gave, as `split` if there is no such. kappa:
-    Cohen's, for each two graders, on the questions that both graded. stale: judgements of answers that have changed since, not
-    counted. Raises RunError or GradingError as `read_pairs` does."""
+    many graders, so that pairs stay independent: by the verdict that more of them gave than any other, as `split` if there is
+    none. kappa: Cohen's, for each two graders, on the questions that both graded. stale: judgements not counted, of answers
+    that have changed since. Raises RunError or GradingError as `read_pairs` does."""
+    from scipy.stats import binomtest
+
     if not (grades := read_grades(run)):
         return None
     pairs = read_pairs(run)
@@ -189,22 +193,16 @@ def win_rate(run: Run) -> dict[str, Any] | None:
         if both := [name for name in scored if name in one and name in other]:
             value = cohen_kappa([one[name] for name in both], [other[name] for name in both])
             kappa.append({"graders": list(graders), "value": value, "n": len(both)})
-    rate, p = _binomial(counts["tuned"], counts["tuned"] + counts["base"], run.config.evaluation.confidence_level)
-    tallies = {
-        who: {verdict: [*found.values()].count(verdict) for verdict in get_args(Verdict)} for who, found in by_grader.items()
-    }
+    decided = counts["base"] + counts["tuned"]
+    rate, p = {"value": None, "low": None, "high": None, "n": decided}, None
+    if decided:
+        test = binomtest(counts["tuned"], decided)
+        low, high = test.proportion_ci(run.config.evaluation.confidence_level, method="exact")
+        rate |= {"value": counts["tuned"] / decided, "low": float(low), "high": float(high)}
+        p = float(test.pvalue)
+    tallies = {grader: dict(Counter(verdicts.values())) for grader, verdicts in by_grader.items()}
     graded = {"n": sum(counts.values()), "of": len(scored), "counts": counts, "win_rate": rate, "p": p}
     return graded | {"graders": tallies, "kappa": kappa, "stale": stale}
-
-
-def _binomial(wins: int, decided: int, confidence: float) -> tuple[dict[str, Any], float | None]:
-    from scipy.stats import binomtest
-
-    if not decided:
-        return {"value": None, "low": None, "high": None, "n": 0}, None
-    test = binomtest(wins, decided)
-    low, high = test.proportion_ci(confidence, method="exact")
-    return {"value": wins / decided, "low": float(low), "high": float(high), "n": decided}, float(test.pvalue)
 
 
 def describe(graded: Mapping[str, Any] | None) -> str:
@@ -245,7 +243,8 @@ class Desk:
 
     def previous_pair(self, shown: Pair | None) -> Pair | None:
         """The pair judged before the one shown, or the last judged if that is not judged yet; None if there is none."""
-        before = list(itertools.takewhile(lambda name: shown is None or name != shown.id, self.judged))
+        names = list(self.judged)
+        before = names[: names.index(shown.id)] if shown and shown.id in names else names
         return next((pair for pair in self.pairs if pair.id in before[-1:]), None)
 
     def judge(self, pair: Pair, choice: str, note: str) -> None:
@@ -309,7 +308,7 @@ def build_page(desk: Desk) -> gradio.Blocks:
             try:
                 desk.judge(pair, act, note)
             except OSError as error:
-                raise gr.Error(f"Not kept: {GRADES} cannot be written ({error.strerror})") from error
+                raise gr.Error(f"Not kept: {GRADES} cannot be written ({error.strerror})", print_exception=False) from error
         return view(desk.next_pair(pair))
 
     with gr.Blocks(title="Blind grading", analytics_enabled=False) as page:
@@ -346,13 +345,14 @@ def serve(run: Run, port: int = 0, open_browser: bool = False, grader: str = "gr
     no question, the name is empty or the port is taken."""
     if not grader.strip():
         raise GradingError("the grader needs a name: give one with --grader, or leave it out")
-    desk, listener = Desk(run, grader.strip()), socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    desk = Desk(run, grader.strip())
     try:
-        listener.bind((HOST, port))
-    except (OSError, OverflowError) as error:
-        raise GradingError(f"port {port} on {HOST} cannot be used: {error}. Choose another with --port, or none") from error
-    listener.listen()
+        listener = socket.create_server((HOST, port))
+    except OSError as error:
+        why = os.strerror(error.errno)
+        raise GradingError(
+            f"port {port} on {HOST} cannot be used ({why}): choose another with --port, or leave it out"
+        ) from error
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI

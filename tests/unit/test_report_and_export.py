@@ -441,3 +441,25 @@ def test_a_check_that_is_not_ok_is_an_error_with_its_numbers():
     wrong = [exact | {"mean_logprob_difference": 0.81, "same_greedy": 1}, trained]
     with pytest.raises(ExportError, match=r"0\.81 \(allowed 0\.05\), same greedy answer on 1 of 3 prompts"):
         require_agreement(CHECK | {"ok": False, "pairs": wrong})
+
+
+# --- grades --------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_gives_the_win_rate_of_what_was_graded_with_its_interval(tmp_path):
+    from datetime import UTC, datetime
+
+    from medcot_utils.grading import Grade, append_grade, read_pairs, win_rate
+
+    graded = fill(Run.create(tmp_path / "run", CONFIG))
+    assert win_rate(graded) is None and "decided pairs" not in build_report(graded)
+    scored = [pair for pair in read_pairs(graded) if pair.question["scored"]]
+    for pair, verdict in zip(scored, ("tuned", "tuned", "base", "tie"), strict=True):
+        record = {"id": pair.id, "verdict": verdict, "note": "", "shown_as_a": pair.shown[0], "answers": pair.digest}
+        append_grade(graded, Grade(grader="a", at=datetime.now(UTC), **record))
+    found = win_rate(graded)
+    assert found["counts"]["tie"] == 1 and found["win_rate"]["n"] == 3
+    # Clopper-Pearson for 2 of 3, from tables: 0.094 to 0.992.
+    rate = found["win_rate"]
+    assert (rate["value"], rate["low"], rate["high"]) == pytest.approx((2 / 3, 0.0943, 0.9916), abs=1e-3)
+    assert "tuned judged better in 0.67 [0.09, 0.99] of 3 decided pairs" in build_report(graded)
