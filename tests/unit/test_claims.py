@@ -218,6 +218,7 @@ def test_the_articles_question_never_makes_its_claim_hold_and_the_training_rows_
 
 
 def test_every_claim_names_metrics_that_exist_and_a_direction_that_agrees_with_what_is_better():
+    assert set(BY_METRIC) == set(CLAIMED), "each claim has a shift of its own above"
     for claim in CLAIMS:
         for name, sign in claim.expected.items():
             assert METRICS[name].better in (0, sign), f"{claim.text}: {name}"

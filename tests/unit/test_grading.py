@@ -13,7 +13,6 @@ from medcot_utils.grading import (
     HOST,
     Desk,
     GradingError,
-    build_page,
     cohen_kappa,
     describe,
     read_grades,
@@ -28,7 +27,12 @@ QUESTIONS = 12
 
 def records(tag, count=QUESTIONS):
     ids = ["article", *(f"q{i}" for i in range(count))]
-    return [{"id": name, "thinking": f"{tag} thinks of {name}", "answer": f"{tag} on {name}"} for name in ids]
+    answers = {"greedy": 0, "sampled": 1}
+    return [
+        {"id": name, "sample": sample, "thinking": f"{tag} thinks of {name}, {how}", "answer": f"{tag} on {name}, {how}"}
+        for how, sample in answers.items()
+        for name in ids
+    ]
 
 
 def fill(run, base="first", tuned="second", count=QUESTIONS):
@@ -36,6 +40,7 @@ def fill(run, base="first", tuned="second", count=QUESTIONS):
     questions = [
         {"id": r["id"], "scored": r["id"] != "article", "specialty": "", "Question": r["id"] + "?", "Response": "It."}
         for r in records("", count)
+        if not r["sample"]
     ]
     run.write("questions", questions)
     run.write("base_answers", records(base, count))
@@ -75,8 +80,10 @@ def test_the_sides_are_a_coin_by_seed_and_question_alone(run):
     assert all(len({seed[name] for seed in seeds}) == 2 for name in sides)
 
 
-def test_questions_shown_only_come_last(run):
-    assert [pair.id for pair in read_pairs(run)] == [*(f"q{i}" for i in range(QUESTIONS)), "article"]
+def test_the_greedy_answers_are_judged_and_questions_shown_only_come_last(run):
+    pairs = read_pairs(run)
+    assert [pair.id for pair in pairs] == [*(f"q{i}" for i in range(QUESTIONS)), "article"]
+    assert {answer["answer"].split(", ")[1] for pair in pairs for answer in pair.answers.values()} == {"greedy"}
 
 
 def test_the_token_changes_with_every_text_and_does_not_tell_the_label(run, tmp_path):
@@ -253,8 +260,3 @@ def test_a_taken_port_and_an_empty_name_are_errors(run):
             serve(run, port)
     with pytest.raises(GradingError, match="needs a name"):
         serve(run, grader=" ")
-
-
-def test_gradio_says_nothing_while_the_page_is_built(run, recwarn):
-    build_page(Desk(run, "grader"))
-    assert [str(warning.message) for warning in recwarn if issubclass(warning.category, UserWarning)] == []

@@ -454,8 +454,8 @@ def test_the_report_gives_the_win_rate_of_what_was_graded_with_its_interval(tmp_
     graded = fill(Run.create(tmp_path / "run", CONFIG))
     assert win_rate(graded) is None and "decided pairs" not in build_report(graded)
     scored = [pair for pair in read_pairs(graded) if pair.question["scored"]]
-    for pair, verdict in zip(scored, ("tuned", "tuned", "base", "tie"), strict=True):
-        record = {"id": pair.id, "verdict": verdict, "note": "", "shown_as_a": pair.shown[0], "answers": pair.digest}
+    for pair, given in zip(scored, ("tuned", "tuned", "base", "tie"), strict=True):
+        record = {"id": pair.id, "verdict": given, "note": "", "shown_as_a": pair.shown[0], "answers": pair.digest}
         append_grade(graded, Grade(grader="a", at=datetime.now(UTC), **record))
     found = win_rate(graded)
     assert found["counts"]["tie"] == 1 and found["win_rate"]["n"] == 3
