@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -86,15 +87,18 @@ def measure(name: str, command: list[str], options: argparse.Namespace) -> dict[
     with tempfile.TemporaryDirectory() as work:
         out = Path(work) / "result.json"
         script, *arguments = command
-        launcher = [sys.executable]
-        if name.startswith("cards ") and name != "cards 1":
+        launcher, env = [sys.executable], dict(os.environ)
+        if not name.startswith("cards ") or name == "cards 1":
+            # A second visible card would be used through DataParallel, with twice the rows to a step.
+            env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        else:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={name.removeprefix('cards ')}"]
         if script != "ceiling.py":
             arguments += ["--model", options.model, "--rows", options.rows]
         if script == "training.py":
             arguments += ["--work", work]
         done = subprocess.run(
-            [*launcher, str(HERE / script), *arguments, "--out", str(out)], capture_output=True, text=True, check=False
+            [*launcher, str(HERE / script), *arguments, "--out", str(out)], env=env, capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
             return {"error": (done.stdout + done.stderr)[-3000:]}
