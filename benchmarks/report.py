@@ -1,6 +1,6 @@
 """The table and the figure of docs/benchmarks.md, made from a results file of `run.py`:
 
-python benchmarks/report.py benchmarks/results/NAME.json"""
+python benchmarks/report.py benchmarks/results/NAME.json [benchmarks/results/NAME-series.json]"""
 
 from __future__ import annotations
 
@@ -70,6 +70,24 @@ def cards_table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def series_table(series: dict[str, Any] | None) -> list[str]:
+    """Seconds of every notebook of whole runs, and training's memory: from the runs' manifests."""
+    if series is None:
+        return []
+    runs = {name: run for name, run in series.items() if isinstance(run, dict)}
+    lines = ["", f"{series['what']}, on one {series['card']}, seconds:", "", "| notebook | " + " | ".join(runs) + " |"]
+    lines.append("| --- |" + " --- |" * len(runs))
+    for step in next(iter(runs.values()))["steps"]:
+        states = [run["steps"][step] for run in runs.values()]
+        shown = [f"{state['seconds']:.0f}" if state["state"] == "done" else state["state"] for state in states]
+        lines.append(f"| {step} | " + " | ".join(shown) + " |")
+    memory = [run["memory_gb"] for run in runs.values()]
+    lines.append(
+        "| training: GB estimated / in use / reserved | " + " | ".join(" / ".join(map(str, m.values())) for m in memory) + " |"
+    )
+    return lines
+
+
 def sentences(found: dict[str, Any]) -> list[str]:
     a, b, c = (found[f"training {variant}"] for variant in "abc")
     ceiling, profile = found["ceiling"], c["profile_seconds_per_step"]
@@ -83,7 +101,8 @@ def sentences(found: dict[str, Any]) -> list[str]:
         f"trl {versions['trl']}. Its own ceiling: {ceiling['matrix_product_tflops']:.0f} TFLOP/s in a bf16 matrix product "
         f"({ceiling['mlp_shape_tflops']:.0f} in one of the model's shape), {ceiling['copy_gb_per_second']:,.0f} GB/s in a copy.",
         "",
-        f"Losses at every step: c within {worst_loss_difference(c, b):.2%} of b and {worst_loss_difference(c, a):.2%} of a. "
+        f"Losses at every step: c within {worst_loss_difference(c, b):.2%} of b and {worst_loss_difference(c, a):.2%} of a, from "
+        f"which b itself is {worst_loss_difference(b, a):.2%} away. "
         f"First step, compilation included: a {a['first_step_seconds']:.0f} s, b {b['first_step_seconds']:.0f} s, "
         f"c {c['first_step_seconds']:.0f} s.",
         "",
@@ -101,7 +120,7 @@ def figure(found: dict[str, Any]):
 
     made = Figure(figsize=(8.4, 2.9), layout="constrained", dpi=110)
     training = {"TRL + PEFT": "training a", "Unsloth, article": "training b", "medcot": "training c"}
-    answers = {"one at a time": "generation article", "16 at once": "generation 16", "64 at once": "generation 64"}
+    answers = {"Unsloth, one at a time": "generation article", "16 at once": "generation 16", "64 at once": "generation 64"}
     panels = [("Training, 8 rows a step", training), ("Answers", answers)]
     for axes, (title, names) in zip(made.subplots(1, 2), panels, strict=True):
         rates = [found[name]["tokens_per_second"] for name in names.values()]
@@ -110,6 +129,7 @@ def figure(found: dict[str, Any]):
         axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3)
         axes.set(title=title, xlabel="tokens per second")
         axes.margins(x=0.18)
+        axes.locator_params(axis="x", nbins=4)
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
     return made
@@ -118,8 +138,21 @@ def figure(found: dict[str, Any]):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    found = json.loads(parser.parse_args().results.read_text(encoding="utf-8"))
-    made = [*training_table(found), "", *generation_table(found), *cards_table(found), "", *sentences(found)]
+    parser.add_argument("series", type=Path, nargs="?", help="whole runs of the series: {name: {steps, memory_gb, ...}}")
+    options = parser.parse_args()
+    found = json.loads(options.results.read_text(encoding="utf-8"))
+    series = json.loads(options.series.read_text(encoding="utf-8")) if options.series else None
+    made = [
+        "![Tokens per second in training and in answering](benchmarks.png)",
+        "",
+        *training_table(found),
+        "",
+        *generation_table(found),
+        *cards_table(found),
+        *series_table(series),
+        "",
+        *sentences(found),
+    ]
     page = DOCS / "benchmarks.md"
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]

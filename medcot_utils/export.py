@@ -70,8 +70,6 @@ def verify_export(engine: ModuleType, run: Run) -> dict[str, Any]:
     Returns {tolerance, ok, pairs: [{a, b, max_logprob_difference, mean_logprob_difference, same_greedy, prompts}],
     held_out_loss: {model: nats per token}, held_out_rows, files}. ok is False when merged and 16-bit base + adapter differ
     by more than the tolerance in mean, or in a greedy token."""
-    from peft import PeftModel
-
     config, adapter, merged_dir = run.config, run.require("adapter"), run.require("merged")
     texts = [q for q in run.read("questions") if q["scored"]][: config.export.check_prompts]
     prompts = [inference_prompt(q["Question"], config.prompt.newline_after_think) for q in texts]
@@ -84,8 +82,8 @@ def verify_export(engine: ModuleType, run: Run) -> dict[str, Any]:
     outputs["merged"] = _probe(merged, tokenizer, prompts, texts, config)
     losses["merged"] = _mean_loss(merged, rows, config)
     del merged
-    base, tokenizer = load_base(config.model, dtype)
-    outputs["16-bit base + adapter"] = _probe(PeftModel.from_pretrained(base, adapter), tokenizer, prompts, texts, config)
+    base, tokenizer = load_base(config.model, dtype, adapter)
+    outputs["16-bit base + adapter"] = _probe(base, tokenizer, prompts, texts, config)
     del base
     trained, tokenizer = engine.load(config.model, adapter)
     trained_name = "4-bit base + adapter" if config.model.load_in_4bit else "loaded base + adapter"

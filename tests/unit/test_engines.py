@@ -11,7 +11,7 @@ from bitsandbytes.nn import Linear4bit
 
 from medcot_utils.config import load_config
 from medcot_utils.engines import embedded, get_engine
-from medcot_utils.engines.merging import load_base
+from medcot_utils.engines.merging import MergeError, load_base, load_unquantized, merge
 from medcot_utils.platforms import PlatformError
 from medcot_utils.run import sha256_of
 
@@ -190,6 +190,77 @@ def test_the_merge_adds_the_adapter_to_the_16_bit_base_not_to_the_4_bit_one(engi
     rounding = 2**-10 * (base.abs() + delta.abs()).max()
     assert (merged - (base + delta)).abs().max() <= rounding
     assert (merged - (quantized + delta)).abs().max() > 2 * rounding
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_merge_is_pefts_own_in_float32_and_its_files_are_split(monkeypatch, tmp_path, use_rslora):
+    import huggingface_hub
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+
+    base, tokenizer = load_base(CONFIG.model, "float32")
+    for name, module in base.named_modules():
+        if name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")):
+            module.bias = torch.nn.Parameter(torch.randn(module.out_features))
+    base.config.attention_bias = True
+    source = tmp_path / "base"
+    base.save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    settings = load_config("smoke", [f"model.name={source}"]).model
+    split = huggingface_hub.split_torch_state_dict_into_shards
+    monkeypatch.setattr(
+        huggingface_hub,
+        "split_torch_state_dict_into_shards",
+        lambda shapes, max_shard_size: split(shapes, max_shard_size="200KB"),
+    )
+
+    lora = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], use_rslora=use_rslora, bias="all", init_lora_weights=False
+    )
+    tuned = get_peft_model(base, lora)
+    for name, weight in tuned.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(weight)
+    tuned.save_pretrained(tmp_path / "adapter")
+    merge(settings, tmp_path / "adapter", tmp_path / "merged", "float32")
+
+    expected = tuned.merge_and_unload().state_dict()
+    files = list((tmp_path / "merged").glob("*.safetensors"))
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert len(files) > 1
+    assert expected.keys() == found.keys()
+    worst = max(float((found[name] - weight).abs().max()) for name, weight in expected.items())
+    assert worst <= 1e-6
+    reloaded = load_unquantized(tmp_path / "merged", "float32")[0].state_dict()
+    assert all(torch.equal(reloaded[name], weight) for name, weight in found.items())
+
+
+def test_an_adapter_of_another_model_is_refused_by_the_layer_it_changes(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3))
+    get_peft_model(other, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        MergeError, match=r"changes model\.layers\.2\.self_attn\.q_proj\.weight, which embedded:tiny-random-llama"
+    ):
+        merge(CONFIG.model, tmp_path / "adapter", tmp_path / "merged", "float16")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_without_safetensors_and_an_adapter_that_is_not_lora_are_refused(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base, _ = load_base(CONFIG.model, "float32")
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"], use_dora=True)).save_pretrained(tmp_path / "dora")
+    with pytest.raises(MergeError, match="dora/ is more than LoRA of one rank"):
+        merge(CONFIG.model, tmp_path / "dora", tmp_path / "merged", "float16")
+
+    (tmp_path / "empty").mkdir()
+    base.config.save_pretrained(tmp_path / "empty")
+    settings = load_config("smoke", [f"model.name={tmp_path / 'empty'}"]).model
+    with pytest.raises(MergeError, match="no safetensors file lies in empty/"):
+        merge(settings, tmp_path / "dora", tmp_path / "merged", "float16")
 
 
 # --- packed weights on a CPU ---------------------------------------------------------------------------------------
