@@ -46,7 +46,7 @@ def judge(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]], article_seen: 
 
 
 def _judge(claim: Claim, metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, str]:
-    record = {"claim": claim.text, "tested_by": ", ".join(METRICS[name].text for name in claim.expected)}
+    record = {"claim": claim.text, "tested_by": ", ".join(METRICS[name].label for name in claim.expected)}
     if missing := [name for name in claim.expected if name not in metrics]:
         return record | {
             "result": "not measured in this run",

@@ -153,7 +153,7 @@ def _print_status(found: dict, run_dir: Path) -> None:
         metrics = Table("metric", "base", "tuned", "difference", "verdict", title="before and after", title_justify="left")
         for name, metric in found["metrics"].items():
             cells = [format_interval(metric[side]) for side in ("base", "tuned", "difference")]
-            metrics.add_row(METRICS[name].text, *cells, verdict(name, metric))
+            metrics.add_row(METRICS[name].label, *cells, verdict(name, metric))
         console.print(metrics)
         console.print(
             f"report: {run_dir / ARTIFACTS['report'].file}\nexecuted notebooks: {run_dir / 'notebooks'}/", highlight=False

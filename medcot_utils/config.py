@@ -174,6 +174,9 @@ class EvaluationSettings(_Section):
     mcq_tasks: tuple[str, ...] = Field(("shipped",), description="shipped, medqa, medmcqa, pubmedqa, or a local .jsonl file")
     mcq_limit: int | None = Field(None, ge=1, description="questions per task, spread over the specialties; None: all")
     mcq_max_new_tokens: int = Field(1200, ge=1)
+    embedding_model: str | None = Field(
+        None, description="a sentence-transformers model (folder or Hub id): answers compared with references by meaning too"
+    )
     confidence_level: float = Field(0.95, gt=0.5, lt=1)
     n_resamples: int = Field(5000, ge=200, description="bootstrap resamples")
 

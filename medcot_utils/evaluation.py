@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medcot_utils.config import EvaluationSettings
-from medcot_utils.measures import METRICS, answer_columns, sampled_columns
+from medcot_utils.config import EvaluationSettings, RunConfig
+from medcot_utils.measures import METRICS, answer_columns, embedder, sampled_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,6 +97,17 @@ def _sides(
     return found
 
 
+def check_usable(config: RunConfig) -> int:
+    """The number of multiple-choice questions to be asked, after everything the evaluation needs was looked at: its questions
+    and its embedding model. Raises McqError or MeasureError, before a model is loaded."""
+    from medcot_utils.mcq import load_questions
+
+    settings = config.evaluation
+    if settings.embedding_model is not None:
+        embedder(settings.embedding_model)
+    return sum(len(load_questions(task, settings.mcq_limit, config.seed)) for task in settings.mcq_tasks)
+
+
 def compare(
     base_answers: Sequence[dict[str, Any]],
     tuned_answers: Sequence[dict[str, Any]],
@@ -112,7 +123,7 @@ def compare(
     in the same order."""
     _same_questions(base_answers, tuned_answers)
     metrics = _compare_losses(losses, settings, seed) if losses else {}
-    columns = (answer_columns(base_answers, references), answer_columns(tuned_answers, references))
+    columns = (answer_columns(records, references, settings.embedding_model) for records in (base_answers, tuned_answers))
     return metrics | _compare_columns(*columns, settings, seed, yes_or_no=True)
 
 
@@ -127,7 +138,7 @@ def compare_sampled(
     answers, are what is resampled. `base_samples[k]` holds sample k of every question, in one order throughout."""
     for base, tuned in zip(base_samples, tuned_samples, strict=True):
         _same_questions(base, tuned)
-    columns = (sampled_columns(base_samples, references), sampled_columns(tuned_samples, references))
+    columns = (sampled_columns(samples, references, settings.embedding_model) for samples in (base_samples, tuned_samples))
     return _compare_columns(*columns, settings, seed, yes_or_no=len(base_samples) == 1)
 
 
@@ -211,7 +222,7 @@ def conclusions(metrics: dict[str, dict[str, dict[str, Any]]]) -> str:
     """What the numbers do and do not show, as Markdown, computed from the intervals."""
     shown, not_shown = [], []
     for name, metric in metrics.items():
-        difference, text = metric["difference"], METRICS[name].text
+        difference, text = metric["difference"], METRICS[name].label
         if is_clear(difference):
             sides = f"from {format_interval(metric['base'])} to {format_interval(metric['tuned'])}"
             shown.append(f"- {text} **{verdict(name, metric)}**, {sides}")
@@ -234,9 +245,8 @@ def metrics_table(metrics: dict[str, dict[str, dict[str, Any]]]) -> pd.DataFrame
 
     lines = []
     for name, metric in metrics.items():
-        text, unit = METRICS[name].text, METRICS[name].unit
         cells = {side: format_interval(metric[side]) for side in ("base", "tuned", "difference")}
-        lines.append({"metric": text + (f" ({unit})" if unit else ""), **cells, "verdict": verdict(name, metric)})
+        lines.append({"metric": METRICS[name].label, **cells, "verdict": verdict(name, metric)})
     return pd.DataFrame(lines).set_index("metric")
 
 

@@ -193,7 +193,7 @@ def model_card(run: Run) -> str:
         tags=["medical", "chain-of-thought", "lora", "sft"],
     )
     lines = [
-        {"text": METRICS[name].text, "verdict": verdict(name, metric)}
+        {"text": METRICS[name].label, "verdict": verdict(name, metric)}
         | {side: format_interval(metric[side]) for side in ("base", "tuned", "difference")}
         for name, metric in measured["metrics"].items()
     ]

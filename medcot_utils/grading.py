@@ -37,7 +37,7 @@ CSS = """
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }
 .missing { font-style: italic; opacity: .7; }
 .question { font-size: 1.1rem; font-weight: 600; }
-.tag { border: 1px solid #8888; border-radius: 1em; padding: 0 .6em; margin-left: .4em; }
+.tag { border: 1px solid #8888; border-radius: 1em; padding: 0 .6em; margin-left: .4em; display: inline-block; }
 """
 
 Side = Literal["base", "tuned"]

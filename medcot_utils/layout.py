@@ -56,8 +56,8 @@ ARTIFACTS: dict[str, Artifact] = {
         _COMPARISON,
         "metrics.json",
         ("evaluation", "seed"),
-        ("questions", "base_answers", "tuned_answers", "base_mcq", "tuned_mcq", "held_out_loss", "data_report"),
-        version=2,
+        ("questions", "base_answers", "tuned_answers", "base_mcq", "tuned_mcq", "held_out_loss", "data_report", "train_rows"),
+        version=3,
     ),
     "report": Artifact(
         _COMPARISON,

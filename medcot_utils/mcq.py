@@ -7,21 +7,21 @@ import difflib
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from medcot_utils.config import EvaluationSettings, RunConfig
+from medcot_utils.config import DatasetSettings, EvaluationSettings, RunConfig
 from medcot_utils.evaluation import exact_p, interval, questions_needed
 from medcot_utils.prompts import inference_prompt, parse_completion
 from medcot_utils.tasks.utils import McqError, quiet, read_questions
 
 if TYPE_CHECKING:
     import pandas as pd
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
     from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -220,13 +220,32 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
 
 
 def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, bar: tqdm) -> Any:
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
     from lm_eval.models.huggingface import HFLM
+    from torch.nn.utils.rnn import pad_sequence
+
+    def in_halves(generate: Callable[..., Any], context: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return generate(context, *args, **kwargs)
+        except RuntimeError as error:
+            if len(context) == 1 or not should_reduce_batch_size(error):
+                raise
+        torch.cuda.empty_cache()  # out of the except block: its traceback would keep the cache alive
+        middle, mask = len(context) // 2, kwargs["attention_mask"]
+        bar.set_postfix_str(f"out of memory: {len(context)} questions in two halves")
+        halves = [
+            in_halves(generate, context[part], args, kwargs | {"attention_mask": mask[part]})
+            for part in (slice(middle), slice(middle, None))
+        ]
+        rows = [row for half in halves for row in half]
+        return pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
 
     class CountedHFLM(HFLM):
-        """lm-eval's own, with a progress bar that says whose answers these are."""
+        """lm-eval's own, with a progress bar that says whose answers these are; a batch too large for the card is halved."""
 
         def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
-            sequences = super()._model_generate(context, *args, **kwargs)
+            sequences = in_halves(super()._model_generate, context, args, kwargs)
             bar.update(len(context))
             return sequences
 
@@ -303,6 +322,30 @@ def paired(
         "tuned": _share(t.astype(int).tolist(), level),
         "difference": found | {"p": exact_p(b, t), "alpha": round(1 - level, 6), "needed": needed},
     }
+
+
+def seen_in_training(records: Sequence[Mapping[str, Any]], train: Dataset, settings: DatasetSettings) -> set[tuple[str, str]]:
+    """{(task, id)} of the questions that a training row repeats, as `contamination.find_repeats` finds them."""
+    from medcot_utils.contamination import find_repeats
+
+    keys = [(record["task"], record["id"]) for record in records]
+    asked = [{"id": str(index), "Question": record["question"]} for index, record in enumerate(records)]
+    return {keys[int(repeat["question_id"])] for repeat in find_repeats(train, asked, settings)}
+
+
+def compare_mcq(
+    base: Sequence[Mapping[str, Any]],
+    tuned: Sequence[Mapping[str, Any]],
+    seen: set[tuple[str, str]],
+    settings: EvaluationSettings,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """{mcq_accuracy, mcq_abstained}, each as `paired` gives it, over the questions not in `seen`; empty if none is left."""
+    clean = [[record for record in records if (record["task"], record["id"]) not in seen] for records in (base, tuned)]
+    if not clean[0]:
+        return {}
+    keys = {"mcq_accuracy": "correct", "mcq_abstained": "abstained"}
+    return {name: paired(*clean, settings, seed, key) for name, key in keys.items()}
 
 
 def published_scores(task: str, own: Mapping[str, Mapping[str, Any]] | None = None) -> pd.DataFrame:

@@ -5,9 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from medcot_utils.errors import MedcotError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+class MeasureError(MedcotError):
+    """A metric that was asked for cannot be taken here; the message says what it lacks."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +29,11 @@ class Measure:
     unit: str
     better: Literal[-1, 0, 1]
     yes_or_no: bool = False
+
+    @property
+    def label(self) -> str:
+        """`length of the answer (words)`"""
+        return f"{self.text} ({self.unit})" if self.unit else self.text
 
 
 METRICS: dict[str, Measure] = {
@@ -37,6 +52,7 @@ METRICS: dict[str, Measure] = {
     "repetition": Measure("4-word sequences that came before in the same text", "share", -1),
     "rouge_l": Measure("ROUGE-L of the answer against the reference", "F1", 1),
     "chrf": Measure("chrF of the answer against the reference", "0 to 1", 1),
+    "embedding_similarity": Measure("likeness of meaning to the reference, by evaluation.embedding_model", "cosine", 1),
     "mcq_accuracy": Measure("multiple-choice questions answered rightly", "share", 1, yes_or_no=True),
     "mcq_abstained": Measure("multiple-choice questions without a readable answer", "share", -1, yes_or_no=True),
 }
@@ -99,14 +115,48 @@ def measure(record: dict[str, Any], reference: str) -> dict[str, float]:
     }
 
 
-def answer_columns(records: Sequence[dict[str, Any]], references: Sequence[str]) -> dict[str, np.ndarray]:
-    """One column per metric over the questions, from generation records and the reference responses beside them."""
+def answer_columns(
+    records: Sequence[dict[str, Any]], references: Sequence[str], embedding_model: str | None = None
+) -> dict[str, np.ndarray]:
+    """One column per metric over the questions, from generation records and the reference responses beside them; with an
+    embedding model, `embedding_similarity` too."""
     values = [measure(record, reference) for record, reference in zip(records, references, strict=True)]
-    return {name: np.array([row[name] for row in values], dtype=float) for name in values[0]}
+    columns = {name: np.array([row[name] for row in values], dtype=float) for name in values[0]}
+    if embedding_model is not None:
+        answers = [record["answer"] for record in records]
+        columns["embedding_similarity"] = embedding_similarity(answers, references, embedding_model)
+    return columns
 
 
-def sampled_columns(records: Sequence[Sequence[dict[str, Any]]], references: Sequence[str]) -> dict[str, np.ndarray]:
+def embedding_similarity(answers: Sequence[str], references: Sequence[str], name: str) -> np.ndarray:
+    """Cosine of each answer's sentence embedding and its reference's (sentence-transformers); 0 for an empty answer.
+
+    Likeness of meaning as that model sees it, which takes a denial for nearly the same as what it denies. Raises
+    MeasureError as `embedder` does."""
+    model = embedder(name)
+    ours, theirs = (
+        model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False) for texts in (answers, references)
+    )
+    return np.where([bool(answer.strip()) for answer in answers], (ours * theirs).sum(axis=1), 0.0).astype(float)
+
+
+@cache
+def embedder(name: str) -> SentenceTransformer:
+    """The sentence embedding model of this folder or Hub id. Raises MeasureError if it or its library is not to be had."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise MeasureError("evaluation.embedding_model needs a library more: pip install sentence-transformers") from error
+    try:
+        return SentenceTransformer(name)
+    except (OSError, ValueError) as error:
+        raise MeasureError(f"evaluation.embedding_model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def sampled_columns(
+    records: Sequence[Sequence[dict[str, Any]]], references: Sequence[str], embedding_model: str | None = None
+) -> dict[str, np.ndarray]:
     """As `answer_columns`, with each question's mean over its samples: `records` holds one sequence per sample, the
     questions in the same order in each. The questions stay what is resampled."""
-    columns = [answer_columns(sample, references) for sample in records]
+    columns = [answer_columns(sample, references, embedding_model) for sample in records]
     return {name: np.mean([column[name] for column in columns], axis=0) for name in columns[0]}

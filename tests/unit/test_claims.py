@@ -203,7 +203,7 @@ def test_what_was_not_measured_is_said_to_be_so_for_every_claim():
 
 def test_a_record_says_by_what_a_claim_is_tested_and_what_came_out():
     record = next(r for r in judge({"rouge_l": UP, "chrf": UP}) if r["claim"] == BY_METRIC["rouge_l"])
-    assert record["tested_by"] == f"{METRICS['rouge_l'].text}, {METRICS['chrf'].text}"
+    assert record["tested_by"] == f"{METRICS['rouge_l'].label}, {METRICS['chrf'].label}"
     one = "1.00 [0.90, 1.10] to 1.00 [0.90, 1.10], difference 0.20 [0.10, 0.30]"
     assert record["result"] == f"{one}; {one}"
 

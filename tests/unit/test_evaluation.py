@@ -25,7 +25,7 @@ from medcot_utils.measures import METRICS, answer_columns
 
 CONFIG = load_config("smoke", ["model.load_in_4bit=false"])
 SETTINGS = CONFIG.evaluation  # 95 %, 500 resamples
-COMPARED = {name for name in METRICS if not name.startswith("mcq_")}
+COMPARED = {name for name in METRICS if not name.startswith(("mcq_", "embedding_"))}
 
 
 # --- held-out loss -------------------------------------------------------------------------------------------------
@@ -352,10 +352,10 @@ def test_a_list_without_a_closed_tag_is_a_list_too():
 def test_conclusions_say_what_was_shown_and_never_claim_what_was_not():
     metrics = compared(answers(well_formed=3, bullets=9), answers(well_formed=27, bullets=10))
     shown, rest = conclusions(metrics).split("**Not shown**")
-    assert f"{METRICS['closed_think_rate'].text} **rose, better**, from 0.10 [" in shown
+    assert f"{METRICS['closed_think_rate'].label} **rose, better**, from 0.10 [" in shown
     assert METRICS["bullet_rate"].text not in shown and METRICS["eval_loss"].text not in shown
     not_shown, never = rest.split("**Not tested**")
-    assert f"{METRICS['bullet_rate'].text}: no difference shown with 30 questions" in not_shown
+    assert f"{METRICS['bullet_rate'].label}: no difference shown with 30 questions" in not_shown
     assert "rose" not in not_shown and "fell" not in not_shown and "better" not in not_shown
     assert "medically right" in never
 
@@ -455,3 +455,21 @@ def test_samples_of_other_questions_or_of_another_number_are_refused():
 )
 def test_an_interval_is_written_with_digits_to_suit_its_size(entry, expected):
     assert format_interval(dict(zip(("value", "low", "high"), entry, strict=True))) == expected
+
+
+# --- before a model is loaded --------------------------------------------------------------------------------------
+
+
+def test_what_the_evaluation_needs_is_looked_at_before_a_model_is_loaded(tmp_path, monkeypatch):
+    from medcot_utils.config import load_config
+    from medcot_utils.evaluation import check_usable
+    from medcot_utils.mcq import McqError
+    from medcot_utils.measures import MeasureError
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert check_usable(load_config("smoke", ["evaluation.mcq_limit=4", "evaluation.mcq_tasks=[shipped, shipped]"])) == 8
+    assert check_usable(load_config("smoke", ["evaluation.mcq_tasks=[]"])) == 0
+    with pytest.raises(McqError, match=r"nowhere\.jsonl"):
+        check_usable(load_config("smoke", [f"evaluation.mcq_tasks=[{tmp_path / 'nowhere.jsonl'}]"]))
+    with pytest.raises(MeasureError, match="nowhere"):
+        check_usable(load_config("smoke", [f"evaluation.embedding_model={tmp_path / 'nowhere'}"]))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from medcot_utils.measures import (
     METRICS,
+    MeasureError,
     answer_columns,
     chrf,
+    embedder,
+    embedding_similarity,
     is_bullet_list,
     measure,
     paragraphs,
@@ -140,7 +144,9 @@ def test_chrf_sees_the_likeness_of_inflected_words_that_rouge_l_misses():
 
 def test_every_metric_but_the_losses_and_multiple_choice_is_measured_of_an_answer():
     assert set(measure(record(), REFERENCE)) == {
-        name for name in METRICS if name not in ("eval_loss", "perplexity", "mcq_accuracy", "mcq_abstained")
+        name
+        for name in METRICS
+        if name not in ("eval_loss", "perplexity", "mcq_accuracy", "mcq_abstained", "embedding_similarity")
     }
 
 
@@ -181,3 +187,37 @@ def test_of_several_samples_each_question_has_its_mean():
     first, second = ([record(answer="word " * n, finished=n > 2) for n in lengths] for lengths in ((2, 10), (4, 20)))
     columns = sampled_columns([first, second], [REFERENCE] * 2)
     assert columns["answer_words"].tolist() == [3, 15] and columns["finished_rate"].tolist() == [0.5, 1]
+
+
+# --- meaning -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+def test_likeness_of_meaning_is_the_cosine_of_the_models_own_embeddings_and_0_without_an_answer():
+    from sentence_transformers import SentenceTransformer
+
+    from medcot_utils.engines.embedded import model_source
+
+    folder = model_source("embedded:tiny-random-llama")
+    answers, references = ["Normal residual volume.", "  ", REFERENCE], [REFERENCE, REFERENCE, REFERENCE]
+    found = embedding_similarity(answers, references, folder)
+    a, b = SentenceTransformer(folder).encode([answers[0], REFERENCE])
+    assert found[0] == pytest.approx(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)), abs=1e-3)  # bfloat16
+    assert found[1] == 0 and found[2] == pytest.approx(1, abs=1e-3) and found[0] < 0.999
+    columns = answer_columns([record(answer=answers[0])], [REFERENCE], folder)
+    assert columns["embedding_similarity"].tolist() == pytest.approx([found[0]], abs=1e-3)
+    assert "embedding_similarity" not in answer_columns([record(answer=answers[0])], [REFERENCE])
+
+
+def test_an_embedding_model_that_is_not_there_is_named_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(MeasureError, match=r"evaluation\.embedding_model '.*nowhere' cannot be loaded: ") as error:
+        embedder(str(tmp_path / "nowhere"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_measures_label_has_its_unit_so_that_no_two_lines_read_alike():
+    labels = [found.label for found in METRICS.values()]
+    assert len(set(labels)) == len(labels)
+    assert METRICS["answer_words"].label == "length of the answer (words)"
+    assert METRICS["perplexity"].label == "held-out perplexity"

@@ -338,7 +338,7 @@ def test_the_card_has_the_measured_numbers_the_licence_and_the_limits(run):
     assert "Not for clinical use" in card.text and "Apache-2.0" in card.text
     for name, metric in run.read("metrics")["metrics"].items():
         cells = " | ".join(format_interval(metric[side]) for side in ("base", "tuned", "difference"))
-        assert f"| {METRICS[name].text} | {cells} | {verdict(name, metric)} |" in card.text
+        assert f"| {METRICS[name].label} | {cells} | {verdict(name, metric)} |" in card.text
     assert "2.00 [2.00, 2.00] | 1.50 [1.50, 1.50] | -0.50 [-0.50, -0.50] | fell, better" in card.text
     assert "the rest on 4 held-out questions" in card.text and "95 % bootstrap" in card.text and "117 training rows" in card.text
     assert "0.0012" in card.text and "3 of 3 prompts" in card.text
