@@ -34,7 +34,7 @@ BY_SETTING = [
 ]
 BY_INPUT = [
     ("questions", {"base_answers", "tuned_answers", "metrics", "export_check", *DATA}),
-    ("train_rows", {"plan", "adapter", "training_log"}),
+    ("train_rows", {"plan", "adapter", "training_log", "metrics"}),
     ("held_out_rows", {"adapter", "training_log", "held_out_loss", "export_check"}),
     ("adapter", {"held_out_loss", "tuned_answers", "tuned_mcq", "merged", "export_check"}),
     ("base_answers", {"metrics", "report"}),
