@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
@@ -72,7 +73,11 @@ class Chat:
 
         Closing the iterator stops the generation. Raises ChatError, before the model is asked, for an empty question or one
         that leaves no room for an answer; what fails within the generation is raised here too."""
-        return split_thinking(self._pieces(self._inputs(question), who))
+        return self._stream(self._inputs(question), who)
+
+    def _stream(self, inputs: Any, who: Who) -> Iterator[tuple[Part, str]]:
+        with contextlib.closing(self._pieces(inputs, who)) as pieces:
+            yield from split_thinking(pieces)
 
     def _inputs(self, question: str) -> Any:
         if not question.strip():
@@ -121,8 +126,6 @@ class Chat:
             raise failed[0]
 
     def _as(self, who: Who) -> Any:
-        import contextlib
-
         return self.model.disable_adapter() if who == "base" else contextlib.nullcontext()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,12 +117,15 @@ class Terminal:
         if self.base_too:
             self.console.print(f"[{who}]", style="bold")
         try:
-            with Live(console=self.console, transient=True, refresh_per_second=8) as fold:
+            watched = self.console.is_terminal
+            with (
+                Live(console=self.console, transient=True, refresh_per_second=8) if watched else contextlib.nullcontext() as fold
+            ):
                 for part, text in pieces:
                     answer.add(part, text)
                     if part == "answer":
                         break
-                    if self.console.is_terminal:
+                    if watched:
                         fold.update(self._end_of(answer.thinking))
             self.console.print(f"({answer.folded()}; /show)", style="dim")
             self.console.print(answer.answer.lstrip(), end="")
