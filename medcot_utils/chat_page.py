@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils import pages
 from medcot_utils.chat import WARNING, Answer, Chat, ChatError, Who
+from medcot_utils.run import Run
 
 if TYPE_CHECKING:
     import gradio
@@ -15,19 +17,20 @@ CSS = ".message { white-space: pre-wrap; overflow-wrap: anywhere; }"
 
 
 def shown(question: str, answer: Answer, done: bool) -> list[dict[str, Any]]:
-    """What a column shows of one answer: the question, the thinking in a fold of its own, the answer."""
+    """What a column shows of one answer: the question, the thinking in a fold of its own, the answer; as HTML that shows each
+    text as it is, since gradio takes tags for tags without Markdown too."""
     thinking = answer.thinking.strip() or "..."
     folded = {
         "title": answer.folded() if done or answer.answer else "thinking",
         "status": "done" if done or answer.answer else "pending",
     }
     messages = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": thinking, "metadata": folded},
+        {"role": "user", "content": html.escape(question)},
+        {"role": "assistant", "content": html.escape(thinking), "metadata": folded},
     ]
     if answer.answer.strip() or done:
         text = answer.answer.strip() or "(no answer after the thinking)"
-        messages.append({"role": "assistant", "content": text})
+        messages.append({"role": "assistant", "content": html.escape(text)})
     return messages
 
 
@@ -66,8 +69,11 @@ def build_page(chat: Chat, base_too: bool) -> gradio.Blocks:
     return page
 
 
-def serve(chat: Chat, base_too: bool, port: int, open_browser: bool) -> None:
-    """Serve the chat on 127.0.0.1 until interrupted. Raises ChatError if the port is taken."""
+def serve(run: Run, base_too: bool, port: int, open_browser: bool) -> None:
+    """Load the run's model and serve the chat on 127.0.0.1 until interrupted.
+
+    Raises ChatError if the port is taken, and RunError if there is no adapter, before anything is loaded."""
     listener = pages.listen(port, ChatError)
     print(WARNING)
-    pages.serve(build_page(chat, base_too), listener, "chat page", CSS, chat.run.path, open_browser)
+    chat = Chat.open(run)
+    pages.serve(build_page(chat, base_too), listener, "chat page", CSS, run.path, open_browser)

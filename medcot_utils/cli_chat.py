@@ -39,7 +39,7 @@ def chat(
     if page:
         from medcot_utils.chat_page import serve
 
-        serve(Chat.open(run), base_too, port, open_browser)
+        serve(run, base_too, port, open_browser)
     else:
         Terminal(Chat.open(run), base_too).talk(iter(question) if question else None)
 
