@@ -86,6 +86,18 @@ def test_an_input_made_again_with_the_same_content_makes_nothing_stale(run_facto
     assert stale(run) == set()
 
 
+def test_a_step_is_done_without_what_its_settings_leave_out_and_stale_once_it_is_asked_for(run_factory, content):
+    run = run_factory()
+    for step in STEPS:
+        for name in run.makes(step):
+            run.write(name, content(name))
+        run.record_step(step, state="done")
+    assert {"gguf", "gguf_check"} == set(ARTIFACTS) - set(run.manifest()["artifacts"])
+    assert {run.step_state(step) for step in STEPS} == {"done"}
+    asked = run_factory("export.gguf=f16")
+    assert {step for step in STEPS if asked.step_state(step) == "stale"} == {"01_setup", "07_export"}
+
+
 def test_new_generation_settings_redo_both_answers_but_not_the_training(run_factory, write_all, content):
     write_all(run_factory())
     run = run_factory("generation.max_new_tokens=25")
