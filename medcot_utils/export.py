@@ -200,7 +200,7 @@ def model_card(run: Run, kind: str = "merged", addresses: dict[str, str] | None 
         base_model_relation={"adapter": "adapter", "gguf": "quantized"}.get(kind, "finetune") if base else None,
         datasets=None if config.dataset.path or config.dataset.name == "shipped" else [config.dataset.name],
         tags=["medical", "chain-of-thought", "reasoning", "lora", "sft", *(["gguf"] if "gguf" in (kind, *addresses) else [])],
-        model_name=addresses.get("merged", next(iter(addresses.values()), describe(config.model.name) + ", tuned")),
+        model_name=addresses.get(kind, next(iter(addresses.values()), f"{describe(config.model.name)}, tuned")),
         eval_results=_eval_results(config, measured, trained_name),
     )
     lines = [
@@ -247,13 +247,17 @@ def _eval_results(config: RunConfig, measured: dict[str, Any], trained_name: str
             metric_name=METRICS[name].label,
             metric_value=round(metric["tuned"]["value"], 4),
             metric_args={
-                f"interval_{confidence}": [metric["tuned"]["low"], metric["tuned"]["high"]],
-                "base_value": metric["base"]["value"],
+                f"interval_{confidence}": _rounded(metric["tuned"]["low"], metric["tuned"]["high"]),
+                "base_value": _rounded(metric["base"]["value"])[0],
             },
             verified=False,
         )
         for name, metric in measured["metrics"].items()
     ]
+
+
+def _rounded(*values: float | None) -> list[float | None]:
+    return [None if value is None else round(value, 4) for value in values]
 
 
 def _data_source(config: RunConfig) -> str:

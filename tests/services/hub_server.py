@@ -189,7 +189,7 @@ class Handler(BaseHTTPRequestHandler):
         if owner != self.user[0]:
             return self.error(403, f"You don't have the rights to create a model under the namespace {owner}")
         if self.server.repo("model", f"{owner}/{name}"):
-            return self.error(409, "You already created this model repo")
+            return self.answer({"error": "You already created this model repo", "url": f"{self.server.url}/{owner}/{name}"}, 409)
         self.server.add("model", f"{owner}/{name}", {".gitattributes": b"* text=auto\n"}, asked["visibility"] == "private")
         return self.answer({"url": f"{self.server.url}/{owner}/{name}", "id": f"{owner}/{name}"})
 
