@@ -161,8 +161,7 @@ class _Push:
     def _tagged(self, repository: PlannedRepository) -> str | None:
         """The commit that the push's tag stands on already; raises HubError if it holds other weights."""
         tag, repo_id = self.record["tag"], repository.repo_id
-        refs = self._call(f"reading the tags of {repo_id}", self.api.list_repo_refs, repo_id)
-        commit = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+        commit = self._tag_commit(repo_id)
         if commit is None:
             return None
         listing = self._listing(repo_id, tag)
@@ -170,9 +169,13 @@ class _Push:
         if others:
             raise HubError(
                 f"not pushed. The tag {tag} of {repo_id} stands on other files ({others[0]} differs): choose another with "
-                f"hub.tag, or delete it there"
+                f"--tag, or delete it there"
             )
         return commit
+
+    def _tag_commit(self, repo_id: str) -> str | None:
+        refs = self._call(f"reading the tags of {repo_id}", self.api.list_repo_refs, repo_id)
+        return next((ref.target_commit for ref in refs.tags if ref.name == self.record["tag"]), None)
 
     def _listing(self, repo_id: str, revision: str) -> dict[str, Any]:
         from huggingface_hub.hf_api import RepoFile
@@ -224,7 +227,12 @@ class _Push:
             tag, repo_id = self.record["tag"], entry["repo_id"]
             doing = f"setting the tag {tag} on {repo_id}"
             self._call(doing, self.api.create_tag, repo_id, tag=tag, revision=entry["revision"], exist_ok=True)
-            entry["tag_commit"] = entry["revision"]
+            entry["tag_commit"] = self._tag_commit(repo_id)
+            if entry["tag_commit"] != entry["revision"]:
+                raise HubError(
+                    f"not pushed whole. Every file lies in {repo_id} as in the run, but the Hub says that it set the tag {tag} "
+                    f"and does not list it on that commit: push again, or with another --tag"
+                )
 
     # --- reading back ---
 

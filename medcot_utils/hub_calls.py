@@ -105,7 +105,9 @@ def explain(error: BaseException, doing: str, repo_id: str, endpoint: str, patie
     status, tokens, asked = status_of(error), f"{endpoint}/settings/tokens", _retry_after(error)
     waited = f"; it went on so for {patience_s:.0f} s (hub.patience_seconds)"
     again = f"push again after that, or with --patience {asked + 1:.0f}" if asked is not None else "push again in some minutes"
-    limit = f" and asks to wait {asked:.0f} s, longer than hub.patience_seconds ({patience_s:.0f})" if asked is not None else waited
+    limit = (
+        f" and asks to wait {asked:.0f} s, longer than hub.patience_seconds ({patience_s:.0f})" if asked is not None else waited
+    )
     advice = {
         401: f". The token is not valid (wrong, expired or revoked): make one of type write at {tokens} and give it as HF_TOKEN",
         403: f". The token may not write to {repo_id}: give one of type write, or a fine-grained one with write access to the "

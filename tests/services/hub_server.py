@@ -46,7 +46,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos, self.blobs, self.parts, self.requests, self.faults = {}, {}, {}, [], []
-        self.forgets_commits = self.forgets_large_files = self.spoils_large_files = False
+        self.forgets_commits = self.forgets_large_files = self.spoils_large_files = self.forgets_tags = False
         self.lock = threading.RLock()
 
     def __enter__(self):
@@ -166,7 +166,9 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             if not self.user:
                 return self.error(401, "Invalid username or password.")
-            return self.answer({"type": "user", "name": self.user[0], "orgs": [], "auth": {"accessToken": {"role": self.user[1]}}})
+            return self.answer(
+                {"type": "user", "name": self.user[0], "orgs": [], "auth": {"accessToken": {"role": self.user[1]}}}
+            )
         if path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
         if path == "/api/repos/create":
@@ -225,7 +227,7 @@ class Handler(BaseHTTPRequestHandler):
         if tag in repo["tags"]:
             return self.error(409, "Tag reference exists already")
         if commit := self.at(repo, rest):
-            repo["tags"][tag] = commit["id"]
+            repo["tags"] |= {} if self.server.forgets_tags else {tag: commit["id"]}
             self.answer({})
         return None
 

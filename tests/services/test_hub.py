@@ -15,6 +15,8 @@ from medcot_utils.hub_plan import folder_digest
 from medcot_utils.layout import ARTIFACTS
 from medcot_utils.run import RunError
 
+pytest_plugins = ("hub_fixtures",)
+
 
 def head(hub, repo_id):
     return hub.repos["model", repo_id]["commits"][-1]
@@ -152,14 +154,17 @@ def test_a_run_without_a_repository_pushes_nothing_and_says_so_in_one_line(finis
 
 def test_a_folder_is_compared_with_the_manifest_by_its_files_digests(finished_run):
     run = finished_run()
-    run.write("merged", lambda folder: [(folder / name).mkdir() for name in ("a", "b")] and (folder / "a" / "x.json").write_text("x"))
-    folder = run.require("merged")
-    (folder / "a-file").write_text("y")
-    run.write("merged", lambda new: [(new / name).write_text(name) for name in ("b.json", "a-b.json")] and (new / "a").mkdir())
-    folder = run.require("merged")
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
-    assert folder_digest(digests) == run.manifest()["artifacts"]["merged"]["sha256"]
-    assert folder_digest(digests | {"b.json": "0" * 64}) != run.manifest()["artifacts"]["merged"]["sha256"]
+
+    def fill(folder):
+        (folder / "a").mkdir()
+        for name in ("a/x.json", "a-b.json", "a.json"):
+            (folder / name).write_text(name)
+
+    folder = run.write("merged", fill)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    digests = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    assert len(digests) == 3 and folder_digest(digests) == run.manifest()["artifacts"]["merged"]["sha256"]
+    assert folder_digest(digests | {"a.json": "0" * 64}) != run.manifest()["artifacts"]["merged"]["sha256"]
 
 
 def test_the_hub_settings_change_no_result():

@@ -8,12 +8,26 @@ import threading
 import time
 
 import pytest
-from conftest import MEDCOT, hub_environment
-from hub_server import FOREIGN, NEVER_ENDS, PART, READ, WRITE
+from hub_runs import hub_environment, make_run, push_command
+from hub_server import FOREIGN, NEVER_ENDS, PART, READ, WRITE, Hub
 
 from medcot_utils.hub import RECORD
 
+pytest_plugins = ("hub_fixtures",)
 BIG = 30_000_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def always_cut(tmp_path_factory):
+    """(Hub, run, process) of a push that is cut off each time in its last part: begun first and looked at last, because the
+    client itself tries five times more, for 23 seconds."""
+    with Hub() as hub:
+        folder = tmp_path_factory.mktemp("cut")
+        run = make_run(folder, weights=BIG)
+        hub.fail("PUT", "/storage/.*/4$", cut_after=1_000_000, times=NEVER_ENDS)
+        environment, command = hub_environment(hub.url, folder / "home"), push_command(run, "--patience", "0")
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            yield hub, run, process
 
 
 def record_of(run):
@@ -84,11 +98,8 @@ def test_404_in_the_middle_says_what_is_gone_and_what_was_committed(hub, finishe
 # --- busy ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/api/repos/create$", "/commit/main$", "/tag/"])
-@pytest.mark.parametrize("status", [409, 500])
+@pytest.mark.parametrize(("status", "path"), [(500, "/api/repos/create$"), (409, "/commit/main$"), (500, "/tag/")])
 def test_a_passing_409_or_500_is_repeated_until_it_is_granted(hub, finished_run, push, status, path):
-    if (status, path) in ((409, "/tag/"), (409, "/api/repos/create$")):
-        pytest.skip("409 says there that the thing exists already, which is no failure")
     run = finished_run()
     hub.fail("POST", path, status=status, times=2)
     done = push(run)
@@ -131,7 +142,10 @@ def test_500_that_stays_is_the_hubs_fault_and_the_next_push_goes_on(hub, finishe
     hub.repos["model", "doctor/cot"]["tags"].clear()
     fault.times = NEVER_ENDS
     error = the_error(push(run, "--patience", "1"), run, hub)
-    assert "the Hub answers 500 Internal Server Error (Internal Error)" in error and "The fault is the Hub's: push again later" in error
+    assert (
+        "the Hub answers 500 Internal Server Error (Internal Error)" in error
+        and "The fault is the Hub's: push again later" in error
+    )
     fault.times = 0
     hub.requests.clear()
     done = push(run)
@@ -151,28 +165,17 @@ def test_a_connection_cut_in_the_middle_of_30_mb_goes_on_with_the_part_it_was_in
     assert record_of(run)["state"] == "pushed"
 
 
-def test_a_connection_that_is_always_cut_is_one_error_and_the_next_push_sends_what_is_missing(hub, finished_run, push):
-    run = finished_run(weights=BIG)
-    hub.fail("PUT", "/storage/.*/3$", cut_after=PART // 2, times=NEVER_ENDS)
-    error = the_error(push(run, "--patience", "0"), run, hub)
-    assert "sending model.safetensors (30.0 MB) to doctor/cot: the connection to the Hub failed (" in error
-    assert "kept: doctor/cot: model card, adapter." in error and "sends only what is missing" in error
-    hub.faults.clear()
-    hub.requests.clear()
-    assert push(run).returncode == 0
-    assert sum(hub.sent("PUT", "/storage/")) == BIG, "the merged weights alone: the adapter lay there"
-
-
 def test_a_push_killed_in_the_middle_goes_on(hub, finished_run, push, tmp_path):
     run, came = finished_run(weights=BIG), threading.Event()
     hub.fail("PUT", "/storage/.*/2$", hold=came)
     environment = hub_environment(hub.url, tmp_path / "home")
-    with subprocess.Popen(
-        [*MEDCOT, "push", str(run.path), "--repo-id", "doctor/cot"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
+    with subprocess.Popen(push_command(run), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         assert came.wait(60)
         process.kill()
-    assert record_of(run)["state"] == "running" and list(record_of(run)["repositories"][0]["commits"]) == ["model card", "adapter"]
+    assert record_of(run)["state"] == "running" and list(record_of(run)["repositories"][0]["commits"]) == [
+        "model card",
+        "adapter",
+    ]
     assert "model.safetensors" not in hub.repos["model", "doctor/cot"]["commits"][-1]["files"]
     hub.requests.clear()
     assert push(run).returncode == 0
@@ -214,3 +217,27 @@ def test_a_hub_that_gives_back_other_weights_is_found_out(hub, finished_run, pus
     hub.spoils_large_files = True
     error = the_error(push(run), run, hub)
     assert "adapter/adapter_model.safetensors (a download gives other bytes)" in error and "5 of 7 files agree" in error
+
+
+def test_a_hub_that_sets_no_tag_is_found_out(hub, finished_run, push):
+    run = finished_run()
+    hub.forgets_tags = True
+    assert "says that it set the tag run-" in the_error(push(run), run, hub)
+
+
+# --- last, because it takes so long ----------------------------------------------------------------------------------
+
+
+def test_a_connection_that_is_always_cut_is_one_error_and_the_next_push_sends_what_is_missing(always_cut, tmp_path):
+    hub, run, process = always_cut
+    out, err = process.communicate(timeout=120)
+    error = the_error(subprocess.CompletedProcess([], process.returncode, out, err), run, hub)
+    assert "sending model.safetensors (30.0 MB) to doctor/cot: the connection to the Hub failed (" in error
+    assert "kept: doctor/cot: model card, adapter." in error and "sends only what is missing" in error
+    hub.faults.clear()
+    hub.requests.clear()
+    again = subprocess.run(
+        push_command(run), env=hub_environment(hub.url, tmp_path), capture_output=True, timeout=120, check=False
+    )
+    assert again.returncode == 0
+    assert sum(hub.sent("PUT", "/storage/")) == BIG, "the merged weights alone: the adapter lay there"
