@@ -15,7 +15,7 @@ def push(
     repo_id: Annotated[str | None, typer.Option("--repo-id", help="user/name; hub.repo_id if not given")] = None,
     public: Annotated[bool | None, typer.Option("--public/--private", help="who can see it; private if not given")] = None,
     layout: Annotated[str | None, typer.Option(help="one repository, or separate: -lora, -merged, -gguf")] = None,
-    what: Annotated[list[str] | None, typer.Option("--what", help="adapter, merged or gguf; again for more; all")] = None,
+    what: Annotated[list[str] | None, typer.Option("--artifact", help="adapter, merged or gguf; again for more; all")] = None,
     tag: Annotated[str | None, typer.Option(help="tag of this run in the repository; made of its digests if not given")] = None,
     patience: Annotated[float | None, typer.Option(help="seconds to go on trying while the Hub is busy or away")] = None,
 ) -> None:
@@ -27,7 +27,7 @@ def push(
 
     console, run = Console(), Run.open(run_dir)
     private = None if public is None else not public
-    changes = {"repo_id": repo_id, "private": private, "layout": layout, "push": what, "tag": tag, "patience_seconds": patience}
+    changes = {"repo_id": repo_id, "private": private, "layout": layout, "artifacts": what, "tag": tag, "patience_seconds": patience}
     settings = hub.hub_settings(run, **changes)
     record = hub.push(run, settings, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
     table = Table("file", "bytes", "sha256", "sent", "read back", title="what the Hub gives back", title_justify="left")

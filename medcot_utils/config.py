@@ -200,7 +200,7 @@ class HubSettings(_Section):
         "one", description="one: merged model at the root, adapter/ and gguf/ below; separate: NAME-lora, NAME-merged, NAME-gguf"
     )
     private: bool = Field(True, description="false publishes to everybody")
-    push: tuple[Literal["adapter", "merged", "gguf"], ...] = Field(
+    artifacts: tuple[Literal["adapter", "merged", "gguf"], ...] = Field(
         ("adapter", "merged", "gguf"), min_length=1, description="what is sent; gguf only where the run has made one"
     )
     tag: str | None = Field(

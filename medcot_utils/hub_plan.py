@@ -63,9 +63,9 @@ def chosen_artifacts(run: Run, settings: HubSettings) -> list[str]:
     GGUF is left out where the run has none. Raises RunError naming the notebook to run, or ExportError when the merged model
     is not what it was merged from."""
     made = run.manifest()["artifacts"]
-    names = [name for name in settings.push if name in ARTIFACTS and (name != "gguf" or name in made)]
+    names = [name for name in settings.artifacts if name in ARTIFACTS and (name != "gguf" or name in made)]
     if not names:
-        raise RunError("hub.push names gguf alone, and this run has none: set export.gguf and run notebook 07_export again")
+        raise RunError("hub.artifacts names gguf alone, and this run has none: set export.gguf and run notebook 07_export again")
     for name in [*names, "model_card"]:
         run.require(name)
         if not run.is_fresh(name, deep=False):

@@ -138,7 +138,7 @@ def test_500_that_stays_is_the_hubs_fault_and_the_next_push_goes_on(hub, finishe
     run = finished_run()
     hub.fail("POST", "/commit/main$", status=500, message="Internal Error", times=0)
     fault = hub.faults[-1]
-    assert push(run, "--what", "adapter").returncode == 0  # the adapter lies there from before
+    assert push(run, "--artifact", "adapter").returncode == 0  # the adapter lies there from before
     hub.repos["model", "doctor/cot"]["tags"].clear()
     fault.times = NEVER_ENDS
     error = the_error(push(run, "--patience", "1"), run, hub)
