@@ -27,7 +27,14 @@ def push(
 
     console, run = Console(), Run.open(run_dir)
     private = None if public is None else not public
-    changes = {"repo_id": repo_id, "private": private, "layout": layout, "artifacts": what, "tag": tag, "patience_seconds": patience}
+    changes = {
+        "repo_id": repo_id,
+        "private": private,
+        "layout": layout,
+        "artifacts": what,
+        "tag": tag,
+        "patience_seconds": patience,
+    }
     settings = hub.hub_settings(run, **changes)
     record = hub.push(run, settings, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
     table = Table("file", "bytes", "sha256", "sent", "read back", title="what the Hub gives back", title_justify="left")

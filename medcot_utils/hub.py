@@ -74,7 +74,7 @@ def push(run: Run, settings: HubSettings, token: str | None = None, say: Callabl
             pusher.fail(f"{type(error).__name__} while {pusher.doing}")
             raise
         message = hub_calls.explain(error, pusher.doing, pusher.where, pusher.api.endpoint, settings.patience_seconds)
-        message = f"not pushed. {message}. {pusher.what_lies_there()}".replace(token, "***")
+        message = f"not pushed: {message}. {pusher.what_lies_there()}".replace(token, "***")
         pusher.fail(message)
         raise HubError(message) from None
 
@@ -295,13 +295,14 @@ def _download(api: HfApi, repo_id: str, path: str, revision: str, start: int, le
     if length == 0:
         return b""
     url = hf_hub_url(repo_id, path, revision=revision, endpoint=api.endpoint)
-    headers = build_hf_headers(token=api.token) | {"Range": f"bytes={start}-{start + length - 1}"}
+    # Uncompressed: a range of compressed bytes would be none of the file.
+    headers = build_hf_headers(token=api.token) | {"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity"}
     with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
         if response.status_code in (404, 416):
             return None
         hf_raise_for_status(response)
         got = bytearray()
-        for block in response.iter_raw():
+        for block in response.iter_bytes():
             got += block
             if len(got) >= start + length:  # a server that ignores Range would go on to the end
                 break

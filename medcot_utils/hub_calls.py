@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from medcot_utils import platforms
@@ -53,9 +56,18 @@ def of_the_hub(error: BaseException) -> bool:
     return status_of(error) is not None or isinstance(cause_of(error), (httpx.HTTPError, OfflineModeIsEnabled, ValueError))
 
 
-def _retry_after(error: BaseException) -> float | None:
-    text = getattr(getattr(cause_of(error), "response", None), "headers", {}).get("Retry-After", "")
-    return float(text) if text.isdigit() else None
+def retry_after(error: BaseException) -> float | None:
+    """Seconds after which the server asks to be asked again (a number, a date, or the Hub's own RateLimit header), or None."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    headers = getattr(getattr(cause_of(error), "response", None), "headers", {})
+    text, limit = headers.get("Retry-After", "").strip(), parse_ratelimit_headers(headers)
+    if text.isdigit():
+        return float(text)
+    if text:
+        with contextlib.suppress(ValueError):  # neither a number nor a date: as if it were not there
+            return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+    return float(limit.reset_in_seconds) if limit and limit.remaining == 0 and status_of(error) == 429 else None
 
 
 def passing(error: BaseException) -> bool:
@@ -71,7 +83,7 @@ def repeat(call: Callable[[], Any], patience_s: float, say: Callable[[str], None
     from tenacity import RetryCallState, Retrying, retry_if_exception
 
     def wait(state: RetryCallState) -> float:
-        asked = _retry_after(state.outcome.exception())
+        asked = retry_after(state.outcome.exception())
         return asked if asked is not None else min(LONGEST_WAIT_S, 2.0 ** (state.attempt_number - 1))
 
     def stop(state: RetryCallState) -> bool:
@@ -102,8 +114,8 @@ def explain(error: BaseException, doing: str, repo_id: str, endpoint: str, patie
 
     if isinstance(error, OfflineModeIsEnabled):
         return f"{doing}: HF_HUB_OFFLINE is set, so the Hub client sends nothing. Unset it to push"
-    status, tokens, asked = status_of(error), f"{endpoint}/settings/tokens", _retry_after(error)
-    waited = f"; it went on so for {patience_s:.0f} s (hub.patience_seconds)"
+    status, tokens, asked = status_of(error), f"{endpoint}/settings/tokens", retry_after(error)
+    waited = f", and went on so for all of hub.patience_seconds ({patience_s:.0f} s)"
     again = f"push again after that, or with --patience {asked + 1:.0f}" if asked is not None else "push again in some minutes"
     limit = (
         f" and asks to wait {asked:.0f} s, longer than hub.patience_seconds ({patience_s:.0f})" if asked is not None else waited

@@ -6,6 +6,7 @@ by the attributes of `Hub` that begin with `forgets` or `spoils`. Standard libra
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 import re
@@ -322,6 +323,8 @@ class Handler(BaseHTTPRequestHandler):
         named |= {"ETag": f'"{etag}"', "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
         if entry["large"]:
             named |= {"X-Linked-Size": str(entry["size"]), "X-Linked-Etag": f'"{etag}"'}
+        if not entry["large"] and "gzip" in self.headers.get("Accept-Encoding", ""):
+            return self.raw(gzip.compress(data), 200, named | {"Content-Encoding": "gzip"})
         if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
             named["Content-Range"] = f"bytes {start}-{end}/{len(data)}"

@@ -106,6 +106,13 @@ def test_a_card_before_any_push_names_no_repository_and_gguf_is_made_from_the_me
     assert "library_name" not in data and "Modelfile" in card.text
 
 
+def test_the_token_may_have_the_articles_name(hub, finished_run, push):
+    done = push(finished_run(), "--artifact", "adapter", repo_id="cot", token=None, HUGGINGFACE_TOKEN=WRITE)
+    assert done.returncode == 0, done.stderr
+    assert set(head(hub, "doctor/cot")["files"]) > {"README.md", "adapter/adapter_model.safetensors"}, "the token's own user"
+    assert "model.safetensors" not in head(hub, "doctor/cot")["files"]
+
+
 # --- what is refused before anything is sent -----------------------------------------------------------------------
 
 

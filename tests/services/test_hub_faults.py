@@ -6,12 +6,16 @@ import json
 import subprocess
 import threading
 import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from types import SimpleNamespace
 
 import pytest
 from hub_runs import hub_environment, make_run, push_command
 from hub_server import FOREIGN, NEVER_ENDS, PART, READ, WRITE, Hub
 
 from medcot_utils.hub import RECORD
+from medcot_utils.hub_calls import retry_after
 
 pytest_plugins = ("hub_fixtures",)
 BIG = 30_000_000
@@ -112,7 +116,7 @@ def test_409_that_stays_says_that_something_else_writes_there(hub, finished_run,
     hub.fail("POST", "/commit/main$", status=409, message="A commit has happened since", times=NEVER_ENDS)
     error = the_error(push(run, "--patience", "3"), run, hub)
     assert "committing model card to doctor/cot: the Hub answers 409 Conflict (A commit has happened since)" in error
-    assert "Something else is writing to doctor/cot" in error and "went on so for 3 s" in error
+    assert "Something else is writing to doctor/cot" in error and "hub.patience_seconds (3 s)" in error
 
 
 def test_429_waits_as_long_as_the_hub_asks(hub, finished_run, push):
@@ -124,6 +128,19 @@ def test_429_waits_as_long_as_the_hub_asks(hub, finished_run, push):
     assert done.returncode == 0, done.stderr
     assert "the Hub answers 429 Too Many Requests (slow down): trying again in 3 s" in done.stdout
     assert time.monotonic() - started > 5
+
+
+def test_the_wait_is_what_the_hub_asks_for_in_each_of_its_ways():
+    def refused(status=429, **headers):
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return SimpleNamespace(response=SimpleNamespace(status_code=status, headers=named))
+
+    in_a_minute = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    assert retry_after(refused(Retry_After="7")) == 7
+    assert retry_after(refused(Retry_After=in_a_minute)) == pytest.approx(60, abs=3)
+    assert retry_after(refused(RateLimit='"api";r=0;t=55')) == 55
+    assert retry_after(refused(RateLimit='"api";r=10;t=55')) is retry_after(refused(Retry_After="soon")) is None
+    assert retry_after(refused(500)) is retry_after(OSError("no answer")) is None
 
 
 def test_429_that_asks_for_longer_than_our_patience_is_an_error_at_once(hub, finished_run, push):
