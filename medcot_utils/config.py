@@ -210,6 +210,11 @@ class HubSettings(_Section):
         300, ge=0, description="how long one request is repeated while the Hub is busy, failing or out of reach"
     )
 
+    def addresses(self, names: Iterable[str], repo_id: str) -> dict[str, str]:
+        """{artifact: the repository it goes to}, as the layout says."""
+        suffixes = {"adapter": "-lora", "merged": "-merged", "gguf": "-gguf"}
+        return {name: repo_id + (suffixes[name] if self.layout == "separate" else "") for name in names}
+
 
 class RunConfig(_Section):
     """All settings of one run. Frozen: a notebook reads it and never changes it."""

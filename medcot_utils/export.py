@@ -179,15 +179,20 @@ def require_agreement(check: dict[str, Any]) -> None:
 # --- model card ----------------------------------------------------------------------------------------------------
 
 
-def model_card(run: Run, kind: str = "merged", addresses: dict[str, str] | None = None, tag: str | None = None) -> str:
+def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | None = None, tag: str | None = None) -> str:
     """The README.md of a repository, with the run's measured numbers, data, licence and limits, and metadata for the Hub.
 
     kind: adapter, merged, gguf, or one (all in one repository). addresses: {artifact: the repository it is pushed to}, for
-    the lines that load it, at `tag`; None before any push."""
+    the lines that load it, at `tag`. Without them: the card of the merged model, or of what the run's hub settings push."""
     from huggingface_hub import ModelCard, ModelCardData
 
     config, measured, check, report = run.config, run.read("metrics"), run.read("export_check"), run.read("data_report")
-    base, addresses = hub_address(config.model.name), addresses or {}
+    kind = kind or ("one" if config.hub.repo_id and config.hub.layout == "one" else "merged")
+    if addresses is None:
+        made = run.manifest()["artifacts"]
+        pushed = [name for name in config.hub.artifacts if name in made] if config.hub.repo_id else []
+        addresses = config.hub.addresses(pushed, config.hub.repo_id)
+    base = hub_address(config.model.name)
     if kind == "gguf":
         base = addresses.get("merged", base)
     trained_name = check["pairs"][1]["b"]

@@ -14,7 +14,6 @@ from medcot_utils.hub_calls import HubError
 from medcot_utils.layout import ARTIFACTS
 from medcot_utils.run import Run, RunError, sha256_of
 
-SUFFIXES = {"adapter": "-lora", "merged": "-merged", "gguf": "-gguf"}
 FOLDERS = {"adapter": "adapter/", "merged": "", "gguf": "gguf/"}  # in one repository: `from_pretrained(repo_id)` finds the root
 # What an earlier push with other shards may have left, and a loader may take for part of this model.
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
@@ -88,7 +87,7 @@ def tag_name(run: Run, settings: HubSettings, names: list[str]) -> str:
 def plan(run: Run, settings: HubSettings, repo_id: str, names: list[str]) -> list[PlannedRepository]:
     """The repositories of a push, each with its card first: the warning on clinical use lies there before any weight does."""
     tag, one = tag_name(run, settings, names), settings.layout == "one"
-    addresses = {name: repo_id if one else repo_id + SUFFIXES[name] for name in names}
+    addresses = settings.addresses(names, repo_id)
     repositories: dict[str, PlannedRepository] = {}
     for name in names:
         address = addresses[name]

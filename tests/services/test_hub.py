@@ -10,10 +10,11 @@ from hub_server import WRITE
 from huggingface_hub import ModelCard
 
 from medcot_utils import hub as medcot_hub
+from medcot_utils.config import load_config
 from medcot_utils.export import ExportError, model_card
 from medcot_utils.hub_plan import folder_digest
 from medcot_utils.layout import ARTIFACTS
-from medcot_utils.run import RunError
+from medcot_utils.run import Run, RunError
 
 pytest_plugins = ("hub_fixtures",)
 
@@ -174,6 +175,11 @@ def test_a_folder_is_compared_with_the_manifest_by_its_files_digests(finished_ru
     assert folder_digest(digests | {"a.json": "0" * 64}) != run.manifest()["artifacts"]["merged"]["sha256"]
 
 
-def test_the_hub_settings_change_no_result():
+def test_the_hub_settings_change_no_result_but_a_push_asked_for_later_redoes_notebook_07(finished_run):
     depend = [name for name, artifact in ARTIFACTS.items() if any(setting.startswith("hub") for setting in artifact.settings)]
-    assert depend == ["machine"]
+    assert depend == ["machine", "model_card"]
+    run = finished_run()
+    assert run.is_fresh("model_card")
+    asked = Run.create(run.path, load_config("smoke", ["hub.repo_id=doctor/cot"]))
+    assert asked.is_fresh("merged") and not asked.is_fresh("model_card")
+    assert 'from_pretrained("doctor/cot", dtype' in model_card(asked) and 'subfolder="adapter"' in model_card(asked)
