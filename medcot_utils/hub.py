@@ -52,6 +52,32 @@ def publish(run: Run, token: str | None = None) -> dict[str, Any] | None:
     return push(run, run.config.hub, token)
 
 
+def check_ready(settings: HubSettings, token: str | None = None) -> str:
+    """For notebook 01: one line that says where a push will go. Raises HubError if a push is asked for and there is no token,
+    or the Hub does not take it: hours later would be too late."""
+    from huggingface_hub import HfApi
+
+    if settings.repo_id is None:
+        return "nothing will be pushed to the Hub: hub.repo_id is not set"
+    token = hub_calls.find_token(token)
+    api, doing = HfApi(token=token), "asking the Hub whose token this is"
+    try:
+        user = _may_write(hub_calls.repeat(api.whoami, settings.patience_seconds, print), api)
+    except Exception as error:
+        if isinstance(error, MedcotError) or not hub_calls.of_the_hub(error):
+            raise
+        message = hub_calls.explain(error, doing, settings.repo_id, api.endpoint, settings.patience_seconds)
+        raise HubError(message.replace(token, "***")) from None
+    return f"notebook 07 will push to {settings.repo_id} ({'private' if settings.private else 'public'}) as {user}"
+
+
+def _may_write(who: dict[str, Any], api: HfApi) -> str:
+    """The user's name. Raises HubError for a token that may only read."""
+    if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise HubError(f"the token of {who['name']} may only read: make one of type write at {api.endpoint}/settings/tokens")
+    return who["name"]
+
+
 def push(run: Run, settings: HubSettings, token: str | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Push the run's artifacts, read every file back and compare it with the run, and tag what agrees.
 
@@ -63,7 +89,8 @@ def push(run: Run, settings: HubSettings, token: str | None = None, say: Callabl
         raise HubError("hub.repo_id is not set: name the repository with --repo-id user/name")
     names = chosen_artifacts(run, settings)
     token = hub_calls.find_token(token)
-    pusher = _Push(run, settings, HfApi(token=token), say)
+    # A server may repeat the token in what it says.
+    pusher = _Push(run, settings, HfApi(token=token), lambda line: say(line.replace(token, "***")))
     try:
         return pusher.run_all(names)
     except MedcotError as error:
@@ -118,13 +145,8 @@ class _Push:
     # --- the steps ---
 
     def run_all(self, names: list[str]) -> dict[str, Any]:
-        user = self._call(self.doing, self.api.whoami)
-        role = user.get("auth", {}).get("accessToken", {}).get("role")
-        if role == "read":
-            raise HubError(
-                f"the token of {user['name']} may only read: make one of type write at {self.api.endpoint}/settings/tokens"
-            )
-        repo_id = self.settings.repo_id if "/" in self.settings.repo_id else f"{user['name']}/{self.settings.repo_id}"
+        user = _may_write(self._call(self.doing, self.api.whoami), self.api)
+        repo_id = self.settings.repo_id if "/" in self.settings.repo_id else f"{user}/{self.settings.repo_id}"
         self.record |= {"repo_id": repo_id, "tag": tag_name(self.run, self.settings, names)}
         repositories = plan(self.run, self.settings, repo_id, names)
         entries = [self._prepare(repository) for repository in repositories]

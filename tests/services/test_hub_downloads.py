@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_runs import hub_environment
+from hub_runs import hub_environment, make_run, push_command
+from hub_server import Hub
 
 from medcot_utils.config import load_config
 
@@ -26,15 +27,25 @@ try:
 except DataError as error:
     print("ERROR", error)
 """
-LOAD_MODEL = """
+LOAD_MODELS = """
 import json, sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from medcot_utils.config import load_config
 from medcot_utils.engines.merging import load_base
 from medcot_utils.engines.transformers import load
-for revision in json.loads(sys.argv[1]):
+first, tag = json.loads(sys.argv[1])
+found = {}
+for name, revision in (("pinned", first), ("newest", "null")):
     settings = load_config("article", ["model.name=doctor/tiny", "model.load_in_4bit=false", f"model.revision={revision}"]).model
     for model, _ in (load_base(settings, "float32"), load(settings)):
-        print("WEIGHT", float(model.get_input_embeddings().weight.float()[7, 3]))
+        found.setdefault(name, []).append(float(model.get_input_embeddings().weight.float()[7, 3]))
+tokenizer = AutoTokenizer.from_pretrained("doctor/cot", revision=tag)
+pushed = AutoModelForCausalLM.from_pretrained("doctor/cot", revision=tag)
+found["pushed"] = float(pushed.get_input_embeddings().weight.float()[7, 3]), tokenizer("fever")["input_ids"]
+tuned = PeftModel.from_pretrained(pushed, "doctor/cot", revision=tag, subfolder="adapter")
+found["adapter"] = [float(weight.sum()) for name, weight in tuned.named_parameters() if "lora_B" in name]
+print("FOUND", json.dumps(found))
 """
 
 
@@ -48,7 +59,7 @@ def python(hub, home, code, *overrides):
     environment = hub_environment(hub.url, home)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
-    return [line for line in done.stdout.splitlines() if line.startswith(("ROWS", "ERROR", "WEIGHT"))]
+    return [line for line in done.stdout.splitlines() if line.startswith(("ROWS", "ERROR", "FOUND"))]
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
@@ -95,18 +106,52 @@ def test_a_revision_that_is_not_there_is_one_error(hub, versions, tmp_path):
 # --- models --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.model
-def test_the_pinned_revision_of_a_model_is_what_both_loaders_take(hub, tmp_path):
-    from safetensors.torch import load_file, save
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """What one process (ten seconds of imports) loaded from a Hub with `doctor/tiny` in two commits and a pushed run."""
+    import torch
+    from safetensors.torch import load_file, save, save_file
 
-    from medcot_utils.engines.embedded import model_source
+    from medcot_utils.engines.embedded import load_tokenizer, model_source
 
-    tiny = Path(model_source("embedded:tiny-random-llama"))
-    files = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    folder, tiny = tmp_path_factory.mktemp("models"), Path(model_source("embedded:tiny-random-llama"))
     weights = load_file(tiny / "model.safetensors")
-    first = hub.add("model", "doctor/tiny", files)
-    changed = {name: weight + 1 for name, weight in weights.items()}
-    hub.add("model", "doctor/tiny", {"model.safetensors": save(changed, {"format": "pt"})})
+    files = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    run = make_run(folder)
+    lora = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    layer = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    shapes = {layer.format(n, side): torch.ones(shape) for n in (0, 1) for side, shape in (("A", (2, 64)), ("B", (64, 2)))}
+
+    def fill_adapter(out):
+        (out / "adapter_config.json").write_text(json.dumps(lora))
+        save_file(shapes, out / "adapter_model.safetensors")
+
+    run.write("adapter", fill_adapter)
+    run.write("merged", lambda out: [(out / name).write_bytes(data) for name, data in files.items()])
+    run.write("export_check", run.read("export_check"))
+    for name in ("held_out_loss", "tuned_answers", "tuned_mcq", "metrics", "export_check", "model_card"):
+        run.write(name, "text" if name == "model_card" else run.read(name))
+    with Hub() as hub:
+        first = hub.add("model", "doctor/tiny", files)
+        changed = {name: weight + 1 for name, weight in weights.items()}
+        hub.add("model", "doctor/tiny", {"model.safetensors": save(changed, {"format": "pt"})})
+        environment = hub_environment(hub.url, folder)
+        subprocess.run(push_command(run), env=environment, capture_output=True, timeout=120, check=True)
+        (tag,) = hub.repos["model", "doctor/cot"]["tags"]
+        (line,) = python(hub, folder, LOAD_MODELS, f"'{first}'", tag)
     value = float(weights["model.embed_tokens.weight"].float()[7, 3])
-    found = python(hub, tmp_path, LOAD_MODEL, f"'{first}'", "null")
-    assert [float(line.split()[1]) for line in found] == pytest.approx([value] * 2 + [value + 1] * 2, abs=0.01)
+    return json.loads(line.removeprefix("FOUND ")), value, load_tokenizer(tiny)("fever")["input_ids"]
+
+
+@pytest.mark.model
+def test_the_pinned_revision_of_a_model_is_what_both_loaders_take(loaded):
+    found, value, _ = loaded
+    assert found["pinned"] == pytest.approx([value] * 2, abs=0.01)
+    assert found["newest"] == pytest.approx([value + 1] * 2, abs=0.01)
+
+
+@pytest.mark.model
+def test_a_pushed_run_is_loaded_as_its_card_says(loaded):
+    found, value, tokens = loaded
+    assert found["pushed"] == [pytest.approx(value, abs=0.01), tokens]
+    assert found["adapter"] == [128.0, 128.0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -32,6 +33,7 @@ def always_cut(tmp_path_factory):
         environment, command = hub_environment(hub.url, folder / "home"), push_command(run, "--patience", "0")
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             yield hub, run, process
+            process.kill()
 
 
 def record_of(run):
@@ -56,6 +58,31 @@ def the_error(done, run, hub):
 
 
 # --- refused -------------------------------------------------------------------------------------------------------
+
+
+CHECK = """
+from medcot_utils.config import HubSettings
+from medcot_utils.hub import HubError, check_ready
+try:
+    print(check_ready(HubSettings(repo_id="doctor/cot", patience_seconds=0)))
+except HubError as error:
+    print("ERROR", error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("token", "says"),
+    [
+        (WRITE, "notebook 07 will push to doctor/cot (private) as doctor"),
+        (READ, "ERROR the token of doctor may only read"),
+        ("hf_unknown_for_the_test", "ERROR asking the Hub whose token this is: the Hub answers 401"),
+        (None, "ERROR no Hugging Face token was found"),
+    ],
+)
+def test_notebook_01_can_ask_whether_a_push_will_be_taken(hub, tmp_path, token, says):
+    environment = hub_environment(hub.url, tmp_path, token)
+    done = subprocess.run([sys.executable, "-c", CHECK], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith(says) and (token or "hf_") not in done.stdout
 
 
 def test_no_token_is_one_error(hub, finished_run, push):
@@ -87,6 +114,14 @@ def test_403_names_the_permission_that_is_missing(hub, finished_run, push):
     error = the_error(push(run, "--public", token=FOREIGN), run, hub)
     assert "403 Forbidden (" in error and "may not write to doctor/cot" in error
     assert len(hub.repos["model", "doctor/cot"]["commits"]) == 1
+
+
+def test_a_token_that_the_server_repeats_is_not_shown(hub, finished_run, push):
+    run = finished_run()
+    hub.fail("POST", "/api/repos/create$", status=500, message=f"cannot read {WRITE}")
+    hub.fail("POST", "/api/repos/create$", status=403, message=f"what is {WRITE}?")
+    done = push(run)
+    assert "403 Forbidden (what is ***?)" in the_error(done, run, hub) and "(cannot read ***): trying again" in done.stdout
 
 
 def test_404_in_the_middle_says_what_is_gone_and_what_was_committed(hub, finished_run, push):
