@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from medcot_utils import cli_push
 from medcot_utils.cli_chat import chat
 from medcot_utils.errors import MedcotError
 
@@ -218,6 +219,9 @@ def list_settings(profile: Annotated[str, typer.Argument(help="a profile")] = "d
     for name in setting_names():
         table.add_row(name, json.dumps(config.get(name)))
     console.print(table)
+
+
+app.command("push")(cli_push.push)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ PROFILES = ("smoke", "demo", "article", "recommended", "full")
 # Pins that belong to the profile's own model or data set, and not to another one put in its place.
 _PINS = {
     "model.name": ("model.revision", "model.quantized_name", "model.quantized_revision"),
-    "dataset.name": ("dataset.subset", "dataset.revision"),
+    "dataset.name": ("dataset.subset", "dataset.revision", "dataset.sha256"),
 }
 
 # What people type for a setting whose name in this field is another: string distance would never find these.
@@ -86,6 +86,9 @@ class DatasetSettings(_Section):
     name: str = Field(description="`shipped` or a data set on the Hub")
     subset: str | None = None
     revision: str | None = Field(None, description="commit of the data set; the name alone has changed its rows before")
+    sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="digest of the data set's one file, checked after download; None: unchecked"
+    )
     path: str | None = Field(None, description="a local json, jsonl, csv or parquet file; wins over name")
     columns: ColumnNames = ColumnNames()
     num_rows: int | None = Field(None, ge=1, description="training rows; None takes all but the held-out ones")
@@ -197,6 +200,30 @@ class ExportSettings(_Section):
         return value.lower() if isinstance(value, str) else value  # Q4_K_M is what llama.cpp's own lists say
 
 
+class HubSettings(_Section):
+    repo_id: str | None = Field(
+        None, pattern=r"^([\w.-]+/)?[\w.-]+$", description="user/name of the repository to push to; None pushes nothing"
+    )
+    layout: Literal["one", "separate"] = Field(
+        "one", description="one: merged model at the root, adapter/ and gguf/ below; separate: NAME-lora, NAME-merged, NAME-gguf"
+    )
+    private: bool = Field(True, description="false publishes to everybody")
+    artifacts: tuple[Literal["adapter", "merged", "gguf"], ...] = Field(
+        ("adapter", "merged", "gguf"), min_length=1, description="what is sent; gguf only where the run has made one"
+    )
+    tag: str | None = Field(
+        None, pattern=r"^[\w.-]+$", description="tag that a verified push sets; None: run- and a digest of what was pushed"
+    )
+    patience_seconds: float = Field(
+        300, ge=0, description="how long one request is repeated while the Hub is busy, failing or out of reach"
+    )
+
+    def addresses(self, names: Iterable[str], repo_id: str) -> dict[str, str]:
+        """{artifact: the repository it goes to}, as the layout says."""
+        suffixes = {"adapter": "-lora", "merged": "-merged", "gguf": "-gguf"}
+        return {name: repo_id + (suffixes[name] if self.layout == "separate" else "") for name in names}
+
+
 class RunConfig(_Section):
     """All settings of one run. Frozen: a notebook reads it and never changes it."""
 
@@ -210,6 +237,7 @@ class RunConfig(_Section):
     generation: GenerationSettings = GenerationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     export: ExportSettings = ExportSettings()
+    hub: HubSettings = HubSettings()
 
     @model_validator(mode="after")
     def _enough_questions(self) -> RunConfig:

@@ -35,21 +35,64 @@ def load_rows(settings: DatasetSettings) -> Dataset:
     """All rows with columns Question, Complex_CoT, Response, plus `id` and, where the source has them, `specialty`, `split`.
 
     From `settings.path` (json, jsonl, csv, parquet), the shipped cases, or the Hub at the pinned revision. Raises
-    DataError if the file is missing, empty, unreadable or lacks a column."""
+    DataError if the file is missing, empty, unreadable or lacks a column, or is another than `settings.sha256` says."""
     if settings.path:
         rows = _read_file(Path(settings.path))
     elif settings.name == "shipped":
         rows = _read_file(SHIPPED_CASES)
     else:
-        from datasets import load_dataset
-
-        rows = load_dataset(settings.name, settings.subset, revision=settings.revision, split="train")
+        rows = _load_from_hub(settings)
     rows = _map_columns(rows, settings)
     if "id" in rows.column_names and len(set(rows["id"])) < len(rows):
         rows = rows.remove_columns("id")  # answers and losses are told apart by it
     if "id" not in rows.column_names:
         rows = rows.add_column("id", [f"row-{index}" for index in range(len(rows))])
     return rows
+
+
+def _load_from_hub(settings: DatasetSettings) -> Dataset:
+    from datasets import load_dataset, load_dataset_builder
+
+    given = {"path": settings.name, "name": settings.subset, "revision": settings.revision}
+    try:
+        if settings.sha256:
+            files = load_dataset_builder(**given).config.data_files
+            _check_digest(settings, [url for split in (files or {}).values() for url in split])
+        return load_dataset(**given, split="train")
+    except (OSError, ValueError) as error:  # not there, no such subset, no connection: datasets and the Hub client raise these
+        pinned = f" at revision {settings.revision}" if settings.revision else ""
+        raise DataError(
+            f"data set {settings.name}{pinned} could not be loaded from the Hub: {' '.join(str(error).split())}. Check "
+            f"dataset.name, dataset.subset, dataset.revision and the connection, or give a local file with dataset.path"
+        ) from error
+
+
+def _check_digest(settings: DatasetSettings, urls: Sequence[str]) -> None:
+    """Compare the data set's one file, as it is downloaded, with the digest that the settings expect. A difference is
+    believed only after a second download: the cached copy may be damaged. Raises DataError naming both digests."""
+    from datasets import DownloadConfig, DownloadManager
+
+    from medcot_utils.run import sha256_of
+
+    if not urls:  # without a connection datasets gives the rows it prepared before and names no file; those were checked
+        return
+    if len(urls) != 1:
+        raise DataError(
+            f"dataset.sha256 is the digest of one file, but {settings.name} has {len(urls)}: set it to null, or choose one "
+            f"part with dataset.subset"
+        )
+    for again in (False, True):
+        # use_etag as load_dataset sets it: it then finds this download and makes no second one.
+        config = DownloadConfig(use_etag=False, force_download=again)
+        digest, size = sha256_of(Path(DownloadManager(download_config=config).download(urls[0])))
+        if digest == settings.sha256:
+            return
+    raise DataError(
+        f"{settings.name} is not the data that this run names: its file {urls[0].rsplit('/', 1)[-1]} at revision "
+        f"{settings.revision or 'main'} has {size:,} bytes and sha256 {digest}, expected sha256 {settings.sha256} "
+        f"(dataset.sha256). The data changed behind its name, or another revision is meant: pin the right dataset.revision, "
+        f"or accept the new data with --set dataset.sha256={digest}"
+    )
 
 
 def check_usable(config: RunConfig) -> tuple[int, int]:

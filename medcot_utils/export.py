@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from medcot_utils import platforms
 from medcot_utils.config import RunConfig
-from medcot_utils.engines.embedded import describe
+from medcot_utils.engines.embedded import describe, hub_address
 from medcot_utils.engines.merging import load_base, load_unquantized
 from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation import format_interval, verdict
@@ -179,18 +179,34 @@ def require_agreement(check: dict[str, Any]) -> None:
 # --- model card ----------------------------------------------------------------------------------------------------
 
 
-def model_card(run: Run) -> str:
-    """The README.md of the exported model, with the run's measured numbers, data, licence and limits."""
+def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | None = None, tag: str | None = None) -> str:
+    """The README.md of a repository, with the run's measured numbers, data, licence and limits, and metadata for the Hub.
+
+    kind: adapter, merged, gguf, or one (all in one repository). addresses: {artifact: the repository it is pushed to}, for
+    the lines that load it, at `tag`. Without them: the card of the merged model, or of what the run's hub settings push."""
     from huggingface_hub import ModelCard, ModelCardData
 
     config, measured, check, report = run.config, run.read("metrics"), run.read("export_check"), run.read("data_report")
+    kind = kind or ("one" if config.hub.repo_id and config.hub.layout == "one" else "merged")
+    if addresses is None:
+        made = run.manifest()["artifacts"]
+        pushed = [name for name in config.hub.artifacts if name in made] if config.hub.repo_id else []
+        addresses = config.hub.addresses(pushed, config.hub.repo_id)
+    base = hub_address(config.model.name)
+    if kind == "gguf":
+        base = addresses.get("merged", base)
+    trained_name = check["pairs"][1]["b"]
     data = ModelCardData(
         license="apache-2.0",
         language="en",
-        library_name="transformers",
-        base_model=None if config.model.name.startswith("embedded:") else config.model.name,
+        library_name={"adapter": "peft", "gguf": None}.get(kind, "transformers"),
+        pipeline_tag="text-generation",
+        base_model=base,
+        base_model_relation={"adapter": "adapter", "gguf": "quantized"}.get(kind, "finetune") if base else None,
         datasets=None if config.dataset.path or config.dataset.name == "shipped" else [config.dataset.name],
-        tags=["medical", "chain-of-thought", "lora", "sft"],
+        tags=["medical", "chain-of-thought", "reasoning", "lora", "sft", *(["gguf"] if "gguf" in (kind, *addresses) else [])],
+        model_name=addresses.get(kind, next(iter(addresses.values()), f"{describe(config.model.name)}, tuned")),
+        eval_results=_eval_results(config, measured, trained_name),
     )
     lines = [
         {"text": METRICS[name].label, "verdict": verdict(name, metric)}
@@ -208,11 +224,45 @@ def model_card(run: Run) -> str:
         confidence=round(100 * config.evaluation.confidence_level),
         plan=run.read("plan"),
         check=check,
-        trained_name=check["pairs"][1]["b"],
+        trained_name=trained_name,
+        kind=kind,
+        addresses=addresses,
+        tag=tag,
         repeats=len({repeat["train_id"] for repeat in report["repeats"]}),
         repeats_dropped=report["repeats_dropped"],
     )
     return str(card)
+
+
+def _eval_results(config: RunConfig, measured: dict[str, Any], trained_name: str) -> list[Any]:
+    """The tuned model's measured metrics as the Hub's model-index has them, each with its interval and the base's value."""
+    from huggingface_hub import EvalResult
+
+    of_hub = not config.dataset.path and config.dataset.name != "shipped"
+    confidence = round(100 * config.evaluation.confidence_level)
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name=f"medical questions with reasoning, measured on the {trained_name}",
+            dataset_type=config.dataset.name if of_hub else "medcot-shipped" if not config.dataset.path else "local-file",
+            dataset_name=f"{_data_source(config)}; {measured['n_questions']} held-out questions",
+            dataset_config=config.dataset.subset if of_hub else None,
+            dataset_revision=config.dataset.revision if of_hub else None,
+            metric_type=name,
+            metric_name=METRICS[name].label,
+            metric_value=round(metric["tuned"]["value"], 4),
+            metric_args={
+                f"interval_{confidence}": _rounded(metric["tuned"]["low"], metric["tuned"]["high"]),
+                "base_value": _rounded(metric["base"]["value"])[0],
+            },
+            verified=False,
+        )
+        for name, metric in measured["metrics"].items()
+    ]
+
+
+def _rounded(*values: float | None) -> list[float | None]:
+    return [None if value is None else round(value, 4) for value in values]
 
 
 def _data_source(config: RunConfig) -> str:

