@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from medcot_utils.cli_kaggle import app as kaggle_app
 from medcot_utils.errors import MedcotError
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune a reasoning model on medical chain-of-thought data in seven notebooks, and judge the result.",
 )
+app.add_typer(kaggle_app, name="kaggle")
 console = Console()
 EX_PAUSED = 75
 

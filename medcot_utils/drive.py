@@ -36,7 +36,7 @@ def _mount(folder: Path) -> None:
         from google.colab import drive
 
         drive.mount(str(DRIVE))
-    except Exception as error:  # noqa: BLE001 - refused, timed out, no front end: Colab raises kinds of its own for each
+    except Exception as error:  # refused, timed out, no front end: Colab raises kinds of its own for each
         raise PlatformError(f"Google Drive was not mounted ({type(error).__name__}: {error}). {by_hand}") from error
     if not (DRIVE / _MINE).is_dir():
         raise PlatformError(f"Google Drive was mounted, but shows no {_MINE}. {by_hand}")

@@ -231,8 +231,9 @@ Fine-tunes and judges a reasoning model on medical chain-of-thought data, in sev
 nothing but itself and **Internet** (settings, right): package and notebooks are in it as text. It was written by
 `medcot kaggle build`; change it there. Not for clinical use.
 
-Secrets are optional and attached once, in the editor (Add-ons > Secrets): `HF_TOKEN` or `HUGGINGFACE_TOKEN`, `WANDB_API_KEY` or `wandb`.
-To go on with an earlier session, add its output as input. Afterwards the output holds `{run}.zip`, `{run}/adapter` and `{run}/report.html`."""
+Secrets are optional and attached once, in the editor (Add-ons > Secrets): `HF_TOKEN` or `HUGGINGFACE_TOKEN`, and `WANDB_API_KEY`
+or `wandb`. To go on with an earlier session, add its output as input. Afterwards the output holds `{run}.zip`, `{run}/adapter`
+and `{run}/report.html`."""
 
 _PARAMETERS = """PROFILE = {profile}
 SETTINGS = {settings}
