@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import lzma
@@ -211,6 +212,7 @@ def _without_outputs(path: Path) -> str:
     return nbformat.writes(notebook)
 
 
+@functools.cache
 def payload() -> str:
     """The carried files as a tar, compressed, in lines of base64 text. Byte for byte the same for the same files."""
     archive = io.BytesIO()

@@ -191,7 +191,9 @@ def run_series(run_dir: Path, profile: str, settings: Iterable[str]) -> int:
 
 def _environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "COLUMNS": "140"}
+    # A kernel tells its children that they write to a terminal: a saved notebook wants lines, not redrawn bars.
+    kept = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE")}
+    return kept | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "COLUMNS": "140", "TERM": "dumb"}
 
 
 def show_report(run_dir: Path) -> Any:
