@@ -39,6 +39,9 @@ class Earlier:
     manifest: dict[str, Any]
     config: dict[str, Any]
 
+    def is_of(self, profile: str, model: str) -> bool:
+        return (self.config.get("profile"), self.config["model"]["name"]) == (profile, model)
+
     @property
     def steps_done(self) -> int:
         return sum(step.get("state") == "done" for step in self.manifest["steps"].values())
@@ -66,24 +69,25 @@ def resolved_profile(profile: str) -> str:
     return done.stdout.split()[-1]
 
 
-def take_up(run_dir: Path, profile: str, settings: Iterable[str], say: Callable[[str], None] = print) -> None:
-    """Copy the furthest run of the same profile and model that lies among the session's inputs to `run_dir`, unless one is
-    there already. Found by its manifest, in a folder or in a zip. Raises ConfigError for settings that are none."""
-    from medcot_utils.config import load_config
+def take_up(run_dir: Path, profile: str | None = None, settings: Iterable[str] = (), say: Callable[[str], None] = print) -> None:
+    """Copy the furthest run that lies among the session's inputs to `run_dir`, unless one is there already: of the same
+    profile and model where a profile is named. Found by its manifest, in a folder or in a zip. Raises ConfigError for
+    settings that are none."""
     from medcot_utils.platforms import kaggle_root
 
     unpack_own(run_dir)
     if (run_dir / "config.json").exists():
         say(f"going on with the run that is in {run_dir.name}/")
         return
-    wanted = load_config(profile, settings)
-    found = find_earlier(kaggle_root() / "input")
-    fitting = [
-        run for run in found if (run.config.get("profile"), run.config["model"]["name"]) == (wanted.profile, wanted.model.name)
-    ]
-    for run in found:
-        if run not in fitting:
-            say(f"{run.source}: a run of profile {run.config.get('profile')}, left alone")
+    fitting = find_earlier(kaggle_root() / "input")
+    if profile is not None:
+        from medcot_utils.config import load_config
+
+        wanted = load_config(profile, settings)
+        for run in fitting:
+            if not run.is_of(wanted.profile, wanted.model.name):
+                say(f"{run.source}: a run of profile {run.config.get('profile')} and {run.config['model']['name']}, left alone")
+        fitting = [run for run in fitting if run.is_of(wanted.profile, wanted.model.name)]
     if not fitting:
         say("no earlier run among the inputs: starting from the beginning")
         return
@@ -206,7 +210,7 @@ def show_report(run_dir: Path) -> Any:
     from html import escape
 
     text = escape(page.read_text(encoding="utf-8"), quote=True)
-    return HTML(f'<iframe title="Report of the run" style="width:100%;height:900px;border:0" srcdoc="{text}"></iframe>')
+    return HTML(f'<div><iframe title="Report of the run" style="width:100%;height:900px" srcdoc="{text}"></iframe></div>')
 
 
 def leave_output(run_dir: Path) -> Path | None:

@@ -193,7 +193,6 @@ def left(run_factory, content, server, tmp_path):
     """The manifest of a run with a large merged model that a session left as output."""
     run = run_factory(name=RUN_NAME)
 
-
     def large(folder):
         (folder / "weights.bin").write_bytes(bytes(9_000_000))
 
