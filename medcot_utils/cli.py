@@ -90,6 +90,12 @@ def _run_notebooks(
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=None)
+
+        def show(name: str, cell: int, cells: int) -> None:
+            progress.update(task, description=name, completed=cell, total=cells)
+            if cell == 1 and not console.is_terminal:  # no bar there: a line, so that a log shows what is going on
+                progress.console.print(f"{name}: started", highlight=False)
+
         finished = series.run_series(
             folder,
             config,
@@ -98,7 +104,7 @@ def _run_notebooks(
             force,
             parameters,
             say=lambda text: progress.console.print(text, highlight=False),
-            report=lambda name, cell, cells: progress.update(task, description=name, completed=cell, total=cells),
+            report=show,
         )
     _print_status(series.status(finished), finished.path)
 

@@ -61,7 +61,7 @@ def status(kernel: Kernel = None, folder: Folder = Path()) -> None:
 def output(
     kernel: Kernel = None,
     run_dir: Annotated[Path, typer.Option("--run-dir", help="the run directory to make")] = Path("runs/kaggle"),
-    everything: Annotated[bool, typer.Option("--all", help="the merged 16-bit model too, which is large")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="the merged 16-bit model and old checkpoints too")] = False,
     folder: Folder = Path(),
 ) -> None:
     """Fetch the run of the kernel's latest session, verified, as a run directory for `medcot status` and `medcot report`."""

@@ -133,22 +133,27 @@ def status(kernel: str) -> str:
 
 def output(kernel: str, run_dir: Path, everything: bool = False) -> Fetched:
     """Fetch the run that a session left as output and put it together in `run_dir`, verified against its own manifest. The
-    merged model stays at Kaggle unless `everything`.
+    merged model, and the checkpoints of a training that is done, stay at Kaggle unless `everything`.
 
     Raises KaggleError if there is no run in the output, a file did not arrive whole, or `run_dir` is taken."""
     if run_dir.exists() and any(run_dir.iterdir()):
         raise KaggleError(f"{run_dir} is not empty: give another folder with --run-dir")
     api = client()
-    name = re.escape(RUN_NAME)
-    pattern = rf"^{name}(\.zip$|/)" if everything else rf"^{name}(\.zip$|/(?!merged/))"
     run_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
     download = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.absolute().parent))
     try:
-        with _clear(f"fetch the output of {kernel}"), contextlib.redirect_stdout(io.StringIO()):
-            api.kernels_output(kernel, str(download), file_pattern=pattern, force=True)
         archive = download / f"{RUN_NAME}.zip"
+        _fetch(api, kernel, download, rf"^{re.escape(archive.name)}$")
         if archive.exists() and not zipfile.is_zipfile(archive):
             raise KaggleError(f"{archive.name} of {kernel} did not arrive whole: fetch it again")
+        packed = find_earlier(download)
+        # A trained adapter needs its checkpoints no more; a paused training goes on from them.
+        left = (
+            []
+            if everything
+            else ["merged", *(["checkpoints"] if packed and "adapter" in packed[0].manifest["artifacts"] else [])]
+        )
+        _fetch(api, kernel, download, rf"^{re.escape(RUN_NAME)}/" + "".join(f"(?!{name}/)" for name in left))
         found = find_earlier(download)
         if not found:
             raise KaggleError(f"the output of {kernel} holds no run: has its session ended? medcot kaggle status {kernel}")
@@ -156,6 +161,11 @@ def output(kernel: str, run_dir: Path, everything: bool = False) -> Fetched:
     finally:
         shutil.rmtree(download)
     return _verified(run_dir, kernel)
+
+
+def _fetch(api: KaggleApi, kernel: str, folder: Path, pattern: str) -> None:
+    with _clear(f"fetch the output of {kernel}"), contextlib.redirect_stdout(io.StringIO()):
+        api.kernels_output(kernel, str(folder), file_pattern=pattern, force=True)
 
 
 def _verified(run_dir: Path, kernel: str) -> Fetched:

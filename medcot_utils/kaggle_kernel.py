@@ -245,6 +245,7 @@ _UNPACK = """import base64, io, os, sys, tarfile, time
 from pathlib import Path
 
 os.environ.setdefault("MEDCOT_SESSION_STARTED", str(time.time()))
+sys.dont_write_bytecode = True  # what lies in the working folder at the end is output
 working = Path(os.environ.get("MEDCOT_KAGGLE_ROOT") or "/kaggle", "working")
 with tarfile.open(fileobj=io.BytesIO(base64.b64decode(PROJECT)), mode="r:xz") as archive:
     archive.extractall(working / "medcot", filter="data")

@@ -197,7 +197,7 @@ def _environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")]))
     # A kernel tells its children that they write to a terminal: a saved notebook wants lines, not redrawn bars.
     kept = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE")}
-    return kept | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "COLUMNS": "140", "TERM": "dumb"}
+    return kept | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "140", "TERM": "dumb"}
 
 
 def show_report(run_dir: Path) -> Any:

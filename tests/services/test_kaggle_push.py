@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -218,6 +219,28 @@ def test_output_puts_the_run_together_again_without_the_merged_model(medcot, ser
     assert all(run.is_fresh(name) for name in left["artifacts"] if name != "merged")
     assert not any(name.startswith((f"{RUN_NAME}/merged", "medcot/")) for name in server.fetched)
     assert [path.name for path in run.path.parent.iterdir()] == ["fetched"], "nothing half fetched is left"
+
+
+def test_checkpoints_come_along_while_the_training_needs_them(medcot, server, left, tmp_path):
+    checkpoint = server.output / RUN_NAME / "checkpoints" / "abc" / "checkpoint-2" / "optimizer.pt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"moments")
+    succeed(medcot("output", "ann/heart-run", "--run-dir", "runs/done"))
+    assert not (tmp_path / "here" / "runs" / "done" / "checkpoints").exists()
+    with zipfile.ZipFile(server.output / f"{RUN_NAME}.zip") as archive:
+        texts = {name: archive.read(name) for name in archive.namelist()}
+    manifest = json.loads(texts[f"{RUN_NAME}/manifest.json"])
+    del manifest["artifacts"]["adapter"]
+    with zipfile.ZipFile(server.output / f"{RUN_NAME}.zip", "w") as archive:
+        for name, text in (texts | {f"{RUN_NAME}/manifest.json": json.dumps(manifest)}).items():
+            archive.writestr(name, text)
+    succeed(medcot("output", "ann/heart-run", "--run-dir", "runs/paused"))
+    assert (tmp_path / "here/runs/paused/checkpoints/abc/checkpoint-2/optimizer.pt").read_bytes() == b"moments"
+
+
+def test_all_fetches_the_merged_model_too(medcot, server, left, tmp_path):
+    said = succeed(medcot("output", "ann/heart-run", "--all"))
+    assert "not there" not in said and (tmp_path / "here/runs/kaggle/merged/weights.bin").stat().st_size == 9_000_000
 
 
 def test_a_fetched_run_is_not_written_over(medcot, left):
