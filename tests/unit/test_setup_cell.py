@@ -68,6 +68,25 @@ def test_a_repository_is_written_everywhere_and_a_second_time_changes_nothing(ch
         assert notebook.cells[2].source == setup_cell("ann/hearts")
 
 
+def test_make_badges_writes_them_and_the_rules_for_committed_notebooks_accept_them(checkout):
+    shutil.copytree(ROOT / "medcot_utils", checkout / "medcot_utils", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(ROOT / "Makefile", checkout / "Makefile")
+    bin_folder = Path(sys.executable).parent
+    make = ["make", "--old-file=.venv/.installed", f"BIN={bin_folder}", "badges"]
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+
+    def run(*command):
+        return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    done = run(*make, "REPO=ann/hearts")
+    assert done.returncode == 0 and "README.md" in done.stdout, done.stderr
+    assert run(*make, "REPO=ann/hearts").stdout.splitlines()[1:] == [], "a second call writes nothing"
+    checked = run(str(bin_folder / "python"), "-m", "medcot_utils.committed", "check")
+    assert checked.returncode == 0, checked.stderr
+    refused = run(*make)
+    assert refused.returncode != 0 and "medcot: '' is not owner/name: make badges REPO=owner/name" in refused.stderr
+
+
 def test_another_repository_replaces_the_first_and_none_leaves_no_badge(checkout):
     bare = texts(checkout)
     write(checkout, "ann/hearts")
