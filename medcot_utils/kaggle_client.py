@@ -54,6 +54,8 @@ def client() -> KaggleApi:
             api.authenticate()
         except SystemExit:
             raise KaggleError(_NO_CREDENTIALS) from None
+        except ImportError as error:
+            raise KaggleError(f"Kaggle's client is not here ({error}): pip install kaggle==2.2.4 six==1.17.0") from None
     return api
 
 

@@ -114,7 +114,7 @@ def read_metadata(folder: Path) -> KernelMetadata:
     except FileNotFoundError:
         raise KaggleError(f"no {METADATA} in {folder}: make one with medcot kaggle build") from None
     except json.JSONDecodeError as error:
-        raise KaggleError(f"{METADATA} is not JSON ({error}): make it anew with medcot kaggle build") from None
+        raise KaggleError(f"{METADATA} is not JSON ({error}): mend it, or remove it and build again") from None
     except ValidationError as error:
         raise KaggleError(f"{METADATA}: {_one_line(error)}") from None
 
@@ -142,7 +142,7 @@ def build(
 
     Raises KaggleError or ConfigError for what cannot run on Kaggle, before anything is written."""
     settings = _checked_settings(profile, list(settings))
-    held = json.loads((folder / METADATA).read_text(encoding="utf-8")) if (folder / METADATA).exists() else {}
+    held = _held(folder)
     kernel = kernel or held.get("id", f"{PLACEHOLDER_OWNER}/medcot-series")
     slug = kernel.rpartition("/")[2]
     card = profile in _ON_A_CARD
@@ -171,6 +171,17 @@ def build(
     write_atomic(path, text)
     write_atomic(folder / METADATA, json.dumps(metadata.model_dump(), indent=2) + "\n")
     return Built(path, metadata, size)
+
+
+def _held(folder: Path) -> dict[str, Any]:
+    """What a metadata file says that is there already; not validated, since build mends it."""
+    path = folder / METADATA
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise KaggleError(f"{METADATA} is not JSON ({error}): mend it, or remove it and build again") from None
 
 
 def _joined(held: Iterable[str], given: Iterable[str]) -> list[str]:

@@ -130,6 +130,14 @@ def test_a_fault_in_the_metadata_is_one_line_that_names_it(fault, tmp_path):
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_metadata_that_is_no_json_is_one_line_and_stays(tmp_path):
+    (tmp_path / METADATA).write_text('{"id": "ann/heart-run",')
+    for call in (read_metadata, build):
+        with pytest.raises(MedcotError, match="is not JSON .*: mend it, or remove it and build again"):
+            call(tmp_path)
+    assert (tmp_path / METADATA).read_text() == '{"id": "ann/heart-run",'
+
+
 def test_the_committed_metadata_is_what_build_writes(tmp_path):
     (tmp_path / METADATA).write_bytes((ROOT / METADATA).read_bytes())
     build(tmp_path)

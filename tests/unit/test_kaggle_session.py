@@ -73,6 +73,13 @@ def test_a_cell_run_a_second_time_finds_the_run_whole(cell, finished, kaggle):
     assert contents(finished.path) == before and not finished.path.with_suffix(".zip").exists()
 
 
+def test_a_file_made_since_is_not_replaced_by_the_one_in_the_zip(finished, kaggle):
+    session.leave_output(finished.path)
+    (finished.path / "plan.json").write_text("newer")
+    session.take_up(finished.path, "smoke")
+    assert (finished.path / "plan.json").read_text() == "newer" and (finished.path / "manifest.json").exists()
+
+
 PLACES = ["medcot-series", "notebooks/ann/medcot-series/output", "a data set/version 3/deep/er"]
 
 
