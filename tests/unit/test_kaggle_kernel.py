@@ -133,7 +133,7 @@ def test_a_fault_in_the_metadata_is_one_line_that_names_it(fault, tmp_path):
 def test_metadata_that_is_no_json_is_one_line_and_stays(tmp_path):
     (tmp_path / METADATA).write_text('{"id": "ann/heart-run",')
     for call in (read_metadata, build):
-        with pytest.raises(MedcotError, match="is not JSON .*: mend it, or remove it and build again"):
+        with pytest.raises(MedcotError, match=r"is not JSON .*: mend it, or remove it and build again"):
             call(tmp_path)
     assert (tmp_path / METADATA).read_text() == '{"id": "ann/heart-run",'
 

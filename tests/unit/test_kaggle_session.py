@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,16 @@ def test_without_an_earlier_run_nothing_is_made(kaggle):
     session.take_up(kaggle / "working" / "run", "smoke", say=said.append)
     assert said == ["no earlier run among the inputs: starting from the beginning"]
     assert list((kaggle / "working").iterdir()) == []
+
+
+def test_a_notebook_opened_by_hand_takes_an_earlier_run_up_too(finished, kaggle):
+    move_output(finished, kaggle / "input" / "earlier")
+    bare = {"KAGGLE_KERNEL_RUN_TYPE": "Interactive", "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+    code = "from medcot_utils.notebook import start; print(start('auto'))"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | bare, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    run_dir = kaggle / "working" / "runs" / "notebooks"
+    assert done.stdout.splitlines()[-1] == str(run_dir) and Run.open(run_dir).step_state("03_dataset_prep") == "done"
 
 
 def test_a_merged_model_without_room_is_left_out_and_said(finished, kaggle, monkeypatch):
