@@ -139,12 +139,12 @@ def copy_run(earlier: Earlier, run_dir: Path, say: Callable[[str], None] = print
     beside = run_dir.with_name(f".{run_dir.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    files = [path for path in earlier.folder.rglob("*") if path.is_file()] if earlier.folder.is_dir() else []
-    if sum(path.stat().st_size for path in files) + _ROOM_BYTES > shutil.disk_usage(beside).free:
-        files = [path for path in files if path.relative_to(earlier.folder).parts[0] != "merged"]
+    files = _files_of(earlier.folder)
+    if sum(path.stat().st_size for path in files.values()) + _ROOM_BYTES > shutil.disk_usage(beside).free:
+        files = {inside: path for inside, path in files.items() if inside.parts[0] != "merged"}
         say("too little room for the earlier run's merged model: it is left out, and notebook 07 makes it again")
-    for path in files:
-        target = beside / path.relative_to(earlier.folder)
+    for inside, path in files.items():
+        target = beside / inside
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)  # inputs are read-only, and their modes would come along with another copy
     if earlier.source.suffix == ".zip":
@@ -152,6 +152,17 @@ def copy_run(earlier: Earlier, run_dir: Path, say: Callable[[str], None] = print
     if run_dir.exists():
         run_dir.rmdir()
     beside.replace(run_dir)
+
+
+def _files_of(folder: Path) -> dict[Path, Path]:
+    """{place in the run: file}. A data set made of an output holds its zip unpacked, in a folder of the zip's name: then the
+    large files lie one level above the small ones."""
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    above = folder.parent
+    if folder.name == above.name == RUN_NAME:
+        outside = (path for path in above.rglob("*") if path.is_file() and not path.is_relative_to(folder))
+        files = {path.relative_to(above): path for path in outside} | files
+    return files
 
 
 def _unzip(archive_path: Path, run_dir: Path, prefix: Path) -> None:

@@ -98,6 +98,17 @@ def test_an_earlier_run_is_found_wherever_it_is_mounted(packed, place, finished,
     assert [path.name for path in (kaggle / "working").iterdir()] == [session.RUN_NAME]
 
 
+def test_a_data_set_in_which_kaggle_has_unpacked_the_zip_is_a_run_too(finished, kaggle):
+    before = contents(finished.path)
+    archive = session.leave_output(finished.path)
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(finished.path)
+    archive.unlink()
+    move_output(finished, kaggle / "input" / "rows")
+    session.take_up(kaggle / "working" / "run", "smoke")
+    assert contents(kaggle / "working" / "run") == before
+
+
 def test_of_several_runs_the_furthest_of_the_right_profile_is_taken(finished, run_factory, kaggle):
     behind = run_factory(name="behind")
     behind.record_step("01_setup", state="done")
