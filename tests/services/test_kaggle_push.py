@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -84,6 +87,21 @@ def test_what_was_built_is_what_kaggle_receives(medcot, server, tmp_path):
     assert [cell.source for cell in received.cells] == [cell.source for cell in written.cells]
     assert received.metadata.kernelspec.name == "python3" and len(sent["text"]) < 500_000
     assert "training.max_steps=7" in received.cells[1].source
+
+
+def test_the_pushed_text_holds_no_secret_of_the_machine_that_pushes(medcot, server):
+    secrets = {"HF_TOKEN": "hf_marked0marked1marked2", "WANDB_API_KEY": "marked3" * 6}
+    succeed(medcot("build", "--id", "ann/heart-run", **secrets))
+    succeed(medcot("push", **secrets))
+    text = json.dumps(server.saved) + "".join(carried_text(server.saved[0]["text"]))
+    assert not [value for value in (*secrets.values(), server.token) if value in text]
+
+
+def carried_text(notebook):
+    """The texts of the files that a pushed notebook carries."""
+    source = next(c.source for c in nbformat.reads(notebook, as_version=4).cells if c.source.startswith("PROJECT"))
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(source.split('"""')[1])), mode="r:xz") as archive:
+        return [archive.extractfile(entry).read().decode() for entry in archive]
 
 
 def test_a_clean_checkout_is_pushed_by_kaggles_own_command_after_one_of_ours(server, tmp_path):

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.series
 ROOT = Path(__file__).parents[2]
 # What a Kaggle image has of itself; everything else the pushed notebook must bring.
 BARE = ("papermill", "ipykernel")
+SECRET = "hf_marked0marked1marked2marked3mark"
 SMALL = {
     "smoke": [],
     "demo": [
@@ -75,6 +76,7 @@ def session(python, text, place):
     dropped = ("PYTHONPATH", "VIRTUAL_ENV", "MEDCOT_NOTEBOOKS", "MEDCOT_RUN_DIR")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     environment |= {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "MEDCOT_KAGGLE_ROOT": str(place), "CUDA_VISIBLE_DEVICES": ""}
+    environment["HUGGINGFACE_TOKEN"] = SECRET
     environment["PATH"] = f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"
     if python == sys.executable:  # the environment of the tests has every pin, and must not be changed if it had not
         environment |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
@@ -83,12 +85,15 @@ def session(python, text, place):
         command, cwd=place / "elsewhere", env=environment, capture_output=True, text=True, timeout=2400, check=False
     )
     executed = nbformat.read(place / "executed.ipynb", as_version=4)
+    assert "Hugging Face: environment HUGGINGFACE_TOKEN" in said(executed.cells)
+    files = [path for path in place.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()] and SECRET not in done.stdout + done.stderr
     assert list((place / "elsewhere").iterdir()) == [], "everything is written below the session's own folders"
     return done, [cell for cell in executed.cells if cell.cell_type == "code"]
 
 
 def said(cells):
-    return "".join(output.get("text", "") for cell in cells for output in cell.outputs)
+    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
 
 
 def assert_complete(place):
