@@ -52,7 +52,7 @@ def requirements(home: Path, card: bool) -> tuple[list[str], list[str]]:
 
 def _lines(path: Path) -> list[str]:
     lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line]
+    return [line for line in lines if line and not line.startswith("-")]  # options are pip's own
 
 
 def missing(lines: list[str]) -> list[str]:

@@ -115,7 +115,7 @@ def _with_owner(folder: Path, metadata: KernelMetadata, api: Any) -> KernelMetad
     owned = KernelMetadata.model_validate(metadata.model_dump() | {"id": f"{user}/{slug}"})
     notebook = folder / metadata.code_file
     write_atomic(notebook, notebook.read_text(encoding="utf-8").replace(metadata.id, owned.id))
-    write_atomic(folder / METADATA, owned.model_dump_json(indent=2) + "\n")
+    write_atomic(folder / METADATA, owned.model_dump_json(indent=2, exclude_none=True) + "\n")
     return owned
 
 

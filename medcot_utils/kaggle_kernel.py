@@ -57,6 +57,7 @@ class KernelMetadata(BaseModel):
     competition_sources: list[str] = []
     kernel_sources: list[str] = []
     model_sources: list[str] = []
+    docker_image: str | None = None
 
     @field_validator("id")
     @classmethod
@@ -157,6 +158,7 @@ def build(
         "competition_sources": held.get("competition_sources", []),
         "kernel_sources": _joined(held.get("kernel_sources", []), continue_from),
         "model_sources": held.get("model_sources", []),
+        "docker_image": held.get("docker_image"),
     }
     try:
         metadata = KernelMetadata.model_validate(values)
@@ -169,7 +171,7 @@ def build(
     path = folder / metadata.code_file
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
-    write_atomic(folder / METADATA, json.dumps(metadata.model_dump(), indent=2) + "\n")
+    write_atomic(folder / METADATA, json.dumps(metadata.model_dump(exclude_none=True), indent=2) + "\n")
     return Built(path, metadata, size)
 
 

@@ -101,7 +101,11 @@ def test_what_cannot_run_is_refused_before_anything_is_written(arguments, expect
 
 def test_what_the_metadata_has_is_kept_and_what_is_given_is_added(tmp_path):
     build(tmp_path, "demo", kernel="ann/heart-run", datasets=["ann/rows"], public=True)
+    held = json.loads((tmp_path / METADATA).read_text())
+    assert "docker_image" not in held
+    (tmp_path / METADATA).write_text(json.dumps(held | {"docker_image": "image:1", "model_sources": ["a/b/c/d/1"]}))
     metadata = build(tmp_path, "article", continue_from=["ann/first-run"]).metadata
+    assert (metadata.docker_image, metadata.model_sources) == ("image:1", ["a/b/c/d/1"])
     assert (metadata.id, metadata.title, metadata.is_private) == ("ann/heart-run", "heart run", False)
     assert (metadata.dataset_sources, metadata.kernel_sources) == (["ann/rows"], ["ann/first-run"])
     assert (metadata.enable_gpu, metadata.machine_shape) == (True, "NvidiaTeslaT4")
