@@ -52,12 +52,12 @@ class Earlier:
 
 
 def read_secrets() -> None:
-    """Ask the secret stores once and hand what they hold to the series in its environment; show where each was found."""
+    """Hand what the secret stores hold to the series, in its environment; show where each was found, never a value."""
     from medcot_utils import platforms
 
-    platforms.hand_on_secrets()
-    for service, place in platforms.secrets_found().items():
+    for service, place in platforms.secrets_found().items():  # first: handed on, all would be found in the environment
         print(f"{service}: {place}")
+    platforms.hand_on_secrets()
 
 
 def resolved_profile(profile: str) -> str:

@@ -182,7 +182,7 @@ def test_secrets_are_handed_on_and_only_their_places_are_shown(kaggle, monkeypat
     monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_verysecretvalue0123456789")
     session.read_secrets()
     said = capsys.readouterr().out
-    assert "Hugging Face: environment" in said and "verysecret" not in said
+    assert "Hugging Face: environment HUGGINGFACE_TOKEN" in said and "verysecret" not in said
     assert session._environment()["HF_TOKEN"] == "hf_verysecretvalue0123456789"
 
 
