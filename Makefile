@@ -8,7 +8,7 @@ RUN_DIR ?= runs/demo
 ON_CPU := CUDA_VISIBLE_DEVICES=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick nbval lint notebooks clean
+.PHONY: help demo test quick nbval lint notebooks badges clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ lint: $(INSTALLED) ## ruff over code and notebooks, and the rules for committed 
 
 notebooks: $(INSTALLED) ## execute the committed notebooks in place, in order, and redraw the README's figure
 	$(ON_CPU) $(BIN)/python -m medcot_utils.committed execute
+
+badges: $(INSTALLED) ## REPO=owner/name: where the project lies on GitHub; badges and setup cells follow
+	$(BIN)/python -m medcot_utils.committed setup-cells "$(REPO)"
 
 clean: ## remove the environment, runs and caches
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache

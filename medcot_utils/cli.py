@@ -12,6 +12,7 @@ from rich.table import Table
 
 from medcot_utils import cli_push
 from medcot_utils.cli_chat import chat
+from medcot_utils.cli_kaggle import app as kaggle_app
 from medcot_utils.errors import MedcotError
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune a reasoning model on medical chain-of-thought data in seven notebooks, and judge the result.",
 )
+app.add_typer(kaggle_app, name="kaggle")
 console = Console()
 EX_PAUSED = 75
 
@@ -90,6 +92,12 @@ def _run_notebooks(
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=None)
+
+        def show(name: str, cell: int, cells: int) -> None:
+            progress.update(task, description=name, completed=cell, total=cells)
+            if cell == 1 and not console.is_terminal:  # no bar there: a line, so that a log shows what is going on
+                progress.console.print(f"{name}: started", highlight=False)
+
         finished = series.run_series(
             folder,
             config,
@@ -98,7 +106,7 @@ def _run_notebooks(
             force,
             parameters,
             say=lambda text: progress.console.print(text, highlight=False),
-            report=lambda name, cell, cells: progress.update(task, description=name, completed=cell, total=cells),
+            report=show,
         )
     _print_status(series.status(finished), finished.path)
 

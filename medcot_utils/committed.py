@@ -1,6 +1,6 @@
 """The committed notebooks: executed in order by the embedded default, cleaned of what changes from run to run, and checked.
 
-python -m medcot_utils.committed execute|check"""
+python -m medcot_utils.committed execute | check | setup-cells [owner/name]"""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 
 import nbformat
 
+from medcot_utils import setup_cell as shared
+from medcot_utils.errors import MedcotError
 from medcot_utils.layout import STEPS
 from medcot_utils.series import QUIET_KERNEL, notebooks_dir
 
@@ -94,7 +96,7 @@ def check() -> list[str]:
     lines = [f"{path.name}: {fault}" for path in paths for fault in faults(path)]
     if len({setup_cell(path) for path in paths}) > 1:
         lines.append("the setup cell is not the same text in all seven notebooks")
-    return lines
+    return lines + shared.faults()
 
 
 def execute() -> None:
@@ -128,5 +130,11 @@ if __name__ == "__main__":
         if lines := check():
             sys.exit("\n".join(lines))
         print("the committed notebooks are executed, in order and clean")
+    elif sys.argv[1:2] == ["setup-cells"] and len(sys.argv) <= 3:
+        try:
+            for path in shared.write(new_repository=sys.argv[2] if len(sys.argv) == 3 else None):
+                print(path.name)
+        except MedcotError as error:
+            sys.exit(f"medcot: {error}")
     else:
         sys.exit(__doc__)

@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcot_utils import platforms
-from medcot_utils.engines import quiet_start
-from medcot_utils.layout import ARTIFACTS
+from medcot_utils import drive, installing, kaggle_session, platforms
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +22,13 @@ _started = time.time()
 
 
 def start(run_dir: str) -> Path:
-    """The setup cell: environment before torch is imported, quieter libraries, and the run directory (`auto`: the default)."""
+    """The setup cell: the pinned stack where it is missing, environment before torch is imported, quieter libraries, and the
+    run directory (`auto`: the default; `drive`: on Google Drive). On Kaggle an earlier session's run is taken up into it.
+
+    Raises InstallError or PlatformError where that cannot be had, saying what to do."""
+    installing.ensure()  # before anything is imported that it may install in another version
+    from medcot_utils.engines import quiet_start
+
     quiet_start()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -36,7 +40,10 @@ def start(run_dir: str) -> Path:
 
     pd.set_option("display.max_colwidth", 90)
     _show_figures()
-    return platforms.default_run_dir() if run_dir == "auto" else Path(run_dir)
+    folder = drive.run_dir_of(run_dir)
+    if platforms.platform_name() == "kaggle" and run_dir == "auto":
+        kaggle_session.take_up(folder)
+    return folder
 
 
 def _show_figures() -> None:
@@ -58,6 +65,8 @@ def table(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
 def finish(run: Run, step: str) -> pd.DataFrame:
     """Record the step as done and show what it left in the run, with its time and peak memory."""
     import pandas as pd
+
+    from medcot_utils.layout import ARTIFACTS
 
     entry = run.finish(step, since=_started)
     manifest = run.manifest()["artifacts"]

@@ -58,11 +58,16 @@ def platform_name() -> str:
     return "colab" if "COLAB_RELEASE_TAG" in os.environ else "local"
 
 
+def kaggle_root() -> Path:
+    """The folder of Kaggle's `working` and `input`; MEDCOT_KAGGLE_ROOT puts another in its place for a rehearsal."""
+    return Path(os.environ.get("MEDCOT_KAGGLE_ROOT") or "/kaggle")
+
+
 def default_run_dir() -> Path:
     """Where notebooks opened by hand keep their run: MEDCOT_RUN_DIR, else the platform's working folder."""
     if chosen := os.environ.get("MEDCOT_RUN_DIR"):
         return Path(chosen)
-    roots = {"kaggle": Path("/kaggle/working"), "colab": Path("/content")}
+    roots = {"kaggle": kaggle_root() / "working", "colab": Path("/content")}
     root = roots.get(platform_name())
     if root is None:
         here = Path.cwd()

@@ -19,7 +19,14 @@ from medcot_utils.run import Run
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _SECRETS = [name for names in SECRET_NAMES.values() for name in names]
-_PLATFORM = ["KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "PAPERMILL", "MEDCOT_RUN_DIR", "MEDCOT_NOTEBOOKS"]
+_PLATFORM = [
+    "KAGGLE_KERNEL_RUN_TYPE",
+    "COLAB_RELEASE_TAG",
+    "PAPERMILL",
+    "MEDCOT_RUN_DIR",
+    "MEDCOT_NOTEBOOKS",
+    "MEDCOT_KAGGLE_ROOT",
+]
 _SESSION = ["MEDCOT_SESSION_STARTED"]
 
 

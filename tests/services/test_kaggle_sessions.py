@@ -1,0 +1,165 @@
+"""What Kaggle received is run as Kaggle would run it: in an empty folder, first by a bare Python that has nothing of the
+project, and then in two sessions of which the second goes on from what the first one left.
+
+MEDCOT_KAGGLE_PROFILE=demo runs the bare session on the embedded default instead of the tiny random model (ten minutes)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from kaggle_server import KaggleServer
+
+from medcot_utils import kaggle_client, kaggle_kernel
+from medcot_utils.kaggle_session import RUN_NAME, copy_run, find_earlier
+from medcot_utils.layout import ARTIFACTS, STEPS
+from medcot_utils.run import Run
+
+pytestmark = pytest.mark.series
+
+ROOT = Path(__file__).parents[2]
+# What a Kaggle image has of itself; everything else the pushed notebook must bring.
+BARE = ("papermill", "ipykernel")
+SECRET = "hf_marked0marked1marked2marked3mark"
+SMALL = {
+    "smoke": [],
+    "demo": [
+        "training.max_steps=2",
+        "training.warmup_steps=0",
+        "training.eval_steps=2",
+        "training.eval_rows=2",
+        "dataset.num_rows=8",
+        "dataset.held_out_rows=4",
+        "generation.max_new_tokens=8",
+        "evaluation.num_questions=4",
+        "evaluation.n_samples=0",
+        "evaluation.mcq_limit=4",
+        "evaluation.mcq_max_new_tokens=4",
+        "export.check_rows=2",
+        "export.check_prompts=1",
+        "export.check_new_tokens=4",
+    ],
+}
+
+
+@pytest.fixture
+def received(tmp_path, monkeypatch):
+    """`received("ann/one-run", "smoke", settings)`: built, pushed with the real client, and the text that Kaggle then has."""
+    server = KaggleServer()
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def push(kernel, profile, settings=(), continue_from=()):
+        with monkeypatch.context() as patch:
+            for name, value in server.environment(tmp_path).items():
+                patch.setenv(name, value)
+            folder = tmp_path / "pushed" / kernel
+            kaggle_kernel.build(folder, profile, settings, kernel, continue_from)
+            assert kaggle_client.push(folder).version == len(server.saved)
+        return server.saved[-1]["text"]
+
+    yield push
+    server.shutdown()
+
+
+def session(python, text, place):
+    """Run the text in `place` with Kaggle's environment around it, as Kaggle does, with papermill: (process, executed cells)."""
+    for name in ("working", "input", "elsewhere"):
+        (place / name).mkdir(parents=True, exist_ok=True)
+    (place / "received.ipynb").write_text(text)
+    dropped = ("PYTHONPATH", "VIRTUAL_ENV", "MEDCOT_NOTEBOOKS", "MEDCOT_RUN_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    environment |= {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "MEDCOT_KAGGLE_ROOT": str(place), "CUDA_VISIBLE_DEVICES": ""}
+    environment["HUGGINGFACE_TOKEN"] = SECRET
+    environment["PATH"] = f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"
+    if python == sys.executable:  # the environment of the tests has every pin, and must not be changed if it had not
+        environment |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
+    command = [str(python), "-m", "papermill", "-k", "python3", "--no-progress-bar", "../received.ipynb", "../executed.ipynb"]
+    done = subprocess.run(
+        command, cwd=place / "elsewhere", env=environment, capture_output=True, text=True, timeout=2400, check=False
+    )
+    executed = nbformat.read(place / "executed.ipynb", as_version=4)
+    assert "Hugging Face: environment HUGGINGFACE_TOKEN" in said(executed.cells)
+    files = [path for path in place.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()] and SECRET not in done.stdout + done.stderr
+    assert list((place / "elsewhere").iterdir()) == [], "everything is written below the session's own folders"
+    return done, [cell for cell in executed.cells if cell.cell_type == "code"]
+
+
+def said(cells):
+    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+
+
+def assert_complete(place):
+    """Zip, adapter and report are there, and put together again they are a whole run."""
+    working = place / "working"
+    assert {path.name for path in working.iterdir()} == {"medcot", RUN_NAME, f"{RUN_NAME}.zip"}
+    assert (working / RUN_NAME / "adapter" / "adapter_model.safetensors").is_file()
+    assert (working / RUN_NAME / "report.html").is_file()
+    loose = [path for path in working.rglob("*") if path.is_file() and "medcot" not in path.relative_to(working).parts[0:1]]
+    assert len(loose) < 30, "the many small files are in the zip"
+    (earlier,) = find_earlier(working)
+    copy_run(earlier, place / "again")
+    run = Run.open(place / "again")
+    assert {name: run.step_state(name) for name in STEPS} == dict.fromkeys(STEPS, "done")
+    assert set(run.manifest()["artifacts"]) == set(ARTIFACTS)
+    return run
+
+
+@pytest.mark.timeout(2400)
+def test_a_bare_session_that_has_nothing_of_the_project_completes_the_series(received, tmp_path):
+    profile = os.environ.get("MEDCOT_KAGGLE_PROFILE", "smoke")
+    text = received("ann/one-run", profile, SMALL[profile])
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    pins = re.findall(rf"^(?:{'|'.join(BARE)})==\S+", (ROOT / "requirements-cpu.txt").read_text(), re.MULTILINE)
+    assert len(pins) == len(BARE)
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *pins], check=True, capture_output=True)
+    lacking = subprocess.run([str(python), "-c", "import torch"], capture_output=True, check=False)
+    assert lacking.returncode != 0, "the environment is bare"
+
+    done, cells = session(python, text, tmp_path / "kaggle")
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = assert_complete(tmp_path / "kaggle")
+    assert run.config.profile == profile
+    assert "pins to install" in said(cells) and "The series is complete" in said(cells)
+    assert any("<iframe" in output.get("data", {}).get("text/html", "") for cell in cells for output in cell.outputs)
+    assert "\x1b[" not in said(cells), "a saved notebook holds lines, not a terminal's drawing"
+    versions = json.loads((tmp_path / "kaggle" / "again" / "machine.json").read_text())["versions"]
+    assert versions["torch"].startswith("2.13.0")
+
+
+@pytest.mark.timeout(1200)
+def test_a_second_session_goes_on_from_what_the_first_one_left(received, tmp_path):
+    text = received("ann/one-run", "smoke", ["training.max_hours=0.000001"])
+    first, cells = session(sys.executable, text, tmp_path / "first")
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert "all" in said(cells) and "pins are satisfied, nothing to install" in said(cells)
+    assert "Paused in good time, nothing failed" in said(cells)
+    assert "--id ann/one-run-2 --continue-from ann/one-run" in said(cells)
+    assert (tmp_path / "first" / "working" / f"{RUN_NAME}.zip").is_file()
+
+    mounted = tmp_path / "second" / "input" / "notebooks" / "ann" / "one-run"
+    mounted.parent.mkdir(parents=True)
+    (tmp_path / "first" / "working").rename(mounted)
+    text = received("ann/one-run-2", "smoke", continue_from=["ann/one-run"])
+    second, cells = session(sys.executable, text, tmp_path / "second")
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert "4 notebooks are done there" in said(cells) and "The series is complete" in said(cells)
+    assert "02_baseline_inference: done before" in said(cells) and "03_dataset_prep: done before" in said(cells)
+    run = assert_complete(tmp_path / "second")
+    training = (run.path / "notebooks" / "05_training.ipynb").read_text()
+    assert "resuming after step 1 of 6 (checkpoint-1)" in training
+
+
+def test_a_failed_series_fails_the_session_and_leaves_what_was_made(received, tmp_path):
+    text = received("ann/one-run", "smoke", ["dataset.path=/kaggle/input/gone/rows.jsonl"])
+    done, cells = session(sys.executable, text, tmp_path / "kaggle")
+    assert done.returncode != 0 and "the series ended with exit code 1; its last lines above say why" in done.stderr
+    assert "rows.jsonl" in said(cells) and "Traceback" not in said(cells)
