@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -258,6 +259,7 @@ def _eval_results(config: RunConfig, measured: dict[str, Any], trained_name: str
             verified=False,
         )
         for name, metric in measured["metrics"].items()
+        if math.isfinite(metric["tuned"]["value"])
     ]
 
 
