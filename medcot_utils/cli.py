@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medcot_utils import cli_push
+from medcot_utils.cli_chat import chat
 from medcot_utils.errors import MedcotError
 
 app = typer.Typer(
@@ -192,6 +193,9 @@ def grade(
     from medcot_utils.run import Run
 
     serve(Run.open(run_dir), port, open_browser, grader)
+
+
+app.command()(chat)
 
 
 @app.command()

@@ -190,6 +190,14 @@ class ExportSettings(_Section):
     check_prompts: int = Field(3, ge=1)
     check_rows: int = Field(8, ge=1, description="held-out rows that merged and trained model's losses are compared on")
     check_new_tokens: int = Field(32, ge=1)
+    gguf: Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m"] | None = Field(
+        None, description="the merged model as a GGUF file of this type too, for llama.cpp and Ollama; None: no such file"
+    )
+
+    @field_validator("gguf", mode="before")
+    @classmethod
+    def _as_llama_cpp_writes_it(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value  # Q4_K_M is what llama.cpp's own lists say
 
 
 class HubSettings(_Section):

@@ -10,9 +10,7 @@ import html
 import itertools
 import json
 import os
-import socket
 import threading
-import webbrowser
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import AwareDatetime, BaseModel
 
+from medcot_utils import pages
 from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation import format_interval
 from medcot_utils.generation import by_sample
@@ -30,9 +29,7 @@ from medcot_utils.run import Run, write_atomic
 if TYPE_CHECKING:
     import gradio
 
-GRADES, HOST = "grades.jsonl", "127.0.0.1"
-# The browser itself refuses whatever lies elsewhere, also if a later gradio asks for it. Its templates need inline and eval.
-CONTENT_POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'"
+GRADES = "grades.jsonl"
 CSS = """
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }
 .missing { font-style: italic; opacity: .7; }
@@ -346,33 +343,10 @@ def serve(run: Run, port: int = 0, open_browser: bool = False, grader: str = "gr
     if not grader.strip():
         raise GradingError("the grader needs a name: give one with --grader, or leave it out")
     desk = Desk(run, grader.strip())
-    try:
-        listener = socket.create_server((HOST, port))
-    except OSError as error:
-        why = os.strerror(error.errno)
-        raise GradingError(
-            f"port {port} on {HOST} cannot be used ({why}): choose another with --port, or leave it out"
-        ) from error
-    import gradio as gr
-    import uvicorn
-    from fastapi import FastAPI
-
-    # Mounted, not launched: launch() takes host, sharing and proxies from the environment, and asks its own address through them.
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    hidden = {"footer_links": [], "run_history": False, "blocked_paths": [str(run.path.absolute())], "enable_monitoring": False}
-    plain = {"ssr_mode": False, "mcp_server": False, "theme": theme, "css": CSS}
-    app = gr.mount_gradio_app(FastAPI(), build_page(desk), "/", **hidden, **plain)
-    # An open page holds a connection for ever: do not wait for it.
-    headers = [("Content-Security-Policy", CONTENT_POLICY)]
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", headers=headers, timeout_graceful_shutdown=1))
-    address, progress = f"http://{HOST}:{listener.getsockname()[1]}/", f"of {len(desk.pairs)} questions judged by {desk.grader}"
+    listener = pages.listen(port, GradingError)
+    progress = f"of {len(desk.pairs)} questions judged by {desk.grader}"
     print(f"{len(desk.judged)} {progress}; judgements go to {run.path / GRADES}")
     if desk.stale:
         print(f"not counted: {desk.stale} judgement(s) of answers that have changed since")
-    print(f"grading page: {address} (Ctrl-C ends it)", flush=True)
-    if open_browser:
-        webbrowser.open(address)
-    try:
-        server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        print(f"{len(desk.judged)} {progress}")
+    pages.serve(build_page(desk), listener, "grading page", CSS, run.path, open_browser)
+    print(f"{len(desk.judged)} {progress}")

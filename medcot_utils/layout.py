@@ -20,6 +20,7 @@ class Artifact:
     inputs: tuple[str, ...] = ()
     reads_dataset: bool = False
     version: int = 1  # raised when the code that makes it changes what it means
+    when: str | None = None  # made only where this setting is not None
 
 
 _SETUP, _BASELINE, _DATA, _LORA = "01_setup", "02_baseline_inference", "03_dataset_prep", "04_lora_config"
@@ -31,6 +32,7 @@ _MCQ = ("model", "prompt", "evaluation.mcq_tasks", "evaluation.mcq_limit", "eval
 _TEXT = ("model.name", "model.revision", "model.max_seq_length", "prompt", "dataset", "seed")
 # How the work is shared out and when it pauses, which changes no result beyond rounding.
 _HOW = {"batch_plan", "padding", "num_processes", "max_hours"}
+_CHECK = tuple(f"export.{name}" for name in ("dtype", "logits_tolerance", "check_prompts", "check_rows", "check_new_tokens"))
 _LOSS = ("model", "lora", *(f"training.{name}" for name in TrainingSettings.model_fields if name not in _HOW), "seed")
 
 ARTIFACTS: dict[str, Artifact] = {
@@ -67,7 +69,21 @@ ARTIFACTS: dict[str, Artifact] = {
     ),
     "merged": Artifact(_EXPORT, "merged", ("model", "export.dtype"), ("adapter",)),
     "export_check": Artifact(
-        _EXPORT, "export_check.json", ("export", "prompt"), ("merged", "adapter", "questions", "held_out_rows")
+        _EXPORT, "export_check.json", (*_CHECK, "prompt"), ("merged", "adapter", "questions", "held_out_rows")
+    ),
+    "gguf": Artifact(
+        _EXPORT,
+        "gguf",
+        ("export.gguf", "model.max_seq_length", "prompt", "generation.temperature", "generation.top_p"),
+        ("merged",),
+        when="export.gguf",
+    ),
+    "gguf_check": Artifact(
+        _EXPORT,
+        "gguf_check.json",
+        ("export.gguf", "export.dtype", "export.check_prompts", "export.check_new_tokens", "prompt"),
+        ("gguf", "merged", "questions", "plan"),
+        when="export.gguf",
     ),
     "model_card": Artifact(
         _EXPORT,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from medcot_utils import platforms
 from medcot_utils.engines import quiet_start
-from medcot_utils.layout import ARTIFACTS, STEPS
+from medcot_utils.layout import ARTIFACTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +67,7 @@ def finish(run: Run, step: str) -> pd.DataFrame:
             "size (kB)": round(manifest[name]["bytes"] / 1e3, 1),
             "sha256": manifest[name]["sha256"][:12],
         }
-        for name in STEPS[step].makes
+        for name in run.makes(step)
     ]
     # Time differs from run to run, the table need not: so on another stream.
     print(f"{step}: {entry['seconds']} s, peak memory {entry['peak_memory_mb']} MB", file=sys.stderr)

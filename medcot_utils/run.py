@@ -350,6 +350,11 @@ class Run:
         if "adapter" in STEPS[step].makes:
             _remove(self.path / "checkpoints")
 
+    def makes(self, step: str) -> tuple[str, ...]:
+        """The artifacts that a step makes with this configuration: all but those whose setting is None (`Artifact.when`)."""
+        wanted = (name for name in STEPS[step].makes if ARTIFACTS[name].when is None or self.config.get(ARTIFACTS[name].when))
+        return tuple(wanted)
+
     def step_state(self, step: str, deep: bool = True) -> str:
         """`done`, `stale` (settings or inputs have changed), `failed`, `paused` (training.max_hours), `running`,
         `interrupted` (its process is gone), or `not run`; `deep` as in `is_fresh`."""
@@ -358,7 +363,7 @@ class Run:
             return "not run"
         if entry["state"] == "running" and not psutil.pid_exists(entry["pid"]):
             return "interrupted"
-        if entry["state"] == "done" and not all(self.is_fresh(name, deep) for name in STEPS[step].makes):
+        if entry["state"] == "done" and not all(self.is_fresh(name, deep) for name in self.makes(step)):
             return "stale"
         return entry["state"]
 

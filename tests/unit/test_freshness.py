@@ -10,12 +10,13 @@ from medcot_utils.config import setting_names
 from medcot_utils.layout import ARTIFACTS, STEPS
 from medcot_utils.run import Run
 
+ANSWERS = {"base_answers", "tuned_answers"}
 DATA = {"train_rows", "held_out_rows", "data_report"}
 
 # Setting, and every artifact whose own content it changes, by the meaning of each: written by hand, not taken from layout.
 BY_SETTING = [
     ("generation.max_new_tokens=25", {"base_answers", "tuned_answers"}),
-    ("prompt.newline_after_think=false", {"base_answers", "tuned_answers", "base_mcq", "tuned_mcq", "export_check", *DATA}),
+    ("prompt.newline_after_think=false", {*ANSWERS, "base_mcq", "tuned_mcq", "export_check", "gguf", "gguf_check", *DATA}),
     ("lora.r=8", {"plan", "adapter", "training_log"}),
     ("training.learning_rate=1e-4", {"plan", "adapter", "training_log"}),
     ("training.save_steps=3", {"plan", "adapter", "training_log"}),
@@ -29,14 +30,21 @@ BY_SETTING = [
     ("evaluation.num_questions=5", {"questions", "metrics"}),
     ("evaluation.n_samples=3", {"base_answers", "tuned_answers", "metrics"}),
     ("evaluation.mcq_limit=2", {"base_mcq", "tuned_mcq", "metrics"}),
-    ("export.dtype=bfloat16", {"merged", "export_check"}),
-    ("export.check_prompts=2", {"export_check"}),
+    ("export.dtype=bfloat16", {"merged", "export_check", "gguf_check"}),
+    ("export.check_prompts=2", {"export_check", "gguf_check"}),
+    ("export.check_rows=2", {"export_check"}),
+    ("export.gguf=q8_0", {"gguf", "gguf_check"}),
+    (
+        "model.max_seq_length=512",
+        {*ANSWERS, "base_mcq", "tuned_mcq", "plan", "adapter", "training_log", "held_out_loss", "merged", "gguf", *DATA},
+    ),
 ]
 BY_INPUT = [
-    ("questions", {"base_answers", "tuned_answers", "metrics", "export_check", *DATA}),
+    ("questions", {"base_answers", "tuned_answers", "metrics", "export_check", "gguf_check", *DATA}),
     ("train_rows", {"plan", "adapter", "training_log", "metrics"}),
     ("held_out_rows", {"adapter", "training_log", "held_out_loss", "export_check"}),
     ("adapter", {"held_out_loss", "tuned_answers", "tuned_mcq", "merged", "export_check"}),
+    ("merged", {"export_check", "gguf", "gguf_check"}),
     ("base_answers", {"metrics", "report"}),
     ("metrics", {"report", "model_card"}),
     ("report", set()),
@@ -76,6 +84,18 @@ def test_an_input_made_again_with_the_same_content_makes_nothing_stale(run_facto
     run = write_all(run_factory())
     run.write(name, content(name))
     assert stale(run) == set()
+
+
+def test_a_step_is_done_without_what_its_settings_leave_out_and_stale_once_it_is_asked_for(run_factory, content):
+    run = run_factory()
+    for step in STEPS:
+        for name in run.makes(step):
+            run.write(name, content(name))
+        run.record_step(step, state="done")
+    assert {"gguf", "gguf_check"} == set(ARTIFACTS) - set(run.manifest()["artifacts"])
+    assert {run.step_state(step) for step in STEPS} == {"done"}
+    asked = run_factory("export.gguf=f16")
+    assert {step for step in STEPS if asked.step_state(step) == "stale"} == {"01_setup", "07_export"}
 
 
 def test_new_generation_settings_redo_both_answers_but_not_the_training(run_factory, write_all, content):

@@ -10,7 +10,6 @@ import pytest
 from medcot_utils.config import load_config
 from medcot_utils.grading import (
     GRADES,
-    HOST,
     Desk,
     GradingError,
     cohen_kappa,
@@ -20,6 +19,7 @@ from medcot_utils.grading import (
     serve,
     win_rate,
 )
+from medcot_utils.pages import HOST
 from medcot_utils.run import Run, RunError
 
 QUESTIONS = 12
