@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,8 +190,7 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
     config, measured, check, report = run.config, run.read("metrics"), run.read("export_check"), run.read("data_report")
     kind = kind or ("one" if config.hub.repo_id and config.hub.layout == "one" else "merged")
     if addresses is None:
-        made = run.manifest()["artifacts"]
-        pushed = [name for name in config.hub.artifacts if name in made] if config.hub.repo_id else []
+        pushed = [name for name in config.hub.artifacts if name != "gguf" or config.export.gguf] if config.hub.repo_id else []
         addresses = config.hub.addresses(pushed, config.hub.repo_id)
     base = hub_address(config.model.name)
     if kind == "gguf":
@@ -258,6 +258,7 @@ def _eval_results(config: RunConfig, measured: dict[str, Any], trained_name: str
             verified=False,
         )
         for name, metric in measured["metrics"].items()
+        if math.isfinite(metric["tuned"]["value"])
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from medcot_utils.config import HubSettings
 from medcot_utils.export import model_card, require_agreement
+from medcot_utils.gguf_export import require_gguf_agreement
 from medcot_utils.hub_calls import HubError
 from medcot_utils.layout import ARTIFACTS
 from medcot_utils.run import Run, RunError, sha256_of
@@ -59,13 +60,13 @@ class PlannedRepository:
 def chosen_artifacts(run: Run, settings: HubSettings) -> list[str]:
     """What of the run is pushed: each verified against the manifest and made from today's settings.
 
-    GGUF is left out where the run has none. Raises RunError naming the notebook to run, or ExportError when the merged model
-    is not what it was merged from."""
-    made = run.manifest()["artifacts"]
-    names = [name for name in settings.artifacts if name in ARTIFACTS and (name != "gguf" or name in made)]
+    GGUF is left out where the run makes none. Raises RunError naming the notebook to run, ExportError when the merged model
+    is not what it was merged from, and GgufError when the GGUF is not the merged model."""
+    has_gguf = "gguf" in run.makes(ARTIFACTS["gguf"].step)
+    names = [name for name in settings.artifacts if name != "gguf" or has_gguf]
     if not names:
-        raise RunError("hub.artifacts names gguf alone, and this run has none: set export.gguf and run notebook 07_export again")
-    for name in [*names, "model_card"]:
+        raise RunError("hub.artifacts names gguf alone, and this run makes none: set export.gguf, run notebook 07_export")
+    for name in [*names, *(["gguf_check"] if "gguf" in names else []), "model_card"]:
         run.require(name)
         if not run.is_fresh(name, deep=False):
             raise RunError(
@@ -74,6 +75,8 @@ def chosen_artifacts(run: Run, settings: HubSettings) -> list[str]:
             )
     if set(names) & {"merged", "gguf"}:
         require_agreement(run.read("export_check"))
+    if "gguf" in names:
+        require_gguf_agreement(run.read("gguf_check"))
     return names
 
 

@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 from medcot_utils import hub as medcot_hub
 from medcot_utils.config import load_config
 from medcot_utils.export import ExportError, model_card
-from medcot_utils.hub_plan import folder_digest
+from medcot_utils.gguf_export import GgufError
+from medcot_utils.hub_plan import chosen_artifacts, folder_digest, plan
 from medcot_utils.layout import ARTIFACTS
 from medcot_utils.run import Run, RunError
 
@@ -112,6 +113,35 @@ def test_the_token_may_have_the_articles_name(hub, finished_run, push):
     assert done.returncode == 0, done.stderr
     assert set(head(hub, "doctor/cot")["files"]) > {"README.md", "adapter/adapter_model.safetensors"}, "the token's own user"
     assert "model.safetensors" not in head(hub, "doctor/cot")["files"]
+
+
+def test_a_gguf_is_pushed_where_the_run_has_one_that_is_the_merged_model(finished_run):
+    without = finished_run(name="without")
+    assert chosen_artifacts(without, medcot_hub.hub_settings(without)) == ["adapter", "merged"]
+    with pytest.raises(RunError, match=r"hub\.artifacts names gguf alone"):
+        chosen_artifacts(without, medcot_hub.hub_settings(without, artifacts=["gguf"]))
+
+    run = finished_run("export.gguf=q4_k_m")
+    separate, one = (medcot_hub.hub_settings(run, repo_id="me/cot", layout=layout) for layout in ("separate", "one"))
+    with pytest.raises(RunError, match="gguf is not in run/ yet: run notebook 07_export first"):
+        chosen_artifacts(run, separate)
+
+    def fill(folder):
+        (folder / "model.q4_k_m.gguf").write_bytes(b"GGUF")
+        (folder / "Modelfile").write_text("FROM ./model.q4_k_m.gguf")
+
+    run.write("gguf", fill)
+    run.write("gguf_check", {"ok": True})
+    names = chosen_artifacts(run, separate)
+    assert names == ["adapter", "merged", "gguf"]
+    last = plan(run, separate, "me/cot", names)[-1]
+    assert (last.repo_id, [file.path for file in last.files]) == ("me/cot-gguf", ["README.md", "Modelfile", "model.q4_k_m.gguf"])
+    (all_in_one,) = plan(run, one, "me/cot", names)
+    assert {"model.safetensors", "adapter/adapter_config.json", "gguf/Modelfile"} < {file.path for file in all_in_one.files}
+    wrong = {"special_tokens": {"eos": [2, 1]}, "exact": False, "greedy": []}
+    run.write("gguf_check", {"ok": False, "file": "model.q4_k_m.gguf"} | wrong)
+    with pytest.raises(GgufError, match="is not the merged model"):
+        chosen_artifacts(run, separate)
 
 
 # --- what is refused before anything is sent -----------------------------------------------------------------------
