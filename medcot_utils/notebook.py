@@ -36,7 +36,16 @@ def start(run_dir: str) -> Path:
 
     pd.set_option("display.max_colwidth", 90)
     _show_figures()
-    return platforms.default_run_dir() if run_dir == "auto" else Path(run_dir)
+    folder = platforms.default_run_dir() if run_dir == "auto" else Path(run_dir)
+    _hand_on_secrets(folder)
+    return folder
+
+
+def _hand_on_secrets(run_dir: Path) -> None:
+    """Secrets of the platform's store to where the clients read them, under the names that the run's settings say."""
+    from medcot_utils.run import CONFIG, Run
+
+    platforms.hand_on_secrets(Run.open(run_dir).config.secrets if (run_dir / CONFIG).exists() else None)
 
 
 def _show_figures() -> None:

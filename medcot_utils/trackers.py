@@ -21,7 +21,7 @@ _INIT_SECONDS, _FINISH_SECONDS = 30, 120
 
 
 class Tracker:
-    """open, log_once, summary, table, files, close. `open` completes `state` with `folder` (below the run directory) and `url`."""
+    """What the trackers have in common. `open` completes `state` with `folder` (below the run directory) and `url`."""
 
     def __init__(self) -> None:
         self.seen: set[tuple[str, int]] = set()
@@ -149,12 +149,12 @@ class Trackio(Tracker):
     def open(self, folder, state, settings, config):
         home = Path(os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio")))  # read by trackio when it is imported
         import trackio
+        from trackio.sqlite_storage import SQLiteStorage
 
         before = []
         with contextlib.redirect_stdout(io.StringIO()):  # notes on a dashboard; `where` says how to start it
-            known = {run.name: run for run in trackio.Api().runs(state["project"])} if home.exists() else {}
-            if state["name"] in known:
-                before = known[state["name"]].history()
+            if SQLiteStorage.get_project_db_path(state["project"]).exists():
+                before = SQLiteStorage.get_logs(state["project"], state["name"])
             self.run = trackio.init(
                 project=state["project"], name=state["name"], config=dict(config), resume="allow", embed=False, auto_log_cpu=False
             )

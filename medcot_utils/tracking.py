@@ -40,7 +40,7 @@ def _installed(backend: str) -> bool:
 def resolve(config: RunConfig) -> tuple[str, str, str]:
     """(backend, mode, one line saying why). The mode is `online` or `offline` for wandb, else empty. Asks nobody anything."""
     asked, mode = config.tracking.backend, config.tracking.mode
-    if asked == "none" or os.environ.get("WANDB_MODE") == "disabled" and asked == "wandb":
+    if asked == "none" or (asked == "wandb" and os.environ.get("WANDB_MODE") == "disabled"):
         return "none", "", "tracking: none, as asked"
     if asked in ("auto", "wandb"):
         key = platforms.secret_of(_LOG_IN, config.secrets)
@@ -164,7 +164,7 @@ def callbacks(run: Run) -> list[Any]:
         return []
 
     class Tracked(TrainerCallback):
-        """Sends the trainer's log as it grows, from the first process only. Taken up again, it goes on in the same tracked run."""
+        """Sends the trainer's log as it grows, from the first process only; a later training goes on in the same tracked run."""
 
         session: Session | None = None
 

@@ -119,8 +119,9 @@ def train(
     steps are saved and the next plan, which needs less, goes on from there. Each trainer gets the `callbacks`, as those of
     `tracking.callbacks`. Returns the trainer that finished.
 
-    Raises DiskError where a checkpoint finds no room (the one before stays whole), the card's own error if the last plan runs out of memory too, TimeBudgetReached where training.max_hours ended it
-    in time (a checkpoint is there), and TrainingError for an effective batch other than the configured one."""
+    Raises DiskError where a checkpoint finds no room (the one before stays whole), the card's own error if the last plan runs
+    out of memory too, TimeBudgetReached where training.max_hours ended it in time (a checkpoint is there), and TrainingError
+    for an effective batch other than the configured one."""
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
 
