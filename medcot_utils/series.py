@@ -164,16 +164,18 @@ def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Re
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     _register_engine(name, report)
     try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(executed),
+            parameters={key: value for key, value in given.items() if key in known},
+            engine_name="medcot",
+            progress_bar=False,
+            kernel_name="python3",
+            extra_arguments=QUIET_KERNEL,
+        )
+    except OSError:  # papermill writes the notebook after each cell
         with full_disk_told(run.display(executed), run.path):
-            papermill.execute_notebook(
-                str(notebook),
-                str(executed),
-                parameters={key: value for key, value in given.items() if key in known},
-                engine_name="medcot",
-                progress_bar=False,
-                kernel_name="python3",
-                extra_arguments=QUIET_KERNEL,
-            )
+            raise
     except (PapermillExecutionError, DeadKernelError) as error:
         if isinstance(error, PapermillExecutionError) and error.ename == "TimeBudgetReached":
             run.record_step(name, state="paused", error=error.evalue)
