@@ -6,6 +6,8 @@ import contextlib
 import io
 import os
 import shutil
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # A server that does not answer must not hold up what is worth more than the tracking; what was not sent stays on disk.
-_INIT_SECONDS, _FINISH_SECONDS = 30, 120
+_ANSWER_SECONDS, _INIT_SECONDS, _FINISH_SECONDS = 10, 30, 120
 
 
 class Tracker:
@@ -70,6 +72,8 @@ class Wandb(Tracker):
         self.home, self.state = home, state
         mode = state["mode"]
         try:
+            if mode == "online":
+                _ask_server()
             self._init(mode, settings, config)
         except Exception as error:
             if mode != "online":
@@ -77,6 +81,9 @@ class Wandb(Tracker):
             why = platforms.redact(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
             print(f"tracking: W&B cannot be used online ({why}); this session is tracked offline, to be uploaded with wandb sync")
             state["mode"] = "offline"
+            import wandb
+
+            wandb.teardown()  # it holds the id as one in use
             self._init("offline", settings, config)
         self.older = [path for path in self.home.glob(f"wandb/offline-run-*-{state['id']}") if path != self.folder]
         state["folder"] = self.folder.relative_to(folder.parent).as_posix()
@@ -141,6 +148,13 @@ class Wandb(Tracker):
             ) from error
         for path in self.older:
             shutil.rmtree(path)
+
+
+def _ask_server() -> None:
+    """Raises URLError where nothing answers at W&B's address: `wandb.init` would try for half a minute."""
+    address = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    with contextlib.suppress(urllib.error.HTTPError):  # an answer all the same
+        urllib.request.urlopen(address, timeout=_ANSWER_SECONDS).close()
 
 
 class Trackio(Tracker):
