@@ -11,6 +11,7 @@ import pytest
 from medcot_utils import platforms
 from medcot_utils.claims import judge
 from medcot_utils.config import load_config
+from medcot_utils.disk import DiskError
 from medcot_utils.evaluation import compare, compare_sampled, format_interval, verdict
 from medcot_utils.export import (
     ExportError,
@@ -22,7 +23,6 @@ from medcot_utils.export import (
 )
 from medcot_utils.mcq import paired
 from medcot_utils.measures import METRICS
-from medcot_utils.disk import DiskError
 from medcot_utils.report import build_report
 from medcot_utils.run import Run, RunError
 
