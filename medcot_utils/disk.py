@@ -64,8 +64,8 @@ def full_disk_told(what: str, folder: Path) -> Iterator[None]:
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an exception, or one that it comes from, is about a disk without room (or a quota used up)."""
-    # torch's own writer loses the errno; safetensors and pyarrow keep only the text.
-    texts = ("No space left on device", "Disk quota exceeded", "os error 28", "PytorchStreamWriter failed writing file")
+    # torch's own writer loses the errno (it finds its file shorter than what it wrote); safetensors and pyarrow keep the text.
+    texts = ("No space left on device", "Disk quota exceeded", "os error 28", "inline_container.cc", "PytorchStreamWriter failed")
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
