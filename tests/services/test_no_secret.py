@@ -148,8 +148,8 @@ def a_failure_in_each_notebook(world) -> None:
         shutil.copytree(notebooks_dir(), broken, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
         notebook = nbformat.read(broken / f"{name}.ipynb", as_version=4)
         code = [index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
-        # After the setup cell: what comes before is the same in all, and what comes after takes time.
-        notebook.cells.insert(code[2], nbformat.v4.new_code_cell(FAILURE))
+        # After the step has begun, and before what takes time.
+        notebook.cells.insert(code[3], nbformat.v4.new_code_cell(FAILURE))
         nbformat.write(notebook, broken / f"{name}.ipynb")
         number = str(list(STEPS).index(name) + 1)
         done = medcot(
