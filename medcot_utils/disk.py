@@ -58,7 +58,7 @@ def full_disk_told(what: str, folder: Path) -> Iterator[None]:
             raise
         raise DiskError(
             f"the disk of {folder.name}/ is full ({platforms.disk_free_gib(folder):.2f} GiB free): {what} could not be written; "
-            f"what was there before is kept whole. {platforms.MORE_ROOM}. The same command or notebook goes on there"
+            f"the artifacts made before are kept whole. {platforms.MORE_ROOM}. The same command or notebook goes on there"
         ) from error
 
 

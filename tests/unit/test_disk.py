@@ -177,7 +177,7 @@ def test_a_full_disk_in_the_middle_of_a_write_keeps_the_old_artifact_whole_and_s
     with pytest.raises(DiskError) as caught:
         run.write("adapter", filler(2_000_000))
     text = str(caught.value)
-    assert text.startswith("the disk of run/ is full (0.00 GiB free): adapter could not be written; what was there before is")
+    assert text.startswith("the disk of run/ is full (0.00 GiB free): adapter could not be written; the artifacts made before")
     assert "MEDCOT_SCRATCH" in text and isinstance(caught.value.__cause__, OSError)
     assert run.manifest() == manifest and hidden(run.path) == []
     assert Run.open(run.path).require("adapter") == before and (before / "weights.bin").stat().st_size == 200_000
