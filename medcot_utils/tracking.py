@@ -40,14 +40,15 @@ def _installed(backend: str) -> bool:
 def resolve(config: RunConfig) -> tuple[str, str, str]:
     """(backend, mode, one line saying why). The mode is `online` or `offline` for wandb, else empty. Asks nobody anything."""
     asked, mode = config.tracking.backend, config.tracking.mode
-    if asked == "none" or (asked == "wandb" and os.environ.get("WANDB_MODE") == "disabled"):
+    switched_off = os.environ.get("WANDB_MODE") == "disabled"
+    if asked == "none" or (asked == "wandb" and switched_off):
         return "none", "", "tracking: none, as asked"
     if asked in ("auto", "wandb"):
-        key = platforms.secret_of(_LOG_IN, config.secrets)
+        key = None if switched_off else platforms.secret_of(_LOG_IN, config.secrets)
         if asked == "wandb" or (key and _installed("wandb")):
             if mode == "auto":
                 mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
-            why = f"key from {key.where}" if mode == "online" and key else "no key was found" if not key else "as asked"
+            why = "no key was found" if key is None else f"key from {key.where}" if mode == "online" else "as asked"
             return "wandb", mode, f"tracking: wandb, {mode} ({why}), project {config.tracking.project}"
         if not _installed("trackio"):
             return "none", "", "tracking: none (no W&B key was found, and trackio is not installed)"
