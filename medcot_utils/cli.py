@@ -80,7 +80,7 @@ def _run_notebooks(
     from medcot_utils import platforms, series
 
     config, line = series.plan_config(folder, profile, settings)
-    platforms.hand_on_secrets()
+    platforms.hand_on_secrets(config.secrets)
     console.print(line, highlight=False)
     columns = (
         SpinnerColumn(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -224,6 +225,45 @@ class HubSettings(_Section):
         return {name: repo_id + (suffixes[name] if self.layout == "separate" else "") for name in names}
 
 
+class TrackingSettings(_Section):
+    backend: Literal["auto", "wandb", "trackio", "tensorboard", "none"] = Field(
+        "auto", description="auto: wandb where there is a key for it, else trackio where it is installed, else none"
+    )
+    project: str = Field("medcot", min_length=1, description="the tracker's project")
+    job_type: str = Field("training", description="W&B's job type")
+    entity: str | None = Field(None, description="W&B's team or user; None: the key's own")
+    mode: Literal["auto", "online", "offline"] = Field(
+        "auto", description="W&B: online needs a key, and it is an error in notebook 01 if there is none; auto: offline then"
+    )
+
+
+_SECRET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,31}")
+_LIKE_A_SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}|KGAT_.+|wandb_v\d_.+|[0-9a-fA-F]{32,}")
+
+
+class SecretsSettings(_Section):
+    """Names under which secrets are looked for, first one first; never the secrets."""
+
+    huggingface: tuple[str, ...] = ("HF_TOKEN", "HUGGINGFACE_TOKEN")
+    wandb: tuple[str, ...] = ("WANDB_API_KEY", "wandb")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _names_only(cls, value: Any, info: ValidationInfo) -> Any:
+        names = [value] if isinstance(value, str) else value
+        good = isinstance(names, list | tuple) and all(isinstance(name, str) and _is_name(name) for name in names)
+        if not good or not names:  # what was given may be a secret, so it is not repeated
+            raise ValueError(
+                f"secrets.{info.field_name} takes the names of secrets (as in [HF_TOKEN]), and what was given is none. If it was "
+                f"the secret itself, put it into the environment or the platform's secret store"
+            )
+        return tuple(names)
+
+
+def _is_name(text: str) -> bool:
+    return bool(_SECRET_NAME.fullmatch(text)) and not _LIKE_A_SECRET.fullmatch(text)
+
+
 class RunConfig(_Section):
     """All settings of one run. Frozen: a notebook reads it and never changes it."""
 
@@ -238,6 +278,8 @@ class RunConfig(_Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     export: ExportSettings = ExportSettings()
     hub: HubSettings = HubSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    secrets: SecretsSettings = SecretsSettings()
 
     @model_validator(mode="after")
     def _enough_questions(self) -> RunConfig:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcot_utils import platforms
+from medcot_utils import disk, platforms
 from medcot_utils.config import RunConfig
 from medcot_utils.engines.embedded import describe, hub_address
 from medcot_utils.engines.merging import load_base, load_unquantized
@@ -30,12 +30,6 @@ class ExportError(MedcotError):
     """An exported model does not agree with what it was made from; the message says by how much."""
 
 
-def export_disk_gib(adapter: Path, parameters: int) -> float:
-    """GiB that the merge needs: two bytes a parameter, the adapter's copy, and a tenth for what is written beside."""
-    adapter_bytes = sum(file.stat().st_size for file in adapter.rglob("*") if file.is_file())
-    return 1.1 * (2 * parameters + adapter_bytes) / platforms.GIB
-
-
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, folder: Path) -> None:
     """The adapter and its tokenizer into `folder`, with the base model named as the configuration names it.
 
@@ -50,12 +44,15 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: R
 def save_merged(engine: ModuleType, run: Run) -> Path:
     """Merge the run's adapter into its 16-bit base as the artifact `merged`; made again only if something changed.
 
-    Raises PlatformError before anything is loaded when the disk has too little room."""
+    Raises DiskError before anything is downloaded or loaded when a disk has too little room for the merged model, the GGUF
+    files asked for, and the 16-bit base that is still to be downloaded."""
     adapter = run.require("adapter")
-    need = export_disk_gib(adapter, run.read("plan")["total_parameters"])
     if not run.is_fresh("merged"):
-        free = platforms.require_disk(run.path, need, "the merged 16-bit model")
-        print(f"disk: {need:.2f} GiB needed, {free:.1f} GiB free")
+        wanted = disk.still_to_export(run.config, run.path, run.read("plan")["total_parameters"])
+        disk.require_room(wanted)
+        for need in wanted:
+            free = platforms.disk_free_gib(need.folder)
+            print(f"{need.what} ({need.place}): {need.gib or 0:.2f} GiB needed, {free:.1f} GiB free")
     return run.get_or_make(
         "merged", lambda: lambda folder: engine.merge(run.config.model, adapter, folder, run.config.export.dtype)
     )

@@ -19,6 +19,7 @@ class Artifact:
     settings: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     reads_dataset: bool = False
+    large: bool = False  # kept on the scratch disk where the platform has one
     version: int = 1  # raised when the code that makes it changes what it means
     when: str | None = None  # made only where this setting is not None
 
@@ -26,7 +27,9 @@ class Artifact:
 _SETUP, _BASELINE, _DATA, _LORA = "01_setup", "02_baseline_inference", "03_dataset_prep", "04_lora_config"
 _TRAINING, _COMPARISON, _EXPORT = "05_training", "06_comparison", "07_export"
 
-_ALL = ("profile", "seed", "model", "prompt", "dataset", "lora", "training", "generation", "evaluation", "export", "hub")
+_RESULTS = ("profile", "seed", "model", "prompt", "dataset", "lora", "training", "generation", "evaluation", "export")
+# The last three change no result, but notebook 01 looks whether they can be used.
+_ALL = (*_RESULTS, "hub", "tracking", "secrets")
 _ANSWERS = ("model", "prompt", "generation", "evaluation.n_samples", "seed")
 _MCQ = ("model", "prompt", "evaluation.mcq_tasks", "evaluation.mcq_limit", "evaluation.mcq_max_new_tokens", "seed")
 _TEXT = ("model.name", "model.revision", "model.max_seq_length", "prompt", "dataset", "seed")
@@ -67,7 +70,7 @@ ARTIFACTS: dict[str, Artifact] = {
         ("profile",),
         ("metrics", "base_answers", "tuned_answers", "training_log", "data_report", "plan"),
     ),
-    "merged": Artifact(_EXPORT, "merged", ("model", "export.dtype"), ("adapter",)),
+    "merged": Artifact(_EXPORT, "merged", ("model", "export.dtype"), ("adapter",), large=True),
     "export_check": Artifact(
         _EXPORT, "export_check.json", (*_CHECK, "prompt"), ("merged", "adapter", "questions", "held_out_rows")
     ),
@@ -76,6 +79,7 @@ ARTIFACTS: dict[str, Artifact] = {
         "gguf",
         ("export.gguf", "model.max_seq_length", "prompt", "generation.temperature", "generation.top_p"),
         ("merged",),
+        large=True,
         when="export.gguf",
     ),
     "gguf_check": Artifact(

@@ -43,7 +43,15 @@ def start(run_dir: str) -> Path:
     folder = drive.run_dir_of(run_dir)
     if platforms.platform_name() == "kaggle" and run_dir == "auto":
         kaggle_session.take_up(folder)
+    _hand_on_secrets(folder)
     return folder
+
+
+def _hand_on_secrets(run_dir: Path) -> None:
+    """Secrets of the platform's store to where the clients read them, under the names that the run's settings say."""
+    from medcot_utils.run import CONFIG, Run
+
+    platforms.hand_on_secrets(Run.open(run_dir).config.secrets if (run_dir / CONFIG).exists() else None)
 
 
 def _show_figures() -> None:

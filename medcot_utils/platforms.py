@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
+import hashlib
 import importlib.metadata
+import netrc
 import os
 import platform
 import re
@@ -11,10 +15,13 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import psutil
+from pydantic import SecretStr
 
+from medcot_utils.config import SecretsSettings
 from medcot_utils.errors import MedcotError
 
 GIB = 1024**3
@@ -25,10 +32,12 @@ ARTICLE_GPU_GIB = 8.0
 # sm_60 (P100) is not in the wheels of today's torch, although torch.cuda.is_available() says True there.
 MIN_COMPUTE_CAPABILITY = (7, 0)
 
-SECRET_NAMES = {
-    "Hugging Face": ("HF_TOKEN", "HUGGINGFACE_TOKEN"),
-    "Weights & Biases": ("WANDB_API_KEY", "wandb"),
-}
+# Kaggle keeps 20 GB of output and refuses more; beside it, the machine's own disk has several times that, until the session ends.
+KAGGLE_WORKING, KAGGLE_TMP, KAGGLE_QUOTA_GIB = Path("/kaggle/working"), Path("/kaggle/tmp"), 20e9 / GIB
+MORE_ROOM = (
+    "Free some space there, or take a larger disk: --run-dir for the run, MEDCOT_SCRATCH for the merged model, HF_HOME for "
+    "downloads, MEDCOT_CACHE for the embedded models"
+)
 
 VERSIONED_PACKAGES = [
     "torch",
@@ -41,6 +50,7 @@ VERSIONED_PACKAGES = [
     "huggingface_hub",
     "unsloth",
     "wandb",
+    "trackio",
     "kaggle",
     "papermill",
     "nbval",
@@ -143,12 +153,38 @@ def resolve_profile(profile: str, cards: list[Gpu] | None = None) -> tuple[str, 
     )
 
 
-def disk_free_gib(folder: Path) -> float:
-    """Free GiB where `folder` is or would be made."""
+def disk_of(folder: Path) -> tuple[int, Path]:
+    """(device number, nearest existing folder) of where `folder` is or would be made."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free / GIB
+    return folder.stat().st_dev, folder
+
+
+def under_quota(folder: Path) -> bool:
+    """Whether what is written there counts as a Kaggle notebook's output."""
+    return platform_name() == "kaggle" and folder.absolute().is_relative_to(KAGGLE_WORKING)
+
+
+def disk_free_gib(folder: Path) -> float:
+    """Free GiB where `folder` is or would be made; on Kaggle, no more than the quota of /kaggle/working leaves."""
+    place = disk_of(folder)[1]
+    free = shutil.disk_usage(place).free / GIB
+    if under_quota(place):
+        free = min(free, max(0.0, KAGGLE_QUOTA_GIB - folder_gib(KAGGLE_WORKING)))
+    return free
+
+
+def scratch_dir(run_dir: Path) -> Path:
+    """Where a run's large artifacts lie: below MEDCOT_SCRATCH, on Kaggle below /kaggle/tmp (its output folder holds 20 GB), else
+    in the run directory itself. What lies on scratch may be gone in the next session; it is made again then."""
+    scratch = os.environ.get("MEDCOT_SCRATCH")
+    if scratch is None and under_quota(run_dir):
+        scratch = str(KAGGLE_TMP)
+    if not scratch:
+        return run_dir
+    whose = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:8]
+    return Path(scratch) / "medcot" / f"{run_dir.absolute().name}-{whose}"
 
 
 def require_disk(folder: Path, need_gib: float, purpose: str) -> float:
@@ -157,7 +193,7 @@ def require_disk(folder: Path, need_gib: float, purpose: str) -> float:
     if free < need_gib:
         raise PlatformError(
             f"too little disk for {purpose}: {need_gib:.2f} GiB needed where {folder.name}/ lies, {free:.2f} GiB free. "
-            f"Free some space, or give a run directory on a larger disk (--run-dir)"
+            f"{MORE_ROOM}"
         )
     return free
 
@@ -185,6 +221,43 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MEDCOT_CACHE") or platformdirs.user_cache_dir("medcot"))
 
 
+# --- secrets -------------------------------------------------------------------------------------------------------
+
+
+class Secret(NamedTuple):
+    """A secret, hidden when printed, and where it was found."""
+
+    value: SecretStr
+    where: str
+
+
+@dataclass(frozen=True)
+class Service:
+    setting: str  # of the section `secrets`
+    variable: str  # what its client reads
+    token_file: Callable[[], str | None]  # where its client's own log-in leaves it
+
+
+def _hugging_face_file() -> str | None:
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
+    path = Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _netrc() -> str | None:
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    found = netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser()).authenticators(host or "")
+    return found[2] if found else None
+
+
+SERVICES = {
+    "Hugging Face": Service("huggingface", "HF_TOKEN", _hugging_face_file),
+    "Weights & Biases": Service("wandb", "WANDB_API_KEY", _netrc),
+}
+SECRET_NAMES = {name: getattr(SecretsSettings(), service.setting) for name, service in SERVICES.items()}
+_known: set[str] = set()  # what `redact` takes out
+
+
 def _from_kaggle(name: str) -> str | None:
     from kaggle_secrets import UserSecretsClient
 
@@ -197,44 +270,119 @@ def _from_colab(name: str) -> str | None:
     return userdata.get(name)
 
 
+def _kernel() -> Any:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None)
+
+
+def has_front_end() -> bool:
+    """Whether somebody could answer a question: a notebook that is not run by papermill, or a terminal."""
+    if kernel := _kernel():
+        return bool(kernel._allow_stdin)  # what nbclient and papermill switch off with each cell they send
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def _secret_sources() -> list[tuple[str, Callable[[str], str | None]]]:
     sources: list[tuple[str, Callable[[str], str | None]]] = [("environment", os.environ.get)]
     if platform_name() == "kaggle":
         sources.append(("Kaggle secret", _from_kaggle))
-    # Under papermill Colab's userdata waits 10 s for a front end that is not there: ask only in a live notebook.
-    if platform_name() == "colab" and "PAPERMILL" not in os.environ:
+    # Colab's userdata is answered by the page. Under papermill there is none, and each question would wait 10 s for it.
+    if platform_name() == "colab" and _kernel() and has_front_end():
         sources.append(("Colab secret", _from_colab))
     return sources
 
 
-def find_secret(names: Iterable[str]) -> tuple[str, str] | None:
-    """(value, where it was found) of the first name that any source holds, or None. Never print the first part."""
+def _search(names: Iterable[str], token_file: Callable[[], str | None] | None) -> tuple[Secret | None, list[str]]:
+    """The first secret that any source holds, and which stores could not be asked and why (by the kind of error only)."""
+    faults, names = [], list(names)
     for label, ask in _secret_sources():
         for name in names:
             try:
                 value = ask(name)
-            except Exception:  # noqa: BLE001 - not attached, offline, denied, timed out: each service raises its own kinds
-                value = None
-            if value:
-                return value, f"{label} {name}"
-    return None
+            except Exception as error:  # noqa: BLE001 - not attached, offline, denied, timed out: each service raises its own
+                if type(error).__name__ in ("BackendError", "SecretNotFoundError", "NotebookAccessError"):
+                    continue  # this name is not there or not granted; the next may be
+                faults.append(f"{label}: {type(error).__name__}")
+                break  # no internet, no session: asking for other names would only wait as long again
+            if value and value.strip():
+                return _remember(value, f"{label} {name}"), faults
+    try:
+        value = token_file() if token_file else None
+    except (OSError, netrc.NetrcParseError):
+        value = None
+    return (_remember(value, "token file") if value else None), faults
 
 
-def secrets_found() -> dict[str, str]:
-    """For each service where its secret comes from, or `not found`; never a value."""
-    found = {}
-    for service, names in SECRET_NAMES.items():
-        hit = find_secret(names)
-        found[service] = hit[1] if hit else "not found"
+def _remember(value: str, where: str) -> Secret:
+    _known.add(value.strip())
+    return Secret(SecretStr(value.strip()), where)
+
+
+def find_secret(names: Iterable[str], token_file: Callable[[], str | None] | None = None) -> Secret | None:
+    """The first secret that the environment, the platform's store or the client's own token file holds, or None."""
+    return _search(names, token_file)[0]
+
+
+def secret_of(service: str, settings: SecretsSettings | None = None, given: str | None = None) -> Secret | None:
+    """The secret of a service of SERVICES: what is `given`, else what is found under the names of the settings, else None."""
+    if given:
+        return _remember(given, "argument")
+    return find_secret(_names(service, settings), SERVICES[service].token_file)
+
+
+def _names(service: str, settings: SecretsSettings | None) -> tuple[str, ...]:
+    return getattr(settings or SecretsSettings(), SERVICES[service].setting)
+
+
+def require_secret(service: str, wanted_by: str, otherwise: str, settings: SecretsSettings | None = None) -> Secret:
+    """The secret of a service that the run asked for: found, or typed in where there is somebody to ask (and then kept in this
+    process's environment for the notebooks that it starts).
+
+    Raises PlatformError saying who wants it (`wanted_by`), where it was looked for, and what to do without (`otherwise`)."""
+    names = _names(service, settings)
+    found, faults = _search(names, SERVICES[service].token_file)
+    if found is None and has_front_end():
+        with contextlib.suppress(EOFError, NotImplementedError):  # a front end that cannot ask after all
+            if typed := getpass.getpass(f"{service}: {wanted_by} needs a secret (not shown, not stored): ").strip():
+                os.environ[SERVICES[service].variable] = typed
+                return _remember(typed, "typed in")
+    if found is None:
+        looked = ", ".join([*(label for label, _ in _secret_sources()), "token file"])
+        why = f" ({'; '.join(faults)})" if faults else ""
+        raise PlatformError(
+            f"{wanted_by} needs a secret for {service}, and none was found under {' or '.join(names)}{why}; looked in: {looked}. "
+            f"Set {SERVICES[service].variable}, attach a secret of one of these names to the notebook, or {otherwise}"
+        )
     return found
 
 
-def hand_on_secrets() -> None:
-    """Put found secrets into the environment under the names their clients read, for kernels that this process starts."""
-    for names in SECRET_NAMES.values():
-        hit = find_secret(names)
-        if hit and names[0] not in os.environ:
-            os.environ[names[0]] = hit[0]
+def secrets_found(settings: SecretsSettings | None = None) -> dict[str, str]:
+    """For each service where its secret comes from, or `not found` and which store could not be asked; never a value."""
+    found = {}
+    for name, service in SERVICES.items():
+        hit, faults = _search(_names(name, settings), service.token_file)
+        found[name] = hit.where if hit else "not found" + (f" ({'; '.join(faults)})" if faults else "")
+    return found
+
+
+def hand_on_secrets(settings: SecretsSettings | None = None) -> None:
+    """Put what the environment or the platform's store holds into the environment under the names that the clients read, for
+    them and for the kernels that this process starts. Token files are left alone: the clients find their own."""
+    for name, service in SERVICES.items():
+        if service.variable not in os.environ and (hit := find_secret(_names(name, settings))):
+            os.environ[service.variable] = hit.value.get_secret_value()
+
+
+def redact(text: str) -> str:
+    """The text without any secret that this process has found or holds in its environment: for messages of other libraries."""
+    held = [os.environ.get(name, "") for names in SECRET_NAMES.values() for name in names]
+    for value in sorted({*_known, *held}, key=len, reverse=True):
+        if len(value) >= 8:  # anything shorter is no key, and may be part of a word
+            text = text.replace(value, "**********")
+    return text
+
+
+# --- summary -------------------------------------------------------------------------------------------------------
 
 
 def machine_report(run_dir: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import psutil
 
 from medcot_utils import platforms
 from medcot_utils.config import ConfigError, RunConfig, config_from_dict
+from medcot_utils.disk import full_disk_told
 from medcot_utils.errors import MedcotError
 from medcot_utils.layout import ARTIFACTS, SHIPPED_CASES, STEPS, Artifact
 
@@ -59,14 +60,24 @@ def _fsync(path: Path) -> None:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write beside, fsync, rename: a reader sees the old file or the new one, never a part."""
+    """Write beside, fsync, rename: a reader sees the old file or the new one, never a part. Raises DiskError on a full disk."""
+    with full_disk_told(path.name, path.parent):
+        beside = _beside(path, text)
+        beside.replace(path)
+        _fsync(path.parent)
+
+
+def _beside(path: Path, text: str) -> Path:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(path)
-    _fsync(path.parent)
+    try:
+        with beside.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    return beside
 
 
 def to_json(value: Any) -> str:
@@ -92,7 +103,7 @@ class Run:
         path = Path(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write_atomic(path / ".writable", "")
+            write_atomic(path / ".writable", "x")
             (path / ".writable").unlink()
         except OSError as error:
             raise RunError(f"run directory {path} cannot be written ({error.strerror}): choose another with --run-dir") from error
@@ -185,8 +196,13 @@ class Run:
         except RunError:
             return False
 
+    def place(self, name: str) -> Path:
+        """Where an artifact lies or would lie: large ones on the scratch disk, where there is one. `require` also verifies it."""
+        artifact = ARTIFACTS[name]
+        return (platforms.scratch_dir(self.path) if artifact.large else self.path) / artifact.file
+
     def _size_on_disk(self, name: str) -> int:
-        path = self.path / ARTIFACTS[name].file
+        path = self.place(name)
         if path.is_dir():
             return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
         return path.stat().st_size if path.exists() else -1
@@ -196,37 +212,35 @@ class Run:
     def write(self, name: str, value: Any) -> Path:
         """Write an artifact whole and record it. `value` is JSON-ready data (a list of records for .jsonl), text, a
         `datasets.Dataset` for .parquet, or a function that fills the folder or file path it is given."""
-        artifact = ARTIFACTS[name]
+        artifact, final = ARTIFACTS[name], self.place(name)
         fingerprint = self.fingerprint(name)
-        final, beside = self.path / artifact.file, self.path / f".{artifact.file.replace('/', '_')}.{os.getpid()}.tmp"
+        final.parent.mkdir(parents=True, exist_ok=True)
+        beside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         _remove(beside)
         try:
-            self._fill(beside, artifact, value)
-            for file in [beside] if beside.is_file() else [p for p in beside.rglob("*") if p.is_file()]:
-                _fsync(file)
-            digest, size = sha256_of(beside)
-            old = None
-            if final.is_dir():  # a folder cannot be renamed over: move the old one aside first
-                old = final.with_name(f".{final.name}.{os.getpid()}.old")
-                _remove(old)
-                final.rename(old)
-            beside.replace(final)
-            if old:
-                _remove(old)
+            with full_disk_told(artifact.file, final.parent):
+                self._fill(beside, artifact, value)
+                for file in [beside] if beside.is_file() else [p for p in beside.rglob("*") if p.is_file()]:
+                    _fsync(file)
+                digest, size = sha256_of(beside)
+                manifest = self.manifest()
+                manifest["artifacts"][name] = {
+                    "file": artifact.file,
+                    "step": artifact.step,
+                    "sha256": digest,
+                    "bytes": size,
+                    "fingerprint": fingerprint,
+                    "inputs": self._input_digests(artifact),
+                    "made": datetime.now(UTC).isoformat(timespec="seconds"),
+                }
+                # On disk before the artifact takes its place: then only renames are left, and those need no room.
+                recorded = _beside(self.path / MANIFEST, to_json(manifest))
+            _take_the_place(beside, final)
+            recorded.replace(self.path / MANIFEST)
         finally:
             _remove(beside)
+        _fsync(final.parent)
         _fsync(self.path)
-        manifest = self.manifest()
-        manifest["artifacts"][name] = {
-            "file": artifact.file,
-            "step": artifact.step,
-            "sha256": digest,
-            "bytes": size,
-            "fingerprint": fingerprint,
-            "inputs": self._input_digests(artifact),
-            "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        self._save(manifest)
         self._verified[name] = digest
         return final
 
@@ -260,7 +274,7 @@ class Run:
 
         Raises RunError naming the notebook to run when it is missing, truncated or altered."""
         artifact, entry = ARTIFACTS[name], self._entry(name)
-        path = self.path / artifact.file
+        path = self.place(name)
         if not path.exists():
             raise RunError(f"{artifact.file} is missing from {self.path.name}/: run notebook {artifact.step} again")
         if self._verified.get(name) != entry["sha256"]:
@@ -299,14 +313,17 @@ class Run:
 
     def display(self, path: Path) -> str:
         """A path as a reader should see it: from the run directory's name on, no machine's folders."""
-        return f"{self.path.name}/{path.relative_to(self.path).as_posix()}"
+        scratch = platforms.scratch_dir(self.path)
+        root, name = (self.path, self.path.name) if path.is_relative_to(self.path) else (scratch, f"scratch/{scratch.name}")
+        return f"{name}/{path.relative_to(root).as_posix()}"
 
     # --- steps -----------------------------------------------------------------------------------------------
 
     def begin(self, step: str) -> None:
         """Check that every artifact the step reads is there, whole, and made from today's settings and inputs; raises
         RunError naming the notebook to run. Leftovers of killed processes are removed."""
-        platforms.remove_leftovers(self.path)
+        for folder in {self.path, platforms.scratch_dir(self.path)}:
+            platforms.remove_leftovers(folder)
         for name in STEPS[step].reads:
             self.require(name)
             if stale := self._stale_origin(name):
@@ -366,6 +383,17 @@ class Run:
         if entry["state"] == "done" and not all(self.is_fresh(name, deep) for name in self.makes(step)):
             return "stale"
         return entry["state"]
+
+
+def _take_the_place(beside: Path, final: Path) -> None:
+    old = None
+    if final.is_dir():  # a folder cannot be renamed over: move the old one aside first
+        old = final.with_name(f".{final.name}.{os.getpid()}.old")
+        _remove(old)
+        final.rename(old)
+    beside.replace(final)
+    if old:
+        _remove(old)
 
 
 def _remove(path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from medcot_utils import data, platforms
+from medcot_utils import data, platforms, tracking
 from medcot_utils.config import RunConfig, load_config, overrides_of, parse_overrides
+from medcot_utils.disk import full_disk_told
 from medcot_utils.engines import quiet_start
 from medcot_utils.errors import MedcotError
 from medcot_utils.layout import STEPS
@@ -53,7 +54,7 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
     """The configuration of this call and a line saying where it comes from, with everything checked that needs no model.
 
     A named profile starts from that profile; without one, an existing run's stored settings are kept and the overrides
-    laid over them. Raises a MedcotError for an unknown profile or setting, a missing card, or data that cannot be used."""
+    laid over them. Raises a MedcotError for an unknown profile or setting, a missing card or key, or data that cannot be used."""
     overrides = list(overrides)
     if profile is None and (run_dir / CONFIG).exists():
         stored = Run.open(run_dir).config
@@ -70,6 +71,7 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
         config = load_config(config.profile, [*others, f"dataset.path={absolute}"])
     if config.dataset.path or config.dataset.name == "shipped":
         data.check_usable(config)
+    tracking.check_usable(config)  # here too: in a terminal there is somebody who can type a key, under papermill nobody
     return config, line
 
 
@@ -171,12 +173,16 @@ def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Re
             kernel_name="python3",
             extra_arguments=QUIET_KERNEL,
         )
+    except OSError:  # papermill writes the notebook after each cell
+        with full_disk_told(run.display(executed), run.path):
+            raise
     except (PapermillExecutionError, DeadKernelError) as error:
         if isinstance(error, PapermillExecutionError) and error.ename == "TimeBudgetReached":
             run.record_step(name, state="paused", error=error.evalue)
             raise SeriesPaused(f"{name}: {error.evalue}") from error
         if isinstance(error, PapermillExecutionError):
-            why = " ".join(f"{error.ename}: {error.evalue}".split())  # one line, also of an error that has many
+            # One line, also of an error that has many; and another library's message may repeat what it was given.
+            why = platforms.redact(" ".join(f"{error.ename}: {error.evalue}".split()))
         else:
             why = "its kernel died (killed, or out of memory)"
         run.record_step(name, state="failed", error=why)

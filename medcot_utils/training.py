@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PrinterCallback, ProgressCallback, TrainerState
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.utils.notebook import NotebookProgressCallback
 
 from medcot_utils.callbacks import LossFigure, ProgressFile, SkippedSteps, TimeBudget, TimeBudgetReached, TqdmProgress
 from medcot_utils.config import RunConfig
+from medcot_utils.disk import full_disk_told
 from medcot_utils.engines import compute_dtype
 from medcot_utils.errors import MedcotError
 from medcot_utils.plans import BatchPlan, batch_plans, choose, free_card_memory
@@ -106,23 +107,33 @@ def checkpoint_fault(path: Path) -> str | None:
     return None
 
 
-def train(make_trainer: Callable[[BatchPlan], SFTTrainer], plans: Sequence[BatchPlan], config: RunConfig) -> SFTTrainer:
+def train(
+    make_trainer: Callable[[BatchPlan], SFTTrainer],
+    plans: Sequence[BatchPlan],
+    config: RunConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> SFTTrainer:
     """Train to the end from the last good checkpoint in the trainer's output_dir, or from the start; says which.
 
     `make_trainer(plan)` gives a trainer for a plan, as notebook 05 shows. When the card's memory runs out, the finished
-    steps are saved and the next plan, which needs less, goes on from there. Returns the trainer that finished.
+    steps are saved and the next plan, which needs less, goes on from there. Each trainer gets the `callbacks`, as those of
+    `tracking.callbacks`. Returns the trainer that finished.
 
-    Raises the card's own error if the last plan runs out of memory too, TimeBudgetReached where training.max_hours ended it
-    in time (a checkpoint is there), and TrainingError for an effective batch other than the configured one."""
+    Raises DiskError where a checkpoint finds no room (the one before stays whole), the card's own error if the last plan runs
+    out of memory too, TimeBudgetReached where training.max_hours ended it in time (a checkpoint is there), and TrainingError
+    for an effective batch other than the configured one."""
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
 
     for plan, smaller in zip(plans, [*plans[1:], None], strict=True):
         trainer = prepare_trainer(make_trainer(plan), config)
+        for callback in callbacks:
+            trainer.add_callback(callback)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         try:
-            _train_or_resume(trainer)
+            with full_disk_told("a checkpoint", Path(trainer.args.output_dir)):
+                _train_or_resume(trainer)
             return trainer
         except RuntimeError as error:
             # Of several processes only one may have run out: all end, and whoever started them goes on with a smaller plan.

@@ -27,7 +27,15 @@ _PLATFORM = [
     "MEDCOT_NOTEBOOKS",
     "MEDCOT_KAGGLE_ROOT",
 ]
-_SESSION = ["MEDCOT_SESSION_STARTED"]
+_SESSION = [
+    "MEDCOT_SESSION_STARTED",
+    "MEDCOT_SCRATCH",
+    "WANDB_MODE",
+    "WANDB_BASE_URL",
+    "WANDB_DATA_DIR",
+    "WANDB_CACHE_DIR",
+    "TRACKIO_DIR",
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,11 +48,13 @@ def _model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test sees the secrets, the platform or the session that it runs in."""
     for name in [*_SECRETS, *_PLATFORM, *_SESSION]:
         monkeypatch.setenv(name, "")  # remembered first, so that what a test sets by other means is taken away again
         monkeypatch.delenv(name)
+    for name in ("NETRC", "HF_TOKEN_PATH"):  # nor the token files of whoever runs them
+        monkeypatch.setenv(name, str(tmp_path_factory.getbasetemp() / "no such file"))
 
 
 @pytest.fixture

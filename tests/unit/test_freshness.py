@@ -192,5 +192,6 @@ def test_every_setting_named_in_the_table_exists_and_every_file_is_one_artifacts
 def test_every_setting_but_how_the_work_is_shared_out_or_pushed_makes_some_artifact_beside_the_machine_report_stale():
     used = {setting for name, artifact in ARTIFACTS.items() if name != "machine" for setting in artifact.settings}
     unused = [name for name in setting_names() if not any(name == one or name.startswith(f"{one}.") for one in used)]
-    shared_out = {f"training.{name}" for name in ("batch_plan", "padding", "num_processes", "max_hours")}
-    assert set(unused) == shared_out | {"hub.private", "hub.tag", "hub.patience_seconds"}
+    how = {f"training.{name}" for name in ("batch_plan", "padding", "num_processes", "max_hours")}
+    how |= {"hub.private", "hub.tag", "hub.patience_seconds"}
+    assert set(unused) == how | {name for name in setting_names() if name.startswith(("tracking.", "secrets."))}

@@ -11,10 +11,10 @@ import pytest
 from medcot_utils import platforms
 from medcot_utils.claims import judge
 from medcot_utils.config import load_config
+from medcot_utils.disk import DiskError
 from medcot_utils.evaluation import compare, compare_sampled, format_interval, verdict
 from medcot_utils.export import (
     ExportError,
-    export_disk_gib,
     model_card,
     require_agreement,
     save_adapter,
@@ -23,7 +23,6 @@ from medcot_utils.export import (
 )
 from medcot_utils.mcq import paired
 from medcot_utils.measures import METRICS
-from medcot_utils.platforms import GIB, PlatformError
 from medcot_utils.report import build_report
 from medcot_utils.run import Run, RunError
 
@@ -356,20 +355,12 @@ def test_an_embedded_base_is_no_hub_address_in_the_cards_data(run):
 # --- merge ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_disk_for_a_merge_is_two_bytes_a_parameter_and_the_adapter_and_a_tenth(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "a").write_bytes(b"0" * 1000)
-    (tmp_path / "sub" / "b").write_bytes(b"0" * 500)
-    assert export_disk_gib(tmp_path, 10**6) == pytest.approx(1.1 * 2_001_500 / GIB)
-    assert 16 < export_disk_gib(tmp_path, 8_030_261_248) < 17
-
-
 def test_a_merge_that_does_not_fit_is_refused_before_anything_is_loaded(run, tmp_path, monkeypatch):
     small = fill(Run.create(tmp_path / "run", CONFIG))
     small.write("adapter", lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"1" * 1000))
     monkeypatch.setattr(platforms, "disk_free_gib", lambda folder: 2.0)
     engine = SimpleNamespace(merge=lambda *arguments: pytest.fail("merged although the disk is too small"))
-    with pytest.raises(PlatformError, match=r"2\.05 GiB needed where run/ lies, 2\.00 GiB free"):
+    with pytest.raises(DiskError, match=r"2\.05 GiB needed for the run directory \(merged 16-bit model 2\.05\), 2\.00 GiB free"):
         save_merged(engine, small)
 
 

@@ -1,0 +1,117 @@
+"""W&B online and `wandb sync`, with the real client against PyPI's openwandb on the loopback.
+
+openwandb's licence is for non-commercial use and it is in no requirements file: it is installed for this test alone, into the
+cache folder, and the test is skipped where that takes longer than a minute or cannot be done."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from medcot_utils import platforms, tracking
+
+OPENWANDB = "openwandb==0.5.25"
+
+
+def _installed() -> Path:
+    folder = platforms.cache_dir() / "tests" / OPENWANDB
+    if not (folder / "openwandb").is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), OPENWANDB]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"{OPENWANDB} was not installed within a minute")
+        if done.returncode:
+            pytest.skip(f"{OPENWANDB} cannot be installed: {done.stderr.strip()[-200:]}")
+    return folder
+
+
+def _ask(address: str, body: dict, token: str = "") -> dict:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    with urllib.request.urlopen(urllib.request.Request(address, json.dumps(body).encode(), headers), timeout=30) as answer:
+        return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """(address, key, the server's database) of a running openwandb."""
+    packages, home = _installed(), tmp_path_factory.mktemp("openwandb")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "openwandb", "serve", "--host", "127.0.0.1", "--port", str(port), "--data-dir", str(home)]
+    environment = os.environ | {"PYTHONPATH": str(packages), "HOME": str(home)}
+    with (home / "server.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            with contextlib.suppress(urllib.error.URLError):
+                urllib.request.urlopen(address, timeout=5).close()
+                break
+            time.sleep(0.2)
+        login = _ask(f"{address}/api/v2/auth/login", {"username": "admin", "password": "admin123"})
+        key = _ask(f"{address}/api/v2/settings/api-keys", {"name": "test"}, login["token"])["api_key"]["key"]
+        yield address, key, home / "openwandb.db"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def held(database, query, *values):
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        return connection.execute(query, values).fetchall()
+
+
+def assert_whole(database, run_id):
+    losses = held(database, "select value from metrics where run_id = ? and key = 'train/loss' order by step", run_id)
+    assert [round(value, 2) for (value,) in losses] == [1.9, 1.8, 1.7, 1.6, 1.5, 1.4], "each step once"
+    [(config, summary, name)] = held(
+        database, "select config_json, summary_json, display_name from runs where run_id = ?", run_id
+    )
+    assert json.loads(config)["training"]["value"]["max_steps"] == 6 and "secrets" not in json.loads(config)
+    assert json.loads(summary)["comparison/eval_loss/tuned"] == 1.5 and name == f"run-{run_id}"
+    assert ("report",) in held(database, "select artifact_type from artifacts where run_id = ?", run_id)
+
+
+def test_online_run_killed_resumed_and_compared_is_one_run_on_the_server(server, trained, train_tracked, in_child, monkeypatch):
+    address, key, database = server
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    run = trained("tracking.backend=wandb", "tracking.mode=online", "training.max_steps=6")
+    said = in_child(lambda: (train_tracked(run, 0, 4), time.sleep(3)), killed=True)
+    state = json.loads((run.path / "tracking.json").read_text())
+    said += in_child(lambda: train_tracked(run, 2, 6))
+    said += in_child(lambda: (tracking.record_comparison(run), print(tracking.where(run))))
+    last = json.loads((run.path / "tracking.json").read_text())
+    assert (state["id"], state["url"]) == (last["id"], last["url"])
+    assert state["url"].startswith(address) and f"tracked: {state['url']}" in said
+    assert key not in said
+    assert_whole(database, state["id"])
+
+
+def test_an_offline_run_is_uploaded_by_the_printed_command(server, trained, train_tracked, in_child, monkeypatch, tmp_path):
+    address, key, database = server
+    monkeypatch.chdir(tmp_path)
+    run = trained("tracking.backend=wandb", "training.max_steps=6")
+    in_child(lambda: train_tracked(run, 0, 6))
+    said = in_child(lambda: (tracking.record_comparison(run), print(tracking.where(run))))
+    command = said.strip().rpartition("to upload it: ")[2].split()
+    assert command[:2] == ["wandb", "sync"]
+    environment = os.environ | {"WANDB_BASE_URL": address, "WANDB_API_KEY": key}
+    program = str(Path(sys.executable).with_name("wandb"))
+    done = subprocess.run([program, *command[1:]], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and key not in done.stdout + done.stderr, done.stderr
+    assert_whole(database, json.loads((run.path / "tracking.json").read_text())["id"])
