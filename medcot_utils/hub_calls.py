@@ -10,6 +10,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from medcot_utils import platforms
+from medcot_utils.config import SecretsSettings
 from medcot_utils.errors import MedcotError
 
 # Busy, conflicting, failing or overloaded: the same request may be granted in a moment.
@@ -21,21 +22,15 @@ class HubError(MedcotError):
     """Something was not pushed; the message says what happened, what lies on the Hub already, and what to do."""
 
 
-def find_token(token: str | None = None) -> str:
-    """The token: the argument, else the platform's secrets, else the one that `hf auth login` stored.
+def find_token(token: str | None = None, secrets: SecretsSettings | None = None) -> str:
+    """The token: the argument, else what the platform has under the names of the settings, else what `hf auth login` stored,
+    else what is typed in where there is somebody to ask.
 
-    Raises HubError where there is none. Never print what this returns."""
-    from huggingface_hub import get_token
-
-    found = platforms.find_secret(platforms.SECRET_NAMES["Hugging Face"])
-    token = token or (found[0] if found else get_token())
-    if not token:
-        names = " or ".join(platforms.SECRET_NAMES["Hugging Face"])
-        raise HubError(
-            f"no Hugging Face token was found: set {names} (environment, Kaggle or Colab secret) or log in with `hf auth "
-            f"login`. The token needs write permission"
-        )
-    return token
+    Raises PlatformError where there is none. Never print what this returns."""
+    if token:
+        return token
+    found = platforms.require_secret("Hugging Face", "the push to the Hub", "leave hub.repo_id unset", secrets)
+    return found.value.get_secret_value()
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -187,17 +187,6 @@ def scratch_dir(run_dir: Path) -> Path:
     return Path(scratch) / "medcot" / f"{run_dir.absolute().name}-{whose}"
 
 
-def require_disk(folder: Path, need_gib: float, purpose: str) -> float:
-    """The free GiB at `folder`. Raises PlatformError naming place, need and what is free if there is too little."""
-    free = disk_free_gib(folder)
-    if free < need_gib:
-        raise PlatformError(
-            f"too little disk for {purpose}: {need_gib:.2f} GiB needed where {folder.name}/ lies, {free:.2f} GiB free. "
-            f"{MORE_ROOM}"
-        )
-    return free
-
-
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left half written in `folder`: `.NAME.PID.tmp` and `.NAME.PID.old` of a PID that is gone."""
     for path in folder.glob(".*"):

@@ -163,7 +163,7 @@ def test_a_tag_on_other_weights_is_refused(hub, finished_run, push):
 
 
 def test_what_is_altered_stale_or_not_what_it_was_merged_from_is_not_pushed(finished_run, monkeypatch):
-    monkeypatch.setattr(medcot_hub.hub_calls, "find_token", lambda token: pytest.fail("went on to the token"))
+    monkeypatch.setattr(medcot_hub.hub_calls, "find_token", lambda token, secrets: pytest.fail("went on to the token"))
     run = finished_run()
     settings = medcot_hub.hub_settings(run, repo_id="doctor/cot")
     (run.path / "merged" / "config.json").write_text("{}")

@@ -61,11 +61,12 @@ def the_error(done, run, hub):
 
 
 CHECK = """
-from medcot_utils.config import HubSettings
-from medcot_utils.hub import HubError, check_ready
+from medcot_utils.config import load_config
+from medcot_utils.errors import MedcotError
+from medcot_utils.hub import check_ready
 try:
-    print(check_ready(HubSettings(repo_id="doctor/cot", patience_seconds=0)))
-except HubError as error:
+    print(check_ready(load_config("smoke", ["hub.repo_id=doctor/cot", "hub.patience_seconds=0"])))
+except MedcotError as error:
     print("ERROR", error)
 """
 
@@ -76,7 +77,10 @@ except HubError as error:
         (WRITE, "notebook 07 will push to doctor/cot (private) as doctor"),
         (READ, "ERROR the token of doctor may only read"),
         ("hf_unknown_for_the_test", "ERROR asking the Hub whose token this is: the Hub answers 401"),
-        (None, "ERROR no Hugging Face token was found"),
+        (
+            None,
+            "ERROR the push to the Hub needs a secret for Hugging Face, and none was found under HF_TOKEN",
+        ),
     ],
 )
 def test_notebook_01_can_ask_whether_a_push_will_be_taken(hub, tmp_path, token, says):
@@ -88,7 +92,7 @@ def test_notebook_01_can_ask_whether_a_push_will_be_taken(hub, tmp_path, token, 
 def test_no_token_is_one_error(hub, finished_run, push):
     run = finished_run()
     error = the_error(push(run, token=None), run, hub)
-    assert "no Hugging Face token was found: set HF_TOKEN or HUGGINGFACE_TOKEN" in error and hub.repos == {}
+    assert "none was found under HF_TOKEN or HUGGINGFACE_TOKEN" in error and "Set HF_TOKEN" in error and hub.repos == {}
 
 
 def test_401_says_that_the_token_is_not_valid(hub, finished_run, push):

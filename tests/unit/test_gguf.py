@@ -11,11 +11,11 @@ import pytest
 
 from medcot_utils import gguf_export, platforms
 from medcot_utils.config import ConfigError, load_config
+from medcot_utils.disk import DiskError, gguf_needs
 from medcot_utils.gguf_export import (
     GgufError,
     check_usable,
     compare_weights,
-    disk_gib,
     modelfile,
     quantizer,
     require_gguf_agreement,
@@ -24,7 +24,7 @@ from medcot_utils.gguf_export import (
     verify_gguf,
     write_gguf,
 )
-from medcot_utils.platforms import GIB, PlatformError
+from medcot_utils.platforms import GIB
 from medcot_utils.prompts import inference_prompt
 
 TOKENIZER = SimpleNamespace(eos_token="<|im_end|>")
@@ -84,9 +84,12 @@ def test_a_model_that_is_no_llama_is_refused(tmp_path):
         check_usable(config("export.gguf=f16", f"model.name={json.dumps(str(tmp_path))}"))
 
 
-def test_the_disk_for_a_quantized_file_counts_the_16_bit_one_it_is_made_from():
-    assert disk_gib("f16", 10**9) == pytest.approx(1.1 * 2e9 / GIB)
-    assert disk_gib("q4_k_m", 10**9) == pytest.approx(1.1 * 2.62e9 / GIB)
+def test_the_disk_for_a_quantized_file_counts_the_16_bit_one_it_is_made_from(tmp_path):
+    def gib(kind):
+        return sum(need.gib for need in gguf_needs(config(f"export.gguf={kind}"), tmp_path, 10**9))
+
+    assert gib("f16") == pytest.approx(1.1 * 2e9 / GIB)
+    assert gib("q4_k_m") == pytest.approx(1.1 * 2.62e9 / GIB)
 
 
 # --- the Modelfile ---------------------------------------------------------------------------------------------------
@@ -210,7 +213,7 @@ def test_too_little_disk_is_told_before_the_converter_runs(exported, monkeypatch
     run = exported("export.gguf=f16")
     monkeypatch.setattr(platforms, "disk_free_gib", lambda folder: 0.0)
     monkeypatch.setattr(gguf_export, "write_gguf", lambda *arguments: pytest.fail("converted although the disk is full"))
-    with pytest.raises(PlatformError, match="too little disk for the f16 GGUF file"):
+    with pytest.raises(DiskError, match=r"too little disk: .*GGUF f16"):
         save_gguf(run)
 
 

@@ -13,11 +13,9 @@ from medcot_utils.platforms import (
     PlatformError,
     cache_dir,
     default_run_dir,
-    disk_free_gib,
     installed_versions,
     machine_report,
     platform_name,
-    require_disk,
     resolve_profile,
 )
 
@@ -81,14 +79,6 @@ def test_8b_profile_without_a_fitting_card_says_what_is_missing_and_what_to_do(p
 @pytest.mark.parametrize(("profile", "cards"), [("smoke", []), ("demo", [T4]), ("recommended", [SMALL, T4])])
 def test_profile_asked_for_by_name_is_kept_where_it_can_run(profile, cards):
     assert resolve_profile(profile, cards)[0] == profile
-
-
-def test_too_little_disk_names_purpose_need_and_what_is_free(tmp_path):
-    folder = tmp_path / "not" / "made" / "yet"
-    with pytest.raises(PlatformError, match=r"too little disk for the merge: 1000000000\.00 GiB needed .* GiB free"):
-        require_disk(folder, 1e9, "the merge")
-    assert require_disk(folder, 0, "nothing") == pytest.approx(disk_free_gib(tmp_path), abs=1)
-    assert not folder.exists()
 
 
 def test_cache_folder_is_taken_from_the_environment(monkeypatch, tmp_path):
