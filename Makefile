@@ -26,8 +26,8 @@ demo: $(INSTALLED) ## install, then run the seven notebooks on the embedded defa
 
 test: quick nbval ## install, then run every test: units, the smoke series, the committed notebooks
 
-quick: $(INSTALLED) ## units and the smoke series (minutes)
-	$(BIN)/python -m pytest tests
+quick: $(INSTALLED) ## units, services and the smoke series (minutes), two files at a time
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 nbval: $(INSTALLED) ## execute the committed notebooks and compare their marked outputs
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(ON_CPU) MEDCOT_RUN_DIR="$$folder/notebooks" \

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from medcot_utils import disk, platforms
 from medcot_utils.config import RunConfig
-from medcot_utils.engines.embedded import describe, hub_address
+from medcot_utils.engines.embedded import PREFIX, describe, hub_address
 from medcot_utils.engines.merging import load_base, load_unquantized
 from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation import format_interval, verdict
@@ -193,8 +193,9 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
     if kind == "gguf":
         base = addresses.get("merged", base)
     trained_name = check["pairs"][1]["b"]
+    licence = _licence(config)
     data = ModelCardData(
-        license="apache-2.0",
+        **licence,
         language="en",
         library_name={"adapter": "peft", "gguf": None}.get(kind, "transformers"),
         pipeline_tag="text-generation",
@@ -215,6 +216,7 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         template_path=str(Path(__file__).parent / "templates" / "model_card.md.j2"),
         config=config,
         base=describe(config.model.name),
+        licence=licence.get("license_name", licence["license"]),
         source=_data_source(config),
         metrics=lines,
         n_questions=measured["n_questions"],
@@ -229,6 +231,18 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         repeats_dropped=report["repeats_dropped"],
     )
     return str(card)
+
+
+def _licence(config: RunConfig) -> dict[str, str]:
+    """The base model's licence as the Hub's metadata has it: tuned and merged weights stay under it."""
+    name = config.model.name
+    if name.startswith(PREFIX):
+        return {"license": "apache-2.0"}
+    if name.lower().endswith("deepseek-r1-distill-llama-8b"):
+        return {"license": "llama3.1"}  # DeepSeek's model card: derived from Llama 3.1 8B, under its licence
+    where = hub_address(name)
+    link = {"license_link": f"https://huggingface.co/{where}"} if where else {}
+    return {"license": "other", "license_name": "as-the-base-model"} | link
 
 
 def _eval_results(config: RunConfig, measured: dict[str, Any], trained_name: str) -> list[Any]:

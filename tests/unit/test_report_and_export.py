@@ -334,7 +334,7 @@ def test_the_card_has_the_measured_numbers_the_licence_and_the_limits(run):
     text = model_card(run)
     card = ModelCard(text)
     assert card.data.license == "apache-2.0" and card.data.language == "en"
-    assert "Not for clinical use" in card.text and "Apache-2.0" in card.text
+    assert "Not for clinical use" in card.text and "`apache-2.0`: the base model's licence" in card.text
     for name, metric in run.read("metrics")["metrics"].items():
         cells = " | ".join(format_interval(metric[side]) for side in ("base", "tuned", "difference"))
         assert f"| {METRICS[name].label} | {cells} | {verdict(name, metric)} |" in card.text
@@ -343,6 +343,22 @@ def test_the_card_has_the_measured_numbers_the_licence_and_the_limits(run):
     assert "0.0012" in card.text and "3 of 3 prompts" in card.text
     assert "1.81 nats per token, that of the 4-bit base + adapter 1.95" in card.text and "1 of 3 prompts" in card.text
     assert str(run.path) not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "licence"),
+    [
+        ("unsloth/DeepSeek-R1-Distill-Llama-8B", {"license": "llama3.1"}),
+        ("me/other", {"license": "other", "license_name": "as-the-base-model", "license_link": "https://huggingface.co/me/other"}),
+    ],
+)
+def test_the_card_has_the_base_models_licence(tmp_path, name, licence):
+    from huggingface_hub import ModelCard
+
+    run = fill(Run.create(tmp_path / "run", load_config("smoke", [f"model.name={name}"])))
+    card = ModelCard(model_card(run))
+    assert {key: value for key, value in card.data.to_dict().items() if key.startswith("license")} == licence
+    assert f"`{licence.get('license_name', licence['license'])}`: the base model's licence" in card.text
 
 
 def test_an_embedded_base_is_no_hub_address_in_the_cards_data(run):
