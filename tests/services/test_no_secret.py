@@ -1,23 +1,27 @@
 """No secret in any output: marked secrets in every place that is read, a run tracked by W&B with each of its notebooks failing
-once on purpose, and then every file that was made is searched for the marks.
+once on purpose, pushed to a Hub (that refuses once) and to a Kaggle; then every file that was made is searched for the marks.
 
-What else makes files with secrets at hand (a push, a Kaggle build) joins the search by a line in PRODUCERS."""
+What else makes files with secrets at hand joins the search by a line in PRODUCERS."""
 
 from __future__ import annotations
 
 import base64
 import gzip
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hub_server
 import nbformat
 import pytest
+from kaggle_server import KaggleServer
 
 from medcot_utils.layout import STEPS
 from medcot_utils.series import notebooks_dir
@@ -179,8 +183,55 @@ def a_library_that_speaks(world) -> None:
     assert done.returncode == 0 and "refused: ********************" in done.stdout, done.stderr
 
 
-# Each makes files in the world with the secrets at hand; in this order, on one run. A push or a build joins here.
-PRODUCERS = [the_whole_series, a_failure_in_each_notebook, refused_settings, a_library_that_speaks]
+def a_push_to_the_hub(world) -> None:
+    """Refused with the token, which the Hub's answer repeats; then accepted. What lies on the Hub then is searched too."""
+    token, here = PLACES["HF_TOKEN"], {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "no_proxy": "127.0.0.1"}
+    with hub_server.Hub() as hub, pytest.MonkeyPatch.context() as patch:
+        here |= {"HF_ENDPOINT": hub.url}
+        refused = medcot(world, "push", "runs/mine", "--repo-id", "doctor/cot", **here)
+        assert refused.returncode == 1 and "401" in refused.stderr, refused.stdout + refused.stderr
+        patch.setitem(hub_server.USERS, token, ("doctor", "write"))
+        hub.fail("POST", "/commit/", status=403, message=f"{token} may not write", times=1)
+        refused = medcot(world, "push", "runs/mine", "--repo-id", "doctor/cot", **here)
+        assert refused.returncode == 1 and "may not write" in refused.stderr, refused.stdout + refused.stderr
+        done = medcot(world, "push", "runs/mine", "--repo-id", "doctor/cot", **here)
+        assert done.returncode == 0, done.stdout + done.stderr
+        received = world[0] / "hub"
+        received.mkdir()
+        for name, data in hub.blobs.items():
+            (received / name).write_bytes(data)
+
+
+def a_push_to_kaggle(world) -> None:
+    """The pushed text as Kaggle received it, and what it carries, unpacked."""
+    server, carried = KaggleServer(), world[0] / "kaggle-received"
+    server.token = PLACES["KAGGLE_API_TOKEN"]
+    proxied = {"http_proxy": f"http://127.0.0.1:{server.server_port}", "KAGGLE_API_ENVIRONMENT": "LOCALHOST"}
+    proxied |= {"no_proxy": "", "NO_PROXY": ""}
+    try:
+        for command in (["build", "--id", "ann/heart-run", *SETTINGS], ["push"]):
+            done = medcot(world, "kaggle", *command, **proxied)
+            assert done.returncode == 0, done.stdout + done.stderr
+    finally:
+        server.shutdown()
+    carried.mkdir()
+    text = server.saved[0]["text"]
+    (carried / "saved.json").write_text(json.dumps(server.saved))
+    source = next(c.source for c in nbformat.reads(text, as_version=4).cells if c.source.startswith("PROJECT"))
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(source.split('"""')[1])), mode="r:xz") as archive:
+        archive.extractall(carried / "project", filter="data")
+    assert (carried / "project" / "medcot_utils" / "notebook.py").exists() or list(carried.rglob("notebook.py"))
+
+
+# Each makes files in the world with the secrets at hand; in this order, on one run.
+PRODUCERS = [
+    the_whole_series,
+    a_push_to_the_hub,
+    a_push_to_kaggle,
+    a_failure_in_each_notebook,
+    refused_settings,
+    a_library_that_speaks,
+]
 
 
 @pytest.fixture(scope="module")
