@@ -23,8 +23,10 @@ def _side(value: float) -> dict:
 
 
 @pytest.fixture
-def trained(run_factory, content) -> Callable[..., Run]:
-    """`trained("tracking.backend=wandb", ...)`: a run of made-up artifacts, log and metrics as 05 and 06 write them."""
+def trained(run_factory, content, tmp_path, monkeypatch) -> Callable[..., Run]:
+    """`trained("tracking.backend=wandb", ...)`: a run of made-up artifacts, log and metrics as 05 and 06 write them, in the
+    working folder."""
+    monkeypatch.chdir(tmp_path)
     metric = {"base": _side(2.0), "tuned": _side(1.5), "difference": _side(-0.5) | {"needed": 4}}
     real = {"training_log": LOG, "metrics": {"metrics": {"eval_loss": metric}}, "plan": {"steps": 6, "total_parameters": 1000}}
 

@@ -76,8 +76,10 @@ def held(database, query, *values):
 
 
 def assert_whole(database, run_id):
-    losses = held(database, "select value from metrics where run_id = ? and key = 'train/loss' order by step", run_id)
-    assert [round(value, 2) for (value,) in losses] == [1.9, 1.8, 1.7, 1.6, 1.5, 1.4], "each step once"
+    # Distinct: this server does not tell a resuming client what it holds, as W&B does, and so is sent the same lines again.
+    query = "select distinct step, value from metrics where run_id = ? and key = 'train/loss' order by step"
+    losses = [round(value, 2) for _, value in held(database, query, run_id)]
+    assert losses == [1.9, 1.8, 1.7, 1.6, 1.5, 1.4], "each step under one number, with one value"
     [(config, summary, name)] = held(
         database, "select config_json, summary_json, display_name from runs where run_id = ?", run_id
     )
@@ -102,9 +104,8 @@ def test_online_run_killed_resumed_and_compared_is_one_run_on_the_server(server,
     assert_whole(database, state["id"])
 
 
-def test_an_offline_run_is_uploaded_by_the_printed_command(server, trained, train_tracked, in_child, monkeypatch, tmp_path):
+def test_an_offline_run_is_uploaded_by_the_printed_command(server, trained, train_tracked, in_child):
     address, key, database = server
-    monkeypatch.chdir(tmp_path)
     run = trained("tracking.backend=wandb", "training.max_steps=6")
     in_child(lambda: train_tracked(run, 0, 6))
     said = in_child(lambda: (tracking.record_comparison(run), print(tracking.where(run))))

@@ -349,7 +349,10 @@ def test_the_card_has_the_measured_numbers_the_licence_and_the_limits(run):
     ("name", "licence"),
     [
         ("unsloth/DeepSeek-R1-Distill-Llama-8B", {"license": "llama3.1"}),
-        ("me/other", {"license": "other", "license_name": "as-the-base-model", "license_link": "https://huggingface.co/me/other"}),
+        (
+            "me/other",
+            {"license": "other", "license_name": "as-the-base-model", "license_link": "https://huggingface.co/me/other"},
+        ),
     ],
 )
 def test_the_card_has_the_base_models_licence(tmp_path, name, licence):

@@ -73,7 +73,9 @@ def test_make_badges_writes_them_and_the_rules_for_committed_notebooks_accept_th
     shutil.copyfile(ROOT / "Makefile", checkout / "Makefile")
     bin_folder = Path(sys.executable).parent
     make = ["make", "--old-file=.venv/.installed", f"BIN={bin_folder}", "badges"]
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    # Within `make quick` this make would be a part of that one, and say so.
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    environment |= {"PYTHONPATH": str(checkout)}
 
     def run(*command):
         return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=120, check=False)
