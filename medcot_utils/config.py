@@ -5,16 +5,28 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ValidationError, model_validator
 
 from medcot_utils.errors import MedcotError
+from medcot_utils.settings import (
+    DatasetSettings,
+    EvaluationSettings,
+    ExportSettings,
+    GenerationSettings,
+    HubSettings,
+    LoraSettings,
+    ModelSettings,
+    PromptSettings,
+    SecretsSettings,
+    Section,
+    TrackingSettings,
+    TrainingSettings,
+)
 
 PROFILES_DIR = Path(__file__).parent / "profiles"
 PROFILES = ("smoke", "demo", "article", "recommended", "full")
@@ -44,227 +56,7 @@ class ConfigError(MedcotError):
     """A profile, setting or value that the series does not know or cannot use; the message names it and the nearest valid one."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic would take true for 1, and YAML reads yes and on as true: training.max_steps=yes would train one step.
-        kind = cls.model_fields[info.field_name].annotation
-        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
-            raise PydanticCustomError("switch", "This is no on/off setting")
-        return value
-
-
-class ModelSettings(_Section):
-    name: str = Field(description="Hub id, local folder, or embedded:smollm2-135m-instruct / embedded:tiny-random-llama")
-    revision: str | None = Field(None, description="commit of the Hub repository; None for a local folder")
-    quantized_name: str | None = Field(None, description="pre-quantized 4-bit copy that the unsloth engine loads instead")
-    quantized_revision: str | None = Field(None, description="commit of the pre-quantized copy")
-    engine: Literal["auto", "unsloth", "transformers"] = "auto"
-    load_in_4bit: bool = True
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    max_seq_length: int = Field(2048, ge=64, description="tokens of prompt and completion together")
-    gpu_memory_gib: float | None = Field(
-        None, gt=0, description="use no more of the card: rehearse a T4 with 14.5 on a larger one"
-    )
-
-
-class PromptSettings(_Section):
-    newline_after_think: bool = Field(
-        True, description="end the inference prompt as the training text goes on: `<think>\\n`, not `<think>`"
-    )
-
-
-class ColumnNames(_Section):
-    question: str = "Question"
-    complex_cot: str = "Complex_CoT"
-    response: str = "Response"
-
-
-class DatasetSettings(_Section):
-    name: str = Field(description="`shipped` or a data set on the Hub")
-    subset: str | None = None
-    revision: str | None = Field(None, description="commit of the data set; the name alone has changed its rows before")
-    sha256: str | None = Field(
-        None, pattern=r"^[0-9a-f]{64}$", description="digest of the data set's one file, checked after download; None: unchecked"
-    )
-    path: str | None = Field(None, description="a local json, jsonl, csv or parquet file; wins over name")
-    columns: ColumnNames = ColumnNames()
-    num_rows: int | None = Field(None, ge=1, description="training rows; None takes all but the held-out ones")
-    held_out_rows: int = Field(ge=1, description="rows kept out of training; at most so many where a `split` column chooses them")
-    shuffle: bool = Field(False, description="shuffle with the seed before the split")
-    loss_on: Literal["full", "completion"] = Field("completion", description="full: the prompt is in the loss too")
-    overlong: Literal["drop", "truncate", "error"] = "drop"
-    repeats: Literal["report", "drop"] = Field("drop", description="training rows that repeat a held-out question")
-    near_repeat_similarity: float = Field(85, ge=50, le=100, description="rapidfuzz ratio from which two questions repeat")
-    ngram_overlap: float = Field(
-        0.5, gt=0, le=1, description="share of a question's 8-word sequences in a row that makes a repeat"
-    )
-
-
-class LoraSettings(_Section):
-    r: int = Field(16, ge=1)
-    lora_alpha: int = Field(16, ge=1)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    bias: Literal["none", "all", "lora_only"] = "none"
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    use_rslora: bool = False
-    use_gradient_checkpointing: Literal["unsloth"] | bool = "unsloth"
-    random_state: int = 3407
-
-
-class TrainingSettings(_Section):
-    per_device_train_batch_size: int = Field(2, ge=1)
-    gradient_accumulation_steps: int = Field(4, ge=1)
-    per_device_eval_batch_size: int = Field(4, ge=1)
-    warmup_steps: int = Field(5, ge=0)
-    max_steps: int = Field(60, description="optimizer steps; -1 trains num_train_epochs instead")
-    num_train_epochs: float = Field(1, gt=0)
-    learning_rate: float = Field(2e-4, gt=0)
-    optim: str = "adamw_8bit"
-    weight_decay: float = Field(0.01, ge=0)
-    lr_scheduler_type: str = "linear"
-    logging_steps: int = Field(10, ge=1)
-    save_steps: int = Field(20, ge=1)
-    save_total_limit: int = Field(2, ge=1)
-    eval_steps: int | None = Field(None, ge=1, description="held-out loss during training, every so many steps")
-    eval_rows: int = Field(8, ge=1, description="held-out rows that the loss during training is taken on")
-    batch_plan: Literal["auto", "as_set"] = Field(
-        "auto", description="auto: on a card, share the effective batch out as its memory allows; as_set: as the settings say"
-    )
-    padding: Literal["auto", "padded", "padding_free"] = Field("auto", description="how rows of unequal length share a batch")
-    num_processes: int = Field(1, ge=1, description="cards to train on, one process each; the effective batch stays")
-    max_hours: float | None = Field(
-        None, gt=0, description="stop in good time before this, with a checkpoint; the next call goes on"
-    )
-
-    @property
-    def effective_batch_size(self) -> int:
-        """Rows per optimizer step, however many processes and micro-batches share them."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
-
-    @model_validator(mode="after")
-    def _steps(self) -> TrainingSettings:
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"training.max_steps is {self.max_steps}: expected a number of steps, or -1 for whole epochs")
-        if self.effective_batch_size % self.num_processes:
-            raise ValueError(
-                f"training.num_processes is {self.num_processes}: the effective batch of {self.effective_batch_size} rows cannot "
-                f"be shared evenly by so many. Choose a divisor, or change training.gradient_accumulation_steps"
-            )
-        return self
-
-
-class GenerationSettings(_Section):
-    max_new_tokens: int = Field(1200, ge=1)
-    do_sample: bool = Field(False, description="sample the one question of notebook 02; scored answers: evaluation.n_samples")
-    temperature: float = Field(0.6, gt=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="questions answered at once; auto: what the card's memory holds"
-    )
-    cache_implementation: Literal["auto", "static", "dynamic"] = Field(
-        "auto", description="static: 16-bit weights and a compiled step, for cards with room; auto: where it pays"
-    )
-
-
-class EvaluationSettings(_Section):
-    num_questions: int = Field(20, ge=1, description="held-out questions that both models answer")
-    n_samples: int = Field(
-        0, ge=0, description="sampled answers a question (temperature, top_p of generation) beside the greedy one"
-    )
-    mcq_tasks: tuple[str, ...] = Field(("shipped",), description="shipped, medqa, medmcqa, pubmedqa, or a local .jsonl file")
-    mcq_limit: int | None = Field(None, ge=1, description="questions per task, spread over the specialties; None: all")
-    mcq_max_new_tokens: int = Field(1200, ge=1)
-    embedding_model: str | None = Field(
-        None, description="a sentence-transformers model (folder or Hub id): answers compared with references by meaning too"
-    )
-    confidence_level: float = Field(0.95, gt=0.5, lt=1)
-    n_resamples: int = Field(5000, ge=200, description="bootstrap resamples")
-
-
-class ExportSettings(_Section):
-    dtype: Literal["float16", "bfloat16"] = "float16"
-    logits_tolerance: float = Field(0.02, gt=0, description="largest allowed mean absolute difference of log-probabilities")
-    check_prompts: int = Field(3, ge=1)
-    check_rows: int = Field(8, ge=1, description="held-out rows that merged and trained model's losses are compared on")
-    check_new_tokens: int = Field(32, ge=1)
-    gguf: Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m"] | None = Field(
-        None, description="the merged model as a GGUF file of this type too, for llama.cpp and Ollama; None: no such file"
-    )
-
-    @field_validator("gguf", mode="before")
-    @classmethod
-    def _as_llama_cpp_writes_it(cls, value: Any) -> Any:
-        return value.lower() if isinstance(value, str) else value  # Q4_K_M is what llama.cpp's own lists say
-
-
-class HubSettings(_Section):
-    repo_id: str | None = Field(
-        None, pattern=r"^([\w.-]+/)?[\w.-]+$", description="user/name of the repository to push to; None pushes nothing"
-    )
-    layout: Literal["one", "separate"] = Field(
-        "one", description="one: merged model at the root, adapter/ and gguf/ below; separate: NAME-lora, NAME-merged, NAME-gguf"
-    )
-    private: bool = Field(True, description="false publishes to everybody")
-    artifacts: tuple[Literal["adapter", "merged", "gguf"], ...] = Field(
-        ("adapter", "merged", "gguf"), min_length=1, description="what is sent; gguf only where the run has made one"
-    )
-    tag: str | None = Field(
-        None, pattern=r"^[\w.-]+$", description="tag that a verified push sets; None: run- and a digest of what was pushed"
-    )
-    patience_seconds: float = Field(
-        300, ge=0, description="how long one request is repeated while the Hub is busy, failing or out of reach"
-    )
-
-    def addresses(self, names: Iterable[str], repo_id: str) -> dict[str, str]:
-        """{artifact: the repository it goes to}, as the layout says."""
-        suffixes = {"adapter": "-lora", "merged": "-merged", "gguf": "-gguf"}
-        return {name: repo_id + (suffixes[name] if self.layout == "separate" else "") for name in names}
-
-
-class TrackingSettings(_Section):
-    backend: Literal["auto", "wandb", "trackio", "tensorboard", "none"] = Field(
-        "auto", description="auto: wandb where there is a key for it, else trackio where it is installed, else none"
-    )
-    project: str = Field("medcot", min_length=1, description="the tracker's project")
-    job_type: str = Field("training", description="W&B's job type")
-    entity: str | None = Field(None, description="W&B's team or user; None: the key's own")
-    mode: Literal["auto", "online", "offline"] = Field(
-        "auto", description="W&B: online needs a key, and it is an error in notebook 01 if there is none; auto: offline then"
-    )
-
-
-_SECRET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,31}")
-_LIKE_A_SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}|KGAT_.+|wandb_v\d_.+|[0-9a-fA-F]{32,}")
-
-
-class SecretsSettings(_Section):
-    """Names under which secrets are looked for, first one first; never the secrets."""
-
-    huggingface: tuple[str, ...] = ("HF_TOKEN", "HUGGINGFACE_TOKEN")
-    wandb: tuple[str, ...] = ("WANDB_API_KEY", "wandb")
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _names_only(cls, value: Any, info: ValidationInfo) -> Any:
-        names = [value] if isinstance(value, str) else value
-        good = isinstance(names, list | tuple) and all(isinstance(name, str) and _is_name(name) for name in names)
-        if not good or not names:  # what was given may be a secret, so it is not repeated
-            raise ValueError(
-                f"secrets.{info.field_name} takes the names of secrets (as in [HF_TOKEN]), and what was given is none. If it was "
-                f"the secret itself, put it into the environment or the platform's secret store"
-            )
-        return tuple(names)
-
-
-def _is_name(text: str) -> bool:
-    return bool(_SECRET_NAME.fullmatch(text)) and not _LIKE_A_SECRET.fullmatch(text)
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """All settings of one run. Frozen: a notebook reads it and never changes it."""
 
     profile: str
