@@ -53,6 +53,8 @@ def save_merged(engine: ModuleType, run: Run) -> Path:
         for need in wanted:
             free = platforms.disk_free_gib(need.folder)
             print(f"{need.what} ({need.place}): {need.gib or 0:.2f} GiB needed, {free:.1f} GiB free")
+        if platforms.platform_name() == "kaggle" and run.config.hub.repo_id is None:
+            print("Kaggle's scratch disk ends with the session: set hub.repo_id, and what lies there is pushed to the Hub")
     return run.get_or_make(
         "merged", lambda: lambda folder: engine.merge(run.config.model, adapter, folder, run.config.export.dtype)
     )

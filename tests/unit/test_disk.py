@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import errno
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
 from medcot_utils import disk, platforms
 from medcot_utils.config import load_config
 from medcot_utils.disk import DiskError, Need, disk_table, is_disk_full, needs, require_room, shortages, still_to_export
+from medcot_utils.export import save_merged
 from medcot_utils.platforms import GIB, scratch_dir
 from medcot_utils.run import Run, write_atomic
 
@@ -140,6 +142,16 @@ def test_on_kaggle_the_merged_model_lies_on_scratch_and_is_verified_there(kaggle
     assert run.is_fresh("merged") and run.display(merged) == f"scratch/{merged.parent.name}/merged"
     (merged / "weights.bin").unlink()
     assert not Run.open(working / "run").is_fresh("merged"), "gone with the session: made again, not trusted"
+
+
+@pytest.mark.parametrize(("overrides", "told"), [([], True), (["hub.repo_id=me/cot"], False)])
+def test_on_kaggle_a_merge_that_is_not_pushed_is_told_to_end_with_the_session(kaggle, write_all, capsys, overrides, told):
+    run = write_all(Run.create(kaggle[0] / "run", load_config("smoke", overrides)))
+    run.write("plan", {"total_parameters": 1000})
+    (run.require("merged") / "weights.bin").unlink()
+    engine = SimpleNamespace(merge=lambda settings, adapter, folder, dtype: (folder / "weights.bin").write_bytes(b"new"))
+    assert (save_merged(engine, Run.open(run.path)) / "weights.bin").read_bytes() == b"new"
+    assert ("ends with the session: set hub.repo_id" in capsys.readouterr().out) is told
 
 
 def test_two_runs_do_not_share_their_scratch(monkeypatch, tmp_path):
