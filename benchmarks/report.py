@@ -92,6 +92,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
     a, b, c = (found[f"training {variant}"] for variant in "abc")
     ceiling, profile = found["ceiling"], c["profile_seconds_per_step"]
     t4 = found["training c as on a T4"]
+    bfloat16, float32 = (found[f"losses a in {dtype}"] for dtype in ("bfloat16", "float32"))
     busy = {kind: seconds for kind, seconds in profile.items() if kind != "wall"}
     total = sum(busy.values())
     shares = ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in busy.items())
@@ -105,6 +106,10 @@ def sentences(found: dict[str, Any]) -> list[str]:
         f"which b itself is {worst_loss_difference(b, a):.2%} away. "
         f"First step, compilation included: a {a['first_step_seconds']:.0f} s, b {b['first_step_seconds']:.0f} s, "
         f"c {c['first_step_seconds']:.0f} s.",
+        "",
+        f"The digits kept between the layers make a's distance: with bfloat16 there, as b and c have it, a is within "
+        f"{worst_loss_difference(bfloat16, c):.2%} of c; all in float32, within {worst_loss_difference(float32, a):.2%} of "
+        f"itself as above, and c in float16 is within {worst_loss_difference(t4, float32):.2%} of that.",
         "",
         f"Where the time of c's step goes on the card: {shares} ({profile['wall']:.2f} s by the clock, profiled).",
         "",

@@ -30,6 +30,8 @@ def measurements(cards: int) -> dict[str, list[str]]:
         "training c": ["training.py", "c", "--profile"],
         "training c as on a T4": ["training.py", "c", *_settings(REHEARSAL)],
     }
+    # Why a's losses are not b's and c's: it keeps more digits between the layers. Here none of them more, and all of them.
+    losses = {f"losses a in {dtype}": ["training.py", "a", "--precision", dtype] for dtype in ("bfloat16", "float32")}
     static = _settings(["generation.cache_implementation=static"])
     generation = {"generation article": ["generation.py", "article"]} | {
         f"generation {prompts}": ["generation.py", "batches", "--prompts", str(prompts), *static] for prompts in (64, 16)
@@ -40,7 +42,7 @@ def measurements(cards: int) -> dict[str, list[str]]:
         for count in (1, 2, 4)
         if cards > 1 and count <= cards
     }
-    return {"ceiling": ["ceiling.py"]} | training | generation | several
+    return {"ceiling": ["ceiling.py"]} | training | losses | generation | several
 
 
 def _settings(pairs: list[str]) -> list[str]:
@@ -68,7 +70,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a folder or Hub id; benchmarks/make_random_8b.py makes one")
     parser.add_argument("--rows", required=True, help="jsonl with Question, Complex_CoT, Response")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", help="names that begin so: training, generation, ceiling, cards")
+    parser.add_argument("--only", nargs="*", help="names that begin so: training, losses, generation, ceiling, cards")
     options = parser.parse_args()
     found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     found["environment"] = environment()

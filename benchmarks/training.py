@@ -42,18 +42,23 @@ def variant_a(options: argparse.Namespace, rows: list[dict[str, str]]):
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
+    dtype = torch.float32 if options.precision == "float32" else torch.bfloat16
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(
-        options.model, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa"
+        options.model, quantization_config=quantization, dtype=dtype, device_map={"": 0}, attn_implementation="sdpa"
     )
     torch.manual_seed(3407)
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
+    if options.precision == "bfloat16":
+        model.requires_grad_(False).enable_input_require_grads()
+    else:  # makes the embedding and the norms, and with them what passes from layer to layer, float32
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=PROJECTIONS, task_type="CAUSAL_LM"))
     texts = article_texts(rows, tokenizer.eos_token)
-    arguments = ARTICLE | {"gradient_checkpointing": True, "bf16": True, "dataset_text_field": "text"}
+    mixed = options.precision != "float32"
+    arguments = ARTICLE | {"gradient_checkpointing": True, "bf16": mixed, "dataset_text_field": "text"}
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**common(options, len(rows), 8), **arguments),
@@ -214,6 +219,12 @@ def main() -> None:
     parser.add_argument("--work", required=True, help="a scratch folder")
     parser.add_argument("--out", required=True)
     parser.add_argument("--set", action="append", default=[], help="c only: a setting over profile article")
+    parser.add_argument(
+        "--precision",
+        choices=["as PEFT advises", "bfloat16", "float32"],
+        default="as PEFT advises",
+        help="a only. As PEFT advises: bfloat16, with embedding and norms, and so what passes between the layers, in float32",
+    )
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
 
@@ -249,6 +260,7 @@ def main() -> None:
         "losses": [round(float(entry["loss"]), 5) for entry in trainer.state.log_history if "loss" in entry],
         "skipped_steps": sum(entry.get("skipped_step", 0) for entry in trainer.state.log_history),
         "precision": "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else "float32",
+        "adapter_dtype": str(next(weight.dtype for weight in trainer.model.parameters() if weight.requires_grad)),
     }
     if torch.cuda.is_available():
         result["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)

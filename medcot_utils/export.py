@@ -13,6 +13,7 @@ from medcot_utils.engines.embedded import PREFIX, describe, hub_address
 from medcot_utils.engines.merging import load_base, load_unquantized
 from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation import format_interval, verdict
+from medcot_utils.generation import complete
 from medcot_utils.losses import row_losses
 from medcot_utils.measures import METRICS
 from medcot_utils.prompts import inference_prompt
@@ -114,24 +115,19 @@ def _probe(
     import torch
 
     model.eval()
+    # All prompts in one batch: where part of the model waits in the machine's memory, each step moves it to the card once.
+    greedy = {"max_new_tokens": config.export.check_new_tokens, "do_sample": False, "cache_implementation": "dynamic"}
+    settings = config.generation.model_copy(update=greedy)
+    completions = complete(model, tokenizer, prompts, settings)
     found = []
-    for prompt, question in zip(prompts, questions, strict=True):
+    for prompt, question, completion in zip(prompts, questions, completions, strict=True):
         ids = tokenizer(prompt + question["Complex_CoT"], return_tensors="pt").to(model.device)
-        start = tokenizer(prompt, return_tensors="pt").to(model.device)
+        start = len(tokenizer(prompt)["input_ids"])
         with torch.inference_mode():
             # From the prompt's last position on: what the model says of the reasoning, not of the question it was given.
-            logits = model(**ids).logits[0, start["input_ids"].shape[1] - 1 :]
+            logits = model(**ids).logits[0, start - 1 :]
             logprobs = logits.float().log_softmax(-1).cpu()
-            greedy = model.generate(
-                **start,
-                max_new_tokens=config.export.check_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        found.append({"logprobs": logprobs, "greedy": greedy[0, start["input_ids"].shape[1] :].tolist()})
+        found.append({"logprobs": logprobs, "greedy": completion})
     return found
 
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from medcot_utils.card import free_card_memory
 from medcot_utils.config import GenerationSettings
 from medcot_utils.errors import MedcotError
-from medcot_utils.plans import free_card_memory
 from medcot_utils.prompts import inference_prompt, parse_completion
 
 MAX_BATCH = 64  # more gains little on a card: the step is then bound by arithmetic
@@ -168,10 +168,11 @@ def complete(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     settings: GenerationSettings,
-    batch_size: int,
-    longest: int,
+    batch_size: int | None = None,
+    longest: int | None = None,
 ) -> list[list[int]]:
-    """Token ids after each prompt."""
+    """Token ids after each prompt, all answered in one batch. A static cache needs `batch_size` and `longest` (tokens of the
+    longest prompt of any batch): the one shape that it is compiled for."""
     import torch
 
     arguments, length = generate_arguments(settings, tokenizer), None

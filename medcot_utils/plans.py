@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,25 +87,6 @@ def memory_parts(
     }
     parts["total"] = sum(parts.values())
     return {name: round(size / 1e6, 1) for name, size in parts.items()}
-
-
-def free_card_memory() -> float:
-    """Bytes that this process can still take on its card, what it holds unused counted in; infinite without a card. In a
-    group of processes: the least of any."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return math.inf
-    gc.collect()
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    allowed = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
-    least = min(free, allowed)
-    if torch.distributed.is_initialized():
-        everywhere = torch.tensor(least, dtype=torch.float64, device="cuda")
-        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
-        least = everywhere.item()
-    return least
 
 
 def padded_tokens(lengths: Sequence[int], rows: int) -> float:

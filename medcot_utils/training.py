@@ -14,11 +14,12 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.utils.notebook import NotebookProgressCallback
 
 from medcot_utils.callbacks import LossFigure, ProgressFile, SkippedSteps, TimeBudget, TimeBudgetReached, TqdmProgress
+from medcot_utils.card import free_card_memory, release_card_memory
 from medcot_utils.config import RunConfig
 from medcot_utils.disk import full_disk_told
 from medcot_utils.engines import compute_dtype
 from medcot_utils.errors import MedcotError
-from medcot_utils.plans import BatchPlan, batch_plans, choose, free_card_memory
+from medcot_utils.plans import BatchPlan, batch_plans, choose
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -182,18 +183,13 @@ def _take_up(trainer: SFTTrainer, checkpoint: Path, state: TrainerState) -> None
 def _keep_finished_steps(trainer: SFTTrainer) -> None:
     """Save the state after the last finished step and give back what the trainer holds on the card. A step that ran out of
     memory has changed neither weights nor optimizer, so nothing of it needs undoing."""
-    import gc
-
-    import torch
-
     trainer.model.zero_grad(set_to_none=True)
     saved = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
     if trainer.state.global_step > 0 and checkpoint_fault(saved) is not None:
         trainer._save_checkpoint(trainer.model, trial=None)
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
-    gc.collect()
-    torch.cuda.empty_cache()
+    release_card_memory()
 
 
 def check_effective_batch(trainer: SFTTrainer, config: RunConfig) -> int:

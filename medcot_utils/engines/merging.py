@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from psutil import virtual_memory
 
+from medcot_utils.card import free_card_memory
 from medcot_utils.config import ModelSettings
 from medcot_utils.engines.embedded import load_tokenizer, model_source
 from medcot_utils.errors import MedcotError
-from medcot_utils.plans import free_card_memory
 
 if TYPE_CHECKING:
     import torch

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from medcot_utils.card import release_card_memory
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.engines import compute_dtype, local_rank
 from medcot_utils.engines.embedded import load_tokenizer, model_source
@@ -21,6 +22,7 @@ WHOLE_LOGITS = True  # TRL's loss keeps the logits of a whole micro-batch
 
 def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model, 4-bit nf4 with double quantization if asked, and its tokenizer; with the trained adapter on it if given."""
+    release_card_memory()
     source, dtype = model_source(settings.name), compute_dtype(settings)
     quantization = None
     if settings.load_in_4bit:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unsloth import FastLanguageModel
 
+from medcot_utils.card import release_card_memory
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.engines import local_rank
 from medcot_utils.engines.embedded import model_source
@@ -27,6 +28,7 @@ _PADDED_FROM = (9, 0)
 
 def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As the article: `FastLanguageModel.from_pretrained`, from the pinned pre-quantized copy where there is one."""
+    release_card_memory()
     quantized = settings.load_in_4bit and settings.quantized_name is not None
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=settings.quantized_name if quantized else model_source(settings.name),

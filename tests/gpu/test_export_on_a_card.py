@@ -66,3 +66,24 @@ def test_a_model_larger_than_the_card_is_merged_as_on_a_large_one(wide_llama, ad
     assert small.keys() == large.keys()
     for name, tensor in large.items():
         assert torch.allclose(small[name].float(), tensor.float(), rtol=0.01, atol=1e-3), name
+
+
+def test_a_model_that_filled_the_card_makes_room_for_the_next(wide_llama, adapter, small_card, make_config):
+    import torch
+
+    from medcot_utils.engines import get_engine
+    from medcot_utils.engines.merging import load_base
+
+    settings = make_config().model
+    engine = get_engine(settings)
+    base, tokenizer = load_base(settings, "bfloat16", adapter)
+    assert set(base.hf_device_map.values()) == {0, "cpu"}
+    inputs = tokenizer(["A man with chest pain and"], return_tensors="pt").to("cuda")
+    with torch.inference_mode():
+        base(**inputs)
+    held = torch.cuda.memory_allocated()
+    del base
+    trained, _ = engine.load(settings, adapter)
+    assert torch.cuda.memory_allocated() < held
+    with torch.inference_mode():
+        engine.for_inference(trained)(**inputs)

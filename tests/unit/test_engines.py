@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import weakref
 
 import pytest
 import torch
@@ -306,3 +308,24 @@ def test_an_evaluation_before_training_leaves_the_gradients_whole(engine):
         tuned(token_ids(tuned))
     assert packed_layers(tuned)[0] == 0
     assert_gradients_reach_the_first_layer(tuned)
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_a_deleted_model_is_given_back_before_the_next_one_is_loaded(engine):
+    class Wrapped:  # as accelerate and PEFT wrap a model: what is wrapped knows its wrapper
+        def __init__(self):
+            self.forward = lambda: self
+
+    gc.collect()
+    gc.disable()
+    try:
+        model = Wrapped()
+        still_there = weakref.ref(model)
+        del model
+        assert still_there() is not None
+        engine.load(CONFIG.model)
+        assert still_there() is None
+    finally:
+        gc.enable()

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from medcot_utils.card import free_card_memory
 from medcot_utils.config import load_config
 from medcot_utils.engines import get_engine
 from medcot_utils.plans import (
@@ -15,7 +16,6 @@ from medcot_utils.plans import (
     PlanError,
     batch_plans,
     choose,
-    free_card_memory,
     memory_parts,
     padded_tokens,
     plans_table,

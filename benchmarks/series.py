@@ -1,0 +1,87 @@
+"""Whole runs of the series at full size, all seven notebooks headless, and what each notebook took:
+
+    python benchmarks/series.py --model PATH --rows FILE --work FOLDER --out benchmarks/results/NAME-series.json
+
+The run directories stay in FOLDER: the same command goes on where a run was cut off. `benchmarks/report.py` makes a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from run import REHEARSAL, environment
+
+RUNS = {"a large card": ["generation.cache_implementation=static"], "as on a T4": REHEARSAL}
+# Profile article with fewer steps, questions and tokens: enough for every notebook to do all that it does.
+SETTINGS = {
+    "dataset.num_rows": 80,
+    "dataset.held_out_rows": 20,
+    "training.max_steps": 20,
+    "training.logging_steps": 1,
+    "training.save_steps": 10,
+    "training.eval_steps": 10,
+    "generation.max_new_tokens": 128,
+    "evaluation.num_questions": 15,
+    "evaluation.mcq_limit": 4,
+    "evaluation.mcq_max_new_tokens": 64,
+    "export.check_rows": 4,
+}
+WHAT = (
+    f"medcot run --profile article on the 8B model, seven notebooks headless: {SETTINGS['dataset.num_rows']} training rows, "
+    f"{SETTINGS['dataset.held_out_rows']} held out, {SETTINGS['training.max_steps']} steps, "
+    f"{SETTINGS['evaluation.num_questions']} questions with {SETTINGS['generation.max_new_tokens']} tokens each, "
+    f"{SETTINGS['evaluation.mcq_limit']} multiple-choice questions"
+)
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run, or go on with, one series; what its manifest says of it, finished or not."""
+    run_dir = options.work / name.replace(" ", "-")
+    settings = [*RUNS[name], *options.set]
+    pairs = [f"model.name={options.model}", f"dataset.path={options.rows}", *(f"{key}={SETTINGS[key]}" for key in SETTINGS)]
+    sets = [word for pair in [*pairs, *settings] for word in ("--set", pair)]
+    command = [sys.executable, "-m", "medcot_utils", "run", "--profile", "article", "--run-dir", str(run_dir), *sets]
+    done = subprocess.run(command, check=False)
+    print(f"{name}: exit {done.returncode}", flush=True)
+    return {"settings": settings, "exit": done.returncode} | read_run(run_dir)
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """{steps: {notebook: {state, seconds, peak_memory_mb, peak_card_memory_mb}}, memory_gb, skipped_steps} as far as it went."""
+    steps = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["steps"]
+    keys = ("state", "seconds", "peak_memory_mb", "peak_card_memory_mb")
+    found: dict[str, Any] = {"steps": {step: {key: entry.get(key) for key in keys} for step, entry in steps.items()}}
+    if (training := found["steps"].get("05_training", {})).get("state") == "done":
+        plan = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
+        log = [json.loads(line) for line in (run_dir / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
+        card = training["peak_card_memory_mb"] or {}
+        memory = {"estimated": plan["plan_memory_mb"], "in use": card.get("allocated"), "reserved": card.get("reserved")}
+        found["memory_gb"] = {name: value and round(value / 1e3, 1) for name, value in memory.items()}
+        found["skipped_steps"] = sum(entry.get("skipped_step", 0) for entry in log)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder or Hub id; benchmarks/make_random_8b.py makes one")
+    parser.add_argument("--rows", required=True, help="jsonl with Question, Complex_CoT, Response")
+    parser.add_argument("--work", type=Path, required=True, help="where the run directories lie")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--set", action="append", default=[], help="a setting over all of these")
+    options = parser.parse_args()
+    found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    cards = environment()["cards"]
+    found |= {"what": WHAT, "card": cards[0] if cards else None}
+    for name in options.only:
+        found[name] = measure(name, options)
+        options.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    sys.exit(any(found[name]["exit"] for name in options.only))
+
+
+if __name__ == "__main__":
+    main()
