@@ -47,6 +47,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "medcot_utils", "run", "--profile", "article", "--run-dir", str(run_dir), *sets]
     done = subprocess.run(command, check=False)
     print(f"{name}: exit {done.returncode}", flush=True)
+    if not (run_dir / "manifest.json").exists():
+        sys.exit(done.returncode)  # refused before it began; medcot has said why
     return {"settings": settings, "exit": done.returncode} | read_run(run_dir)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
+
+_before = {"allocated": 0, "reserved": 0}  # bytes: the peaks before measuring began anew
 
 
 def release_card_memory() -> None:
@@ -31,3 +34,26 @@ def free_card_memory() -> float:
         torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
         least = everywhere.item()
     return least
+
+
+def measure_anew() -> None:
+    """Let torch's own peaks start from what is held now. `peak_card_memory_mb` still knows the earlier ones."""
+    import torch
+
+    if torch.cuda.is_available():
+        _before.update(_peaks())
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_card_memory_mb() -> dict[str, int] | None:
+    """{allocated, reserved}: the most that this process has held of its card, in MB; None if it has not used one."""
+    if "torch" not in sys.modules or not sys.modules["torch"].cuda.is_initialized():
+        return None
+    return {kind: round(peak / 1e6) for kind, peak in _peaks().items()}
+
+
+def _peaks() -> dict[str, int]:
+    import torch
+
+    now = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    return {kind: max(peak, _before[kind]) for kind, peak in now.items()}

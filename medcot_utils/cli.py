@@ -151,13 +151,16 @@ def _print_status(found: dict, run_dir: Path) -> None:
     from medcot_utils.layout import ARTIFACTS
     from medcot_utils.measures import METRICS
 
-    steps = Table(
-        "step", "state", "seconds", "peak memory", title=f"{run_dir} (profile {found['profile']})", title_justify="left"
-    )
+    title = f"{run_dir} (profile {found['profile']})"
+    steps = Table("step", "state", "seconds", "peak memory", title=title, title_justify="left")
+    if used_a_card := any(step["peak_card_memory_mb"] for step in found["steps"]):
+        steps.add_column("of the card")
     for step in found["steps"]:
-        memory = "" if step["peak_memory_mb"] is None else f"{step['peak_memory_mb']} MB"
+        card = step["peak_card_memory_mb"]
+        cells = ["" if step["peak_memory_mb"] is None else f"{step['peak_memory_mb']} MB"]
+        cells += ["" if card is None else f"{card['reserved']} MB"] if used_a_card else []
         seconds = "" if step["seconds"] is None else f"{step['seconds']:.0f}"
-        steps.add_row(step["name"], step["state"] + (f": {step['error']}" if step["error"] else ""), seconds, memory)
+        steps.add_row(step["name"], step["state"] + (f": {step['error']}" if step["error"] else ""), seconds, *cells)
     console.print(steps)
     if found["metrics"]:
         metrics = Table("metric", "base", "tuned", "difference", "verdict", title="before and after", title_justify="left")

@@ -104,7 +104,7 @@ def execute() -> None:
     from nbclient import NotebookClient
 
     from medcot_utils.plots import comparison_figure
-    from medcot_utils.run import Run
+    from medcot_utils.run import Run, describe_costs
 
     folder = notebooks_dir()
     with tempfile.TemporaryDirectory() as temporary:
@@ -117,8 +117,7 @@ def execute() -> None:
             client.extra_arguments = QUIET_KERNEL
             client.execute()
             nbformat.write(clean(notebook), path)
-            entry = Run.open(run_dir).manifest()["steps"][name]
-            print(f"{name}: {entry['seconds']} s, peak memory {entry['peak_memory_mb']} MB", flush=True)
+            print(f"{name}: {describe_costs(Run.open(run_dir).manifest()['steps'][name])}", flush=True)
         figure = comparison_figure(Run.open(run_dir).read("metrics")["metrics"])
         figure.savefig(folder.parent / "docs" / "comparison.png", metadata={"Software": None})
 

@@ -34,9 +34,12 @@ class ExportError(MedcotError):
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, folder: Path) -> None:
     """The adapter and its tokenizer into `folder`, with the base model named as the configuration names it.
 
-    PEFT writes where the base was loaded from, which for an embedded model is a folder of this machine."""
+    PEFT writes where the base was loaded from, which for an embedded model is a folder of this machine, and the names of
+    the trained modules in an order that is another one in each process."""
     for peft_config in model.peft_config.values():
         peft_config.base_model_name_or_path, peft_config.revision = config.model.name, config.model.revision
+        if isinstance(peft_config.target_modules, set):
+            peft_config.target_modules = sorted(peft_config.target_modules)
     model.save_pretrained(folder, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # an empty template; the run's own card comes in notebook 07

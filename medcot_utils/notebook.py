@@ -75,6 +75,7 @@ def finish(run: Run, step: str) -> pd.DataFrame:
     import pandas as pd
 
     from medcot_utils.layout import ARTIFACTS
+    from medcot_utils.run import describe_costs
 
     entry = run.finish(step, since=_started)
     manifest = run.manifest()["artifacts"]
@@ -87,5 +88,5 @@ def finish(run: Run, step: str) -> pd.DataFrame:
         for name in run.makes(step)
     ]
     # Time differs from run to run, the table need not: so on another stream.
-    print(f"{step}: {entry['seconds']} s, peak memory {entry['peak_memory_mb']} MB", file=sys.stderr)
+    print(f"{step}: {describe_costs(entry)}", file=sys.stderr)
     return pd.DataFrame(lines).set_index("artifact")

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from medcot_utils import platforms
+from medcot_utils.card import peak_card_memory_mb
 from medcot_utils.config import ConfigError, RunConfig, config_from_dict
 from medcot_utils.disk import full_disk_told
 from medcot_utils.errors import MedcotError
@@ -49,6 +50,13 @@ def sha256_of(path: Path) -> tuple[str, int]:
         digest.update(f"{file.relative_to(path).as_posix()}\0{one}\n".encode())
         total += size
     return digest.hexdigest(), total
+
+
+def describe_costs(entry: dict[str, Any]) -> str:
+    """A done step's seconds and memory, from its entry in the manifest."""
+    card = entry.get("peak_card_memory_mb")
+    of_the_card = f", {card['reserved']} MB of the card" if card else ""
+    return f"{entry['seconds']} s, peak memory {entry['peak_memory_mb']} MB{of_the_card}"
 
 
 def _fsync(path: Path) -> None:
@@ -342,12 +350,13 @@ class Run:
         return None if self.is_fresh(name, deep=False) else name
 
     def finish(self, step: str, since: float | None = None) -> dict[str, Any]:
-        """Record the step as done, with seconds since `since` (a `time.time()`; `begin` if None) and this process's peak
-        memory in MB."""
+        """Record the step as done, with seconds since `since` (a `time.time()`; `begin` if None) and the most that this process
+        has held of the machine's memory and of its card's, in MB."""
         began = since or self.manifest()["steps"][step]["started"]
         # Linux reports kilobytes.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        entry = {"state": "done", "seconds": round(time.time() - began, 1), "peak_memory_mb": round(peak)}
+        memory = {"peak_memory_mb": round(peak), "peak_card_memory_mb": peak_card_memory_mb()}
+        entry = {"state": "done", "seconds": round(time.time() - began, 1)} | memory
         self.record_step(step, **entry)
         return entry
 

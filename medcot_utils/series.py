@@ -18,7 +18,7 @@ from medcot_utils.disk import full_disk_told
 from medcot_utils.engines import quiet_start
 from medcot_utils.errors import MedcotError
 from medcot_utils.layout import STEPS
-from medcot_utils.run import CONFIG, Run
+from medcot_utils.run import CONFIG, Run, describe_costs
 
 NOTEBOOKS = tuple(STEPS)
 HEADLINE = ("eval_loss", "closed_think_rate", "finished_rate", "rouge_l", "thinking_tokens", "answer_tokens")
@@ -145,8 +145,7 @@ def _run_steps(
         if name == NOTEBOOKS[0]:
             given |= {"PROFILE": run.config.profile, "OVERRIDES": overrides_of(run.config)}
         _run_notebook(run, folder / f"{name}.ipynb", given, report)
-        entry = run.manifest()["steps"][name]
-        say(f"{name}: {entry['seconds']:.0f} s, peak memory {entry['peak_memory_mb']} MB")
+        say(f"{name}: {describe_costs(run.manifest()['steps'][name])}")
     return run
 
 
@@ -214,13 +213,14 @@ def _register_engine(name: str, report: Report) -> None:
 
 
 def status(run: Run) -> dict[str, Any]:
-    """{run_dir, profile, steps: [{name, state, seconds, peak_memory_mb, error}], metrics}: what `medcot status --json` prints.
+    """What `medcot status --json` prints: {run_dir, profile, steps, metrics}.
 
-    metrics holds the headline ones, each {base, tuned, difference: {value, low, high, n}}; empty before notebook 06."""
+    A step: {name, state, seconds, peak_memory_mb, peak_card_memory_mb, error}, the card's as {allocated, reserved}, None without
+    one. metrics holds the headline ones, each {base, tuned, difference: {value, low, high, n}}; empty before notebook 06."""
     recorded = run.manifest()["steps"]
     steps = [
         {"name": name, "state": run.step_state(name, deep=False)}
-        | {key: recorded.get(name, {}).get(key) for key in ("seconds", "peak_memory_mb", "error")}
+        | {key: recorded.get(name, {}).get(key) for key in ("seconds", "peak_memory_mb", "peak_card_memory_mb", "error")}
         for name in NOTEBOOKS
     ]
     metrics = {}

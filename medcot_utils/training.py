@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.utils.notebook import NotebookProgressCallback
 
 from medcot_utils.callbacks import LossFigure, ProgressFile, SkippedSteps, TimeBudget, TimeBudgetReached, TqdmProgress
-from medcot_utils.card import free_card_memory, release_card_memory
+from medcot_utils.card import free_card_memory, measure_anew, release_card_memory
 from medcot_utils.config import RunConfig
 from medcot_utils.disk import full_disk_told
 from medcot_utils.engines import compute_dtype
@@ -123,15 +123,13 @@ def train(
     Raises DiskError where a checkpoint finds no room (the one before stays whole), the card's own error if the last plan runs
     out of memory too, TimeBudgetReached where training.max_hours ended it in time (a checkpoint is there), and TrainingError
     for an effective batch other than the configured one."""
-    import torch
     from accelerate.utils.memory import should_reduce_batch_size
 
     for plan, smaller in zip(plans, [*plans[1:], None], strict=True):
         trainer = prepare_trainer(make_trainer(plan), config)
         for callback in callbacks:
             trainer.add_callback(callback)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        measure_anew()
         try:
             with full_disk_told("a checkpoint", Path(trainer.args.output_dir)):
                 _train_or_resume(trainer)

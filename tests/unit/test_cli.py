@@ -170,13 +170,18 @@ def test_status_as_json_has_every_step_and_no_metrics_before_the_comparison(tmp_
     assert set(found) == {"run_dir", "profile", "steps", "metrics"}
     assert (found["profile"], found["metrics"]) == ("smoke", {})
     assert [step["name"] for step in found["steps"]] == list(STEPS)
-    assert all(set(step) == {"name", "state", "seconds", "peak_memory_mb", "error"} for step in found["steps"])
+    keys = {"name", "state", "seconds", "peak_memory_mb", "peak_card_memory_mb", "error"}
+    assert all(set(step) == keys for step in found["steps"])
     first, second, *rest = found["steps"]
     assert first["state"] == "done" and first["peak_memory_mb"] > 10 and first["error"] is None
     assert (second["state"], second["error"]) == ("failed", "ValueError: no")
     assert {step["state"] for step in rest} == {"not run"}
     shown = medcot("status", tmp_path / "run").stdout
     assert "failed: ValueError: no" in shown and "07_export" in shown
+    assert "of the card" not in shown
+    run.record_step("01_setup", peak_card_memory_mb={"allocated": 7700, "reserved": 8812})
+    shown = medcot("status", tmp_path / "run").stdout
+    assert "of the card" in shown and "8812 MB" in shown
 
 
 def test_doctor_says_of_every_profile_whether_it_can_run_here(tmp_path):

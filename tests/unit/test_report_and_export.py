@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -410,6 +411,12 @@ def test_the_saved_adapter_names_its_base_and_no_folder_of_this_machine(exported
     text = (adapter / "adapter_config.json").read_text(encoding="utf-8")
     assert '"base_model_name_or_path": "embedded:tiny-random-llama"' in text
     assert not (adapter / "README.md").exists()
+
+
+@pytest.mark.model
+def test_the_saved_adapter_is_the_same_file_in_every_process(exported):
+    saved = json.loads((exported[1].require("adapter") / "adapter_config.json").read_text(encoding="utf-8"))
+    assert saved["target_modules"] == sorted(CONFIG.lora.target_modules)
 
 
 @pytest.mark.model

@@ -13,7 +13,7 @@ import pytest
 
 from medcot_utils.config import load_config
 from medcot_utils.layout import ARTIFACTS, STEPS
-from medcot_utils.run import CONFIG, MANIFEST, Run, RunError
+from medcot_utils.run import CONFIG, MANIFEST, Run, RunError, describe_costs
 
 
 def stale(run: Run) -> set[str]:
@@ -236,6 +236,15 @@ def test_a_step_goes_from_not_run_over_running_to_done(run_factory):
     entry = run.finish("01_setup")
     assert [*states, run.step_state("01_setup")] == ["not run", "running", "done"]
     assert entry["seconds"] >= 0 and entry["peak_memory_mb"] > 10
+    assert "peak_card_memory_mb" in entry
+
+
+def test_costs_name_the_card_only_where_there_was_one():
+    entry = {"seconds": 93.0, "peak_memory_mb": 16808}
+    assert describe_costs(entry) == "93.0 s, peak memory 16808 MB"
+    assert describe_costs(entry | {"peak_card_memory_mb": None}) == "93.0 s, peak memory 16808 MB"
+    on_a_card = entry | {"peak_card_memory_mb": {"allocated": 7700, "reserved": 8812}}
+    assert describe_costs(on_a_card) == "93.0 s, peak memory 16808 MB, 8812 MB of the card"
 
 
 def test_a_step_whose_process_is_gone_is_interrupted(run_factory):
