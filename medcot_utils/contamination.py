@@ -70,9 +70,7 @@ def _overlaps(questions: list[str], rows: list[str]) -> Any:
     return np.asarray((asked @ held.T).todense()) / np.asarray(totals).reshape(-1, 1)
 
 
-def contaminated(questions: Sequence[dict[str, Any]], data_report: dict[str, Any]) -> set[str]:
-    """The ids of questions that a row the model was trained on repeats: none where such rows were dropped."""
-    if data_report["repeats_dropped"]:
-        return set()
-    asked = {str(question["id"]) for question in questions}
-    return {str(repeat["question_id"]) for repeat in data_report["repeats"]} & asked
+def contaminated(data_report: dict[str, Any]) -> set[str]:
+    """The ids, as text, of questions and held-out rows that a row the model was trained on repeats: none where such rows
+    were dropped."""
+    return set() if data_report["repeats_dropped"] else {str(repeat["question_id"]) for repeat in data_report["repeats"]}

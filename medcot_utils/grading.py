@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pydantic import AwareDatetime, BaseModel
 
 from medcot_utils import pages
+from medcot_utils.contamination import contaminated
 from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation import format_interval
 from medcot_utils.generation import by_sample
@@ -157,7 +158,8 @@ def cohen_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
 
 
 def win_rate(run: Run) -> dict[str, Any] | None:
-    """How often the tuned model's answer was judged better, over the scored questions; None if nothing is graded.
+    """How often the tuned model's answer was judged better, over the scored questions that no training row repeats; None if
+    nothing is graded.
 
     {n: questions graded, of: scored questions, counts: {base, tuned, tie, both_wrong, split}, win_rate: {value, low, high, n},
     p, graders: {name: {verdict: count}}, kappa: [{graders, value, n}], stale}. win_rate: the share of tuned among the n
@@ -172,7 +174,8 @@ def win_rate(run: Run) -> dict[str, Any] | None:
         return None
     pairs = read_pairs(run)
     latest, stale = counted(pairs, grades)
-    scored = [pair.id for pair in pairs if pair.question["scored"]]
+    seen = contaminated(run.read("data_report"))
+    scored = [pair.id for pair in pairs if pair.question["scored"] and pair.id not in seen]
     by_grader: dict[str, dict[str, Verdict]] = {}
     for (grader, name), grade in latest.items():
         if name in scored:

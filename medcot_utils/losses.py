@@ -31,7 +31,7 @@ def row_losses(model: PreTrainedModel, rows: Dataset, batch_size: int, label: st
             # Only the label positions become float32: a full copy of the logits would be the largest tensor of the step.
             picked = logits[position, :-1][wanted].float()
             nll = torch.nn.functional.cross_entropy(picked, labels[position, 1:][wanted], reduction="sum")
-            records[i] = {"model": label, "id": rows[i]["id"], "nll": float(nll), "tokens": int(wanted.sum())}
+            records[i] = {"model": label, "id": str(rows[i]["id"]), "nll": float(nll), "tokens": int(wanted.sum())}
     return records
 
 

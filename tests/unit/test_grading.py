@@ -46,6 +46,7 @@ def fill(run, base="first", tuned="second", count=QUESTIONS):
     run.write("base_answers", records(base, count))
     for name in ("train_rows", "held_out_rows"):
         run.write(name, lambda path: path.write_bytes(b"rows"))
+    run.write("data_report", {"repeats": [], "repeats_dropped": False})
     run.write("adapter", lambda folder: (folder / "weights.bin").write_text(tuned))
     run.write("tuned_answers", records(tuned, count))
     return run
@@ -184,6 +185,15 @@ def test_nothing_graded_is_none_and_nothing_decided_has_no_rate(run):
     graded = win_rate(run)
     assert graded["win_rate"] == {"value": None, "low": None, "high": None, "n": 0} and graded["p"] is None and graded["n"] == 1
     assert "decided" not in describe(graded)
+
+
+def test_a_question_that_a_training_row_repeats_is_not_counted(run):
+    judge(run, {"q0": "tuned", "q1": "base"})
+    run.write("data_report", {"repeats": [{"question_id": "q0"}], "repeats_dropped": False})
+    graded = win_rate(run)
+    assert graded["counts"]["tuned"] == 0 and (graded["win_rate"]["n"], graded["of"]) == (1, 11)
+    run.write("data_report", {"repeats": [{"question_id": "q0"}], "repeats_dropped": True})
+    assert win_rate(run)["win_rate"]["n"] == 2
 
 
 def test_a_later_judgement_replaces_the_earlier_of_the_same_grader(run):
