@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pandas as pd
     from datasets import Dataset
 
     from medcot_utils.config import DatasetSettings
@@ -49,6 +50,24 @@ def find_repeats(train: Dataset, questions: Sequence[dict[str, Any]], settings: 
         shares = {"similarity": round(similarity, 1), "overlap": round(float(overlaps[i, j]), 2)}
         found.append(record | shares | {"exact": theirs[i] == ours[j]})
     return found
+
+
+def repeats_table(repeats: Sequence[dict[str, Any]], questions: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """What `find_repeats` found, a line each: the question beside the training row's, and how alike they are."""
+    import pandas as pd
+
+    texts = {str(question["id"]): question["Question"] for question in questions}
+    lines = [
+        {
+            "question": f"{repeat['question_id']}: {texts[repeat['question_id']]}",
+            "training row": f"{repeat['train_id']}: {repeat['train_question']}",
+            "similarity": repeat["similarity"],
+            "8-word overlap": repeat["overlap"],
+            "exact": repeat["exact"],
+        }
+        for repeat in repeats
+    ]
+    return pd.DataFrame(lines, columns=["question", "training row", "similarity", "8-word overlap", "exact"])
 
 
 def _overlaps(questions: list[str], rows: list[str]) -> Any:

@@ -8,66 +8,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medcot_utils.config import EvaluationSettings, RunConfig
+from medcot_utils.intervals import (
+    format_interval,
+    interval,
+    is_clear,
+    questions_needed,
+    rate,
+    rate_difference,
+    rate_questions_needed,
+)
 from medcot_utils.measures import METRICS, answer_columns, embedder, sampled_columns
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Array = np.ndarray
-FEWEST_QUESTIONS = 6
+# Units of metrics whose differences can be compared with one another.
+SCALES_TO_1 = ("share", "F1", "0 to 1", "cosine")
 
 
 def _ratio(numerator: Array, denominator: Array, axis: int = -1) -> Array:
     return numerator.sum(axis=axis) / denominator.sum(axis=axis)
-
-
-def interval(
-    statistic: Callable[..., Array], columns: Sequence[Array], settings: EvaluationSettings, seed: int
-) -> dict[str, Any]:
-    """{value, low, high, n}: a statistic over paired per-question columns and its bootstrap percentile interval.
-
-    Questions are resampled whole, so both models' answers to one question stay together (scipy.stats.bootstrap, paired).
-    `statistic` takes the columns and an `axis`. low and high are None for a single question."""
-    from scipy.stats import bootstrap
-
-    n, value = len(columns[0]), float(statistic(*columns, axis=-1))
-    if n < 2:
-        return {"value": value, "low": None, "high": None, "n": n}
-    found = bootstrap(
-        tuple(columns),
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=settings.n_resamples,
-        confidence_level=settings.confidence_level,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return {"value": value, "low": float(found.low), "high": float(found.high), "n": n}
-
-
-def exact_p(base: Array, tuned: Array) -> float:
-    """McNemar's exact two-sided p for yes-or-no answers to the same questions: of those on which the models differ, as
-    many should go either way if nothing had changed (scipy.stats.binomtest); 1 where they differ on none."""
-    from scipy.stats import binomtest
-
-    only_base, only_tuned = int(((base == 1) & (tuned == 0)).sum()), int(((base == 0) & (tuned == 1)).sum())
-    return float(binomtest(only_tuned, only_base + only_tuned).pvalue) if only_base + only_tuned else 1.0
-
-
-def questions_needed(spread: float, difference: float, confidence_level: float = 0.95, power: float = 0.8) -> int | None:
-    """How many questions a paired comparison needs to show a mean difference of this size with this power, by the normal
-    approximation: ((z_confidence + z_power) x spread / difference)^2, `spread` being the standard deviation of the
-    difference between questions. None where nothing differs.
-
-    Source: any textbook's sample size of a paired test, e.g. Chow, Shao and Wang, "Sample Size Calculations in Clinical
-    Research", 3.1."""
-    from scipy.stats import norm
-
-    if difference == 0 or spread == 0:
-        return None
-    z = norm.ppf(0.5 + confidence_level / 2) + norm.ppf(power)
-    return max(2, int(np.ceil((z * spread / difference) ** 2)))
 
 
 def _sides(
@@ -76,7 +37,6 @@ def _sides(
     tuned: Sequence[Array],
     settings: EvaluationSettings,
     seed: int,
-    yes_or_no: bool = False,
 ) -> dict[str, dict[str, Any]]:
     def difference(*columns: Array, axis: int = -1) -> Array:
         half = len(columns) // 2
@@ -88,12 +48,9 @@ def _sides(
         "difference": interval(difference, (*base, *tuned), settings, seed),
     }
     # A row of the loss counts by its tokens; its own loss is near enough to say how much rows differ.
-    spread = (tuned[0] / tuned[-1] - base[0] / base[-1]) if len(base) > 1 else tuned[0] - base[0]
-    level, difference_value = settings.confidence_level, found["difference"]["value"]
-    needed = questions_needed(float(np.std(spread, ddof=1)), difference_value, level) if len(spread) > 1 else None
-    found["difference"] |= {"needed": needed}
-    if yes_or_no:
-        found["difference"] |= {"p": exact_p(base[0], tuned[0]), "alpha": round(1 - settings.confidence_level, 6)}
+    differences = (tuned[0] / tuned[-1] - base[0] / base[-1]) if len(base) > 1 else tuned[0] - base[0]
+    spread, value = float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0, found["difference"]["value"]
+    found["difference"] |= {"spread": spread, "needed": questions_needed(spread, value, settings.confidence_level)}
     return found
 
 
@@ -118,8 +75,9 @@ def compare(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Every metric as {base, tuned, difference}, each {value, low, high, n}; the difference is tuned minus base, paired.
 
-    The difference also has `needed` (see `questions_needed`) and, for metrics of yes or no, the exact `p`. Without losses
-    (`[]`) the two metrics made of them are left out. Raises ValueError if the two models did not answer the same questions
+    Shares of yes and no have the intervals and the test of `intervals.rate_difference`, the rest `intervals.interval`'s and
+    the `spread` of the difference between questions; each difference has `needed` (see there). Without losses (`[]`) the two
+    metrics made of them are left out. Raises ValueError if the two models did not answer the same questions
     in the same order."""
     _same_questions(base_answers, tuned_answers)
     metrics = _compare_losses(losses, settings, seed) if losses else {}
@@ -191,20 +149,17 @@ def _compare_columns(
     base: Mapping[str, Array], tuned: Mapping[str, Array], settings: EvaluationSettings, seed: int, yes_or_no: bool
 ) -> dict[str, dict[str, dict[str, Any]]]:
     return {
-        name: _sides(np.mean, [base[name]], [tuned[name]], settings, seed, yes_or_no and METRICS[name].yes_or_no) for name in base
+        name: compare_rates(base[name], tuned[name], settings)
+        if yes_or_no and METRICS[name].yes_or_no
+        else _sides(np.mean, [base[name]], [tuned[name]], settings, seed)
+        for name in base
     }
 
 
-def is_clear(difference: dict[str, Any]) -> bool:
-    """True if the difference's interval lies wholly on one side of zero and, where there is one, the exact test agrees.
-
-    A bootstrap interval has no width where every question says the same, however few they are; the exact test knows. Where
-    there is none, fewer than six questions show nothing: even if all went one way, a sign test would give p = 2/2^5."""
-    if difference["n"] < FEWEST_QUESTIONS or difference["low"] is None:
-        return False
-    if not (difference["low"] > 0 or difference["high"] < 0):
-        return False
-    return difference.get("p", 0) < difference.get("alpha", 1)
+def compare_rates(base: Array, tuned: Array, settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
+    """{base, tuned, difference} of two columns of ones and zeros over the same questions, as `compare` has them."""
+    sides = {label: rate(column, settings.confidence_level) for label, column in (("base", base), ("tuned", tuned))}
+    return sides | {"difference": rate_difference(base, tuned, settings)}
 
 
 def verdict(name: str, metric: dict[str, dict[str, Any]]) -> str:
@@ -239,6 +194,28 @@ def conclusions(metrics: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n\n".join([*parts, "**Not tested** at all:", never])
 
 
+def needed_table(
+    metrics: dict[str, dict[str, dict[str, Any]]], confidence_level: float, sizes: Sequence[float] = (0.05, 0.1, 0.2)
+) -> pd.DataFrame:
+    """How many questions each metric on a scale from 0 to 1 needs to show a difference as large as the one found, and ones
+    of the given sizes, with a power of 0.8; empty cells where nothing differs between questions."""
+    import pandas as pd
+
+    lines = []
+    for name, metric in metrics.items():
+        found = metric["difference"]
+        if METRICS[name].unit not in SCALES_TO_1:
+            continue
+        if "changed" in found:
+            needed = [rate_questions_needed(found["changed"], size, confidence_level) for size in sizes]
+        else:
+            needed = [questions_needed(found["spread"], size, confidence_level) for size in sizes]
+        of_sizes = {f"for {size:.2f}": number for size, number in zip(sizes, needed, strict=True)}
+        lines.append({"metric": METRICS[name].label, "found": f"{found['value']:.2f}", "for that": found["needed"]} | of_sizes)
+    table = pd.DataFrame(lines).set_index("metric")
+    return table.astype(dict.fromkeys(table.columns[1:], "Int64"))
+
+
 def metrics_table(metrics: dict[str, dict[str, dict[str, Any]]]) -> pd.DataFrame:
     """The comparison as a reader wants it: one line a metric, values with their intervals, and the verdict."""
     import pandas as pd
@@ -248,11 +225,3 @@ def metrics_table(metrics: dict[str, dict[str, dict[str, Any]]]) -> pd.DataFrame
         cells = {side: format_interval(metric[side]) for side in ("base", "tuned", "difference")}
         lines.append({"metric": METRICS[name].label, **cells, "verdict": verdict(name, metric)})
     return pd.DataFrame(lines).set_index("metric")
-
-
-def format_interval(entry: dict[str, Any]) -> str:
-    """`1.77 [1.70, 1.84]`, with digits to suit the size."""
-    digits = 0 if abs(entry["value"]) >= 100 else 1 if abs(entry["value"]) >= 10 else 2
-    if entry["low"] is None:
-        return f"{entry['value']:.{digits}f}"
-    return f"{entry['value']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"

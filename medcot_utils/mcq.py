@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from medcot_utils.config import DatasetSettings, EvaluationSettings, RunConfig
-from medcot_utils.evaluation import exact_p, interval, questions_needed
+from medcot_utils.evaluation import compare_rates
 from medcot_utils.prompts import inference_prompt, parse_completion
 from medcot_utils.tasks.utils import McqError, quiet, read_questions
 
@@ -292,36 +292,23 @@ def paired(
     base: Sequence[Mapping[str, Any]],
     tuned: Sequence[Mapping[str, Any]],
     settings: EvaluationSettings,
-    seed: int,
     key: str = "correct",
 ) -> dict[str, Any]:
-    """Two models on the same questions: n, both, only_base, only_tuned, neither (counts of `key`: correct or abstained),
-    base and tuned (as in `accuracy`), and difference, tuned minus base: its bootstrap interval over questions
-    (`evaluation.interval`), McNemar's exact p, alpha, and how many questions one of this size would need.
-
-    base, tuned and difference have the form of `evaluation.compare`'s metrics. Raises ValueError for unlike questions."""
+    """Two models on the same questions: n, both, only_base, only_tuned, neither (counts of `key`: correct or abstained), and
+    base, tuned and difference as `evaluation.compare_rates` gives them. Raises ValueError for unlike questions."""
     import numpy as np
 
     if [(r["task"], r["id"]) for r in base] != [(r["task"], r["id"]) for r in tuned]:
         raise ValueError("base and tuned records are of different questions: same task, limit and seed for both")
     b, t = (np.array([record[key] for record in records], dtype=float) for records in (base, tuned))
-    level = settings.confidence_level
-
-    def difference(b: np.ndarray, t: np.ndarray, axis: int = -1) -> np.ndarray:
-        return t.mean(axis=axis) - b.mean(axis=axis)
-
-    found = interval(difference, (b, t), settings, seed)
-    needed = questions_needed(float(np.std(t - b, ddof=1)), found["value"], level) if len(b) > 1 else None
-    return {
+    counts = {
         "n": len(b),
         "both": int((b * t).sum()),
         "only_base": int((b * (1 - t)).sum()),
         "only_tuned": int(((1 - b) * t).sum()),
         "neither": int(((1 - b) * (1 - t)).sum()),
-        "base": _share(b.astype(int).tolist(), level),
-        "tuned": _share(t.astype(int).tolist(), level),
-        "difference": found | {"p": exact_p(b, t), "alpha": round(1 - level, 6), "needed": needed},
     }
+    return counts | compare_rates(b, t, settings)
 
 
 def seen_in_training(records: Sequence[Mapping[str, Any]], train: Dataset, settings: DatasetSettings) -> set[tuple[str, str]]:
@@ -338,14 +325,16 @@ def compare_mcq(
     tuned: Sequence[Mapping[str, Any]],
     seen: set[tuple[str, str]],
     settings: EvaluationSettings,
-    seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """{mcq_accuracy, mcq_abstained}, each as `paired` gives it, over the questions not in `seen`; empty if none is left."""
+    """{mcq_accuracy, mcq_abstained, mcq_accuracy_answered}, each as `paired` gives it, over the questions not in `seen`, the
+    last over those of them that both models answered; without what no question is left for."""
     clean = [[record for record in records if (record["task"], record["id"]) not in seen] for records in (base, tuned)]
     if not clean[0]:
         return {}
-    keys = {"mcq_accuracy": "correct", "mcq_abstained": "abstained"}
-    return {name: paired(*clean, settings, seed, key) for name, key in keys.items()}
+    found = {name: paired(*clean, settings, key) for name, key in (("mcq_accuracy", "correct"), ("mcq_abstained", "abstained"))}
+    both = [pair for pair in zip(*clean, strict=True) if not any(record["abstained"] for record in pair)]
+    answered = {"mcq_accuracy_answered": paired(*zip(*both, strict=True), settings)} if both else {}
+    return found | answered
 
 
 def published_scores(task: str, own: Mapping[str, Mapping[str, Any]] | None = None) -> pd.DataFrame:

@@ -39,7 +39,7 @@ class Measure:
 METRICS: dict[str, Measure] = {
     "eval_loss": Measure("held-out loss, per trained token", "nats", -1),
     "perplexity": Measure("held-out perplexity", "", -1),
-    "closed_think_rate": Measure("one </think>, text on both sides", "share", 1, yes_or_no=True),
+    "closed_think_rate": Measure("thinking closed once, text on both sides", "share", 1, yes_or_no=True),
     "finished_rate": Measure("answers that end by themselves", "share", 1, yes_or_no=True),
     "answered_rate": Measure("answers with text after the thinking", "share", 1, yes_or_no=True),
     "thinking_tokens": Measure("length of the thinking", "tokens", 0),
@@ -55,6 +55,9 @@ METRICS: dict[str, Measure] = {
     "embedding_similarity": Measure("likeness of meaning to the reference, by evaluation.embedding_model", "cosine", 1),
     "mcq_accuracy": Measure("multiple-choice questions answered rightly", "share", 1, yes_or_no=True),
     "mcq_abstained": Measure("multiple-choice questions without a readable answer", "share", -1, yes_or_no=True),
+    "mcq_accuracy_answered": Measure(
+        "questions answered rightly, of those that both models answered", "share", 1, yes_or_no=True
+    ),
 }
 # A model that never closes its tag has no answer: its style is read off what it wrote last, which is its thinking.
 

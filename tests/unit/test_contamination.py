@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from medcot_utils.config import load_config
-from medcot_utils.contamination import contaminated, find_repeats, normalize
+from medcot_utils.contamination import contaminated, find_repeats, normalize, repeats_table
 from medcot_utils.data import choose_questions, drop_repeats
 from medcot_utils.prompts import ARTICLE_QUESTION
 
@@ -190,6 +190,14 @@ def test_questions_that_were_trained_on_are_contaminated_and_where_the_rows_were
     assert contaminated(data_report(repeats, dropped=False)) == {"q-1"}
     assert contaminated(data_report(repeats, dropped=True)) == set()
     assert drop_repeats(train, repeats)["id"] == ["r2"]
+
+
+def test_the_table_shows_the_question_beside_the_row_that_repeats_it():
+    asked, train = questions(OTHER, ASKED), rows({"Question": REWORDED})
+    (line,) = repeats_table(find_repeats(train, asked, settings()), asked).to_dict("records")
+    assert line["question"] == f"q-1: {ASKED}" and line["training row"] == f"r0: {REWORDED}"
+    assert 85 <= line["similarity"] < 100 and not line["exact"]
+    assert repeats_table([], asked).empty
 
 
 def test_questions_whose_rows_have_numbers_for_ids_are_contaminated_too():

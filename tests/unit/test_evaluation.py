@@ -12,14 +12,11 @@ from medcot_utils.evaluation import (
     compare_all,
     compare_sampled,
     conclusions,
-    exact_p,
-    format_interval,
-    interval,
-    is_clear,
     metrics_table,
-    questions_needed,
+    needed_table,
     verdict,
 )
+from medcot_utils.intervals import questions_needed
 from medcot_utils.losses import row_losses
 from medcot_utils.measures import METRICS, answer_columns
 
@@ -59,143 +56,6 @@ def test_row_losses_are_the_models_own_whatever_the_batch(model_and_rows, batch_
         assert record["model"] == "base"
 
 
-# --- intervals -----------------------------------------------------------------------------------------------------
-
-
-def test_the_interval_of_known_data():
-    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    found = interval(np.mean, [values], SETTINGS, 0)
-    assert (found["value"], found["n"]) == (3.0, 5)
-    # The bootstrap's standard error is sqrt(2 / 5): 1.96 of them on either side.
-    assert found["low"] == pytest.approx(3 - 1.24, abs=0.25) and found["high"] == pytest.approx(3 + 1.24, abs=0.25)
-
-
-def test_one_question_has_a_value_and_no_interval():
-    assert interval(np.mean, [np.array([4.0])], SETTINGS, 0) == {"value": 4.0, "low": None, "high": None, "n": 1}
-
-
-def test_the_interval_is_the_same_with_the_same_seed_and_wider_with_more_confidence():
-    values = np.random.default_rng(3).normal(size=40)
-    narrow = interval(np.mean, [values], SETTINGS, 5)
-    assert narrow == interval(np.mean, [values], SETTINGS, 5)
-    wide = interval(np.mean, [values], SETTINGS.model_copy(update={"confidence_level": 0.99}), 5)
-    assert wide["high"] - wide["low"] > 1.1 * (narrow["high"] - narrow["low"])
-
-
-def test_the_interval_of_a_share_stays_between_0_and_1():
-    one_in_ten = interval(np.mean, [np.array([1.0] + [0.0] * 9)], SETTINGS, 0)
-    nine_in_ten = interval(np.mean, [np.array([0.0] + [1.0] * 9)], SETTINGS, 0)
-    assert one_in_ten["low"] == 0 and 0.2 <= one_in_ten["high"] <= 0.4
-    assert nine_in_ten["high"] == 1 and 0.6 <= nine_in_ten["low"] <= 0.8
-
-
-def drawn_lengths(generator):
-    return [generator.normal(2.0, 3.0, size=60)]
-
-
-def drawn_answers(generator):
-    return [(generator.random(60) < 0.4).astype(float)]
-
-
-def drawn_losses(generator):
-    # Longer rows have a lower loss, so that the mean over rows (1.13) is not the loss per token.
-    tokens = generator.integers(50, 300, size=60).astype(float)
-    return [tokens * (2 - tokens / 200 + generator.normal(0, 0.3, size=60)), tokens]
-
-
-def per_token(nll, tokens, axis=-1):
-    return nll.sum(axis=axis) / tokens.sum(axis=axis)
-
-
-_TOKENS = np.arange(50, 300)
-LOSS = per_token(_TOKENS * (2 - _TOKENS / 200), _TOKENS)
-
-
-@pytest.mark.parametrize(
-    ("statistic", "draw", "truth"),
-    [(np.mean, drawn_lengths, 2.0), (np.mean, drawn_answers, 0.4), (per_token, drawn_losses, LOSS)],
-    ids=["mean", "rate", "loss per token"],
-)
-def test_a_95_percent_interval_covers_the_truth_about_95_times_in_100(statistic, draw, truth):
-    # With 60 questions it truly covers 94 to 95 in 100; 2000 simulations know that to 0.5.
-    simulations, settings = 2000, SETTINGS.model_copy(update={"n_resamples": 1500})
-    generator = np.random.default_rng(3407)
-    hits = 0
-    for index in range(simulations):
-        found = interval(statistic, draw(generator), settings, index)
-        hits += found["low"] <= truth <= found["high"]
-    assert 0.93 <= hits / simulations <= 0.97
-
-
-# --- the exact test ------------------------------------------------------------------------------------------------
-
-
-def pairs(both, only_base, only_tuned, neither):
-    counts = (both, only_base, only_tuned, neither)
-    return (np.repeat(values, counts).astype(float) for values in ([1, 1, 0, 0], [1, 0, 1, 0]))
-
-
-@pytest.mark.parametrize(
-    ("counts", "p"),
-    [
-        ((0, 0, 0, 0), 1),
-        ((8, 0, 0, 5), 1),
-        ((0, 0, 1, 0), 1),
-        ((0, 0, 3, 0), 2 / 8),
-        ((0, 6, 0, 0), 2 / 64),
-        ((7, 1, 5, 9), 2 * (1 + 6) / 64),
-        ((0, 2, 10, 3), 2 * (1 + 12 + 66) / 4096),
-        ((0, 10, 2, 3), 2 * (1 + 12 + 66) / 4096),
-        ((5, 4, 4, 5), 1),
-    ],
-)
-def test_the_exact_p_is_mcnemars_over_the_questions_on_which_the_models_differ(counts, p):
-    assert exact_p(*pairs(*counts)) == pytest.approx(p)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "test", "clear"),
-    [
-        (1.0, 1.0, {"p": 0.25, "alpha": 0.05}, False),
-        (0.2, 0.9, {"p": 0.04, "alpha": 0.05}, True),
-        (-0.9, -0.2, {"p": 0.04, "alpha": 0.05}, True),
-        (0.2, 0.9, {"p": 0.04, "alpha": 0.01}, False),
-        (0.0, 0.9, {"p": 0.001, "alpha": 0.05}, False),
-        (-0.1, 0.9, {"p": 0.001, "alpha": 0.05}, False),
-        (None, None, {"p": 0.001, "alpha": 0.05}, False),
-        (None, None, {}, False),
-        (0.2, 0.9, {}, True),
-        (-0.1, 0.9, {}, False),
-    ],
-)
-def test_a_difference_is_clear_only_if_interval_and_exact_test_both_say_so(low, high, test, clear):
-    assert is_clear({"value": 0.5, "low": low, "high": high, "n": 9} | test) is clear
-
-
-# --- how many questions --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("spread", "difference"), [(1.0, 0.3), (50.0, -20.0), (0.4, 0.05)])
-def test_with_as_many_questions_as_needed_a_paired_test_finds_the_difference_four_times_in_five(spread, difference):
-    from scipy.stats import ttest_rel
-
-    n, generator = questions_needed(spread, difference), np.random.default_rng(7)
-    base = generator.normal(100, 3 * spread, size=(2000, n))  # questions differ by more than the models do
-    tuned = base + generator.normal(difference, spread, size=base.shape)
-    assert 0.75 <= (ttest_rel(tuned, base, axis=1).pvalue < 0.05).mean() <= 0.85
-
-
-def test_more_confidence_or_power_or_a_smaller_difference_needs_more_questions():
-    assert questions_needed(1.0, 0.5) == 32  # (1.960 + 0.842)^2 x 4 = 31.4
-    assert questions_needed(1.0, 0.5, confidence_level=0.99) == 47  # (2.576 + 0.842)^2 x 4 = 46.7
-    assert questions_needed(1.0, 0.5, power=0.9) == 43  # (1.960 + 1.282)^2 x 4 = 42.03
-    assert questions_needed(1.0, 0.05) == 3140 and questions_needed(1.0, 5.0) == 2
-
-
-def test_no_number_of_questions_shows_a_difference_that_is_none():
-    assert questions_needed(1.0, 0.0) is None and questions_needed(0.0, 0.0) is None
-
-
 # --- compare -------------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +93,8 @@ def test_identical_answers_differ_by_nothing_and_nothing_is_claimed():
     metrics = compared(answers(well_formed=12), answers(well_formed=12))
     assert set(metrics) == COMPARED
     for name, metric in metrics.items():
-        assert (metric["difference"]["value"], metric["difference"]["low"], metric["difference"]["high"]) == (0, 0, 0)
+        width = metric["difference"]["high"] - metric["difference"]["low"]
+        assert metric["difference"]["value"] == 0 and (width > 0 if METRICS[name].yes_or_no else width == 0)
         assert metric["difference"]["needed"] is None and metric["difference"].get("p", 1) == 1
         assert verdict(name, metric) == "no difference shown with 30 questions"
     assert "**Shown**, the interval of the difference lies clear of zero:\n\n- nothing" in conclusions(metrics)
@@ -284,9 +145,9 @@ def test_yes_or_no_metrics_and_no_others_have_the_exact_p_at_the_settings_level(
     assert verdict("closed_think_rate", found) == "no difference shown with 6 questions"
 
 
-def test_three_of_three_questions_changed_is_an_interval_without_width_and_no_clear_difference():
+def test_three_of_three_questions_changed_are_no_clear_difference_and_six_are_one():
     three = compare(answers(3), answers(3, well_formed=3), ["x"] * 3, [], SETTINGS, 7)["closed_think_rate"]
-    assert (three["difference"]["low"], three["difference"]["high"], three["difference"]["p"]) == (1, 1, 0.25)
+    assert (three["difference"]["value"], three["difference"]["high"], three["difference"]["p"]) == (1, 1, 0.25)
     assert verdict("closed_think_rate", three) == "no difference shown with 3 questions"
     six = compare(answers(6), answers(6, well_formed=6), ["x"] * 6, [], SETTINGS, 7)["closed_think_rate"]
     assert verdict("closed_think_rate", six) == "rose, better"
@@ -303,7 +164,14 @@ def test_three_questions_show_nothing_of_a_length_either():
 
 def test_one_question_is_compared_without_intervals():
     metrics = compare(answers(1), answers(1, well_formed=1, shift=4), ["x"], losses(2.0, 1.5, 1), SETTINGS, 7)
-    assert metrics["thinking_tokens"]["difference"] == {"value": 4, "low": None, "high": None, "n": 1, "needed": None}
+    assert metrics["thinking_tokens"]["difference"] == {
+        "value": 4,
+        "low": None,
+        "high": None,
+        "n": 1,
+        "spread": 0,
+        "needed": None,
+    }
     assert metrics["eval_loss"]["difference"]["value"] == pytest.approx(-0.5)
     assert {verdict(name, metric) for name, metric in metrics.items()} == {"no difference shown with 1 questions"}
 
@@ -363,7 +231,17 @@ def test_conclusions_say_what_was_shown_and_never_claim_what_was_not():
 def test_the_table_has_a_line_for_every_metric_with_its_verdict():
     table = metrics_table(compared(answers(well_formed=3), answers(well_formed=27)))
     assert len(table) == len(COMPARED) and table.index.is_unique
-    assert table.loc["one </think>, text on both sides (share)", "verdict"] == "rose, better"
+    assert table.loc[METRICS["closed_think_rate"].label, "verdict"] == "rose, better"
+
+
+def test_the_table_of_questions_needed_has_the_difference_found_and_given_ones():
+    metrics = compared(answers(well_formed=3), answers(well_formed=9))
+    table = needed_table(metrics, 0.95, sizes=(0.2, 0.1))
+    closed = table.loc[METRICS["closed_think_rate"].label]
+    assert closed["found"] == "0.20" and closed["for that"] == metrics["closed_think_rate"]["difference"]["needed"]
+    assert closed["for that"] == closed["for 0.20"] < closed["for 0.10"]
+    assert table.loc[METRICS["bullet_rate"].label].isna().tolist() == [False, True, False, False]
+    assert METRICS["thinking_words"].label not in table.index, "words are on no scale from 0 to 1"
 
 
 # --- several models, several samples -------------------------------------------------------------------------------
@@ -437,24 +315,6 @@ def test_samples_of_other_questions_or_of_another_number_are_refused():
         compare_sampled([answers(), answers()], [answers(), answers()[::-1]], ["x"] * 30, SETTINGS, 7)
     with pytest.raises(ValueError, match="zip"):
         compare_sampled([answers(), answers()], [answers()], ["x"] * 30, SETTINGS, 7)
-
-
-# --- text ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("entry", "expected"),
-    [
-        ((1.2345, 1.1, 1.399), "1.23 [1.10, 1.40]"),
-        ((-0.005, -0.011, 0.004), "-0.01 [-0.01, 0.00]"),
-        ((12.34, 9.95, 15.0), "12.3 [9.9, 15.0]"),
-        ((-123.4, -150.5, -99.9), "-123 [-150, -100]"),
-        ((0.5, None, None), "0.50"),
-        ((250.4, None, None), "250"),
-    ],
-)
-def test_an_interval_is_written_with_digits_to_suit_its_size(entry, expected):
-    assert format_interval(dict(zip(("value", "low", "high"), entry, strict=True))) == expected
 
 
 # --- before a model is loaded --------------------------------------------------------------------------------------
