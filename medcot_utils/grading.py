@@ -23,8 +23,8 @@ from pydantic import AwareDatetime, BaseModel
 from medcot_utils import pages
 from medcot_utils.contamination import contaminated
 from medcot_utils.errors import MedcotError
-from medcot_utils.evaluation import format_interval
 from medcot_utils.generation import by_sample
+from medcot_utils.intervals import format_interval
 from medcot_utils.run import Run, write_atomic
 
 if TYPE_CHECKING:
