@@ -4,7 +4,6 @@ read strictly. What cannot be read is counted as abstained, apart from wrong."""
 from __future__ import annotations
 
 import difflib
-import json
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from medcot_utils.config import DatasetSettings, EvaluationSettings, RunConfig
-from medcot_utils.evaluation import compare_rates
+from medcot_utils.config import RunConfig
 from medcot_utils.prompts import inference_prompt, parse_completion
 from medcot_utils.tasks.utils import McqError, quiet, read_questions
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from datasets import Dataset, DatasetDict
+    from datasets import DatasetDict
     from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -250,109 +247,3 @@ def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
             return sequences
 
     return CountedHFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-
-
-# --- the numbers ---------------------------------------------------------------------------------------------------
-
-
-def accuracy(records: Sequence[Mapping[str, Any]], confidence_level: float = 0.95) -> dict[str, Any]:
-    """n, and the shares `accuracy` (abstained counts as not right) and `abstained`, each {value, low, high, stderr, n}.
-
-    low and high: Wilson's interval (scipy). stderr: lm-eval's own, the sample's standard deviation over the root of n; None
-    for a single question. Raises ValueError without records."""
-    if not records:
-        raise ValueError("no records: run_mcq gives one per question")
-    return {"n": len(records)} | {
-        name: _share([int(record[key]) for record in records], confidence_level)
-        for name, key in (("accuracy", "correct"), ("abstained", "abstained"))
-    }
-
-
-def _share(values: Sequence[int], confidence_level: float) -> dict[str, Any]:
-    from lm_eval.api.metrics import mean_stderr
-    from scipy.stats import binomtest
-
-    n = len(values)
-    found = binomtest(sum(values), n).proportion_ci(confidence_level, method="wilson")
-    stderr = mean_stderr(values) if n > 1 else None
-    return {"value": sum(values) / n, "low": float(found.low), "high": float(found.high), "stderr": stderr, "n": n}
-
-
-def by_specialty(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One line per specialty: n, right, abstained, accuracy and its 95 % Wilson interval (low, high)."""
-    import pandas as pd
-
-    groups = pd.DataFrame(records).groupby("specialty")
-    table = groups.agg(n=("id", "size"), right=("correct", "sum"), abstained=("abstained", "sum"))
-    shares = [_share([1] * right + [0] * (n - right), 0.95) for n, right in zip(table["n"], table["right"], strict=True)]
-    return table.assign(accuracy=[s["value"] for s in shares], low=[s["low"] for s in shares], high=[s["high"] for s in shares])
-
-
-def paired(
-    base: Sequence[Mapping[str, Any]],
-    tuned: Sequence[Mapping[str, Any]],
-    settings: EvaluationSettings,
-    key: str = "correct",
-) -> dict[str, Any]:
-    """Two models on the same questions: n, both, only_base, only_tuned, neither (counts of `key`: correct or abstained), and
-    base, tuned and difference as `evaluation.compare_rates` gives them. Raises ValueError for unlike questions."""
-    import numpy as np
-
-    if [(r["task"], r["id"]) for r in base] != [(r["task"], r["id"]) for r in tuned]:
-        raise ValueError("base and tuned records are of different questions: same task, limit and seed for both")
-    b, t = (np.array([record[key] for record in records], dtype=float) for records in (base, tuned))
-    counts = {
-        "n": len(b),
-        "both": int((b * t).sum()),
-        "only_base": int((b * (1 - t)).sum()),
-        "only_tuned": int(((1 - b) * t).sum()),
-        "neither": int(((1 - b) * (1 - t)).sum()),
-    }
-    return counts | compare_rates(b, t, settings)
-
-
-def seen_in_training(records: Sequence[Mapping[str, Any]], train: Dataset, settings: DatasetSettings) -> set[tuple[str, str]]:
-    """{(task, id)} of the questions that a training row repeats, as `contamination.find_repeats` finds them."""
-    from medcot_utils.contamination import find_repeats
-
-    keys = [(record["task"], record["id"]) for record in records]
-    asked = [{"id": str(index), "Question": record["question"]} for index, record in enumerate(records)]
-    return {keys[int(repeat["question_id"])] for repeat in find_repeats(train, asked, settings)}
-
-
-def compare_mcq(
-    base: Sequence[Mapping[str, Any]],
-    tuned: Sequence[Mapping[str, Any]],
-    seen: set[tuple[str, str]],
-    settings: EvaluationSettings,
-) -> dict[str, dict[str, Any]]:
-    """{mcq_accuracy, mcq_abstained, mcq_accuracy_answered}, each as `paired` gives it, over the questions not in `seen`, the
-    last over those of them that both models answered; without what no question is left for."""
-    clean = [[record for record in records if (record["task"], record["id"]) not in seen] for records in (base, tuned)]
-    if not clean[0]:
-        return {}
-    found = {name: paired(*clean, settings, key) for name, key in (("mcq_accuracy", "correct"), ("mcq_abstained", "abstained"))}
-    both = [pair for pair in zip(*clean, strict=True) if not any(record["abstained"] for record in pair)]
-    answered = {"mcq_accuracy_answered": paired(*zip(*both, strict=True), settings)} if both else {}
-    return found | answered
-
-
-def published_scores(task: str, own: Mapping[str, Mapping[str, Any]] | None = None) -> pd.DataFrame:
-    """Published scores of a task (`PUBLISHED`), below our own results by label (what `accuracy` gives): accuracy with its
-    95 % Wilson interval, abstained, n, source, and how it was scored. Only our own for a task without published scores."""
-    import pandas as pd
-
-    def line(model: str, share: Mapping[str, Any], abstained: float | None, source: str, scoring: str) -> dict[str, Any]:
-        found = {"model": model, "accuracy": share["value"], "low": share["low"], "high": share["high"], "n": share["n"]}
-        return found | {"abstained": abstained, "source": source, "scoring": scoring}
-
-    data = json.loads(PUBLISHED.read_text(encoding="utf-8"))
-    strict = "one reading, of the asked form only; an unread answer is not right"
-    lines = [line(name, o["accuracy"], o["abstained"]["value"], "this run", strict) for name, o in (own or {}).items()]
-    if n := data["questions"].get(task):
-        for entry in data["scores"]:
-            right = round(entry[task] / 100 * n)
-            share = _share([1] * right + [0] * (n - right), 0.95) | {"value": entry[task] / 100}
-            lines.append(line(entry["model"], share, None, **data["sources"][entry["source"]]))
-    columns = ["model", "accuracy", "low", "high", "n", "abstained", "source", "scoring"]
-    return pd.DataFrame(lines, columns=columns).set_index("model")

@@ -10,7 +10,7 @@ import pytest
 from medcot_utils.claims import ARTICLE_CLAIM, CLAIMS, DOES_NOT, HOLDS, SMALLEST, claims_table, judge
 from medcot_utils.config import load_config
 from medcot_utils.evaluation import compare, compare_sampled
-from medcot_utils.mcq import compare_mcq
+from medcot_utils.mcq_scores import compare_mcq
 from medcot_utils.measures import METRICS
 
 CONFIG = load_config("smoke", ["model.load_in_4bit=false", "generation.max_new_tokens=12"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from medcot_utils.config import load_config
-from medcot_utils.mcq import compare_mcq, load_questions, run_mcq, seen_in_training
+from medcot_utils.mcq import load_questions, run_mcq
+from medcot_utils.mcq_scores import compare_mcq, seen_in_training
 
 CONFIG = load_config("smoke", ["model.load_in_4bit=false"])
 
@@ -33,14 +34,14 @@ def test_a_question_that_a_training_row_repeats_is_found_by_task_and_id_and_does
     base, tuned = answered(questions, 2), answered(questions, len(questions))
     seen = seen_in_training(tuned, train, CONFIG.dataset)
     assert seen == {("shipped", repeated["id"])}
-    metrics = compare_mcq(base, tuned, seen, CONFIG.evaluation, 1)
+    metrics = compare_mcq(base, tuned, seen, CONFIG.evaluation)
     assert metrics["mcq_accuracy"]["n"] == len(questions) - 1 == metrics["mcq_abstained"]["n"]
-    assert compare_mcq(base, tuned, set(), CONFIG.evaluation, 1)["mcq_accuracy"]["n"] == len(questions)
+    assert compare_mcq(base, tuned, set(), CONFIG.evaluation)["mcq_accuracy"]["n"] == len(questions)
 
 
 def test_where_every_question_was_seen_nothing_is_compared():
     records = answered(load_questions("shipped", 3), 1)
-    assert compare_mcq(records, records, {("shipped", record["id"]) for record in records}, CONFIG.evaluation, 1) == {}
+    assert compare_mcq(records, records, {("shipped", record["id"]) for record in records}, CONFIG.evaluation) == {}
 
 
 @pytest.mark.model
