@@ -28,8 +28,8 @@ def push(
     """Push a run's adapter, merged model and GGUF to the Hub, and compare every file there with the run.
 
     Every file's size and digest as the Hub lists them are compared, small files and both ends of large ones are downloaded.
-    Interrupted, it goes on: what lies there already is not sent again. Nothing that an earlier push did not put there is
-    replaced or deleted. Exit code 0 only if every file agrees."""
+    Interrupted, it goes on: what lies there already is not sent again. Files that no push put there are never replaced or
+    deleted: then it refuses before it sends anything. Exit code 0 only if every file agrees."""
     from medcot_utils import hub
     from medcot_utils.run import Run
 
