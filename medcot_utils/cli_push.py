@@ -15,13 +15,21 @@ def push(
     repo_id: Annotated[str | None, typer.Option("--repo-id", help="user/name; hub.repo_id if not given")] = None,
     public: Annotated[bool | None, typer.Option("--public/--private", help="who can see it; private if not given")] = None,
     layout: Annotated[str | None, typer.Option(help="one repository, or separate: -lora, -merged, -gguf")] = None,
-    what: Annotated[list[str] | None, typer.Option("--artifact", help="adapter, merged or gguf; again for more; all")] = None,
+    what: Annotated[
+        list[str] | None,
+        typer.Option("--artifact", help="adapter, merged or gguf, once for each; everything the run has if not given"),
+    ] = None,
     tag: Annotated[str | None, typer.Option(help="tag of this run in the repository; made of its digests if not given")] = None,
+    verify_all: Annotated[
+        bool | None, typer.Option("--verify-all", help="download every byte again, not only both ends of large files")
+    ] = None,
     patience: Annotated[float | None, typer.Option(help="seconds to go on trying while the Hub is busy or away")] = None,
 ) -> None:
     """Push a run's adapter, merged model and GGUF to the Hub, and compare every file there with the run.
 
-    Interrupted, it goes on: what lies there already is not sent again. Exit code 0 only if every file agrees."""
+    Every file's size and digest as the Hub lists them are compared, small files and both ends of large ones are downloaded.
+    Interrupted, it goes on: what lies there already is not sent again. Files that no push put there are never replaced or
+    deleted: then it refuses before it sends anything. Exit code 0 only if every file agrees."""
     from medcot_utils import hub
     from medcot_utils.run import Run
 
@@ -34,10 +42,11 @@ def push(
         "artifacts": what,
         "tag": tag,
         "patience_seconds": patience,
+        "verify_all": verify_all,
     }
     settings = hub.hub_settings(run, **changes)
     record = hub.push(run, settings, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
-    table = Table("file", "bytes", "sha256", "sent", "read back", title="what the Hub gives back", title_justify="left")
+    table = Table("file", "bytes", "sha256", "sent", "read back", title="what the Hub lists and gives back", title_justify="left")
     for line in hub.file_lines(record):
         table.add_row(line["file"], f"{line['bytes']:,}", line["sha256"], line["sent"], line["read back"])
     console.print(table)

@@ -1,7 +1,9 @@
-"""Push a finished run to the Hugging Face Hub, and believe it only when every file was read back as the run recorded it."""
+"""Push a finished run to the Hugging Face Hub, and believe it only when what the Hub lists and gives back is what the run
+recorded. Nothing that an earlier push did not put there is replaced or deleted."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -17,10 +19,13 @@ from medcot_utils.hub_plan import (
     PlannedRepository,
     agrees,
     chosen_artifacts,
+    commit_title,
     digest_of,
     folder_digest,
     left_over,
+    of_others,
     plan,
+    require_valid,
     size_text,
     tag_name,
 )
@@ -31,7 +36,9 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 RECORD = "pushed.json"
-PROBE_BYTES = 65_536  # read back from either end of a large file
+PROBE_BYTES = 65_536  # downloaded again from either end of a large file
+PIECE_BYTES = 32 << 20  # downloaded at a time where a file is downloaded whole: a broken connection costs one piece
+NO_DOWNLOAD, OTHER_BYTES = "listed, but cannot be downloaded", "a download gives other bytes"
 
 
 def hub_settings(run: Run, **changes: Any) -> HubSettings:
@@ -60,6 +67,7 @@ def check_ready(config: RunConfig, token: str | None = None) -> str:
     settings = config.hub
     if settings.repo_id is None:
         return "nothing will be pushed to the Hub: hub.repo_id is not set"
+    require_valid(settings.addresses(settings.artifacts, settings.repo_id))
     token = hub_calls.find_token(token, config.secrets)
     api, doing = HfApi(token=token), "asking the Hub whose token this is"
     try:
@@ -80,14 +88,17 @@ def _may_write(who: dict[str, Any], api: HfApi) -> str:
 
 
 def push(run: Run, settings: HubSettings, token: str | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Push the run's artifacts, read every file back and compare it with the run, and tag what agrees.
+    """Push the run's artifacts, compare every file there with the run, and tag what agrees.
 
-    Gives the record that is also appended to pushed.json: {state, tag, repositories: [{repo_id, private, commits, files}]}.
-    Raises HubError, and leaves a record of state `failed` with what was sent, unless every file agrees."""
+    Compared are size and digest as the Hub lists them, and the bytes of a download: all of a small file, both ends of a large
+    one, or all of every file with hub.verify_all. Gives the record that is also appended to pushed.json: {state, tag,
+    repositories: [{repo_id, private, commits, files, deleted}]}. Raises HubError, and leaves a record of state `failed` with
+    what was sent, unless every file agrees; before anything is sent if a file that no push put there stands in the way."""
     from huggingface_hub import HfApi
 
     if settings.repo_id is None:
         raise HubError("hub.repo_id is not set: name the repository with --repo-id user/name")
+    require_valid(settings.addresses(settings.artifacts, settings.repo_id))
     names = chosen_artifacts(run, settings)
     token = hub_calls.find_token(token, run.config.secrets)
     # A server may repeat the token in what it says.
@@ -120,6 +131,7 @@ class _Push:
             "layout": settings.layout,
             "endpoint": api.endpoint,
             "tag": None,
+            "verify_all": settings.verify_all,
             "repositories": [],
         }
 
@@ -148,6 +160,7 @@ class _Push:
     def run_all(self, names: list[str]) -> dict[str, Any]:
         user = _may_write(self._call(self.doing, self.api.whoami), self.api)
         repo_id = self.settings.repo_id if "/" in self.settings.repo_id else f"{user}/{self.settings.repo_id}"
+        require_valid(self.settings.addresses(names, repo_id))
         self.record |= {"repo_id": repo_id, "tag": tag_name(self.run, self.settings, names)}
         repositories = plan(self.run, self.settings, repo_id, names)
         entries = [self._prepare(repository) for repository in repositories]
@@ -163,7 +176,8 @@ class _Push:
         return self.record
 
     def _prepare(self, repository: PlannedRepository) -> dict[str, Any]:
-        """Make the repository, or see that the one there is as visible as was asked for and holds no other run's tag."""
+        """Make the repository, or see that the one there is as visible as was asked for, holds no other run's tag, and nothing
+        of somebody else's that stands in the way."""
         self.where, repo_id, private = repository.repo_id, repository.repo_id, self.settings.private
         made = f"making the repository {repo_id}"
         self._call(made, self.api.create_repo, repo_id, private=private, repo_type="model", exist_ok=True)
@@ -176,7 +190,8 @@ class _Push:
         if info.private and not private:
             self.say(f"{repo_id} is there already and private; it stays so until you change it in its settings")
         entry = {"repo_id": repo_id, "url": f"{self.api.endpoint}/{repo_id}", "private": info.private, "revision": None}
-        entry |= {"commits": {}, "tag_commit": self._tagged(repository), "files": []}
+        entry |= {"commits": {}, "tag_commit": self._tagged(repository), "files": [], "deleted": []}
+        self._refuse_of_others(repository, self._listing(repo_id, "main", commits=True))
         self.record["repositories"].append(entry)
         self._save()
         return entry
@@ -200,27 +215,41 @@ class _Push:
         refs = self._call(f"reading the tags of {repo_id}", self.api.list_repo_refs, repo_id)
         return next((ref.target_commit for ref in refs.tags if ref.name == self.record["tag"]), None)
 
-    def _listing(self, repo_id: str, revision: str) -> dict[str, Any]:
+    def _refuse_of_others(self, repository: PlannedRepository, there: dict[str, Any]) -> None:
+        if others := of_others(repository, there):
+            more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+            raise HubError(
+                f"not pushed. {repository.repo_id} holds files that no `medcot push` put there, or that somebody changed since: "
+                f"{', '.join(others[:5])}{more}. None of them was touched: choose another repository with --repo-id, or delete "
+                f"them there if nobody needs them, and push again"
+            )
+
+    def _listing(self, repo_id: str, revision: str, commits: bool = False) -> dict[str, Any]:
+        """{path: what the Hub says of the file}, with the last commit that touched it if `commits`."""
         from huggingface_hub.hf_api import RepoFile
 
         def read() -> dict[str, Any]:
-            tree = self.api.list_repo_tree(repo_id, recursive=True, revision=revision)
+            tree = self.api.list_repo_tree(repo_id, recursive=True, expand=commits, revision=revision)
             return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
         return self._call(f"listing {repo_id}", read)
 
     def _send(self, repository: PlannedRepository, artifact: str, entry: dict[str, Any]) -> None:
-        """One commit with the artifact's files that are not there already, and without weights it no longer has."""
+        """One commit with the artifact's files that are not there already, and without weights of an earlier push that it no
+        longer has."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         self.where, repo_id, files = repository.repo_id, repository.repo_id, repository.of(artifact)
-        there = self._listing(repo_id, "main")
+        there = self._listing(repo_id, "main", commits=True)
+        self._refuse_of_others(repository, there)  # once more: hours may lie between
         missing = [file for file in files if not agrees(file, there.get(file.path))]
         for file in files:
             fields = {"path": file.path, "artifact": artifact, "bytes": file.bytes, "sha256": file.sha256}
-            entry["files"].append(fields | {"sent": False, "there_already": file not in missing, "verified": None})
+            before = digest_of(there[file.path]) if file in missing and file.path in there else None
+            fields |= {"sent": False, "there_already": file not in missing, "replaced": before, "verified": None}
+            entry["files"].append(fields)
         self._save()
-        stale = [path for path in there if left_over(path, artifact, repository)]
+        stale = {path: found for path, found in there.items() if left_over(path, artifact, repository)}
         if not missing and not stale:
             self.say(f"{repo_id}: {artifact} is there already, not sent again")
             entry["commits"][artifact] = "there already"
@@ -233,17 +262,23 @@ class _Push:
             upload = partial(self.api.preupload_lfs_files, repo_id, [additions[-1]], free_memory=False)
             self._call(f"sending {file.path} ({size_text(file.bytes)}) to {repo_id}", upload)
         operations = [*additions, *(CommitOperationDelete(path) for path in stale)]
-        title = f"{artifact} of run {self.run.path.name} ({self.record['tag']})"
-        commit = self._call(
-            f"committing {artifact} to {repo_id}", self.api.create_commit, repo_id, operations, commit_message=title
-        )
+        message = {"commit_message": commit_title(artifact, self.run, self.record["tag"])}
+        if stale:
+            message["commit_description"] = f"Without what an earlier push had put there: {', '.join(stale)}"
+        commit = self._call(f"committing {artifact} to {repo_id}", self.api.create_commit, repo_id, operations, **message)
         entry["commits"][artifact] = commit.oid
+        entry["deleted"] += [
+            {"path": path, "artifact": artifact, "bytes": found.size, "digest": digest_of(found)} for path, found in stale.items()
+        ]
         sent = {file.path for file in missing}
         for fields in entry["files"]:
             fields["sent"] = fields["sent"] or fields["path"] in sent
         self._save()
-        size = size_text(sum(file.bytes for file in missing))
-        self.say(f"{repo_id}: {artifact} committed, {len(missing)} of {len(files)} files, {size}")
+        size, replaced = size_text(sum(file.bytes for file in missing)), sum(file.path in there for file in missing)
+        instead = f", {replaced} of them in place of an earlier push's" if replaced else ""
+        self.say(f"{repo_id}: {artifact} committed, {len(missing)} of {len(files)} files, {size}{instead}")
+        for path, found in stale.items():
+            self.say(f"{repo_id}: deleted {path} ({size_text(found.size)}), which an earlier push had put there")
 
     def _tag(self, entry: dict[str, Any]) -> None:
         if entry["tag_commit"] is None:
@@ -272,13 +307,15 @@ class _Push:
             elif not agrees(file, found):
                 fault = "another size" if found.size != file.bytes else "another digest"
             else:
-                fault = self._call(
-                    f"reading {file.path} back from {repo_id}", self._read_back, file, found, repo_id, entry["revision"]
-                )
+                whole = self.settings.verify_all or found.lfs is None or file.bytes <= 2 * PROBE_BYTES
+                fields["downloaded"] = "whole" if whole else "both ends"
+                read = self._whole_fault if whole else self._ends_fault
+                fault = read(file, repo_id, entry["revision"])
             fields |= {"verified": fault is None, "fault": fault}
             digests.setdefault(file.artifact, {})[file.name] = file.sha256 if fault is None else "?"
         self._save()
         faults = [f"{fields['path']} ({fields['fault']})" for fields in entry["files"] if not fields["verified"]]
+        faults += [f"{gone['path']} (deleted, still there)" for gone in entry["deleted"] if gone["path"] in listing]
         manifest = self.run.manifest()["artifacts"]
         faults += [
             f"{name} as a whole (not the manifest's)"
@@ -293,43 +330,36 @@ class _Push:
                 f"{', '.join(faults[:3])}{more}; {good} of {len(entry['files'])} files agree. No tag was "
                 f"set; do not use what lies there. Push again, and if it stays so delete the repository and push anew"
             )
-        self.say(f"{repo_id}: {len(entry['files'])} of {len(entry['files'])} files read back, size and digest as in the run")
+        count, ends = len(entry["files"]), sum(fields["downloaded"] == "both ends" for fields in entry["files"])
+        probed = f", {ends} large at both ends (every byte: --verify-all)" if ends else ""
+        self.say(
+            f"{repo_id}: {count} of {count} files agree: size and digest as the Hub lists them, and downloaded again "
+            f"{count - ends} whole{probed}"
+        )
 
-    def _read_back(self, file: PlannedFile, found: Any, repo_id: str, revision: str) -> str | None:
-        """None, or what is wrong with the bytes that a download gives: all of a small file, both ends of a large one."""
-        if found.lfs is None:
-            starts, length = [0], file.bytes
-        else:
-            starts, length = sorted({0, max(0, file.bytes - PROBE_BYTES)}), PROBE_BYTES
-        for start in starts:
-            got = _download(self.api, repo_id, file.path, revision, start, min(length, file.bytes - start))
+    def _downloaded(self, file: PlannedFile, repo_id: str, revision: str, start: int, length: int) -> bytes | None:
+        doing, length = f"reading {file.path} back from {repo_id}", min(length, file.bytes - start)
+        return self._call(doing, hub_calls.download, self.api, repo_id, file.path, revision, start, length)
+
+    def _whole_fault(self, file: PlannedFile, repo_id: str, revision: str) -> str | None:
+        """None, or what is wrong with the bytes of the file that a download gives."""
+        digest = hashlib.sha256()
+        for start in range(0, file.bytes, PIECE_BYTES):
+            got = self._downloaded(file, repo_id, revision, start, PIECE_BYTES)
             if got is None:
-                return "listed, but cannot be downloaded"
-            if got != file.part(start, length):
-                return "a download gives other bytes"
+                return NO_DOWNLOAD
+            digest.update(got)
+        return None if digest.hexdigest() == file.sha256 else OTHER_BYTES
+
+    def _ends_fault(self, file: PlannedFile, repo_id: str, revision: str) -> str | None:
+        """The same of its first and its last bytes alone."""
+        for start in (0, file.bytes - PROBE_BYTES):
+            got = self._downloaded(file, repo_id, revision, start, PROBE_BYTES)
+            if got is None:
+                return NO_DOWNLOAD
+            if got != file.part(start, PROBE_BYTES):
+                return OTHER_BYTES
         return None
-
-
-def _download(api: HfApi, repo_id: str, path: str, revision: str, start: int, length: int) -> bytes | None:
-    """Part of a file as anybody with the token would download it; None if there is no such file."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-    if length == 0:
-        return b""
-    url = hf_hub_url(repo_id, path, revision=revision, endpoint=api.endpoint)
-    # Uncompressed: a range of compressed bytes would be none of the file.
-    headers = build_hf_headers(token=api.token) | {"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity"}
-    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
-        if response.status_code in (404, 416):
-            return None
-        hf_raise_for_status(response)
-        got = bytearray()
-        for block in response.iter_bytes():
-            got += block
-            if len(got) >= start + length:  # a server that ignores Range would go on to the end
-                break
-    return bytes(got[:length] if response.status_code == 206 else got[start : start + length])
 
 
 # --- the record ----------------------------------------------------------------------------------------------------
@@ -345,13 +375,18 @@ def read_record(run: Run) -> list[dict[str, Any]]:
 
 
 def file_lines(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was compared, one line a file."""
-    return [
-        {"file": f"{entry['repo_id']}/{fields['path']}", "bytes": fields["bytes"], "sha256": fields["sha256"][:12]}
-        | {"sent": "yes" if fields["sent"] else "was there", "read back": fields.get("fault") or "agrees"}
-        for entry in record["repositories"]
-        for fields in entry["files"]
-    ]
+    """What was compared and what was deleted, one line a file."""
+    lines = []
+    for entry in record["repositories"]:
+        for fields in entry["files"]:
+            sent = "was there" if not fields["sent"] else "replaced" if fields["replaced"] else "yes"
+            read = fields.get("fault") or f"{fields['downloaded']}, agrees"
+            line = {"file": f"{entry['repo_id']}/{fields['path']}", "bytes": fields["bytes"], "sha256": fields["sha256"][:12]}
+            lines.append(line | {"sent": sent, "read back": read})
+        for gone in entry["deleted"]:
+            line = {"file": f"{entry['repo_id']}/{gone['path']}", "bytes": gone["bytes"]}
+            lines.append(line | {"sha256": "", "sent": "deleted", "read back": "gone"})
+    return lines
 
 
 def push_table(record: dict[str, Any] | None) -> pd.DataFrame | None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medcot_utils import platforms
 from medcot_utils.config import SecretsSettings
 from medcot_utils.errors import MedcotError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 # Busy, conflicting, failing or overloaded: the same request may be granted in a moment.
 PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
@@ -48,7 +52,18 @@ def of_the_hub(error: BaseException) -> bool:
     import httpx
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    return status_of(error) is not None or isinstance(cause_of(error), (httpx.HTTPError, OfflineModeIsEnabled, ValueError))
+    cause = cause_of(error)
+    return status_of(error) is not None or isinstance(cause, (httpx.HTTPError, OfflineModeIsEnabled)) or _malformed(cause)
+
+
+def _malformed(cause: BaseException) -> bool:
+    """True for the plain ValueError with which the client stops at an answer that it cannot read. One that was raised outside
+    the client is this code's, and HFValidationError is about what the client was given, not about what it got."""
+    from huggingface_hub.errors import HFValidationError
+
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(cause.__traceback__))
+    in_client = any(module.partition(".")[0] == "huggingface_hub" for module in modules)
+    return isinstance(cause, ValueError) and not isinstance(cause, HFValidationError) and in_client
 
 
 def retry_after(error: BaseException) -> float | None:
@@ -131,3 +146,25 @@ def explain(error: BaseException, doing: str, repo_id: str, endpoint: str, patie
     elif advice is None:
         advice = f". Check that {endpoint} (HF_ENDPOINT) is a Hugging Face Hub"
     return f"{doing}: {headline(error)}{advice}"
+
+
+def download(api: HfApi, repo_id: str, path: str, revision: str, start: int, length: int) -> bytes | None:
+    """Part of a file as anybody with the token would download it; None if there is no such file."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    if length == 0:
+        return b""
+    url = hf_hub_url(repo_id, path, revision=revision, endpoint=api.endpoint)
+    # Uncompressed: a range of compressed bytes would be none of the file.
+    headers = build_hf_headers(token=api.token) | {"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+        if response.status_code in (404, 416):
+            return None
+        hf_raise_for_status(response)
+        got = bytearray()
+        for block in response.iter_bytes():
+            got += block
+            if len(got) >= start + length:  # a server that ignores Range would go on to the end
+                break
+    return bytes(got[:length] if response.status_code == 206 else got[start : start + length])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +19,7 @@ from medcot_utils.run import Run, RunError, sha256_of
 FOLDERS = {"adapter": "adapter/", "merged": "", "gguf": "gguf/"}  # in one repository: `from_pretrained(repo_id)` finds the root
 # What an earlier push with other shards may have left, and a loader may take for part of this model.
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
+_TITLE = re.compile(r"(model card|adapter|merged|gguf) of run .+ \([\w.-]+\)")
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,48 @@ def folder_digest(digests: dict[str, str]) -> str:
 
 
 def left_over(path: str, artifact: str, repository: PlannedRepository) -> bool:
-    """Weights in this artifact's place that the run does not have. Files of other kinds are somebody's and stay."""
+    """Weights in this artifact's place that the run does not have. Files of other kinds stay where they are."""
     if artifact not in FOLDERS or not path.endswith(_WEIGHTS) or path in {file.path for file in repository.files}:
         return False
     folder = FOLDERS[artifact] if repository.kind == "one" else ""
     return path.startswith(folder) if folder else "/" not in path
+
+
+# --- whose a file is -----------------------------------------------------------------------------------------------
+
+
+def commit_title(artifact: str, run: Run, tag: str) -> str:
+    return f"{artifact} of run {run.path.name} ({tag})"
+
+
+def from_a_push(found: Any) -> bool:
+    """True if the last commit that touched the file there is one of `medcot push`, by its title: a file that somebody else
+    put there, or changed since, is theirs. `found` comes from a listing that names the commits."""
+    return found.last_commit is not None and _TITLE.fullmatch(found.last_commit.title) is not None
+
+
+def of_others(repository: PlannedRepository, there: dict[str, Any]) -> list[str]:
+    """Files of somebody else that this push would replace, or leave among its weights, each with which of the two."""
+    artifacts = dict.fromkeys(file.artifact for file in repository.files)
+    replaced = {file.path for file in repository.files if file.path in there and not agrees(file, there[file.path])}
+    beside = {path for path in there if any(left_over(path, artifact, repository) for artifact in artifacts)}
+    others = sorted(path for path in replaced | beside if not from_a_push(there[path]))
+    return [f"{path} ({'would be replaced' if path in replaced else 'lies among the weights'})" for path in others]
+
+
+def require_valid(addresses: dict[str, str]) -> None:
+    """Raises HubError for a repository's name that the Hub's own client does not take."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    for address in addresses.values():
+        try:
+            validate_repo_id(address)
+        except HFValidationError as error:
+            raise HubError(
+                f"nothing was sent: {address} cannot be a repository on the Hub ({' '.join(str(error).split())}). Choose another "
+                f"name: --repo-id user/name, or hub.repo_id"
+            ) from None
 
 
 def size_text(count: int) -> str:

@@ -186,6 +186,7 @@ class HubSettings(Section):
     patience_seconds: float = Field(
         300, ge=0, description="how long one request is repeated while the Hub is busy, failing or out of reach"
     )
+    verify_all: bool = Field(False, description="true downloads every byte of a push again, not only both ends of large files")
 
     def addresses(self, names: Iterable[str], repo_id: str) -> dict[str, str]:
         """{artifact: the repository it goes to}, as the layout says."""

@@ -48,6 +48,7 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos, self.blobs, self.parts, self.requests, self.faults = {}, {}, {}, [], []
         self.forgets_commits = self.forgets_large_files = self.spoils_large_files = self.forgets_tags = False
+        self.spoils_middles = self.forgets_deletions = False
         self.lock = threading.RLock()
 
     def __enter__(self):
@@ -243,9 +244,22 @@ class Handler(BaseHTTPRequestHandler):
             deep = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
             files = {path: entry for path, entry in commit["files"].items() if path.startswith(f"{folder}/" if folder else "")}
             start = len(folder) + 1 if folder else 0
-            shown = [self.listed(path, entry) for path, entry in files.items() if deep or "/" not in path[start:]]
+            named = self.query.get("expand", ["false"])[0].lower() in ("true", "1")
+            shown = [
+                self.listed(path, entry) | ({"lastCommit": self.last_commit(repo, commit, path)} if named else {})
+                for path, entry in files.items()
+                if deep or "/" not in path[start:]
+            ]
             folders = {path[: path.index("/", start)] for path in files if "/" in path[start:]}
             self.answer([{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)] + shown)
+
+    @staticmethod
+    def last_commit(repo, commit, path):
+        """The commit that gave the file the content it has in `commit`."""
+        history = repo["commits"][: repo["commits"].index(commit) + 1]
+        before = [{"files": {}}, *history]
+        changed = [one for old, one in zip(before, history, strict=False) if old["files"].get(path) != one["files"].get(path)]
+        return {"id": changed[-1]["id"], "title": changed[-1]["message"], "date": "2026-01-01T00:00:00.000Z"}
 
     def on_paths_info(self, name, repo, rest, body):
         if commit := self.at(repo, rest):
@@ -285,6 +299,8 @@ class Handler(BaseHTTPRequestHandler):
         if hashlib.sha256(body).hexdigest() != oid:
             return self.error(400, "what came has another sha256")
         spoiled = bytes(len(body)) if self.server.spoils_large_files else body
+        if self.server.spoils_middles and len(body) > 1_000_000:
+            spoiled = body[: len(body) // 2] + bytes(1000) + body[len(body) // 2 + 1000 :]
         self.server.blobs[oid] = None if self.server.forgets_large_files else spoiled
         return self.answer({})
 
@@ -304,7 +320,7 @@ class Handler(BaseHTTPRequestHandler):
                 pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{value['oid']}\nsize {value['size']}\n"
                 stored = {"sha256": value["oid"], "size": value["size"], "large": True, "blob": blob_id(pointer.encode())}
                 files[value["path"]] = stored
-            elif key == "deletedFile":
+            elif key == "deletedFile" and not self.server.forgets_deletions:
                 files.pop(value["path"])
         commit = "f" * 40 if self.server.forgets_commits else self.server.commit(repo, files, message)
         return self.answer({"success": True, "commitOid": commit, "commitUrl": f"{self.server.url}/{name}/commit/{commit}"})

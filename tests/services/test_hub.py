@@ -13,6 +13,7 @@ from medcot_utils import hub as medcot_hub
 from medcot_utils.config import load_config
 from medcot_utils.export import ExportError, model_card
 from medcot_utils.gguf_export import GgufError
+from medcot_utils.hub_calls import HubError
 from medcot_utils.hub_plan import chosen_artifacts, folder_digest, plan
 from medcot_utils.layout import ARTIFACTS
 from medcot_utils.run import Run, RunError
@@ -50,7 +51,10 @@ def test_a_push_arrives_whole_private_in_one_commit_per_artifact_under_a_tag(hub
     assert titles == ["model card", "adapter", "merged"], "the warning lies there before the weights do"
     record = json.loads((run.path / medcot_hub.RECORD).read_text())[-1]
     assert record["state"] == "pushed" and repo["tags"] == {record["tag"]: repo["commits"][-1]["id"]}
-    assert "7 of 7 files read back" in done.stdout and "(private)" in done.stdout and record["tag"] in done.stdout
+    assert (
+        "7 of 7 files agree: size and digest as the Hub lists them, and downloaded again 5 whole, 2 large at both" in done.stdout
+    )
+    assert "(private)" in done.stdout and record["tag"] in done.stdout
     assert all(line["verified"] and line["sent"] for line in record["repositories"][0]["files"])
     assert WRITE not in done.stdout + done.stderr + json.dumps(record)
 
@@ -64,19 +68,53 @@ def test_a_second_push_sends_nothing_and_a_changed_artifact_alone_is_sent_again(
     assert again.returncode == 0 and again.stdout.count("is there already, not sent again") == 3
     assert hub.sent("PUT", ".") == hub.sent("POST", "/commit/") == [] and head(hub, "doctor/cot")["id"] == first
 
-    # Somebody's own file stays; a shard of an earlier merge does not.
-    hub.add("model", "doctor/cot", {"model-00002-of-00002.safetensors": b"old", "NOTES.md": b"mine"})
-    run.write("merged", lambda folder: (folder / "model.safetensors").write_bytes(b"another merge"))
-    for name in ("export_check", "model_card"):
-        run.write(name, run.read(name) if name == "export_check" else "text\n")
+    # Somebody's own file beside the run's stays.
+    hub.add("model", "doctor/cot", {"NOTES.md": b"mine"})
+    merge_anew(run, {"model.safetensors": b"another merge"})
     hub.requests.clear()
     changed = push(run)
     assert changed.returncode == 0, changed.stderr
     assert hub.sent("PUT", "/storage/") == [len(b"another merge")], "the adapter's weights were not sent again"
     files = head(hub, "doctor/cot")["files"]
-    assert "NOTES.md" in files and "model-00002-of-00002.safetensors" not in files and "config.json" in files
+    assert "NOTES.md" in files and "config.json" in files
+    assert "merged committed, 1 of 1 files, 13 bytes, 1 of them in place of an earlier push's" in changed.stdout
+    assert [line["sent"] for line in table_of(run) if line["file"] == "doctor/cot/model.safetensors"] == ["replaced"]
     now = hub.repos["model", "doctor/cot"]["tags"]
     assert now.items() > tags.items() and len(now) == 2, "the earlier run's tag stays where it was"
+
+
+def merge_anew(run, files):
+    def fill(folder):
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+
+    run.write("merged", fill)
+    for name in ("export_check", "model_card"):
+        run.write(name, run.read(name) if name == "export_check" else "text\n")
+
+
+def table_of(run):
+    return medcot_hub.file_lines(medcot_hub.read_record(run)[-1])
+
+
+def test_weights_of_an_earlier_push_that_the_run_no_longer_has_are_deleted_and_that_is_said(hub, finished_run, push):
+    run, shard = finished_run(), "model-00002-of-00002.safetensors"
+    merge_anew(run, {"model.safetensors": b"first", shard: b"second"})
+    assert push(run).returncode == 0 and shard in head(hub, "doctor/cot")["files"]
+    merge_anew(run, {"model.safetensors": b"one file"})
+    hub.forgets_deletions = True
+    done = push(run)
+    assert done.returncode == 1 and f"{shard} (deleted, still there)" in done.stderr
+    hub.forgets_deletions = False
+    done = push(run)
+    assert done.returncode == 0, done.stderr
+    assert shard not in head(hub, "doctor/cot")["files"]
+    assert f"doctor/cot: deleted {shard} (6 bytes), which an earlier push had put there" in done.stdout
+    digest = f"sha256:{hashlib.sha256(b'second').hexdigest()}"
+    (gone,) = medcot_hub.read_record(run)[-1]["repositories"][0]["deleted"]
+    assert gone == {"path": shard, "artifact": "merged", "bytes": 6, "digest": digest}
+    assert [line["sent"] for line in table_of(run) if line["file"].endswith(shard)] == ["deleted"]
+    assert shard in done.stdout[done.stdout.index("what the Hub lists and gives back") :]
 
 
 def test_separate_repositories_have_a_card_each_that_the_hub_understands(hub, finished_run, push):
@@ -160,6 +198,49 @@ def test_a_tag_on_other_weights_is_refused(hub, finished_run, push):
     done = push(finished_run(), "--tag", "v1")
     assert done.returncode == 1 and "The tag v1 of doctor/cot stands on other files" in done.stderr
     assert len(hub.repos["model", "doctor/cot"]["commits"]) == 1
+
+
+def test_files_that_no_push_put_there_are_neither_replaced_nor_deleted(hub, finished_run, push):
+    run = finished_run()
+    strange = {"pytorch_model.bin": b"years of work", "README.md": b"# Mine", "NOTES.md": b"mine"}
+    hub.add("model", "doctor/cot", strange, private=True)
+    before = head(hub, "doctor/cot")["id"]
+    done = push(run)
+    assert done.returncode == 1 and "pushed: " not in done.stdout
+    assert "README.md (would be replaced), pytorch_model.bin (lies among the weights). None of them was touched" in done.stderr
+    assert "NOTES.md" not in done.stderr and "choose another repository with --repo-id, or delete them there" in done.stderr
+    assert head(hub, "doctor/cot")["id"] == before and hub.sent("PUT", ".") == hub.sent("POST", "/commit/") == []
+    assert medcot_hub.read_record(run)[-1]["state"] == "failed"
+
+
+def test_a_repository_of_three_that_holds_another_model_stops_the_push_before_the_first(hub, finished_run, push):
+    hub.add("model", "doctor/cot-merged", {"model.safetensors": b"years of work"}, private=True)
+    done = push(finished_run(), "--layout", "separate")
+    assert done.returncode == 1 and "doctor/cot-merged holds files" in done.stderr
+    assert "model.safetensors (would be replaced)" in done.stderr and hub.sent("POST", "/commit/") == []
+
+
+def test_what_somebody_changed_since_the_last_push_is_not_replaced(hub, finished_run, push):
+    run = finished_run()
+    assert push(run).returncode == 0
+    edited = content(hub, "doctor/cot", "README.md") + b"\nA note by hand."
+    hub.add("model", "doctor/cot", {"README.md": edited}, message="Update README.md")
+    done = push(run)
+    assert done.returncode == 1 and "or that somebody changed since: README.md (would be replaced)" in done.stderr
+    assert content(hub, "doctor/cot", "README.md") == edited
+
+
+def test_a_name_that_the_hub_does_not_take_is_told_before_anything_is_sent(hub, finished_run, push):
+    run = finished_run()
+    done = push(run, repo_id="user/a..b")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "user/a..b cannot be a repository on the Hub (" in done.stderr and "HF_ENDPOINT" not in done.stderr
+    assert hub.requests == []
+    # One of three names, made of it, may be too long.
+    done = push(run, "--layout", "separate", repo_id=f"doctor/{'a' * 90}")
+    assert done.returncode == 1 and "-merged cannot be a repository on the Hub (" in done.stderr and hub.requests == []
+    with pytest.raises(HubError, match=r"user/a\.\.b cannot be a repository"):
+        medcot_hub.check_ready(load_config("smoke", ["hub.repo_id=user/a..b"]))
 
 
 def test_what_is_altered_stale_or_not_what_it_was_merged_from_is_not_pushed(finished_run, monkeypatch):

@@ -16,7 +16,7 @@ from hub_runs import hub_environment, make_run, push_command
 from hub_server import FOREIGN, NEVER_ENDS, PART, READ, WRITE, Hub
 
 from medcot_utils.hub import RECORD
-from medcot_utils.hub_calls import retry_after
+from medcot_utils.hub_calls import of_the_hub, retry_after
 
 pytest_plugins = ("hub_fixtures",)
 BIG = 30_000_000
@@ -273,6 +273,41 @@ def test_a_hub_that_gives_back_other_weights_is_found_out(hub, finished_run, pus
     hub.spoils_large_files = True
     error = the_error(push(run), run, hub)
     assert "adapter/adapter_model.safetensors (a download gives other bytes)" in error and "5 of 7 files agree" in error
+
+
+def test_zeroes_in_the_middle_of_a_large_file_are_found_by_verify_all_alone(hub, finished_run, push):
+    run = finished_run(weights=40_000_000)  # more than one piece of a download
+    hub.spoils_middles = True
+    error = the_error(push(run, "--verify-all"), run, hub)
+    assert "model.safetensors (a download gives other bytes); 6 of 7 files agree" in error
+    done = push(run)
+    assert done.returncode == 0, done.stderr
+    assert "2 large at both ends (every byte: --verify-all)" in done.stdout
+    lines = {line["path"]: line["downloaded"] for line in record_of(run)["repositories"][0]["files"]}
+    assert lines["model.safetensors"] == "both ends" and lines["config.json"] == "whole"
+    assert record_of(run)["verify_all"] is False
+
+
+def test_verify_all_downloads_every_byte(hub, finished_run, push):
+    run = finished_run(weights=40_000_000)
+    done = push(run, "--verify-all")
+    assert done.returncode == 0 and "downloaded again 7 whole\n" in done.stdout, done.stdout + done.stderr
+    assert record_of(run)["verify_all"] is True
+    assert {line["downloaded"] for line in record_of(run)["repositories"][0]["files"]} == {"whole"}
+
+
+def test_an_answer_that_cannot_be_read_is_the_hubs_fault_and_a_wrong_value_of_ours_is_not():
+    from huggingface_hub.lfs import _validate_batch_actions
+    from huggingface_hub.utils import validate_repo_id
+
+    def raised(call, *arguments):
+        with pytest.raises(ValueError) as caught:
+            call(*arguments)
+        return caught.value
+
+    assert of_the_hub(raised(_validate_batch_actions, {"actions": 1}))
+    assert not of_the_hub(raised(validate_repo_id, "user/a..b"))
+    assert not of_the_hub(raised(int, "x"))
 
 
 def test_a_hub_that_sets_no_tag_is_found_out(hub, finished_run, push):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from medcot_utils import gguf_export, platforms
 from medcot_utils.config import ConfigError, load_config
@@ -205,7 +207,10 @@ def test_a_quantized_file_is_smaller_and_its_distance_is_measured_not_judged(exp
     check = verify_gguf(run)
     require_gguf_agreement(check)
     assert not check["exact"] and 0.01 < check["weights"]["relative_error"] < 0.2
-    assert check["greedy"][0]["same_prompt_tokens"] and 0 <= check["greedy"][0]["same_first_tokens"] <= 1
+    for one in check["greedy"]:
+        assert one["same_prompt_tokens"] and one["prompts"] == 3
+        # These answers begin as the merged model's and then leave them: another model's would be 0, the same file's 1.
+        assert 0.1 < one["same_first_tokens"] < 1 and one["same"] < 3
 
 
 @pytest.mark.model
@@ -247,18 +252,65 @@ def test_a_check_that_is_not_ok_is_an_error_that_names_the_fault():
     require_gguf_agreement(None)
 
 
+PROMPTS = [
+    inference_prompt("A 61-year-old woman, 3.5 mg/l: what now?"),
+    inference_prompt("A man of 40 has chest pain after climbing stairs. Which test comes first?"),
+    inference_prompt("Which vitamin is missing in scurvy?"),
+]
+NEW_TOKENS = 24
+
+
+def merge_smollm2(folder):
+    """(the base's folder, `folder/merged`): SmolLM2 with a LoRA of random weights on all seven projections, merged in float16."""
+    from peft import LoraConfig, get_peft_model
+
+    from medcot_utils.engines.embedded import model_source
+    from medcot_utils.engines.merging import load_base, merge
+
+    settings = config(profile="demo").model
+    base, _ = load_base(settings, "bfloat16")
+    torch.manual_seed(7)
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=8, lora_alpha=1, target_modules=projections, init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(folder / "adapter")
+    merge(settings, folder / "adapter", folder / "merged", "float16")
+    return Path(model_source(settings.name)), folder / "merged"
+
+
+def greedy_of_transformers(folder, prompts):
+    """(the answers' texts, the prompts' lengths in tokens)"""
+    from medcot_utils.engines.merging import load_unquantized
+
+    model, tokenizer = load_unquantized(folder, "float32")
+    answers = gguf_export._greedy(model, tokenizer, prompts, NEW_TOKENS)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    return texts, [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+
+
+def greedy_of_llama_cpp(file):
+    """The same of a GGUF file, as verify_gguf asks llama.cpp."""
+    asked = json.dumps({"prompts": PROMPTS, "max_tokens": NEW_TOKENS, "context": 512})
+    said = gguf_export._call([*gguf_export.WORKER, "answer", str(file)], "llama.cpp", asked)
+    answers = json.loads(said.splitlines()[-1])["answers"]
+    return [one["text"] for one in answers], [one["prompt_tokens"] for one in answers]
+
+
 @pytest.mark.embedded
-def test_the_embedded_model_whose_tokenizer_the_converter_takes_for_another_is_read_right_by_llama_cpp(tmp_path):
-    """As transformers saved it, the converter alone makes a SentencePiece vocabulary of it, on which llama.cpp fails."""
-    from pathlib import Path
+def test_a_merged_smollm2_answers_in_llama_cpp_at_16_bits_as_in_transformers(tmp_path):
+    """As transformers saved its tokenizer, the converter alone makes a SentencePiece vocabulary, on which llama.cpp fails."""
+    from medcot_utils.engines.embedded import load_tokenizer
 
-    from medcot_utils.engines.embedded import load_tokenizer, model_source
+    settings = config("export.dtype=float16", profile="demo")
+    base, merged = merge_smollm2(tmp_path)
+    write_gguf(merged, tmp_path / "model.f16.gguf", "f16", settings)
+    assert all(ours == theirs for ours, theirs in special_tokens(tmp_path / "model.f16.gguf", load_tokenizer(merged)).values())
+    assert compare_weights(tmp_path / "model.f16.gguf", merged)["max_difference"] == 0
+    expected, lengths = greedy_of_transformers(merged, PROMPTS)
+    assert greedy_of_llama_cpp(tmp_path / "model.f16.gguf") == (expected, lengths)
+    (of_base,), _ = greedy_of_transformers(base, PROMPTS[:1])
+    assert of_base != expected[0], "else these answers would not tell the merged model from its base"
 
-    source, file = Path(model_source("embedded:smollm2-135m-instruct")), tmp_path / "model.bf16.gguf"
-    write_gguf(source, file, "bf16", config("export.dtype=bfloat16", profile="demo"))
-    tokenizer = load_tokenizer(source)
-    assert all(ours == theirs for ours, theirs in special_tokens(file, tokenizer).values())
-    prompt = inference_prompt("A 61-year-old woman, 3.5 mg/l: what now?")
-    asked = json.dumps({"prompts": [prompt], "max_tokens": 4, "context": 512})
-    said = json.loads(gguf_export._call([*gguf_export.WORKER, "answer", str(file)], "llama.cpp", asked).splitlines()[-1])
-    assert said["answers"][0]["prompt_tokens"] == len(tokenizer(prompt)["input_ids"]) and said["answers"][0]["text"]
+    # What four bits change: the weights a little (and SmolLM2's answers with them), and nothing else.
+    quantized = tmp_path / "model.q4_k_m.gguf"
+    gguf_export._call([str(quantizer()), str(tmp_path / "model.f16.gguf"), str(quantized), "Q4_K_M", "2"], "the quantizer")
+    assert 0.02 < compare_weights(quantized, merged)["relative_error"] < 0.05
