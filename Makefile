@@ -7,8 +7,13 @@ RUN_DIR ?= runs/demo
 # The committed notebooks are those of the embedded default, on a machine with a card too.
 ON_CPU := CUDA_VISIBLE_DEVICES=
 
+# Said before anything is installed.
+ifneq ($(filter kaggle,$(MAKECMDGOALS)),)
+  $(if $(ID),,$(error give your name at Kaggle and a slug: make kaggle ID=NAME/medcot-series))
+endif
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick nbval lint notebooks badges clean
+.PHONY: help demo test quick nbval lint notebooks kaggle badges clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +46,9 @@ lint: $(INSTALLED) ## ruff over code and notebooks, and the rules for committed 
 
 notebooks: $(INSTALLED) ## execute the committed notebooks in place, in order, and redraw the README's figure
 	$(ON_CPU) $(BIN)/python -m medcot_utils.committed execute
+
+kaggle: $(INSTALLED) ## ID=NAME/slug [PROFILE=article]: install, then build the notebook for Kaggle
+	$(BIN)/medcot kaggle build --id "$(ID)" $(if $(PROFILE),--profile "$(PROFILE)")
 
 badges: $(INSTALLED) ## REPO=owner/name: where the project lies on GitHub; badges and setup cells follow
 	$(BIN)/python -m medcot_utils.committed setup-cells "$(REPO)"

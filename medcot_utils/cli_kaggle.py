@@ -21,11 +21,17 @@ Kernel = Annotated[str | None, typer.Argument(help="owner/slug; that of kernel-m
 
 @app.command()
 def build(
-    profile: Annotated[str, typer.Option(help="smoke, demo, article, recommended, full or auto")] = "article",
+    profile: Annotated[
+        str | None,
+        typer.Option(help="smoke, demo, article, recommended, full or auto; not given: as built here before, else article"),
+    ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="a setting of the run: --set training.max_steps=10")] = None,
     kernel: Annotated[str | None, typer.Option("--id", help="owner/slug; your name and medcot-series if not given")] = None,
     continue_from: Annotated[list[str] | None, typer.Option(help="owner/slug of the session to go on with")] = None,
-    dataset: Annotated[list[str] | None, typer.Option(help="owner/slug of a data set to attach")] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="owner/slug of a data set to attach: rows that a setting names, or an earlier session's run"),
+    ] = None,
     public: Annotated[bool | None, typer.Option("--public/--private", help="private unless said")] = None,
     folder: Folder = Path(),
 ) -> None:
@@ -33,7 +39,10 @@ def build(
     from medcot_utils import kaggle_kernel
 
     built = kaggle_kernel.build(folder, profile, settings or [], kernel, continue_from or [], dataset or [], public)
-    console.print(f"{built.notebook}: {built.bytes / 1e3:.0f} kB, profile {profile}", highlight=False, soft_wrap=True)
+    console.print(f"{built.notebook}: {built.bytes / 1e3:.0f} kB, profile {built.profile}", highlight=False, soft_wrap=True)
+    if built.left_out:
+        names = ", ".join(built.left_out)
+        console.print(f"not carried, since they are none of the project's files (git add makes them so): {names}", soft_wrap=True)
     owner, _, _ = built.metadata.id.partition("/")
     if owner == kaggle_kernel.PLACEHOLDER_OWNER:
         console.print("its owner is set by medcot kaggle push; for `kaggle kernels push` give --id NAME/SLUG", soft_wrap=True)

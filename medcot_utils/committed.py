@@ -13,13 +13,13 @@ from typing import Any
 
 import nbformat
 
+from medcot_utils import leaks
 from medcot_utils import setup_cell as shared
 from medcot_utils.errors import MedcotError
 from medcot_utils.layout import STEPS
 from medcot_utils.series import QUIET_KERNEL, notebooks_dir
 
 _ABSOLUTE_PATH = re.compile(r"(?<![\w/.:~-])/(?:home|root|Users|tmp|var|mnt|opt|usr|work|kaggle|content)/\w")
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|KGAT_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9]{20,}|wandb[^\n]{0,40}\b[0-9a-f]{40}\b")
 _MOST_LINES, _MOST_PARAMETER_LINES = 20, 8
 
 
@@ -72,8 +72,8 @@ def faults(path: Path) -> list[str]:
         found.append("shows an error")
     if match := _ABSOLUTE_PATH.search(text):
         found.append(f"holds an absolute path ({match.group(0)}...)")
-    if _SECRET.search(text):
-        found.append("holds what looks like a secret")
+    if kind := leaks.kind_of(text):
+        found.append(f"holds what looks like a secret: {kind.removeprefix('what looks like ')}")
     parameters = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
     if len(parameters) != 1 or parameters[0].source.count("\n") >= _MOST_PARAMETER_LINES:
         found.append(f"needs one parameters cell of at most {_MOST_PARAMETER_LINES} lines")

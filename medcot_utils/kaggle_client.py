@@ -83,7 +83,7 @@ def push(folder: Path) -> Pushed:
     """Push the kernel that kernel-metadata.json of `folder` describes.
 
     Raises KaggleError before the push for metadata or a notebook that is not fit, and after it unless Kaggle's answer has a
-    version number, no error, and no source that it left out."""
+    version number, no error, no source that it left out, and the name that was asked for."""
     metadata = read_metadata(folder)
     notebook = folder / metadata.code_file
     if not notebook.is_file():
@@ -102,6 +102,12 @@ def push(folder: Path) -> Pushed:
             )
     if not answer.version_number:
         raise KaggleError(f"Kaggle gave {metadata.id} no version number: nothing shows that it was saved. Push again")
+    saved = "/".join(answer.ref.strip("/").split("/")[-2:])  # some answers put /code before it
+    if saved.lower() != metadata.id.lower():
+        raise KaggleError(
+            f"Kaggle saved {saved or 'a kernel without a name'} ({answer.url}), not {metadata.id}: is its owner yours, and "
+            f"id_no in {METADATA}, if there is one, its number?"
+        )
     return Pushed(metadata.id, answer.version_number, answer.url)
 
 

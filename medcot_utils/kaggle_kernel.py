@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import io
 import json
 import lzma
 import re
+import subprocess
 import tarfile
 import textwrap
+import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +21,11 @@ from typing import Any, Literal
 import nbformat
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from medcot_utils.config import load_config
+from medcot_utils import leaks
+from medcot_utils.config import PROFILES, load_config
 from medcot_utils.errors import MedcotError
 from medcot_utils.kaggle_session import RUN_NAME
+from medcot_utils.layout import STEPS
 from medcot_utils.run import write_atomic
 
 HOME = Path(__file__).parent.parent
@@ -31,7 +36,6 @@ PLACEHOLDER_OWNER = "your-name"
 MAX_HOURS = 10
 _ON_A_CARD = ("article", "recommended", "full", "auto")
 _CARRIED = ("pyproject.toml", "requirements.txt", "requirements-cpu.txt", "requirements-nodeps.txt", "LICENSE")
-_PACKAGE_SUFFIXES = {".py", ".yaml", ".json", ".jsonl", ".j2", ".md"}
 _SOURCE = r"[A-Za-z0-9][\w-]*/[\w-]+"
 
 
@@ -58,6 +62,10 @@ class KernelMetadata(BaseModel):
     kernel_sources: list[str] = []
     model_sources: list[str] = []
     docker_image: str | None = None
+    # What `kaggle kernels pull -m` writes beside.
+    id_no: int | None = None
+    keywords: list[str] | None = None
+    enable_tpu: bool | None = None
 
     @field_validator("id")
     @classmethod
@@ -93,6 +101,8 @@ class KernelMetadata(BaseModel):
             raise ValueError(f"title {self.title!r} makes the slug {slugify(self.title)!r}, but id says {slug!r}")
         if not self.enable_internet:
             raise ValueError("enable_internet is false, but the session must install its pinned stack")
+        if self.enable_tpu:
+            raise ValueError("enable_tpu is true, but the series runs on a CUDA card or the CPU: set it to false")
         if self.machine_shape == "NvidiaTeslaP100":
             raise ValueError("machine_shape NvidiaTeslaP100: today's torch has nothing for that card, choose NvidiaTeslaT4")
         if self.enable_gpu != bool(self.machine_shape):
@@ -104,7 +114,9 @@ class KernelMetadata(BaseModel):
 class Built:
     notebook: Path
     metadata: KernelMetadata
+    profile: str
     bytes: int
+    left_out: list[str]  # files that lie among the carried ones, but are none of the project's
 
 
 def read_metadata(folder: Path) -> KernelMetadata:
@@ -131,7 +143,7 @@ def _one_line(error: ValidationError) -> str:
 
 def build(
     folder: Path,
-    profile: str = "article",
+    profile: str | None = None,
     settings: Iterable[str] = (),
     kernel: str | None = None,
     continue_from: Iterable[str] = (),
@@ -139,15 +151,21 @@ def build(
     public: bool | None = None,
 ) -> Built:
     """Write the notebook below `folder` and its kernel-metadata.json into it; id, privacy and sources that a metadata file
-    there has already are kept, and what is given is put in or added. The same arguments give the same bytes.
+    there has already are kept, and what is given is put in or added. Without a profile it is that of the notebook which the
+    folder holds, else `article`. The same arguments on the same folder give the same bytes.
 
-    Raises KaggleError or ConfigError for what cannot run on Kaggle, before anything is written."""
-    settings = _checked_settings(profile, list(settings))
+    Raises KaggleError or ConfigError for what cannot run on Kaggle, or for a secret in what would be pushed, before anything is
+    written."""
     held = _held(folder)
+    profile = profile or _held_profile(folder, held) or "article"
+    settings = _checked_settings(profile, list(settings))
     kernel = kernel or held.get("id", f"{PLACEHOLDER_OWNER}/medcot-series")
     slug = kernel.rpartition("/")[2]
     card = profile in _ON_A_CARD
-    values = {
+    kept = {name: held.get(name) for name in ("docker_image", "keywords", "enable_tpu")}
+    if kernel == held.get("id"):  # the number goes before the name: another kernel's would be overwritten
+        kept["id_no"] = held.get("id_no")
+    values = kept | {
         "id": kernel,
         "title": slug.replace("-", " "),
         "code_file": f"build/kaggle/{slug}.ipynb",
@@ -158,13 +176,14 @@ def build(
         "competition_sources": held.get("competition_sources", []),
         "kernel_sources": _joined(held.get("kernel_sources", []), continue_from),
         "model_sources": held.get("model_sources", []),
-        "docker_image": held.get("docker_image"),
     }
     try:
         metadata = KernelMetadata.model_validate(values)
     except ValidationError as error:
         raise KaggleError(_one_line(error)) from None
-    text = notebook_text(metadata.id, profile, settings)
+    files, left_out = carried_files()
+    _refuse_secrets(files, settings)
+    text = notebook_text(metadata, profile, settings, files)
     size = len(text.encode())
     if size >= MOST_BYTES:
         raise KaggleError(f"the notebook has {size:,} bytes, and Kaggle takes less than {MOST_BYTES:,}")
@@ -172,7 +191,7 @@ def build(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
     write_atomic(folder / METADATA, json.dumps(metadata.model_dump(exclude_none=True), indent=2) + "\n")
-    return Built(path, metadata, size)
+    return Built(path, metadata, profile, size, left_out)
 
 
 def _held(folder: Path) -> dict[str, Any]:
@@ -184,6 +203,16 @@ def _held(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise KaggleError(f"{METADATA} is not JSON ({error}): mend it, or remove it and build again") from None
+
+
+def _held_profile(folder: Path, held: dict[str, Any]) -> str | None:
+    try:
+        notebook = nbformat.read(folder / str(held.get("code_file")), as_version=4)
+    except (OSError, ValueError):  # none there, or no notebook
+        return None
+    lines = [line for cell in notebook.cells for line in cell.source.splitlines() if line.startswith("PROFILE = ")]
+    name = lines[0].partition("=")[2].strip(' "') if lines else None
+    return name if name in (*PROFILES, "auto") else None
 
 
 def _joined(held: Iterable[str], given: Iterable[str]) -> list[str]:
@@ -206,15 +235,45 @@ def _checked_settings(profile: str, settings: list[str]) -> list[str]:
 # --- what the notebook carries ---------------------------------------------------------------------------------------
 
 
-def carried_files() -> dict[str, bytes]:
-    """{path in the project: content} of what a bare session needs. Raises KaggleError if this is no checkout."""
+def carried_files() -> tuple[dict[str, bytes], list[str]]:
+    """({path in the project: content} of what a bare session needs, what lies among it and is left out).
+
+    Carried are the seven notebooks without their outputs, the pins, and of the package what is the project's: the files that
+    git tracks, or without git those that pyproject.toml lists. Raises KaggleError if this is no checkout."""
     if absent := [name for name in _CARRIED if not (HOME / name).exists()]:
         raise KaggleError(f"{', '.join(absent)} not found beside the package: build from a checkout of the project")
-    package = [path for path in (HOME / "medcot_utils").rglob("*") if path.suffix in _PACKAGE_SUFFIXES and path.is_file()]
+    package, notebooks = _package_files(), [HOME / "notebooks" / f"{name}.ipynb" for name in STEPS]
+    if absent := [path.name for path in notebooks if not path.exists()]:
+        raise KaggleError(f"{', '.join(absent)} not found in notebooks/: build from a checkout of the project")
     files = {path.relative_to(HOME).as_posix(): path.read_bytes() for path in [*package, *(HOME / name for name in _CARRIED)]}
-    for path in (HOME / "notebooks").glob("*.ipynb"):
-        files[f"notebooks/{path.name}"] = _without_outputs(path).encode()
-    return dict(sorted(files.items()))
+    files |= {path.relative_to(HOME).as_posix(): _without_outputs(path).encode() for path in notebooks}
+    there = [*(HOME / "notebooks").glob("*.ipynb"), *(HOME / "medcot_utils").rglob("*")]
+    others = {path.relative_to(HOME).as_posix() for path in there if path.is_file() and "__pycache__" not in path.parts}
+    return dict(sorted(files.items())), sorted(others - set(files))
+
+
+def _package_files() -> list[Path]:
+    git = ["git", "-C", str(HOME)]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True).stdout
+        if Path(top.strip()).resolve() == HOME.resolve():  # else HOME is a folder that lies in something else's checkout
+            listed = subprocess.run([*git, "ls-files", "-z", "medcot_utils"], capture_output=True, text=True, check=True).stdout
+            return [HOME / name for name in listed.split("\0") if name and (HOME / name).is_file()]
+    tool = tomllib.loads((HOME / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    code = [path for name in tool["packages"] for path in (HOME / name.replace(".", "/")).glob("*.py")]
+    data = [path for name, globs in tool["package-data"].items() for one in globs for path in (HOME / name).glob(one)]
+    return [path for path in [*code, *data] if path.is_file()]
+
+
+def _refuse_secrets(files: dict[str, bytes], settings: list[str]) -> None:
+    known = leaks.known_secrets(load_config("smoke", [pair for pair in settings if pair.startswith("secrets.")]).secrets)
+    texts = {name: content.decode(errors="replace") for name, content in files.items()}
+    texts |= {f"--set {pair.partition('=')[0]}": pair for pair in settings}
+    if found := [f"{name} holds {kind}" for name, text in texts.items() if (kind := leaks.kind_of(text, known))]:
+        raise KaggleError(
+            f"{'; '.join(found)}. What is built is pushed as it is: take it out, put it into the environment or attach it as a "
+            f"secret in Kaggle's editor, and build again"
+        )
 
 
 def _without_outputs(path: Path) -> str:
@@ -225,12 +284,16 @@ def _without_outputs(path: Path) -> str:
     return nbformat.writes(notebook)
 
 
-@functools.cache
-def payload() -> str:
-    """The carried files as a tar, compressed, in lines of base64 text. Byte for byte the same for the same files."""
+def payload(files: dict[str, bytes]) -> str:
+    """The files as a tar, compressed, in lines of base64 text. Byte for byte the same for the same files."""
+    return _packed(tuple(files.items()))
+
+
+@functools.lru_cache(maxsize=1)
+def _packed(files: tuple[tuple[str, bytes], ...]) -> str:
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content in carried_files().items():
+        for name, content in files:
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(content), 0o644
             tar.addfile(entry, io.BytesIO(content))
@@ -246,13 +309,14 @@ Fine-tunes and judges a reasoning model on medical chain-of-thought data, in sev
 nothing but itself and **Internet** (settings, right): package and notebooks are in it as text. It was written by
 `medcot kaggle build`; change it there. Not for clinical use.
 
-Secrets are optional and attached once, in the editor (Add-ons > Secrets): `HF_TOKEN` or `HUGGINGFACE_TOKEN`, and `WANDB_API_KEY`
-or `wandb`. To go on with an earlier session, add its output as input. Afterwards the output holds `{run}.zip`, `{run}/adapter`
+Secrets are optional and attached once, in the editor (Add-ons > Secrets): {hub}, and {wandb}.
+To go on with an earlier session, add its output as input. Afterwards the output holds `{run}.zip`, `{run}/adapter`
 and `{run}/report.html`."""
 
 _PARAMETERS = """PROFILE = {profile}
 SETTINGS = {settings}
-KERNEL = {kernel}"""
+KERNEL = {kernel}
+GO_ON_FROM = {sources}"""
 
 _UNPACK = """import base64, io, os, sys, tarfile, time
 from pathlib import Path
@@ -271,25 +335,28 @@ installing.install()"""
 
 _TAKE_UP = f"""from medcot_utils import kaggle_session as session
 
-session.read_secrets()
 run_dir = working / "{RUN_NAME}"
 profile = session.resolved_profile(PROFILE)
-session.take_up(run_dir, profile, SETTINGS)"""
+session.read_secrets(profile, SETTINGS)
+session.take_up(run_dir, profile, SETTINGS, GO_ON_FROM)"""
 
 _RUN = """exit_code = session.run_series(run_dir, profile, SETTINGS)"""
 _REPORT = """session.show_report(run_dir)"""
 _LEAVE = """session.leave_output(run_dir)
-session.end(exit_code, KERNEL)"""
+session.end(exit_code, KERNEL, profile, SETTINGS)"""
 
 
-def cells(kernel: str, profile: str, settings: list[str]) -> list[Any]:
+def cells(metadata: KernelMetadata, profile: str, settings: list[str], files: dict[str, bytes]) -> list[Any]:
     """The pushed notebook's cells, with fixed ids."""
-    chosen = {"profile": json.dumps(profile), "settings": _list(settings), "kernel": json.dumps(kernel)}
+    chosen = {"profile": json.dumps(profile), "settings": _list(settings), "kernel": json.dumps(metadata.id)}
+    chosen["sources"] = _list(_earlier_sessions(metadata, settings))
+    secrets = load_config("demo" if profile == "auto" else profile, settings).secrets
+    names = {"hub": _either(secrets.huggingface), "wandb": _either(secrets.wandb)}
     sources: list[tuple[str, str, dict[str, Any]]] = [
-        ("markdown", _INTRO.format(run=RUN_NAME), {}),
+        ("markdown", _INTRO.format(run=RUN_NAME, **names), {}),
         ("code", _PARAMETERS.format(**chosen), {"tags": ["parameters"]}),
         ("markdown", "## The project, as compressed text", {}),
-        ("code", f'PROJECT = """\n{payload()}\n"""', {"_kg_hide-input": True, "jupyter": {"source_hidden": True}}),
+        ("code", f'PROJECT = """\n{payload(files)}\n"""', {"_kg_hide-input": True, "jupyter": {"source_hidden": True}}),
         ("code", _UNPACK, {}),
         ("markdown", "## The pinned stack", {}),
         ("code", _INSTALL, {}),
@@ -308,13 +375,23 @@ def cells(kernel: str, profile: str, settings: list[str]) -> list[Any]:
     return made
 
 
+def _earlier_sessions(metadata: KernelMetadata, settings: list[str]) -> list[str]:
+    """The sources from which the session is meant to go on: other notebooks' output, and data sets that no setting reads from."""
+    read = {part for pair in settings if "/kaggle/input/" in pair for part in re.split(r"[/=\s\"']", pair)}
+    return [*metadata.kernel_sources, *(name for name in metadata.dataset_sources if name.partition("/")[2] not in read)]
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(f"`{name}`" for name in names)
+
+
 def _list(settings: list[str]) -> str:
     return "[\n" + "".join(f"    {setting!r},\n" for setting in settings) + "]" if settings else "[]"
 
 
-def notebook_text(kernel: str, profile: str, settings: list[str]) -> str:
+def notebook_text(metadata: KernelMetadata, profile: str, settings: list[str], files: dict[str, bytes]) -> str:
     """The pushed notebook as text: no outputs, kernelspec python3."""
-    notebook = nbformat.v4.new_notebook(cells=cells(kernel, profile, settings))
+    notebook = nbformat.v4.new_notebook(cells=cells(metadata, profile, settings, files))
     notebook.metadata = {
         "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
         "language_info": {"name": "python"},

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,13 +52,16 @@ class Earlier:
         return max((entry["made"] for entry in self.manifest["artifacts"].values()), default="")
 
 
-def read_secrets() -> None:
-    """Hand what the secret stores hold to the series, in its environment; show where each was found, never a value."""
+def read_secrets(profile: str, settings: Iterable[str] = ()) -> None:
+    """Hand what the secret stores hold to the series, in its environment, under the names that the settings say; show where
+    each was found, never a value. Raises ConfigError for settings that are none."""
     from medcot_utils import platforms
+    from medcot_utils.config import load_config
 
-    for service, place in platforms.secrets_found().items():  # first: handed on, all would be found in the environment
+    names = load_config(profile, settings).secrets
+    for service, place in platforms.secrets_found(names).items():  # first: handed on, all would be found in the environment
         print(f"{service}: {place}")
-    platforms.hand_on_secrets()
+    platforms.hand_on_secrets(names)
 
 
 def resolved_profile(profile: str) -> str:
@@ -69,10 +73,18 @@ def resolved_profile(profile: str) -> str:
     return done.stdout.split()[-1]
 
 
-def take_up(run_dir: Path, profile: str | None = None, settings: Iterable[str] = (), say: Callable[[str], None] = print) -> None:
+def take_up(
+    run_dir: Path,
+    profile: str | None = None,
+    settings: Iterable[str] = (),
+    sources: Iterable[str] = (),
+    say: Callable[[str], None] = print,
+) -> None:
     """Copy the furthest run that lies among the session's inputs to `run_dir`, unless one is there already: of the same
-    profile and model where a profile is named. Found by its manifest, in a folder or in a zip. Raises ConfigError for
-    settings that are none."""
+    profile and model where a profile is named. Found by its manifest, in a folder or in a zip.
+
+    Raises ConfigError for settings that are none, and SessionError where `sources` say that the session is to go on from
+    them and no fitting run is there: to start anew would take a session's time for what is done already."""
     from medcot_utils.platforms import kaggle_root
 
     unpack_own(run_dir)
@@ -88,6 +100,13 @@ def take_up(run_dir: Path, profile: str | None = None, settings: Iterable[str] =
             if not run.is_of(wanted.profile, wanted.model.name):
                 say(f"{run.source}: a run of profile {run.config.get('profile')} and {run.config['model']['name']}, left alone")
         fitting = [run for run in fitting if run.is_of(wanted.profile, wanted.model.name)]
+    if not fitting and (named := list(sources)):
+        wanted_by = f" of profile {profile} and its model" if profile else ""
+        raise SessionError(
+            f"no earlier run{wanted_by} among the inputs, although this session was built to go on from {', '.join(named)}. Is "
+            f"there a run in that output, of the same --profile and model? To start from the beginning, take what does not "
+            f"belong there out of kernel-metadata.json, build and push again"
+        )
     if not fitting:
         say("no earlier run among the inputs: starting from the beginning")
         return
@@ -260,21 +279,25 @@ def _small_files(run_dir: Path) -> Iterator[Path]:
             yield path
 
 
-def end(code: int, kernel: str) -> None:
+def end(code: int, kernel: str, profile: str, settings: Iterable[str] = ()) -> None:
     """The last cell: say what the series' exit code means. Raises SessionError if it failed, so that the session counts so."""
-    again = f"medcot kaggle build --id {next_kernel(kernel)} --continue-from {kernel} && medcot kaggle push"
+    again = continue_command(kernel, profile, settings)
     if code == 0:
         print(f"The series is complete. To fetch the run: medcot kaggle output {kernel}")
     elif code == EX_PAUSED:
-        print(
-            f"Paused in good time, nothing failed. To go on in another session, from a checkout and with the same --profile and "
-            f"--set: {again}"
-        )
+        print(f"Paused in good time, nothing failed. To go on in another session, from a checkout: {again}")
     else:
         raise SessionError(
             f"the series ended with exit code {code}; its last lines above say why. What was made is in the output. With the "
             f"cause mended, go on there: {again}"
         )
+
+
+def continue_command(kernel: str, profile: str, settings: Iterable[str] = ()) -> str:
+    """The whole command, for a shell, that goes on with a kernel's session in another one: same profile, same settings."""
+    words = ["medcot", "kaggle", "build", "--id", next_kernel(kernel), "--continue-from", kernel, "--profile", profile]
+    words += [word for pair in settings for word in ("--set", pair)]
+    return f"{shlex.join(words)} && medcot kaggle push"
 
 
 def next_kernel(kernel: str) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import getpass
 import hashlib
+import html
 import importlib.metadata
+import json
 import netrc
 import os
 import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from urllib.parse import urlsplit
 import psutil
 from pydantic import SecretStr
 
-from medcot_utils.config import SecretsSettings
+from medcot_utils.config import SecretsSettings, load_config
 from medcot_utils.errors import MedcotError
 
 GIB = 1024**3
@@ -244,7 +246,8 @@ SERVICES = {
     "Weights & Biases": Service("wandb", "WANDB_API_KEY", _netrc),
 }
 SECRET_NAMES = {name: getattr(SecretsSettings(), service.setting) for name, service in SERVICES.items()}
-_known: set[str] = set()  # what `redact` takes out
+found_secrets: dict[str, str] = {}  # {value: where}: what `redact` takes out; never to be shown
+SHORTEST_SECRET = 8  # anything shorter is no key, and may be part of a word
 
 
 def _from_kaggle(name: str) -> str | None:
@@ -281,9 +284,10 @@ def _secret_sources() -> list[tuple[str, Callable[[str], str | None]]]:
     return sources
 
 
-def _search(names: Iterable[str], token_file: Callable[[], str | None] | None) -> tuple[Secret | None, list[str]]:
-    """The first secret that any source holds, and which stores could not be asked and why (by the kind of error only)."""
-    faults, names = [], list(names)
+def held_secrets(names: Iterable[str], token_file: Callable[[], str | None] | None, faults: list[str]) -> Iterator[Secret]:
+    """Each secret that a source holds, the one that counts first; `faults` takes which stores could not be asked and why (by
+    the kind of error only)."""
+    names = list(names)
     for label, ask in _secret_sources():
         for name in names:
             try:
@@ -294,16 +298,23 @@ def _search(names: Iterable[str], token_file: Callable[[], str | None] | None) -
                 faults.append(f"{label}: {type(error).__name__}")
                 break  # no internet, no session: asking for other names would only wait as long again
             if value and value.strip():
-                return _remember(value, f"{label} {name}"), faults
+                yield remember(value, f"{label} {name}")
     try:
         value = token_file() if token_file else None
     except (OSError, netrc.NetrcParseError):
         value = None
-    return (_remember(value, "token file") if value else None), faults
+    if value:
+        yield remember(value, "token file")
 
 
-def _remember(value: str, where: str) -> Secret:
-    _known.add(value.strip())
+def _search(names: Iterable[str], token_file: Callable[[], str | None] | None) -> tuple[Secret | None, list[str]]:
+    faults: list[str] = []
+    return next(held_secrets(names, token_file, faults), None), faults
+
+
+def remember(value: str, where: str) -> Secret:
+    """A secret that was found; `redact` knows it from now on."""
+    found_secrets.setdefault(value.strip(), where)
     return Secret(SecretStr(value.strip()), where)
 
 
@@ -315,7 +326,7 @@ def find_secret(names: Iterable[str], token_file: Callable[[], str | None] | Non
 def secret_of(service: str, settings: SecretsSettings | None = None, given: str | None = None) -> Secret | None:
     """The secret of a service of SERVICES: what is `given`, else what is found under the names of the settings, else None."""
     if given:
-        return _remember(given, "argument")
+        return remember(given, "argument")
     return find_secret(_names(service, settings), SERVICES[service].token_file)
 
 
@@ -334,7 +345,7 @@ def require_secret(service: str, wanted_by: str, otherwise: str, settings: Secre
         with contextlib.suppress(EOFError, NotImplementedError):  # a front end that cannot ask after all
             if typed := getpass.getpass(f"{service}: {wanted_by} needs a secret (not shown, not stored): ").strip():
                 os.environ[SERVICES[service].variable] = typed
-                return _remember(typed, "typed in")
+                return remember(typed, "typed in")
     if found is None:
         looked = ", ".join([*(label for label, _ in _secret_sources()), "token file"])
         why = f" ({'; '.join(faults)})" if faults else ""
@@ -364,18 +375,23 @@ def hand_on_secrets(settings: SecretsSettings | None = None) -> None:
 
 def redact(text: str) -> str:
     """The text without any secret that this process has found or holds in its environment: for messages of other libraries."""
-    held = [os.environ.get(name, "") for names in SECRET_NAMES.values() for name in names]
-    for value in sorted({*_known, *held}, key=len, reverse=True):
-        if len(value) >= 8:  # anything shorter is no key, and may be part of a word
-            text = text.replace(value, "**********")
+    held = {os.environ.get(name, "").strip() for names in SECRET_NAMES.values() for name in names}
+    for value in sorted({*found_secrets, *held}, key=len, reverse=True):
+        if len(value) >= SHORTEST_SECRET:
+            for form in {value, html.escape(value), json.dumps(value)[1:-1]}:  # as it is, within a page, within JSON
+                text = text.replace(form, "**********")
     return text
 
 
 # --- summary -------------------------------------------------------------------------------------------------------
 
 
-def machine_report(run_dir: Path) -> dict[str, Any]:
-    """What a reader must know of the machine: platform, cores, memory and disk in GiB, cards, versions, secrets by source."""
+def machine_report(run_dir: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What a reader must know of the machine: platform, cores, memory and disk in GiB, cards, versions, secrets by source.
+
+    Secrets are looked for under the names that `overrides` set; its other settings are not looked at. Raises ConfigError for a
+    name that is none."""
+    names = load_config("smoke", [pair for pair in overrides if pair.strip().startswith("secrets.")]).secrets
     memory = psutil.virtual_memory()
     return {
         "platform": platform_name(),
@@ -388,5 +404,5 @@ def machine_report(run_dir: Path) -> dict[str, Any]:
         "cache_disk_free_gib": round(disk_free_gib(cache_dir()), 1),
         "gpus": ", ".join(f"{card.name}, {card.memory_gib:.0f} GiB" for card in gpus()) or "none",
         "versions": installed_versions(),
-        "secrets": secrets_found(),
+        "secrets": secrets_found(names),
     }

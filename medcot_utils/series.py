@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from medcot_utils import data, platforms, tracking
+from medcot_utils import data, leaks, platforms, tracking
 from medcot_utils.config import RunConfig, load_config, overrides_of, parse_overrides
 from medcot_utils.disk import full_disk_told
 from medcot_utils.engines import quiet_start
@@ -106,7 +106,8 @@ def run_series(
     say: Callable[[str], None] = print,
     report: Report = lambda name, cell, cells: None,
 ) -> Run:
-    """Run notebooks `first` to `last` into `run_dir`, leaving out those that are done with these settings and inputs.
+    """Run notebooks `first` to `last` into `run_dir`, leaving out those that are done with these settings and inputs. What the
+    cells put out is cleared of this machine's secrets before it is written.
 
     `report(name, cell, cells)` is called before each cell. Raises SeriesError at the first notebook that fails or whose
     kernel dies, and SeriesPaused where training.max_hours ended it; what was made so far is kept, and the next call goes
@@ -115,6 +116,7 @@ def run_series(
     os.environ.setdefault("MEDCOT_SESSION_STARTED", str(time.time()))
     check_parameters(parameters or {}, folder)
     quiet_start(config.seed)
+    leaks.known_secrets(config.secrets)  # all that `redact` must know, also what no kernel was handed
     run = Run.create(run_dir, config, force)
     try:
         with FileLock(run.path / ".lock", timeout=0):
@@ -196,17 +198,21 @@ def _register_engine(name: str, report: Report) -> None:
     from papermill.engines import NBClientEngine, papermill_engines
 
     class ReportingEngine(NBClientEngine):
-        """nbclient's engine, telling of each cell before it runs."""
+        """nbclient's engine, telling of each cell before it runs, and writing no secret of what a cell puts out."""
 
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
-            cell_start, cells = nb_man.cell_start, len(nb_man.nb.cells)
+            cell_start, save, cells = nb_man.cell_start, nb_man.save, len(nb_man.nb.cells)
 
             def reporting_start(cell, cell_index=None, **more):
                 report(name, (cell_index or 0) + 1, cells)
                 return cell_start(cell, cell_index, **more)
 
-            nb_man.cell_start = reporting_start
+            def redacting_save(**more):
+                leaks.redact_outputs(nb_man.nb)
+                return save(**more)
+
+            nb_man.cell_start, nb_man.save = reporting_start, redacting_save
             return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
 
     papermill_engines.register("medcot", ReportingEngine)

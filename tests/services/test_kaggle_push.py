@@ -136,6 +136,8 @@ ANSWERS = {
     "data set": ({"versionNumber": 1, "invalidDatasetSources": ["ann/gone"]}, "no such dataset_sources, or they are not yours"),
     "kernel": ({"versionNumber": 1, "invalidKernelSources": ["ann/gone"]}, "no such kernel_sources"),
     "model": ({"versionNumber": 1, "invalidModelSources": ["ann/gone"]}, "no such model_sources"),
+    "another kernel": ({"ref": "ann/other-run", "versionNumber": 4}, "Kaggle saved ann/other-run (), not ann/heart-run"),
+    "no name": ({"ref": "", "versionNumber": 4}, "Kaggle saved a kernel without a name (), not ann/heart-run"),
     "no version": ({"url": "https://www.kaggle.com/code/ann/heart-run"}, "no version number: nothing shows that it was saved"),
 }
 
@@ -147,6 +149,13 @@ def test_an_answer_that_kaggles_command_takes_for_success_is_an_error_here(case,
     server.answers["SaveKernel"] = (200, {"ref": "ann/heart-run", "url": "", **answer})
     done = medcot("push")
     assert expected in the_one_error(done) and "pushed" not in done.stdout
+
+
+@pytest.mark.parametrize("ref", ["/code/ann/heart-run", "/ann/heart-run", "Ann/heart-run"])
+def test_the_name_in_the_answer_may_be_written_as_an_address(ref, medcot, server):
+    succeed(medcot("build", "--id", "ann/heart-run"))
+    server.answers["SaveKernel"] = (200, {"ref": ref, "url": "", "versionNumber": 2})
+    assert "pushed ann/heart-run, version 2" in succeed(medcot("push"))
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_a_second_session_goes_on_from_what_the_first_one_left(received, tmp_pat
     assert first.returncode == 0, first.stderr[-2000:]
     assert "all" in said(cells) and "pins are satisfied, nothing to install" in said(cells)
     assert "Paused in good time, nothing failed" in said(cells)
-    assert "--id ann/one-run-2 --continue-from ann/one-run" in said(cells)
+    assert "--id ann/one-run-2 --continue-from ann/one-run --profile smoke --set training.max_hours=0.000001" in said(cells)
     assert (tmp_path / "first" / "working" / f"{RUN_NAME}.zip").is_file()
 
     mounted = tmp_path / "second" / "input" / "notebooks" / "ann" / "one-run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from medcot_utils import kaggle_kernel
 from medcot_utils.errors import MedcotError
 from medcot_utils.kaggle_kernel import METADATA, build, carried_files, read_metadata
 from medcot_utils.layout import STEPS
@@ -35,8 +37,8 @@ def test_the_notebook_carries_package_notebooks_and_pins_and_stays_small(tmp_pat
     built = build(tmp_path, "demo")
     files = carried(built)
     tracked = subprocess.run(["git", "ls-files", "medcot_utils"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert set(tracked.stdout.split()) <= set(files)
-    assert {f"notebooks/{name}.ipynb" for name in STEPS} <= set(files)
+    assert set(tracked.stdout.split()) == {name for name in files if name.startswith("medcot_utils/")}
+    assert {f"notebooks/{name}.ipynb" for name in STEPS} == {name for name in files if name.startswith("notebooks/")}
     assert {"requirements.txt", "requirements-cpu.txt", "requirements-nodeps.txt", "pyproject.toml"} <= set(files)
     assert files["medcot_utils/run.py"] == (ROOT / "medcot_utils" / "run.py").read_bytes()
     assert not any("__pycache__" in name for name in files)
@@ -46,16 +48,14 @@ def test_the_notebook_carries_package_notebooks_and_pins_and_stays_small(tmp_pat
 def test_the_carried_notebooks_keep_their_cells_and_tags_without_outputs(tmp_path):
     for name in STEPS:
         original = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-        carried_one = nbformat.reads(carried_files()[f"notebooks/{name}.ipynb"].decode(), as_version=4)
+        carried_one = nbformat.reads(carried_files()[0][f"notebooks/{name}.ipynb"].decode(), as_version=4)
         assert [(c.source, c.metadata) for c in carried_one.cells] == [(c.source, c.metadata) for c in original.cells]
         assert not any(cell.get("outputs") for cell in carried_one.cells)
 
 
 def test_the_same_arguments_give_the_same_bytes(tmp_path):
-    from medcot_utils.kaggle_kernel import payload
-
     first = build(tmp_path / "a", "demo", ["training.max_steps=3"]).notebook.read_bytes()
-    payload.cache_clear()
+    kaggle_kernel._packed.cache_clear()
     second = build(tmp_path / "b", "demo", ["training.max_steps=3"]).notebook.read_bytes()
     assert first == second
     assert first != build(tmp_path / "c", "demo", ["training.max_steps=4"]).notebook.read_bytes()
@@ -112,6 +112,124 @@ def test_what_the_metadata_has_is_kept_and_what_is_given_is_added(tmp_path):
     assert build(tmp_path, "article", continue_from=["ann/first-run"], public=False).metadata.kernel_sources == ["ann/first-run"]
 
 
+def test_without_a_profile_it_stays_the_one_that_the_folder_holds(tmp_path):
+    assert build(tmp_path / "empty").profile == "article"
+    build(tmp_path, "recommended", kernel="ann/heart-run")
+    again = build(tmp_path, kernel="ann/heart-run-2", continue_from=["ann/heart-run"])
+    assert again.profile == "recommended" and 'PROFILE = "recommended"' in cells(again)[0]
+    assert build(tmp_path, "demo").profile == build(tmp_path).profile == "demo"
+    (tmp_path / again.metadata.code_file).write_text("no notebook")
+    assert build(tmp_path).profile == "article"
+
+
+def test_the_session_knows_what_it_is_to_go_on_from_and_that_rows_are_no_session(tmp_path):
+    settings = ["dataset.path=/kaggle/input/rows/mine.jsonl"]
+    built = build(tmp_path, "demo", settings, "ann/heart-run-2", ["ann/heart-run"], ["ann/rows", "ann/kept-run"])
+    values = {}
+    exec(cells(built)[0], values)
+    assert values["GO_ON_FROM"] == ["ann/heart-run", "ann/kept-run"]
+    assert "session.take_up(run_dir, profile, SETTINGS, GO_ON_FROM)" in "".join(cells(built))
+    assert "session.end(exit_code, KERNEL, profile, SETTINGS)" in cells(built)[-1]
+    assert "session.read_secrets(profile, SETTINGS)" in "".join(cells(built))
+
+
+def test_metadata_as_kaggle_pulls_it_is_taken_and_kept(tmp_path):
+    build(tmp_path, "demo", kernel="ann/heart-run")
+    pulled = {"id_no": 123, "keywords": ["medicine", "gpu"], "enable_tpu": False, "docker_image": "", "machine_shape": ""}
+    (tmp_path / METADATA).write_text(json.dumps(json.loads((tmp_path / METADATA).read_text()) | pulled))
+    assert read_metadata(tmp_path).id_no == 123
+    build(tmp_path, "demo")
+    written = json.loads((tmp_path / METADATA).read_text())
+    assert pulled.items() <= written.items()
+    build(tmp_path, "demo", kernel="ann/heart-run-2")
+    assert "id_no" not in json.loads((tmp_path / METADATA).read_text()), "the number is the other kernel's"
+
+
+# --- what is carried and what is not -------------------------------------------------------------------------------
+
+TOKEN = "hf_" + "aB3" * 11
+
+
+@pytest.fixture(params=["git", "no git"])
+def checkout(request, tmp_path, monkeypatch):
+    """A copy of what git tracks here, as a checkout and as an unpacked archive, that build takes for its own."""
+    folder = tmp_path / "checkout"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if name.startswith(("medcot_utils/", "notebooks/")) or "/" not in name:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    if request.param == "git":
+        for command in (["init", "-q"], ["add", "."]):
+            subprocess.run(["git", *command], cwd=folder, check=True)
+    monkeypatch.setattr(kaggle_kernel, "HOME", folder)
+    return folder
+
+
+def test_what_lies_in_the_tree_and_is_none_of_the_projects_is_not_carried_and_said(checkout, tmp_path):
+    whole = set(carried(build(tmp_path, "demo")))
+    (checkout / "notebooks" / "Untitled.ipynb").write_text((checkout / "notebooks" / "01_setup.ipynb").read_text())
+    (checkout / "medcot_utils" / "data" / "patients.jsonl").write_text('{"name": "a patient"}\n')
+    built = build(tmp_path, "demo")
+    assert set(carried(built)) == whole and "medcot_utils/data/cases.jsonl" in whole
+    assert whole >= {f"notebooks/{name}.ipynb" for name in STEPS} and "a patient" not in built.notebook.read_text()
+    assert built.left_out == ["medcot_utils/data/patients.jsonl", "notebooks/Untitled.ipynb"]
+
+
+def test_pyproject_lists_the_files_that_git_tracks():
+    tracked = set(kaggle_kernel._package_files())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", "")
+        listed = set(kaggle_kernel._package_files())
+    assert listed == tracked, "a wheel, and a build without git, hold what the checkout does"
+
+
+def write_into_a_notebook(checkout, secret):
+    path = checkout / "notebooks" / "01_setup.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(3, nbformat.v4.new_code_cell(f'login("{secret}")'))
+    nbformat.write(notebook, path)
+    return "notebooks/01_setup.ipynb"
+
+
+def write_into_the_package(checkout, secret):
+    with (checkout / "medcot_utils" / "run.py").open("a") as stream:
+        stream.write(f"# {secret}\n")
+    return "medcot_utils/run.py"
+
+
+@pytest.mark.parametrize("write", [write_into_a_notebook, write_into_the_package])
+@pytest.mark.parametrize(
+    ("secret", "variable", "kind"),
+    [
+        (TOKEN, None, "what looks like a Hugging Face token"),
+        ("wandb_v1_" + "aB3" * 11, None, "what looks like a Weights & Biases key"),
+        ("nothing to see", "wandb", "a secret of this machine (environment wandb)"),
+        ("nothing to see", "KAGGLE_API_TOKEN", "a secret of this machine (environment KAGGLE_API_TOKEN)"),
+    ],
+)
+def test_a_secret_in_a_carried_file_is_refused_and_not_repeated(secret, variable, kind, write, checkout, tmp_path, monkeypatch):
+    if variable:
+        monkeypatch.setenv(variable, secret)
+    name = write(checkout, secret)
+    with pytest.raises(MedcotError) as caught:
+        build(tmp_path / "here", "demo")
+    assert f"{name} holds {kind}. " in str(caught.value) and secret not in str(caught.value)
+    assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_secret_in_a_setting_is_refused_and_not_repeated(known, tmp_path, monkeypatch):
+    secret = "somebody special" if known else TOKEN
+    if known:
+        monkeypatch.setenv("MY_KEY", secret)
+    with pytest.raises(MedcotError) as caught:
+        build(tmp_path, "demo", [f"tracking.entity={secret}", "secrets.wandb=MY_KEY"])
+    kind = "a secret of this machine (environment MY_KEY)" if known else "what looks like a Hugging Face token"
+    assert f"--set tracking.entity holds {kind}" in str(caught.value) and secret not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 FAULTS = {
     "title": ({"title": "another name"}, "title 'another name' makes the slug 'another-name', but id says 'medcot-series'"),
     "short title": ({"title": "med"}, "title: String should have at least 5 characters"),
@@ -120,6 +238,7 @@ FAULTS = {
     "no card": ({"machine_shape": ""}, "enable_gpu is True, but machine_shape is ''"),
     "language": ({"language": "r"}, "language: Input should be 'python'"),
     "unknown field": ({"enable_gpus": True}, "enable_gpus: Extra inputs are not permitted"),
+    "TPU": ({"enable_tpu": True}, "enable_tpu is true, but the series runs on a CUDA card or the CPU"),
     "model": ({"model_sources": ["a/b/c"]}, "is not owner/model/framework/variation/VERSION"),
 }
 
@@ -147,3 +266,15 @@ def test_the_committed_metadata_is_what_build_writes(tmp_path):
     build(tmp_path)
     assert (tmp_path / METADATA).read_text() == (ROOT / METADATA).read_text()
     assert read_metadata(ROOT).is_private
+
+
+def test_one_command_of_a_clean_checkout_installs_and_builds():
+    def make(*given):
+        command = ["make", "-n", "VENV=no-such-environment", "kaggle", *given]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    lines = make("ID=ann/heart-run", "PROFILE=demo").stdout.splitlines()
+    assert any("pip install" in line and "requirements-cpu.txt" in line for line in lines[:-1])
+    assert lines[-1] == 'no-such-environment/bin/medcot kaggle build --id "ann/heart-run" --profile "demo"'
+    refused = make()
+    assert refused.returncode != 0 and "make kaggle ID=NAME/medcot-series" in refused.stderr and refused.stdout == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,21 @@ def test_a_zip_that_points_outside_writes_nothing_there(finished, kaggle):
     assert not list(kaggle.rglob("escaped.txt"))
 
 
+@pytest.mark.parametrize("inputs", ["nothing", "another profile"])
+def test_a_session_that_was_to_go_on_does_not_start_from_the_beginning(inputs, kaggle, run_factory):
+    if inputs == "another profile":
+        move_output(run_factory(name="other", profile="demo"), kaggle / "input" / "other")
+    run_dir = kaggle / "working" / "run"
+    with pytest.raises(
+        session.SessionError, match=r"no earlier run of profile smoke .* go on from ann/first-run, ann/rows\."
+    ) as raised:
+        session.take_up(run_dir, "smoke", [], ["ann/first-run", "ann/rows"])
+    assert "To start from the beginning" in str(raised.value) and not run_dir.exists()
+    said = []
+    session.take_up(run_dir, "smoke", [], [], say=said.append)
+    assert said[-1] == "no earlier run among the inputs: starting from the beginning"
+
+
 def test_the_series_runs_in_a_process_whose_lines_and_exit_code_come_through(tmp_path, capsys):
     code = session.run_series(tmp_path / "run", "smoke", ["training.max_step=3"])
     assert code == 1 and "did you mean training.max_steps" in capsys.readouterr().out
@@ -180,20 +196,37 @@ def test_the_series_runs_in_a_process_whose_lines_and_exit_code_come_through(tmp
 
 def test_secrets_are_handed_on_and_only_their_places_are_shown(kaggle, monkeypatch, capsys):
     monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_verysecretvalue0123456789")
-    session.read_secrets()
+    session.read_secrets("smoke")
     said = capsys.readouterr().out
     assert "Hugging Face: environment HUGGINGFACE_TOKEN" in said and "verysecret" not in said
     assert session._environment()["HF_TOKEN"] == "hf_verysecretvalue0123456789"
 
 
+def test_secrets_are_read_under_the_names_that_the_settings_say(kaggle, monkeypatch, capsys):
+    monkeypatch.setenv("MY_TOKEN", "hf_verysecretvalue0123456789")
+    session.read_secrets("smoke", ["secrets.huggingface=MY_TOKEN"])
+    assert "Hugging Face: environment MY_TOKEN" in capsys.readouterr().out
+    assert session._environment()["HF_TOKEN"] == "hf_verysecretvalue0123456789"
+
+
 def test_a_pause_says_how_to_go_on_and_a_failure_fails_the_session(capsys):
-    session.end(0, "ann/medcot-series")
+    session.end(0, "ann/medcot-series", "article")
     assert "medcot kaggle output ann/medcot-series" in capsys.readouterr().out
-    session.end(75, "ann/medcot-series")
-    again = "medcot kaggle build --id ann/medcot-series-2 --continue-from ann/medcot-series && medcot kaggle push"
-    assert again in capsys.readouterr().out
+    settings = ["training.max_steps=7", "dataset.path=/kaggle/input/my rows.jsonl"]
+    session.end(75, "ann/medcot-series", "recommended", settings)
+    again = capsys.readouterr().out.rpartition("checkout: ")[2].strip()
+    said, _, push = again.partition(" && ")
+    words = shlex.split(said)
+    assert words[:3] == ["medcot", "kaggle", "build"] and push == "medcot kaggle push"
+    options = list(zip(words[3::2], words[4::2], strict=True))
+    assert options == [
+        ("--id", "ann/medcot-series-2"),
+        ("--continue-from", "ann/medcot-series"),
+        ("--profile", "recommended"),
+        *(("--set", setting) for setting in settings),
+    ]
     with pytest.raises(session.SessionError, match="exit code 1; its last lines above say why"):
-        session.end(1, "ann/medcot-series")
+        session.end(1, "ann/medcot-series", "article")
     assert session.next_kernel("ann/medcot-series-2") == "ann/medcot-series-3"
 
 

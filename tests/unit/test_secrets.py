@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from medcot_utils import platforms
+from medcot_utils import leaks, platforms, series
 from medcot_utils.config import ConfigError, SecretsSettings, load_config
 from medcot_utils.platforms import (
     PlatformError,
@@ -324,3 +324,70 @@ def test_other_libraries_messages_are_cleared_of_what_was_found(monkeypatch, tmp
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
     secrets_found()
     assert redact(f"401 for {SECRET} and a token from a file") == "401 for ********** and **********"
+
+
+PUT_OUT = """
+import html, os, sys, time
+from pathlib import Path
+from IPython.display import HTML, JSON, display
+token, page = os.environ["HF_TOKEN"], Path("token").read_text()
+print(token[:9], end="", flush=True)
+time.sleep(0.5)
+print(token[9:], page, flush=True)
+print(os.environ["KAGGLE_API_TOKEN"], os.environ["MY_KEY"], file=sys.stderr)
+display([token], HTML("<b>" + html.escape(page) + "</b>"), JSON({token: [page]}))
+"""
+
+
+def test_what_cells_put_out_is_written_without_secrets_in_every_form_while_they_run_and_when_one_fails(monkeypatch, tmp_path):
+    import nbformat
+    import papermill
+
+    held = {"HF_TOKEN": SECRET, "KAGGLE_API_TOKEN": "KGAT_verysecret", "MY_KEY": "mine verysecret"}
+    for name, value in held.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "token").write_text("a&verysecret<file>")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.chdir(tmp_path)
+    sources = [PUT_OUT, "print('very' + 'secret' in Path('out.ipynb').read_text())", "raise RuntimeError(f'401 for key {token}')"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    leaks.known_secrets(load_config("smoke", ["secrets.wandb=MY_KEY"]).secrets)
+    series._register_engine("in", lambda *arguments: None)
+    with pytest.raises(papermill.PapermillExecutionError) as raised:
+        papermill.execute_notebook("in.ipynb", "out.ipynb", engine_name="medcot", kernel_name="python3", progress_bar=False)
+    text = (tmp_path / "out.ipynb").read_text()
+    assert "verysecret" not in text and "verysecret" not in str(raised.value)
+    written = [cell for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.source for cell in written] == sources
+    first, second, third = (cell.outputs for cell in written)
+    assert first[0].text.startswith("**********") and "<b>**********</b>" in json.dumps(first)
+    assert second[0].text == "False\n", "nor while the notebook runs"
+    assert third[0].evalue == "401 for key **********" and "**********" in "".join(third[0].traceback)
+    assert text.count("**********") > 8
+
+
+def test_known_secrets_are_those_of_every_source_and_not_the_first_of_each_service(monkeypatch, service_modules, tmp_path):
+    service_modules("kaggle", "    if name == 'STORED': return 'stored secret'\n    raise BackendError(name)")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "an older one")
+    monkeypatch.setenv("wandb", "short")
+    (tmp_path / "kaggle.json").write_text('{"username": "ann", "key": "kaggle key"}')
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path))
+    monkeypatch.delenv("KAGGLE_API_TOKEN", raising=False)
+    assert leaks.known_secrets(load_config("smoke", ["secrets.huggingface=[STORED]"]).secrets) == {
+        SECRET: "environment HF_TOKEN",
+        "an older one": "environment HUGGINGFACE_TOKEN",
+        "stored secret": "Kaggle secret STORED",
+        "kaggle key": "Kaggle's token file",
+    }
+
+
+def test_the_report_of_the_machine_looks_under_the_names_that_are_set(monkeypatch, tmp_path):
+    monkeypatch.setenv("MY_TOKEN", SECRET)
+    overrides = ["training.max_steps=3", "secrets.huggingface=[MY_TOKEN]"]
+    assert machine_report(tmp_path, overrides)["secrets"][HUB] == "environment MY_TOKEN"
+    assert machine_report(tmp_path)["secrets"][HUB] == "not found"
+    source = (Path(platforms.__file__).parents[1] / "notebooks" / "01_setup.ipynb").read_text(encoding="utf-8")
+    assert "platforms.machine_report(run_dir, OVERRIDES)" in source
