@@ -149,7 +149,9 @@ def _differences(shown: Sequence[_Shown]) -> list[dict[str, Any]]:
     common = set.intersection(*(set(one.questions) for one in shown))
     lines = []
     if any(set(one.questions) != common for one in shown):
-        alone = [f"{len(one.questions)} asked, {len(set(one.questions) - common)} of them not in all runs" for one in shown]
+        alone = [
+            f"{len(one.questions)} asked, {len(set(one.questions) - common) or 'none'} of them not in all runs" for one in shown
+        ]
         lines.append({"name": "questions", "cells": alone})
     for name in (name for section in _SECTIONS for name in setting_names() if name.split(".")[0] == section):
         values = [one.run.config.get(name) for one in shown]
