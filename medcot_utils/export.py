@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -208,7 +209,8 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         eval_results=_eval_results(config, measured, trained_name),
     )
     lines = [
-        {"text": METRICS[name].label, "verdict": verdict(name, metric)}
+        # In backticks: a browser would take `</think>` for a tag of its own and drop it.
+        {"text": re.sub(r"<[^<>]+>", r"`\g<0>`", METRICS[name].label), "verdict": verdict(name, metric)}
         | {side: format_interval(metric[side]) for side in ("base", "tuned", "difference")}
         for name, metric in measured["metrics"].items()
     ]
@@ -221,7 +223,8 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         source=_data_source(config),
         metrics=lines,
         n_questions=measured["n_questions"],
-        confidence=round(100 * config.evaluation.confidence_level),
+        multiple_choice="mcq_accuracy" in measured["metrics"],
+        confidence=f"{100 * config.evaluation.confidence_level:g}",
         plan=run.read("plan"),
         check=check,
         trained_name=trained_name,

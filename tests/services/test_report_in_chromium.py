@@ -46,8 +46,8 @@ def record(case, thinking, answer):
 
 
 @pytest.fixture
-def page(run_factory, write_all):
-    """The report of a run of five questions, whose artifacts are made up and written without a model."""
+def run(run_factory, write_all):
+    """A run of five questions, whose artifacts are made up and written without a model."""
     run = write_all(run_factory())
     references = [f"Reference of {name}." for name in CASES]
     questions = [
@@ -64,18 +64,24 @@ def page(run_factory, write_all):
     measured = {"n_questions": len(CASES), "metrics": metrics, "claims": judge(metrics), "notes": [ATTACK]}
     run.write("questions", questions)
     run.write("base_answers", base)
+    run.write("held_out_loss", losses)
     run.write("tuned_answers", tuned)
     run.write("data_report", {"repeats": repeats, "repeats_dropped": True})
     run.write("plan", {"rows": 12, "effective_batch": 4, "steps": 6})
     run.write("training_log", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}])
     run.write("metrics", measured | {"n_samples": 0, "sampled": None, "n_contaminated": 0, "contaminated": None})
+    return run
+
+
+@pytest.fixture
+def page(run):
     return build_report(run)
 
 
 TOOLS = """
 const field_ = name => document.getElementById(name);
 function choose(values) {
-  for (const name of ["words", "specialty", "outcome", "order"]) {
+  for (const name of ["words", "specialty", "outcome", "disagreement", "order"]) {
     field_(name).value = values[name] || "";
     field_(name).dispatchEvent(new Event("input", {bubbles: true}));
   }
@@ -143,19 +149,42 @@ FILTERED = [
     ({"specialty": "neurology", "outcome": BOTH}, ["q4"]),
     ({"specialty": "neurology", "words": "mitral", "outcome": BOTH}, ["q4"]),
     ({"specialty": "cardiology", "words": "lesion"}, []),
+    ({"disagreement": "outcomes"}, ["q2"]),
+    ({"disagreement": "outcomes", "specialty": "cardiology"}, []),
+    ({"disagreement": "0.8"}, []),
     ({"order": "apart"}, ["q4", "q3", "q2", "q1", "q0"]),
     ({"order": "apart", "words": "mitral"}, ["q4", "q0"]),
     ({}, ["q0", "q1", "q2", "q3", "q4"]),
 ]
 
 
-def test_words_specialty_outcome_and_order_filter_the_questions(page, tmp_path):
-    chosen = json.dumps([values for values, _ in FILTERED]).replace("</", "<\\/")
+def require_filtered(folder, page, filtered):
+    chosen = json.dumps([values for values, _ in filtered]).replace("</", "<\\/")
     script = f'report({chosen}.map(values => {{ choose(values); return [seen(), field_("count").textContent]; }}))'
-    shown, console, _ = browse(tmp_path, page, script)
-    for (values, expected), (cards, count) in zip(FILTERED, shown, strict=True):
+    shown, console, _ = browse(folder, page, script)
+    for (values, expected), (cards, count) in zip(filtered, shown, strict=True):
         assert (values, cards, count) == (values, expected, f"{len(expected)} of 5 questions")
     assert console == []
+
+
+def test_words_specialty_outcome_disagreement_and_order_filter_the_questions(page, tmp_path):
+    require_filtered(tmp_path, page, FILTERED)
+
+
+def test_questions_whose_answers_lie_far_apart_can_be_chosen(page, tmp_path):
+    for question, apart in {"q0": "1.0", "q1": "0.8", "q2": "0.799", "q3": "0.5", "q4": "0.499"}.items():
+        page, changed = re.subn(rf'(<article id="{question}"[^>]* data-apart=")[^"]*', rf"\g<1>{apart}", page)
+        assert changed == 1
+    chosen = [
+        ({"disagreement": "0.5"}, ["q0", "q1", "q2", "q3"]),
+        ({"disagreement": "0.8"}, ["q0", "q1"]),
+        ({"disagreement": "0.5", "specialty": "neurology"}, ["q3"]),
+        ({"disagreement": "0.5", "outcome": BOTH, "words": "mitral"}, ["q0"]),
+        ({"disagreement": "0.5", "outcome": NEITHER, "words": "mitral"}, []),
+        ({"disagreement": "0.5", "order": "apart", "outcome": BOTH}, ["q0", "q1"]),
+        ({"disagreement": "outcomes"}, ["q2"]),
+    ]
+    require_filtered(tmp_path, page, chosen)
 
 
 def test_enter_in_the_search_field_does_not_leave_the_page(page, tmp_path):
@@ -190,6 +219,69 @@ def test_a_link_within_the_page_leads_to_its_question(page, tmp_path):
     assert browse(tmp_path, page, script)[0][:2] == ["q3", True]
 
 
+HIDE = 'choose({words: "mitral", specialty: "cardiology", outcome: "both: reasons and answers", disagreement: "outcomes"});'
+STATE = '[...seen(), field_("count").textContent, field_("words").value, field_("disagreement").value]'
+ALL = [*CASES, "5 of 5 questions", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("fragment", "then"),
+    [
+        ("#q3", ""),
+        ("", 'location.hash = "#q3";'),
+        ("", """document.querySelector('ul a[href="#q3"]').click();"""),
+        # The same link a second time changes no address.
+        ("", """location.hash = "#q3"; await wait(300); HIDE document.querySelector('ul a[href="#q3"]').click();"""),
+    ],
+    ids=["opened", "address", "link", "link again"],
+)
+def test_a_link_to_a_question_that_a_filter_hides_clears_the_filters(page, tmp_path, fragment, then):
+    script = f"""
+      const wait = milliseconds => new Promise(done => setTimeout(done, milliseconds));
+      async function go() {{
+        {HIDE}
+        const before = seen();
+        {then.replace("HIDE", HIDE)}
+        await wait(1000);
+        const state = {STATE};
+        {WHERE.replace("report([", "report([before, state, ")}
+      }}
+      go();
+    """
+    before, state, target, on_screen, on_top = browse(tmp_path, page, script, fragment)[0]
+    assert before == [] and state == ALL
+    assert (target, on_screen, on_top) == ("q3", True, "q3")
+
+
+def test_a_link_to_a_question_that_is_shown_leaves_the_filters_alone(page, tmp_path):
+    script = f"""choose({{specialty: "neurology"}}); location.hash = "#q3"; setTimeout(() => report({STATE}), 1000)"""
+    assert browse(tmp_path, page, script)[0][:3] == ["q3", "q4", "2 of 5 questions"]
+
+
+# The print rules as the browser applies them: made to hold on the screen.
+PRINTED = """
+  const rules = [...document.styleSheets].flatMap(sheet => [...sheet.cssRules]).filter(rule => rule.media);
+  const print = rules.filter(rule => rule.media.mediaText === "print");
+  for (const rule of print) rule.media.mediaText = "all";
+  const visible = chosen => [...document.querySelectorAll(chosen)].map(one => one.checkVisibility());
+  const tables = [...document.querySelectorAll("details table")].filter(table => table.checkVisibility());
+"""
+
+
+def test_every_table_and_every_answer_is_printed_and_only_folded_thinking_is_not(page, run, tmp_path):
+    measured = run.read("metrics")
+    more = {"n_samples": 2, "sampled": measured["metrics"], "n_contaminated": 2, "contaminated": measured["metrics"]}
+    run.write("metrics", measured | more)
+    script = f"""{PRINTED}
+      document.querySelector("#q1 details").open = true;
+      report([print.length, tables.map(table => table.closest("details").firstChild.textContent.split(",")[0]),
+        visible("article"), visible(".pair > section > .answer"), visible("#q1 details .answer"), visible("form")])"""
+    rules, tables, cards, answers, thinking, form = browse(tmp_path, build_report(run), script)[0]
+    assert rules == 1 and tables == ["greedy answers", "sampled answers", "2 questions that training rows repeat"]
+    assert cards == [True] * 5 and answers == [True] * 10
+    assert thinking == [True, False] and form == [False]
+
+
 def test_the_question_that_a_link_leads_to_is_marked_in_the_light_and_in_the_dark(page, tmp_path):
     script = """setTimeout(() => report([matchMedia("(prefers-color-scheme: dark)").matches,
       getComputedStyle(document.querySelector(":target")).outlineColor, getComputedStyle(document.body).color]), 500)"""
@@ -200,10 +292,30 @@ def test_the_question_that_a_link_leads_to_is_marked_in_the_light_and_in_the_dar
     assert dark == [True, "rgb(108, 184, 230)", "rgb(255, 255, 255)"]
 
 
-def test_nothing_is_wider_than_a_telephone(page, tmp_path):
+def on_a_telephone(folder, page, tell, fragment=""):
+    """What `tell`, an expression, is a second after the page was opened on a telephone."""
     # Chromium opens no window as narrow as that, so the page stands in a frame and tells its parent.
-    tell = "onload = () => parent.postMessage([innerWidth, document.documentElement.scrollWidth], '*')"
-    (tmp_path / "inner.html").write_text(page.replace("</body>", f"<script>{tell}</script></body>"), encoding="utf-8")
-    outer = '<title>outer</title><body><iframe src="inner.html" width="390" height="844" style="border: 0"></iframe></body>'
-    (inner_width, scroll_width), _, _ = browse(tmp_path, outer, "onmessage = event => report(event.data)")
-    assert inner_width == 390 and scroll_width <= inner_width
+    tell = f"onload = () => setTimeout(() => parent.postMessage({tell}, '*'), 1000)"
+    (folder / "inner.html").write_text(page.replace("</body>", f"<script>{tell}</script></body>"), encoding="utf-8")
+    frame = f'<iframe src="inner.html{fragment}" width="390" height="844" style="border: 0"></iframe>'
+    return browse(folder, f"<title>outer</title><body>{frame}</body>", "onmessage = event => report(event.data)")[0]
+
+
+def test_nothing_is_wider_than_a_telephone(page, run, tmp_path):
+    for one in (page, build_report(run, run, run)):
+        inner_width, scroll_width = on_a_telephone(tmp_path, one, "[innerWidth, document.documentElement.scrollWidth]")
+        assert inner_width == 390 and 300 < scroll_width <= inner_width
+        # A table is wider and scrolls by itself: no column as narrow as a letter.
+        narrowest = "Math.min(...[...document.querySelectorAll('th, td')].map(cell => cell.clientWidth))"
+        assert on_a_telephone(tmp_path, one, narrowest) > 40
+
+
+def test_on_a_telephone_a_linked_question_is_not_covered(page, tmp_path):
+    place = """(() => {
+      const card = document.querySelector(":target").getBoundingClientRect();
+      const over = document.elementFromPoint(card.x + card.width / 2, card.y + 3);
+      return [card.y >= 0 && card.y < 100, over.closest("article")?.id];
+    })()"""
+    assert on_a_telephone(tmp_path, page, place, "#q3") == [True, "q3"]
+    sticky = page.replace("</style>", "form { position: sticky; top: 0; z-index: 1; }</style>")
+    assert on_a_telephone(tmp_path, sticky, place, "#q3") == [True, None], "the test could see it"

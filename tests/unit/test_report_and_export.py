@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
+from made_up_runs import ATTACK, CHECK, CONFIG, QUESTIONS, Tags, fill
 
 from medcot_utils import platforms
-from medcot_utils.claims import judge
 from medcot_utils.config import load_config
 from medcot_utils.disk import DiskError
-from medcot_utils.evaluation import compare, compare_sampled, format_interval, verdict
+from medcot_utils.evaluation import format_interval, verdict
 from medcot_utils.export import (
     ExportError,
     model_card,
@@ -22,107 +21,9 @@ from medcot_utils.export import (
     save_merged,
     verify_export,
 )
-from medcot_utils.mcq import paired
 from medcot_utils.measures import METRICS
 from medcot_utils.report import build_report
 from medcot_utils.run import Run, RunError
-
-CONFIG = load_config("smoke")
-# Closes the page's own script, makes a new one, fetches a picture, leaves an attribute, and ends a line within a script.
-ATTACK = (
-    """</script><script>alert("x")</script> see <img src="https://evil.example/x.png" onerror='alert(1)'> & "quoted" """
-    "'so'\u2028> end"
-)
-QUESTIONS = [{"id": "article", "scored": False, "specialty": "the article's question", "Question": "Which?", "Response": "This."}]
-QUESTIONS += [
-    {"id": f"q{i}", "scored": True, "specialty": "cardiology", "Question": f"Which valve, {i} < 9?", "Response": "The mitral."}
-    for i in range(4)
-]
-QUESTIONS = [question | {"Complex_CoT": "The murmur is systolic."} for question in QUESTIONS]
-CHECK = {
-    "tolerance": 0.05,
-    "ok": True,
-    "pairs": [
-        {"a": "merged", "b": "16-bit base + adapter", "mean_logprob_difference": 0.00123, "same_greedy": 3, "prompts": 3},
-        {"a": "merged", "b": "4-bit base + adapter", "mean_logprob_difference": 0.234, "same_greedy": 1, "prompts": 3},
-    ],
-    "held_out_loss": {"merged": 1.8123, "4-bit base + adapter": 1.9456},
-    "held_out_rows": 8,
-    "files": [],
-}
-
-
-def answer(question, answer_text, closed, thinking="so & so", sample=0):
-    return {
-        "id": question["id"],
-        "sample": sample,
-        "prompt": question["Question"],
-        "thinking": thinking,
-        "answer": answer_text,
-        "completion": answer_text,
-        "well_formed": closed,
-        "finished": closed,
-        "closed": int(closed),
-        "thinking_tokens": 7,
-        "answer_tokens": 5,
-        "completion_tokens": 13,
-        "seconds": 0.1,
-    }
-
-
-def choice(label, index, right):
-    return {"model": label, "task": "shipped", "id": f"m{index}", "specialty": "cardiology", "correct": right, "abstained": False}
-
-
-def fill(
-    run, repeats=(), trained_on=(), questions=QUESTIONS, base=("", False), tuned=(ATTACK, True), thinking="so & so", notes=()
-):
-    """A run's artifacts up to the comparison and the export check, written as the notebooks write them, without a model.
-
-    base, tuned: the answer to every question, and whether its reasoning is closed. `trained_on`: ids set apart."""
-    from datasets import Dataset
-
-    rows = Dataset.from_list([{"id": "t1", "Question": "a", "input_ids": [0, 9, 40, 41], "labels": [-100, -100, 40, 41]}])
-    run.write("questions", questions)
-    sides = []
-    for side in (base, tuned):
-        greedy = [answer(question, *side, thinking) for question in questions]
-        sides.append([greedy, [answer(question, "A sampled one.", True, "hm", sample=1) for question in questions]])
-    mcq = [[choice(label, index, right) for index in range(8)] for label, right in (("base", False), ("tuned", True))]
-    run.write("base_answers", [record for sample in sides[0] for record in sample])
-    run.write("base_mcq", mcq[0])
-    run.write("train_rows", rows)
-    run.write("held_out_rows", rows)
-    run.write("data_report", {"repeats": list(repeats), "repeats_dropped": not trained_on})
-    run.write("plan", {"rows": 117, "effective_batch": 4, "steps": 6, "trainable_parameters": 32768, "total_parameters": 10**9})
-    run.write("adapter", lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"0" * 1000))
-    run.write("training_log", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "eval_loss": 1.75}])
-    held_out = [
-        {"model": label, "id": f"h{i}", "nll": 10.0 * loss, "tokens": 10}
-        for label, loss in (("base", 2.0), ("tuned", 1.5))
-        for i in range(8)
-    ]
-    run.write("held_out_loss", held_out)
-    run.write("tuned_answers", [record for sample in sides[1] for record in sample])
-    run.write("tuned_mcq", mcq[1])
-
-    settings, seed = run.config.evaluation, run.config.seed
-    apart = [index for index, question in enumerate(questions) if question["id"] in trained_on]
-    clean = [index for index, question in enumerate(questions) if question["scored"] and index not in apart]
-
-    def chosen(numbers, sample):
-        return [[side[sample][i] for i in numbers] for side in sides]
-
-    metrics = compare(*chosen(clean, 0), ["The mitral."] * len(clean), held_out, settings, seed)
-    metrics |= {"mcq_accuracy": paired(*mcq, settings, seed)}
-    sampled = compare_sampled(*([one] for one in chosen(clean, 1)), ["The mitral."] * len(clean), settings, seed)
-    contaminated = compare(*chosen(apart, 0), ["The mitral."] * len(apart), [], settings, seed) if apart else None
-    measured = {"n_questions": len(clean), "metrics": metrics, "n_samples": 1, "sampled": sampled, "notes": list(notes)}
-    measured |= {"n_contaminated": len(apart), "contaminated": contaminated, "claims": judge(metrics, ["t9"] if apart else [])}
-    run.write("metrics", measured)
-    run.write("merged", lambda folder: (folder / "model.safetensors").write_bytes(b"0"))
-    run.write("export_check", CHECK)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -131,34 +32,6 @@ def run(tmp_path_factory):
 
 
 # --- report --------------------------------------------------------------------------------------------------------
-
-
-class Tags(HTMLParser):
-    """The tags of a page, its texts, and every address that a browser would fetch for it."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.addresses, self.attributes, self.ids, self.text, self.scripts = [], [], set(), [], "", ""
-        self.options = {}
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes |= {name for name, _ in attrs}
-        self.ids += [value for name, value in attrs if name == "id"]
-        self.addresses += [value for name, value in attrs if name in ("src", "srcset", "href", "data", "action", "poster")]
-        if tag == "select":
-            self.options[dict(attrs)["id"]] = []
-        elif tag == "option":
-            self.options[next(reversed(self.options))].append("")
-
-    def handle_data(self, text):
-        if self.tags and self.tags[-1] == "script":
-            self.scripts += text
-        else:
-            self.text += text
-        if self.tags and self.tags[-1] == "option":
-            self.options[next(reversed(self.options))][-1] += text.strip("\n")
 
 
 @pytest.fixture(scope="module")
@@ -285,35 +158,27 @@ def test_two_models_that_wrote_nothing_are_not_furthest_apart(tmp_path):
     assert set(re.findall(r'data-apart="([^"]*)"', build_report(silent))) <= {"0", "0.0"}
 
 
-def test_several_runs_stand_beside_each_other(tmp_path, run):
-    other = fill(Run.create(tmp_path / "other", CONFIG), tuned=("The aortic one.", True))
-    page = build_report(run, other)
-    seen = Tags(page)
-    assert "Run run" in seen.text and "Run other" in seen.text and "What fine-tuning did" not in seen.text
-    titles = re.findall(r"<section><h3>([^<]*)</h3>", page)
-    assert titles == ["base", "tuned, run", "tuned, other"] * len(QUESTIONS)
-    assert seen.text.count(ATTACK) == seen.text.count("The aortic one.") == len(QUESTIONS)
-    assert seen.tags.count("img") == 4 and page.count("What the article claims") == 2
-    assert all(page.count(f'<article id="{question["id"]}"') == 1 for question in QUESTIONS)
+def test_the_cards_of_questions_that_were_trained_on_say_so(tmp_path, page):
+    repeats = [{"train_id": "t9", "question_id": q, "train_question": "Which?", "exact": True} for q in ("q0", "article")]
+    page_ = build_report(fill(Run.create(tmp_path / "run", CONFIG), repeats, trained_on=("q0",)))
+    assert tags_of(page_) == {
+        "article": ["shown, not scored", "repeated in training"],
+        "q0": ["repeated in training, set apart"],
+        **{f"q{i}": [] for i in (1, 2, 3)},
+    }
+    # Repeats that were left out of the training mark nothing.
+    dropped = build_report(fill(Run.create(tmp_path / "dropped", CONFIG), repeats))
+    assert tags_of(dropped) == tags_of(page) == {"article": ["shown, not scored"]} | {f"q{i}": [] for i in range(4)}
 
 
-def test_200_questions_with_two_answers_of_500_words_make_a_page_of_less_than_5_megabytes(tmp_path):
-    import numpy as np
+BRACKETS = "% intervals: Wilson's for shares, Newcombe's for differences of shares, else bootstrap over questions."
 
-    words = [f"{start}{end}ia" for start in ("nephr", "carcin", "oste", "hepat") for end in ("om", "opath", "it")]
-    generator = np.random.default_rng(1)
 
-    def prose():
-        return " ".join(generator.choice(words, size=500))
-
-    questions = [QUESTIONS[1] | {"id": f"q{i}", "Question": prose()[:300]} for i in range(200)]
-    big = fill(Run.create(tmp_path / "run", CONFIG))
-    big.write("questions", questions)
-    for side in ("base", "tuned"):
-        big.write(f"{side}_answers", [answer(question, prose(), True, prose()) for question in questions])
-    page = build_report(big)
-    assert page.count("<article ") == 200
-    assert 200 * 2 * 2 * 500 * 6 < len(page.encode()) < 5_000_000
+def test_report_and_card_say_which_intervals_they_give_and_how_sure(tmp_path, page):
+    assert f"Brackets: 95 {BRACKETS}" in " ".join(Tags(page).text.split())
+    sure = fill(Run.create(tmp_path / "run", load_config("smoke", ["evaluation.confidence_level=0.995"])))
+    for text in (Tags(build_report(sure)).text, model_card(sure)):
+        assert f"Brackets: 99.5 {BRACKETS}" in " ".join(text.split()) and "95 %" not in text
 
 
 def test_a_report_without_its_inputs_names_the_notebook(tmp_path):
@@ -324,6 +189,13 @@ def test_a_report_without_its_inputs_names_the_notebook(tmp_path):
     (filled.path / "metrics.json").unlink()
     with pytest.raises(RunError, match="06_comparison"):
         build_report(filled)
+
+
+def tags_of(page):
+    """{question: what its card is marked with}"""
+    cards = re.findall(r'<article id="([^"]*)".*?</article>', page, re.DOTALL)
+    parts = re.findall(r"<article .*?</article>", page, re.DOTALL)
+    return {card: re.findall(r'<span class="tag changed">([^<]*)</span>', part) for card, part in zip(cards, parts, strict=True)}
 
 
 # --- model card ----------------------------------------------------------------------------------------------------
@@ -338,12 +210,28 @@ def test_the_card_has_the_measured_numbers_the_licence_and_the_limits(run):
     assert "Not for clinical use" in card.text and "`apache-2.0`: the base model's licence" in card.text
     for name, metric in run.read("metrics")["metrics"].items():
         cells = " | ".join(format_interval(metric[side]) for side in ("base", "tuned", "difference"))
-        assert f"| {METRICS[name].label} | {cells} | {verdict(name, metric)} |" in card.text
+        assert f"| {METRICS[name].label.replace('</think>', '`</think>`')} | {cells} | {verdict(name, metric)} |" in card.text
     assert "2.00 [2.00, 2.00] | 1.50 [1.50, 1.50] | -0.50 [-0.50, -0.50] | fell, better" in card.text
-    assert "the rest on 4 held-out questions" in card.text and "95 % bootstrap" in card.text and "117 training rows" in card.text
+    assert "the rest on 4 held-out questions" in card.text and "117 training rows" in card.text
     assert "0.0012" in card.text and "3 of 3 prompts" in card.text
     assert "1.81 nats per token, that of the 4-bit base + adapter 1.95" in card.text and "1 of 3 prompts" in card.text
     assert str(run.path) not in text
+
+
+def test_the_card_says_greedy_also_where_notebook_02_samples(tmp_path):
+    sampling = fill(Run.create(tmp_path / "run", load_config("smoke", ["generation.do_sample=true"])))
+    card = " ".join(model_card(sampling).split())
+    assert "held-out questions, greedy answers of at most" in card and "sampled" not in card
+
+
+def test_no_label_in_the_cards_tables_is_taken_for_a_tag(run):
+    import markdown_it
+
+    text = model_card(run).split("---", 2)[2]
+    shown = Tags(markdown_it.MarkdownIt().enable("table").render(text))
+    assert "one </think>, text on both sides (share)" in shown.text
+    raw = Tags(markdown_it.MarkdownIt().enable("table").render(text.replace("`</think>`", "</think>")))
+    assert "one </think>" not in raw.text, "the test could see it"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,148 @@
+"""Runs made up without a model, up to the export check, and a reader of the pages that are made of them."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+from medcot_utils.claims import judge
+from medcot_utils.config import load_config
+from medcot_utils.evaluation import compare, compare_sampled
+from medcot_utils.mcq import paired
+
+CONFIG = load_config("smoke")
+# Closes the page's own script, makes a new one, fetches a picture, leaves an attribute, and ends a line within a script.
+ATTACK = (
+    """</script><script>alert("x")</script> see <img src="https://evil.example/x.png" onerror='alert(1)'> & "quoted" """
+    "'so'\u2028> end"
+)
+QUESTIONS = [{"id": "article", "scored": False, "specialty": "the article's question", "Question": "Which?", "Response": "This."}]
+QUESTIONS += [
+    {"id": f"q{i}", "scored": True, "specialty": "cardiology", "Question": f"Which valve, {i} < 9?", "Response": "The mitral."}
+    for i in range(4)
+]
+QUESTIONS = [question | {"Complex_CoT": "The murmur is systolic."} for question in QUESTIONS]
+CHECK = {
+    "tolerance": 0.05,
+    "ok": True,
+    "pairs": [
+        {"a": "merged", "b": "16-bit base + adapter", "mean_logprob_difference": 0.00123, "same_greedy": 3, "prompts": 3},
+        {"a": "merged", "b": "4-bit base + adapter", "mean_logprob_difference": 0.234, "same_greedy": 1, "prompts": 3},
+    ],
+    "held_out_loss": {"merged": 1.8123, "4-bit base + adapter": 1.9456},
+    "held_out_rows": 8,
+    "files": [],
+}
+
+
+def answer(question, answer_text, closed, thinking="so & so", sample=0):
+    return {
+        "id": question["id"],
+        "sample": sample,
+        "prompt": question["Question"],
+        "thinking": thinking,
+        "answer": answer_text,
+        "completion": answer_text,
+        "well_formed": closed,
+        "finished": closed,
+        "closed": int(closed),
+        "thinking_tokens": 7,
+        "answer_tokens": 5,
+        "completion_tokens": 13,
+        "seconds": 0.1,
+    }
+
+
+def choice(label, index, right):
+    return {"model": label, "task": "shipped", "id": f"m{index}", "specialty": "cardiology", "correct": right, "abstained": False}
+
+
+def fill(
+    run,
+    repeats=(),
+    trained_on=(),
+    questions=QUESTIONS,
+    base=("", False),
+    tuned=(ATTACK, True),
+    thinking="so & so",
+    notes=(),
+    loss=1.5,
+    rows=1,
+):
+    """A run's artifacts up to the comparison and the export check, written as the notebooks write them, without a model.
+
+    base, tuned: the answer to every question, and whether its reasoning is closed, or what gives both for a question.
+    `trained_on`: ids set apart."""
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"id": f"t{rows}", "Question": "a", "input_ids": [0, 9, 40, 41], "labels": [-100, -100, 40, 41]}])
+    run.write("questions", questions)
+    sides = []
+    for side in (base, tuned):
+        greedy = [answer(question, *(side(question) if callable(side) else side), thinking) for question in questions]
+        sides.append([greedy, [answer(question, "A sampled one.", True, "hm", sample=1) for question in questions]])
+    mcq = [[choice(label, index, right) for index in range(8)] for label, right in (("base", False), ("tuned", True))]
+    run.write("base_answers", [record for sample in sides[0] for record in sample])
+    run.write("base_mcq", mcq[0])
+    run.write("train_rows", rows)
+    run.write("held_out_rows", rows)
+    run.write("data_report", {"repeats": list(repeats), "repeats_dropped": not trained_on})
+    run.write("plan", {"rows": 117, "effective_batch": 4, "steps": 6, "trainable_parameters": 32768, "total_parameters": 10**9})
+    run.write("adapter", lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"0" * 1000))
+    run.write("training_log", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "eval_loss": 1.75}])
+    held_out = [
+        {"model": label, "id": f"h{i}", "nll": 10.0 * loss, "tokens": 10}
+        for label, loss in (("base", 2.0), ("tuned", loss))
+        for i in range(8)
+    ]
+    run.write("held_out_loss", held_out)
+    run.write("tuned_answers", [record for sample in sides[1] for record in sample])
+    run.write("tuned_mcq", mcq[1])
+
+    settings, seed = run.config.evaluation, run.config.seed
+    apart = [index for index, question in enumerate(questions) if question["id"] in trained_on]
+    clean = [index for index, question in enumerate(questions) if question["scored"] and index not in apart]
+
+    def chosen(numbers, sample):
+        return [[side[sample][i] for i in numbers] for side in sides]
+
+    def references(numbers):
+        return [questions[i]["Response"] for i in numbers]
+
+    metrics = compare(*chosen(clean, 0), references(clean), held_out, settings, seed)
+    metrics |= {"mcq_accuracy": paired(*mcq, settings, seed)}
+    sampled = compare_sampled(*([one] for one in chosen(clean, 1)), references(clean), settings, seed)
+    contaminated = compare(*chosen(apart, 0), references(apart), [], settings, seed) if apart else None
+    measured = {"n_questions": len(clean), "metrics": metrics, "n_samples": 1, "sampled": sampled, "notes": list(notes)}
+    measured |= {"n_contaminated": len(apart), "contaminated": contaminated, "claims": judge(metrics, ["t9"] if apart else [])}
+    run.write("metrics", measured)
+    run.write("merged", lambda folder: (folder / "model.safetensors").write_bytes(b"0"))
+    run.write("export_check", CHECK)
+    return run
+
+
+class Tags(HTMLParser):
+    """The tags of a page, its texts, and every address that a browser would fetch for it."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.addresses, self.attributes, self.ids, self.text, self.scripts = [], [], set(), [], "", ""
+        self.options = {}
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.addresses += [value for name, value in attrs if name in ("src", "srcset", "href", "data", "action", "poster")]
+        if tag == "select":
+            self.options[dict(attrs)["id"]] = []
+        elif tag == "option":
+            self.options[next(reversed(self.options))].append("")
+
+    def handle_data(self, text):
+        if self.tags and self.tags[-1] == "script":
+            self.scripts += text
+        else:
+            self.text += text
+        if self.tags and self.tags[-1] == "option":
+            self.options[next(reversed(self.options))][-1] += text.strip("\n")
