@@ -147,7 +147,8 @@ def status(
 
 
 def _print_status(found: dict, run_dir: Path) -> None:
-    from medcot_utils.evaluation import format_interval, verdict
+    from medcot_utils.evaluation import verdict
+    from medcot_utils.intervals import format_interval
     from medcot_utils.layout import ARTIFACTS
     from medcot_utils.measures import METRICS
 

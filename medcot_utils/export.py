@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,9 @@ from medcot_utils.config import RunConfig
 from medcot_utils.engines.embedded import PREFIX, describe, hub_address
 from medcot_utils.engines.merging import load_base, load_unquantized
 from medcot_utils.errors import MedcotError
-from medcot_utils.evaluation import format_interval, verdict
+from medcot_utils.evaluation import verdict
 from medcot_utils.generation import complete
+from medcot_utils.intervals import format_interval
 from medcot_utils.losses import row_losses
 from medcot_utils.measures import METRICS
 from medcot_utils.prompts import inference_prompt
@@ -209,8 +209,7 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         eval_results=_eval_results(config, measured, trained_name),
     )
     lines = [
-        # In backticks: a browser would take `</think>` for a tag of its own and drop it.
-        {"text": re.sub(r"<[^<>]+>", r"`\g<0>`", METRICS[name].label), "verdict": verdict(name, metric)}
+        {"text": METRICS[name].label, "verdict": verdict(name, metric)}
         | {side: format_interval(metric[side]) for side in ("base", "tuned", "difference")}
         for name, metric in measured["metrics"].items()
     ]

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from medcot_utils import plots
 from medcot_utils.config import setting_names
 from medcot_utils.contamination import contaminated
-from medcot_utils.evaluation import compare_all, format_interval, verdict
+from medcot_utils.evaluation import compare_all, verdict
 from medcot_utils.generation import by_sample
 from medcot_utils.grading import describe, win_rate
+from medcot_utils.intervals import format_interval
 from medcot_utils.measures import METRICS, chrf, is_bullet_list
 
 if TYPE_CHECKING:
@@ -112,6 +113,9 @@ def _run_section(shown: _Shown, named: bool, anchors: dict[Key, str]) -> dict[st
     if measured["sampled"]:
         title = f"sampled answers, {measured['n_samples']} a question, each question by its mean"
         tables.append({"title": title, "lines": _lines(measured["sampled"])})
+    if measured["answered"]:
+        title = f"greedy answers, the {measured['n_answered']} questions that both models answered in full form"
+        tables.append({"title": title, "lines": _lines(measured["answered"])})
     if measured["contaminated"]:
         title = f"{measured['n_contaminated']} questions that training rows repeat, apart from all other figures"
         tables.append({"title": title, "lines": _lines(measured["contaminated"])})

@@ -61,7 +61,7 @@ def run(run_factory, write_all):
     ]
     repeats = [{"train_id": "t1", "question_id": "q3", "train_question": ATTACK, "exact": True}]
     metrics = compare(base, tuned, references, losses, run.config.evaluation, 1)
-    measured = {"n_questions": len(CASES), "metrics": metrics, "claims": judge(metrics), "notes": [ATTACK]}
+    measured = {"n_questions": len(CASES), "metrics": metrics, "claims": judge(metrics, metrics, {}), "notes": [ATTACK]}
     run.write("questions", questions)
     run.write("base_answers", base)
     run.write("held_out_loss", losses)
@@ -69,7 +69,8 @@ def run(run_factory, write_all):
     run.write("data_report", {"repeats": repeats, "repeats_dropped": True})
     run.write("plan", {"rows": 12, "effective_batch": 4, "steps": 6})
     run.write("training_log", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}])
-    run.write("metrics", measured | {"n_samples": 0, "sampled": None, "n_contaminated": 0, "contaminated": None})
+    measured |= {"n_samples": 0, "sampled": None, "n_answered": len(CASES), "answered": metrics}
+    run.write("metrics", measured | {"n_contaminated": 0, "contaminated": None})
     return run
 
 

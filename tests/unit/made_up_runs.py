@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from medcot_utils.claims import judge
 from medcot_utils.config import load_config
 from medcot_utils.evaluation import compare, compare_sampled
-from medcot_utils.mcq import paired
+from medcot_utils.mcq_scores import compare_mcq
 
 CONFIG = load_config("smoke")
 # Closes the page's own script, makes a new one, fetches a picture, leaves an attribute, and ends a line within a script.
@@ -109,12 +109,15 @@ def fill(
         return [questions[i]["Response"] for i in numbers]
 
     metrics = compare(*chosen(clean, 0), references(clean), held_out, settings, seed)
-    metrics |= {"mcq_accuracy": paired(*mcq, settings, seed)}
+    metrics |= compare_mcq(*mcq, set(), settings)
+    both = [index for index in clean if all(side[0][index]["well_formed"] for side in sides)]
+    answered = compare(*chosen(both, 0), references(both), [], settings, seed) if both else {}
     sampled = compare_sampled(*([one] for one in chosen(clean, 1)), references(clean), settings, seed)
     contaminated = compare(*chosen(apart, 0), references(apart), [], settings, seed) if apart else None
     measured = {"n_questions": len(clean), "metrics": metrics, "n_samples": 1, "sampled": sampled, "notes": list(notes)}
-    measured |= {"n_contaminated": len(apart), "contaminated": contaminated, "claims": judge(metrics, ["t9"] if apart else [])}
-    run.write("metrics", measured)
+    measured |= {"n_contaminated": len(apart), "contaminated": contaminated, "n_answered": len(both), "answered": answered}
+    claims = judge(metrics, answered, sampled, ["t9"] if apart else [])
+    run.write("metrics", measured | {"claims": claims})
     run.write("merged", lambda folder: (folder / "model.safetensors").write_bytes(b"0"))
     run.write("export_check", CHECK)
     return run

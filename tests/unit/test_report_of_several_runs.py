@@ -9,7 +9,8 @@ import pytest
 from made_up_runs import ATTACK, CONFIG, QUESTIONS, Tags, fill
 
 from medcot_utils.config import load_config
-from medcot_utils.evaluation import compare_all, format_interval, verdict
+from medcot_utils.evaluation import compare_all, verdict
+from medcot_utils.intervals import format_interval
 from medcot_utils.report import build_report
 from medcot_utils.run import Run
 
@@ -207,7 +208,7 @@ def test_the_tuned_models_are_compared_on_the_questions_that_all_runs_scored(tmp
         for metric in (b, c):
             cells += [format_interval(metric["tuned"]), format_interval(metric["difference"]), verdict(name, metric)]
         assert by_name[text] == cells
-    assert by_name["one </think>, text on both sides (share)"][6] == "fell, worse"
+    assert by_name["thinking closed once, text on both sides (share)"][6] == "fell, worse"
 
 
 def test_the_losses_are_compared_only_where_the_rows_are_the_same(tmp_path):
