@@ -13,7 +13,7 @@ ifneq ($(filter kaggle,$(MAKECMDGOALS)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick nbval lint notebooks kaggle badges clean
+.PHONY: help demo test quick nbval lint notebooks kaggle badges chromium clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,10 @@ kaggle: $(INSTALLED) ## ID=NAME/slug [PROFILE=article]: install, then build the 
 
 badges: $(INSTALLED) ## REPO=owner/name: where the project lies on GitHub; badges and setup cells follow
 	$(BIN)/python -m medcot_utils.committed setup-cells "$(REPO)"
+
+chromium: ## install the browser that the tests of report, grading and chat page need (Debian, as root), if there is none
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { apt-get -q -o Acquire::Retries=1 update && apt-get -qy install --no-install-recommends chromium; }
 
 clean: ## remove the environment, runs and caches
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache

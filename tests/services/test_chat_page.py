@@ -10,7 +10,8 @@ import time
 import urllib.request
 
 import pytest
-from test_grading_page import CHROMIUM, Browser
+from browsers import needs_chromium
+from test_grading_page import Browser
 
 from medcot_utils.chat import WARNING
 from medcot_utils.config import load_config
@@ -94,7 +95,7 @@ def test_the_page_streams_both_models_with_the_thinking_in_a_fold_of_its_own(unt
 
 
 @pytest.mark.model
-@pytest.mark.skipif(not CHROMIUM, reason="no chromium is installed")
+@needs_chromium
 def test_a_browser_asks_and_shows_what_comes_as_plain_text(untrained, tmp_path):
     with contextlib.closing(Browser(tmp_path / "profile")) as browser, serving(untrained, "--base-too") as address:
         browser.call("Page.navigate", url=address)

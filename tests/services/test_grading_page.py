@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +16,12 @@ import urllib.request
 from types import SimpleNamespace
 
 import pytest
+from browsers import CHROMIUM, needs_chromium
 
 from medcot_utils.config import load_config
 from medcot_utils.grading import GRADES, read_grades, read_pairs, win_rate
 from medcot_utils.run import Run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ATTACK = (
     "<script>document.title = 'owned'</script> <img src=http://evil.example/a.png onerror=\"document.title = 'owned'\"> "
     "![x](http://evil.example/b.png) **bold** {{value}} ${1 + 1} &lt; $x^2$ \\(y\\)"
@@ -306,7 +305,7 @@ class Browser:
         os.close(self.write)
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no chromium is installed")
+@needs_chromium
 def test_a_browser_shows_the_texts_as_they_are_and_its_clicks_are_kept(tmp_path):
     run = fill(tmp_path / "run")
     pairs = read_pairs(run)
