@@ -114,9 +114,9 @@ class Terminal:
 
         pieces, answer = self.chat.stream(question, who), Answer()
         self.last[who] = answer
-        if self.base_too:
-            self.console.print(f"[{who}]", style="bold")
         try:
+            if self.base_too:
+                self.console.print(f"[{who}]", style="bold")
             watched = self.console.is_terminal
             with (
                 Live(console=self.console, transient=True, refresh_per_second=8) if watched else contextlib.nullcontext() as fold
