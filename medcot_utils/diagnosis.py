@@ -10,7 +10,7 @@ import psutil
 
 from medcot_utils import disk, platforms
 from medcot_utils.config import PROFILES, load_config
-from medcot_utils.platforms import GIB
+from medcot_utils.places import GIB
 
 # GiB of memory of one kernel: smoke and demo as measured; at 8B the merge ends with 8 allowed (docs/benchmarks.md), and a card
 # of 16 GB leaves about 6 of 16-bit weights in the machine's memory while the merge is checked, beside what a kernel itself takes.

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medcot_utils import platforms
+from medcot_utils import places
 from medcot_utils.config import RunConfig
 from medcot_utils.errors import MedcotError
-from medcot_utils.platforms import GIB
+from medcot_utils.places import GIB
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,8 +58,8 @@ def full_disk_told(what: str, folder: Path) -> Iterator[None]:
         if isinstance(error, MedcotError) or not is_disk_full(error):
             raise
         raise DiskError(
-            f"the disk of {folder.name}/ is full ({platforms.disk_free_gib(folder):.2f} GiB free): {what} could not be written; "
-            f"the artifacts made before are kept whole. {platforms.MORE_ROOM}. The same command or notebook goes on there"
+            f"the disk of {folder.name}/ is full ({places.disk_free_gib(folder):.2f} GiB free): {what} could not be written; "
+            f"the artifacts made before are kept whole. {places.MORE_ROOM}. The same command or notebook goes on there"
         ) from error
 
 
@@ -122,7 +122,7 @@ def gguf_needs(config: RunConfig, run_dir: Path, parameters: float | None, anew:
 
 
 def _large_place(run_dir: Path) -> tuple[str, Path]:
-    scratch = platforms.scratch_dir(run_dir)
+    scratch = places.scratch_dir(run_dir)
     return ("run directory" if scratch == run_dir else "scratch disk"), scratch
 
 
@@ -153,7 +153,7 @@ def model_sizes(config: RunConfig) -> tuple[float | None, float | None]:
 def _downloads(config: RunConfig, weights: float | None, hub: Path) -> Iterator[Need]:
     model = config.model
     if model.name.startswith("embedded:"):
-        yield _need("base model", "model cache", platforms.cache_dir(), weights, platforms.cache_dir())
+        yield _need("base model", "model cache", places.cache_dir(), weights, places.cache_dir())
     elif not Path(model.name).is_dir():
         whole = _DOWNLOADS.get(model.name, weights)
         yield _need("base model, 16 bits", "Hub cache", hub, whole, _in_hub_cache(hub, "models", model.name))
@@ -168,7 +168,7 @@ def _downloads(config: RunConfig, weights: float | None, hub: Path) -> Iterator[
 
 
 def _need(what: str, place: str, folder: Path, size: float | None, held: Path | None = None) -> Need:
-    there = platforms.folder_gib(held) if held else 0.0
+    there = places.folder_gib(held) if held else 0.0
     return Need(what, place, folder, None if size is None else max(0.0, size / GIB - there))
 
 
@@ -208,8 +208,8 @@ def _folder_or_hub_bytes(name: str, revision: str | None) -> float | None:
 
 
 def _disk_key(folder: Path) -> tuple[int, bool]:
-    device, place = platforms.disk_of(folder)
-    return device, platforms.under_quota(place)
+    device, place = places.disk_of(folder)
+    return device, places.under_quota(place)
 
 
 def shortages(wanted: Iterable[Need]) -> list[str]:
@@ -220,18 +220,18 @@ def shortages(wanted: Iterable[Need]) -> list[str]:
             disks.setdefault(_disk_key(need.folder), []).append(need)
     lines = []
     for there in disks.values():
-        total, free = sum(need.gib or 0 for need in there), platforms.disk_free_gib(there[0].folder)
+        total, free = sum(need.gib or 0 for need in there), places.disk_free_gib(there[0].folder)
         if total > free:
             parts = ", ".join(f"{need.what} {need.gib:.2f}" for need in sorted(there, key=lambda need: -(need.gib or 0)))
-            places = " and ".join(sorted({need.place for need in there}))
-            lines.append(f"{total:.2f} GiB needed for the {places} ({parts}), {free:.2f} GiB free")
+            where = " and ".join(sorted({need.place for need in there}))
+            lines.append(f"{total:.2f} GiB needed for the {where} ({parts}), {free:.2f} GiB free")
     return lines
 
 
 def require_room(wanted: Iterable[Need]) -> None:
     """Raises DiskError where a disk has too little room for the needs that fall on it together."""
     if lines := shortages(wanted):
-        raise DiskError(f"too little disk: {'; '.join(lines)}. {platforms.MORE_ROOM}")
+        raise DiskError(f"too little disk: {'; '.join(lines)}. {places.MORE_ROOM}")
 
 
 def disk_table(config: RunConfig, run_dir: Path) -> pd.DataFrame:
@@ -245,7 +245,7 @@ def disk_table(config: RunConfig, run_dir: Path) -> pd.DataFrame:
             "what": need.what,
             "place": need.place,
             "needed (GiB)": "unknown" if need.gib is None else f"{need.gib:.2f}",
-            "free there (GiB)": f"{platforms.disk_free_gib(need.folder):.1f}",
+            "free there (GiB)": f"{places.disk_free_gib(need.folder):.1f}",
         }
         for need in wanted
     ]

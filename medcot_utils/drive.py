@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from medcot_utils.platforms import PlatformError, default_run_dir, platform_name
+from medcot_utils import places
+from medcot_utils.places import default_run_dir, platform_name
+from medcot_utils.platforms import PlatformError
 
-DRIVE = Path("/content/drive")
 _MINE = "MyDrive"
 
 
@@ -17,16 +18,17 @@ def run_dir_of(chosen: str) -> Path:
 
     Raises PlatformError where Drive cannot be mounted, saying what to do."""
     if chosen == "drive":
-        folder = DRIVE / _MINE / "medcot" / "runs" / "notebooks"
+        folder = places.COLAB_DRIVE / _MINE / "medcot" / "runs" / "notebooks"
     else:
         folder = default_run_dir() if chosen == "auto" else Path(chosen)
-    if folder.is_relative_to(DRIVE) and not (DRIVE / _MINE).is_dir():
+    if folder.is_relative_to(places.COLAB_DRIVE) and not (places.COLAB_DRIVE / _MINE).is_dir():
         _mount(folder)
     return folder
 
 
 def _mount(folder: Path) -> None:
-    by_hand = f"Run `from google.colab import drive; drive.mount({str(DRIVE)!r})` in a cell, allow it, then run this cell again"
+    mount = f"from google.colab import drive; drive.mount({str(places.COLAB_DRIVE)!r})"
+    by_hand = f"Run `{mount}` in a cell, allow it, then run this cell again"
     if platform_name() != "colab":
         raise PlatformError(f"the run directory {folder} is on Google Drive, and only Colab can mount that: give another RUN_DIR")
     if "PAPERMILL" in os.environ:
@@ -35,8 +37,8 @@ def _mount(folder: Path) -> None:
     try:
         from google.colab import drive
 
-        drive.mount(str(DRIVE))
+        drive.mount(str(places.COLAB_DRIVE))
     except Exception as error:  # refused, timed out, no front end: Colab raises kinds of its own for each
         raise PlatformError(f"Google Drive was not mounted ({type(error).__name__}: {error}). {by_hand}") from error
-    if not (DRIVE / _MINE).is_dir():
+    if not (places.COLAB_DRIVE / _MINE).is_dir():
         raise PlatformError(f"Google Drive was mounted, but shows no {_MINE}. {by_hand}")

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcot_utils import disk, platforms
+from medcot_utils import disk, places
 from medcot_utils.config import RunConfig
 from medcot_utils.engines.embedded import PREFIX, describe, hub_address
 from medcot_utils.engines.merging import load_base, load_unquantized
@@ -56,10 +56,10 @@ def save_merged(engine: ModuleType, run: Run) -> Path:
         wanted = disk.still_to_export(run.config, run.path, run.read("plan")["total_parameters"])
         disk.require_room(wanted)
         for need in wanted:
-            free = platforms.disk_free_gib(need.folder)
+            free = places.disk_free_gib(need.folder)
             print(f"{need.what} ({need.place}): {need.gib or 0:.2f} GiB needed, {free:.1f} GiB free")
-        if platforms.platform_name() == "kaggle" and run.config.hub.repo_id is None:
-            print("Kaggle's scratch disk ends with the session: set hub.repo_id, and what lies there is pushed to the Hub")
+        if places.ends_with_the_session(places.scratch_dir(run.path)) and run.config.hub.repo_id is None:
+            print("The merged model will lie on a disk that ends with this session: set hub.repo_id, and it is pushed to the Hub")
     return run.get_or_make(
         "merged", lambda: lambda folder: engine.merge(run.config.model, adapter, folder, run.config.export.dtype)
     )

@@ -123,7 +123,7 @@ def ensure(home: Path = HOME, say: Callable[[str], None] = print) -> None:
     """For a notebook opened by hand: on Kaggle or Colab install the pinned stack; elsewhere check that it is there.
 
     Raises InstallError saying what is missing and what to do, RestartNeeded where the kernel must be started anew."""
-    from medcot_utils.platforms import platform_name
+    from medcot_utils.places import platform_name
 
     if platform_name() == "local":
         if lacking := [name for name in _LOOKED_FOR if importlib.util.find_spec(name) is None]:

@@ -85,7 +85,7 @@ def take_up(
 
     Raises ConfigError for settings that are none, and SessionError where `sources` say that the session is to go on from
     them and no fitting run is there: to start anew would take a session's time for what is done already."""
-    from medcot_utils.platforms import kaggle_root
+    from medcot_utils.places import kaggle_root
 
     unpack_own(run_dir)
     if (run_dir / "config.json").exists():

@@ -1,18 +1,15 @@
-"""Where the series runs: platform, secrets, GPUs, memory, disk, and which profile that allows."""
+"""What this machine has: cards, memory, secrets, versions, and which profile that allows."""
 
 from __future__ import annotations
 
 import contextlib
 import getpass
-import hashlib
 import html
 import importlib.metadata
 import json
 import netrc
 import os
 import platform
-import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,21 +22,13 @@ from pydantic import SecretStr
 
 from medcot_utils.config import SecretsSettings, load_config
 from medcot_utils.errors import MedcotError
-
-GIB = 1024**3
+from medcot_utils.places import GIB, cache_dir, disk_free_gib, platform_name
 
 # Measured on the article's settings at 8B (4-bit, 2 x 4 rows of up to 2,048 tokens): 6.5 to 7.3 GiB reserved. A 12 GB
 # card ran it with batch 1 x 4 at 7.83 GB. Below this the run would end in an out-of-memory error after the download.
 ARTICLE_GPU_GIB = 8.0
 # sm_60 (P100) is not in the wheels of today's torch, although torch.cuda.is_available() says True there.
 MIN_COMPUTE_CAPABILITY = (7, 0)
-
-# Kaggle keeps 20 GB of output and refuses more; beside it, the machine's own disk has several times that, until the session ends.
-KAGGLE_WORKING, KAGGLE_TMP, KAGGLE_QUOTA_GIB = Path("/kaggle/working"), Path("/kaggle/tmp"), 20e9 / GIB
-MORE_ROOM = (
-    "Free some space there, or take a larger disk: --run-dir for the run, MEDCOT_SCRATCH for the merged model, HF_HOME for "
-    "downloads, MEDCOT_CACHE for the embedded models"
-)
 
 VERSIONED_PACKAGES = [
     "torch",
@@ -61,30 +50,6 @@ VERSIONED_PACKAGES = [
 
 class PlatformError(MedcotError):
     """This machine cannot run what was asked for; the message says what is missing and what to do."""
-
-
-def platform_name() -> str:
-    """`kaggle`, `colab` or `local`. From environment variables, which survive papermill; the IPython shell's name does not."""
-    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
-        return "kaggle"
-    return "colab" if "COLAB_RELEASE_TAG" in os.environ else "local"
-
-
-def kaggle_root() -> Path:
-    """The folder of Kaggle's `working` and `input`; MEDCOT_KAGGLE_ROOT puts another in its place for a rehearsal."""
-    return Path(os.environ.get("MEDCOT_KAGGLE_ROOT") or "/kaggle")
-
-
-def default_run_dir() -> Path:
-    """Where notebooks opened by hand keep their run: MEDCOT_RUN_DIR, else the platform's working folder."""
-    if chosen := os.environ.get("MEDCOT_RUN_DIR"):
-        return Path(chosen)
-    roots = {"kaggle": kaggle_root() / "working", "colab": Path("/content")}
-    root = roots.get(platform_name())
-    if root is None:
-        here = Path.cwd()
-        root = here.parent if here.name == "notebooks" else here
-    return root / "runs" / "notebooks"
 
 
 def installed_versions(packages: Iterable[str] = VERSIONED_PACKAGES) -> dict[str, str | None]:
@@ -153,63 +118,6 @@ def resolve_profile(profile: str, cards: list[Gpu] | None = None) -> tuple[str, 
         f"profile {profile} needs a CUDA card with at least {ARTICLE_GPU_GIB:.0f} GiB: {why}. On Kaggle or Colab choose "
         f"a T4 accelerator; on this machine use profile demo"
     )
-
-
-def disk_of(folder: Path) -> tuple[int, Path]:
-    """(device number, nearest existing folder) of where `folder` is or would be made."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder.stat().st_dev, folder
-
-
-def under_quota(folder: Path) -> bool:
-    """Whether what is written there counts as a Kaggle notebook's output."""
-    return platform_name() == "kaggle" and folder.absolute().is_relative_to(KAGGLE_WORKING)
-
-
-def disk_free_gib(folder: Path) -> float:
-    """Free GiB where `folder` is or would be made; on Kaggle, no more than the quota of /kaggle/working leaves."""
-    place = disk_of(folder)[1]
-    free = shutil.disk_usage(place).free / GIB
-    if under_quota(place):
-        free = min(free, max(0.0, KAGGLE_QUOTA_GIB - folder_gib(KAGGLE_WORKING)))
-    return free
-
-
-def scratch_dir(run_dir: Path) -> Path:
-    """Where a run's large artifacts lie: below MEDCOT_SCRATCH, on Kaggle below /kaggle/tmp (its output folder holds 20 GB), else
-    in the run directory itself. What lies on scratch may be gone in the next session; it is made again then."""
-    scratch = os.environ.get("MEDCOT_SCRATCH")
-    if scratch is None and under_quota(run_dir):
-        scratch = str(KAGGLE_TMP)
-    if not scratch:
-        return run_dir
-    whose = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:8]
-    return Path(scratch) / "medcot" / f"{run_dir.absolute().name}-{whose}"
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half written in `folder`: `.NAME.PID.tmp` and `.NAME.PID.old` of a PID that is gone."""
-    for path in folder.glob(".*"):
-        leftover = re.fullmatch(r"\..+\.(\d+)\.(?:tmp|old)", path.name)
-        if leftover and not psutil.pid_exists(int(leftover[1])):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
-def folder_gib(folder: Path) -> float:
-    """GiB of the files below `folder`; 0 if there is none."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / GIB
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept between runs: MEDCOT_CACHE, else the user's cache folder."""
-    import platformdirs
-
-    return Path(os.environ.get("MEDCOT_CACHE") or platformdirs.user_cache_dir("medcot"))
 
 
 # --- secrets -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from medcot_utils import platforms
+from medcot_utils import places
 from medcot_utils.card import peak_card_memory_mb
 from medcot_utils.config import ConfigError, RunConfig, config_from_dict
 from medcot_utils.disk import full_disk_told
@@ -207,7 +207,7 @@ class Run:
     def place(self, name: str) -> Path:
         """Where an artifact lies or would lie: large ones on the scratch disk, where there is one. `require` also verifies it."""
         artifact = ARTIFACTS[name]
-        return (platforms.scratch_dir(self.path) if artifact.large else self.path) / artifact.file
+        return (places.scratch_dir(self.path) if artifact.large else self.path) / artifact.file
 
     def _size_on_disk(self, name: str) -> int:
         path = self.place(name)
@@ -321,7 +321,7 @@ class Run:
 
     def display(self, path: Path) -> str:
         """A path as a reader should see it: from the run directory's name on, no machine's folders."""
-        scratch = platforms.scratch_dir(self.path)
+        scratch = places.scratch_dir(self.path)
         root, name = (self.path, self.path.name) if path.is_relative_to(self.path) else (scratch, f"scratch/{scratch.name}")
         return f"{name}/{path.relative_to(root).as_posix()}"
 
@@ -330,8 +330,8 @@ class Run:
     def begin(self, step: str) -> None:
         """Check that every artifact the step reads is there, whole, and made from today's settings and inputs; raises
         RunError naming the notebook to run. Leftovers of killed processes are removed."""
-        for folder in {self.path, platforms.scratch_dir(self.path)}:
-            platforms.remove_leftovers(folder)
+        for folder in {self.path, places.scratch_dir(self.path)}:
+            places.remove_leftovers(folder)
         for name in STEPS[step].reads:
             self.require(name)
             if stale := self._stale_origin(name):

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from medcot_utils import platforms
+from medcot_utils import places
 from medcot_utils.layout import SHIPPED_CASES
 from medcot_utils.platforms import PlatformError
 
@@ -46,10 +46,10 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
 
 
 def _cached(folder_name: str, make: Callable[[Path], None]) -> Path:
-    final = platforms.cache_dir() / folder_name
+    final = places.cache_dir() / folder_name
     if not final.exists():
         final.parent.mkdir(parents=True, exist_ok=True)
-        platforms.remove_leftovers(final.parent)
+        places.remove_leftovers(final.parent)
         beside = final.with_name(f".{folder_name}.{os.getpid()}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
         try:

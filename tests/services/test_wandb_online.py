@@ -19,13 +19,13 @@ from pathlib import Path
 
 import pytest
 
-from medcot_utils import platforms, tracking
+from medcot_utils import places, tracking
 
 OPENWANDB = "openwandb==0.5.25"
 
 
 def _installed() -> Path:
-    folder = platforms.cache_dir() / "tests" / OPENWANDB
+    folder = places.cache_dir() / "tests" / OPENWANDB
     if not (folder / "openwandb").is_dir():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), OPENWANDB]
         try:

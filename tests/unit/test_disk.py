@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from medcot_utils import disk, platforms
+from medcot_utils import disk, places
 from medcot_utils.config import load_config
 from medcot_utils.disk import DiskError, Need, disk_table, is_disk_full, needs, require_room, shortages, still_to_export
 from medcot_utils.export import save_merged
-from medcot_utils.platforms import GIB, scratch_dir
+from medcot_utils.places import GIB, scratch_dir
 from medcot_utils.run import Run, write_atomic
 
 ARTICLE = load_config("article")
@@ -87,7 +87,7 @@ def test_a_local_model_is_measured_and_an_unknown_one_is_said_to_be_unknown(tmp_
 
 
 def test_needs_on_one_disk_are_added_up_and_the_message_says_how_much_and_where(tmp_path, monkeypatch):
-    monkeypatch.setattr(platforms, "disk_free_gib", lambda folder: 4.0)
+    monkeypatch.setattr(places, "disk_free_gib", lambda folder: 4.0)
     wanted = [Need("merged", "run directory", tmp_path / "a", 3.0), Need("base", "Hub cache", tmp_path / "b", 2.5)]
     assert [require_room([need]) for need in wanted] == [None, None], "each alone has room"
     with pytest.raises(DiskError) as caught:
@@ -128,8 +128,7 @@ def kaggle(monkeypatch, tmp_path):
     working, tmp = tmp_path / "working", tmp_path / "tmp"
     working.mkdir()
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    monkeypatch.setattr(platforms, "KAGGLE_WORKING", working)
-    monkeypatch.setattr(platforms, "KAGGLE_TMP", tmp)
+    monkeypatch.setenv("MEDCOT_KAGGLE_ROOT", str(tmp_path))
     return working, tmp
 
 
@@ -144,14 +143,38 @@ def test_on_kaggle_the_merged_model_lies_on_scratch_and_is_verified_there(kaggle
     assert not Run.open(working / "run").is_fresh("merged"), "gone with the session: made again, not trusted"
 
 
-@pytest.mark.parametrize(("overrides", "told"), [([], True), (["hub.repo_id=me/cot"], False)])
-def test_on_kaggle_a_merge_that_is_not_pushed_is_told_to_end_with_the_session(kaggle, write_all, capsys, overrides, told):
-    run = write_all(Run.create(kaggle[0] / "run", load_config("smoke", overrides)))
+@pytest.fixture
+def colab(monkeypatch, tmp_path):
+    """Colab's own disk and Google Drive, below a temporary folder."""
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
+    monkeypatch.setattr(places, "COLAB_SCRATCH", tmp_path / "content" / "scratch")
+    monkeypatch.setattr(places, "COLAB_DRIVE", tmp_path / "content" / "drive")
+    return places.COLAB_DRIVE / "MyDrive", places.COLAB_SCRATCH
+
+
+@pytest.mark.parametrize("platform", ["kaggle", "colab", "colab, not on Drive", "local"])
+@pytest.mark.parametrize(("overrides", "pushed"), [([], False), (["hub.repo_id=me/cot"], True)])
+def test_a_merge_that_ends_with_the_session_and_is_not_pushed_is_told(
+    platform, overrides, pushed, request, tmp_path, write_all, capsys
+):
+    lasting = tmp_path if platform == "local" else request.getfixturevalue(platform.partition(",")[0])[0]
+    folder = tmp_path / "content" if "not on" in platform else lasting
+    run = write_all(Run.create(folder / "run", load_config("smoke", overrides)))
     run.write("plan", {"total_parameters": 1000})
     (run.require("merged") / "weights.bin").unlink()
     engine = SimpleNamespace(merge=lambda settings, adapter, folder, dtype: (folder / "weights.bin").write_bytes(b"new"))
     assert (save_merged(engine, Run.open(run.path)) / "weights.bin").read_bytes() == b"new"
-    assert ("ends with the session: set hub.repo_id" in capsys.readouterr().out) is told
+    told = "on a disk that ends with this session: set hub.repo_id" in capsys.readouterr().out
+    assert told is (platform != "local" and not pushed)
+
+
+def test_of_a_run_on_google_drive_the_large_files_lie_on_colabs_own_disk(colab, write_all, monkeypatch, tmp_path):
+    drive, scratch = colab
+    run = write_all(Run.create(drive / "medcot" / "run", load_config("smoke")))
+    assert run.require("merged").is_relative_to(scratch) and run.require("adapter").parent == run.path
+    assert scratch_dir(tmp_path / "content" / "run") == tmp_path / "content" / "run"
+    monkeypatch.setenv("MEDCOT_SCRATCH", str(drive / "large"))
+    assert scratch_dir(run.path).is_relative_to(drive / "large"), "as asked, for who has the room there"
 
 
 def test_two_runs_do_not_share_their_scratch(monkeypatch, tmp_path):
@@ -168,10 +191,10 @@ def test_elsewhere_everything_lies_in_the_run_directory(tmp_path, kaggle, monkey
 
 def test_kaggles_output_folder_has_no_more_room_than_its_quota_leaves(kaggle, monkeypatch):
     working, _ = kaggle
-    monkeypatch.setattr(platforms, "KAGGLE_QUOTA_GIB", 0.003)
+    monkeypatch.setattr(places, "KAGGLE_QUOTA_GIB", 0.003)
     (working / "model").write_bytes(b"0" * int(0.002 * GIB))
-    assert platforms.disk_free_gib(working / "run") == pytest.approx(0.001, abs=1e-5)
-    assert platforms.disk_free_gib(working.parent) > 0.01
+    assert places.disk_free_gib(working / "run") == pytest.approx(0.001, abs=1e-5)
+    assert places.disk_free_gib(working.parent) > 0.01
     wanted = [Need("merged", "scratch disk", working.parent / "tmp", 0.002), Need("answers", "run directory", working, 0.002)]
     assert len(shortages(wanted)) == 1, "one file system, two limits"
 
@@ -208,7 +231,7 @@ def test_a_manifest_without_room_leaves_artifact_and_manifest_as_they_were(small
     run.write("questions", [{"id": "first"}])
     manifest = run.manifest()
     ballast = run.path / "ballast"
-    ballast.write_bytes(b"0" * (platforms.shutil.disk_usage(small_disk).free - 4096))  # one block: the file, not the manifest
+    ballast.write_bytes(b"0" * (places.shutil.disk_usage(small_disk).free - 4096))  # one block: the file, not the manifest
     with pytest.raises(DiskError, match="is full"):
         run.write("questions", [{"id": "second"}])
     assert run.manifest() == manifest and run.read("questions") == [{"id": "first"}] and hidden(run.path) == []

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from medcot_utils import gguf_export, platforms
+from medcot_utils import gguf_export, places
 from medcot_utils.config import ConfigError, load_config
 from medcot_utils.disk import DiskError, gguf_needs
 from medcot_utils.gguf_export import (
@@ -26,7 +26,7 @@ from medcot_utils.gguf_export import (
     verify_gguf,
     write_gguf,
 )
-from medcot_utils.platforms import GIB
+from medcot_utils.places import GIB
 from medcot_utils.prompts import inference_prompt
 
 TOKENIZER = SimpleNamespace(eos_token="<|im_end|>")
@@ -216,7 +216,7 @@ def test_a_quantized_file_is_smaller_and_its_distance_is_measured_not_judged(exp
 @pytest.mark.model
 def test_too_little_disk_is_told_before_the_converter_runs(exported, monkeypatch):
     run = exported("export.gguf=f16")
-    monkeypatch.setattr(platforms, "disk_free_gib", lambda folder: 0.0)
+    monkeypatch.setattr(places, "disk_free_gib", lambda folder: 0.0)
     monkeypatch.setattr(gguf_export, "write_gguf", lambda *arguments: pytest.fail("converted although the disk is full"))
     with pytest.raises(DiskError, match=r"too little disk: .*GGUF f16"):
         save_gguf(run)

@@ -1,4 +1,4 @@
-"""Where the series runs: platform, cards and the profile they allow, and disk."""
+"""Where the series runs: platform, cards and the profile they allow, and places."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from pathlib import Path
 import pydantic
 import pytest
 
+from medcot_utils.places import cache_dir, default_run_dir, platform_name
 from medcot_utils.platforms import (
     Gpu,
     PlatformError,
-    cache_dir,
-    default_run_dir,
     installed_versions,
     machine_report,
-    platform_name,
     resolve_profile,
 )
 

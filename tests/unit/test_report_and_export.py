@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from made_up_runs import ATTACK, CHECK, CONFIG, QUESTIONS, Tags, fill
 
-from medcot_utils import platforms
+from medcot_utils import places
 from medcot_utils.config import load_config
 from medcot_utils.disk import DiskError
 from medcot_utils.evaluation import verdict
@@ -265,7 +265,7 @@ def test_an_embedded_base_is_no_hub_address_in_the_cards_data(run):
 def test_a_merge_that_does_not_fit_is_refused_before_anything_is_loaded(run, tmp_path, monkeypatch):
     small = fill(Run.create(tmp_path / "run", CONFIG))
     small.write("adapter", lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"1" * 1000))
-    monkeypatch.setattr(platforms, "disk_free_gib", lambda folder: 2.0)
+    monkeypatch.setattr(places, "disk_free_gib", lambda folder: 2.0)
     engine = SimpleNamespace(merge=lambda *arguments: pytest.fail("merged although the disk is too small"))
     with pytest.raises(DiskError, match=r"2\.05 GiB needed for the run directory \(merged 16-bit model 2\.05\), 2\.00 GiB free"):
         save_merged(engine, small)

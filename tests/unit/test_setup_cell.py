@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from medcot_utils import drive
+from medcot_utils import drive, places
 from medcot_utils.errors import MedcotError
 from medcot_utils.layout import STEPS
 from medcot_utils.platforms import PlatformError
@@ -199,7 +199,7 @@ def test_where_it_is_nowhere_one_line_says_what_to_do(source, tmp_path):
 def colab(tmp_path, monkeypatch):
     """A Colab whose Drive is mounted by a `google.colab.drive` that does, or raises, what its text says."""
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
-    monkeypatch.setattr(drive, "DRIVE", tmp_path / "content" / "drive")
+    monkeypatch.setattr(places, "COLAB_DRIVE", tmp_path / "content" / "drive")
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "google"}
 
     def install(body):
@@ -209,7 +209,7 @@ def colab(tmp_path, monkeypatch):
         (package / "__init__.py").touch()
         (package / "drive.py").write_text(f"import pathlib\ndef mount(where):\n    {body}\n")
         monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-        return drive.DRIVE / "MyDrive" / "medcot" / "runs" / "notebooks"
+        return places.COLAB_DRIVE / "MyDrive" / "medcot" / "runs" / "notebooks"
 
     yield install
     for name in [name for name in sys.modules if name.split(".")[0] == "google"]:
@@ -249,4 +249,4 @@ def test_without_a_front_end_nothing_is_asked_and_elsewhere_drive_is_refused(col
 def test_the_environment_may_put_the_run_on_drive_too(colab, monkeypatch):
     folder = colab("(pathlib.Path(where) / 'MyDrive').mkdir(parents=True)")
     monkeypatch.setenv("MEDCOT_RUN_DIR", str(folder))
-    assert drive.run_dir_of("auto") == folder and (drive.DRIVE / "MyDrive").is_dir()
+    assert drive.run_dir_of("auto") == folder and (places.COLAB_DRIVE / "MyDrive").is_dir()
