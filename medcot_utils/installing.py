@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -42,6 +43,29 @@ def has_card() -> bool:
     return listed.returncode == 0 and "GPU" in listed.stdout
 
 
+def check_card() -> None:
+    """Raises InstallError where an NVIDIA card answers but torch, asked in a process of its own, does not see it: else the series
+    would run on the CPU without a word. A card that CUDA_VISIBLE_DEVICES hides is not looked for."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
+    ask = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available())"
+    asked = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+    said = asked.stdout.split()
+    if asked.returncode or len(said) != 3:
+        why = (asked.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        raise InstallError(f"torch is installed but cannot be imported: {why}. Restart the session and run this cell again")
+    version, cuda, sees = said
+    if sees != "True":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.partition("\n")[0].strip()
+        built = "for the CPU alone" if cuda == "None" else f"for CUDA {cuda}"
+        raise InstallError(
+            f"nvidia-smi shows a card (driver {driver or 'unknown'}), but torch {version}, built {built}, does not see it. Take "
+            f"the platform's newest environment (Kaggle: Environment > latest) or a newer driver; to run without the card, set "
+            f"CUDA_VISIBLE_DEVICES to nothing"
+        )
+
+
 def requirements(home: Path, card: bool) -> tuple[list[str], list[str]]:
     """The requirement lines for this machine: those installed with their dependencies, and those without."""
     without = _lines(home / _WITHOUT_DEPENDENCIES)
@@ -73,15 +97,20 @@ def missing(lines: list[str]) -> list[str]:
 def install(home: Path = HOME, say: Callable[[str], None] = print) -> None:
     """Install the pinned stack into this interpreter's environment, unless every pin is satisfied.
 
-    Raises InstallError with pip's reason when it cannot be installed."""
+    Raises InstallError with pip's reason when it cannot be installed, and where torch then does not see the card that is here."""
     card = has_card()
     whole, alone = requirements(home, card)
     file = _ON_A_CARD if card else _ANYWHERE
-    lacking = missing([*whole, *alone])
-    if not lacking:
+    if missing([*whole, *alone]):
+        _install(home, whole, alone, file, say)
+    else:
         say(f"{file}: all {len(whole) + len(alone)} pins are satisfied, nothing to install")
-        return
-    say(f"{file}: {len(lacking)} of {len(whole) + len(alone)} pins to install; this takes some minutes")
+    if card:
+        check_card()
+
+
+def _install(home: Path, whole: list[str], alone: list[str], file: str, say: Callable[[str], None]) -> None:
+    say(f"{file}: {len(missing([*whole, *alone]))} of {len(whole) + len(alone)} pins to install; this takes some minutes")
     began = time.time()
     if missing(whole):
         _pip("-r", str(home / file))

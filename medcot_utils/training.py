@@ -190,9 +190,16 @@ def _keep_finished_steps(trainer: SFTTrainer) -> None:
     release_card_memory()
 
 
+def keep_to_one_card(trainer: SFTTrainer) -> None:
+    """One process trains on one card, also where it sees several. Left alone the Trainer would give each card a whole
+    per-device batch (DataParallel): with two, twice the effective batch, without a word."""
+    if trainer.args.n_gpu > 1:
+        trainer.args._n_gpu = 1
+        trainer._train_batch_size = trainer.args.train_batch_size
+
+
 def check_effective_batch(trainer: SFTTrainer, config: RunConfig) -> int:
-    """Rows per optimizer step. Raises TrainingError if it is not per-device batch x accumulation as configured: with two
-    cards visible some stacks double it without a word."""
+    """Rows per optimizer step. Raises TrainingError if it is not per-device batch x accumulation as configured."""
     planned = config.training.effective_batch_size
     actual = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
     if actual != planned:
@@ -217,9 +224,10 @@ def keep_lora_float32(trainer: SFTTrainer) -> None:
 
 
 def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
-    """The trainer made ready: effective batch checked, LoRA matrices in float32, skipped steps counted, the time budget
-    watched, and a progress bar and a live loss figure in place of its printed dictionaries. Raises TrainingError if the
+    """The trainer made ready: kept to one card, effective batch checked, LoRA matrices in float32, skipped steps counted, the
+    time budget watched, and a progress bar and a live loss figure in place of its printed dictionaries. Raises TrainingError if the
     effective batch is not the configured one."""
+    keep_to_one_card(trainer)
     rows = check_effective_batch(trainer, config)
     keep_lora_float32(trainer)
     for kind in (PrinterCallback, ProgressCallback, NotebookProgressCallback):

@@ -114,3 +114,69 @@ def test_a_card_is_known_from_nvidia_smi_alone(monkeypatch):
         done = subprocess.CompletedProcess([], code, text, "")
         monkeypatch.setattr(installing.subprocess, "run", lambda *a, done=done, **k: done)
         assert installing.has_card() is expected
+
+
+def write_script(path, body):
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def card(tmp_path, home, monkeypatch, no_index):
+    """`card("2.13.0+cu130", "13.0", False)`: a made-up nvidia-smi that lists a T4, a torch of these properties, and the pins
+    of its stack satisfied."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    write_script(tools / "nvidia-smi", 'case "$1" in -L) echo "GPU 0: Tesla T4 (UUID: GPU-1)";; *) echo 550.54.15;; esac')
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (home / "requirements.txt").write_text("numpy\n")
+    (home / "requirements-nodeps.txt").write_text("")
+
+    def make(body):
+        (tools / "torch.py").write_text(body)
+        monkeypatch.setenv("PYTHONPATH", str(tools))
+
+    return make
+
+
+def made_up_torch(version, cuda, sees):
+    names = f"__version__ = {version!r}\nversion = SimpleNamespace(cuda={cuda!r})\n"
+    return f"from types import SimpleNamespace\n{names}cuda = SimpleNamespace(is_available=lambda: {sees})\n"
+
+
+def test_a_card_that_a_made_up_torch_sees_is_no_error(card, home):
+    card(made_up_torch("2.13.0+cu130", "13.0", True))
+    said = []
+    installing.install(home, said.append)
+    assert said == ["requirements.txt: all 1 pins are satisfied, nothing to install"]
+
+
+@pytest.mark.parametrize(
+    ("torch", "reason"),
+    [
+        (
+            made_up_torch("2.13.0+cu130", "13.0", False),
+            "(driver 550.54.15), but torch 2.13.0+cu130, built for CUDA 13.0, does not",
+        ),
+        (made_up_torch("2.13.0+cpu", None, False), "but torch 2.13.0+cpu, built for the CPU alone, does not see it"),
+        ("raise ImportError('libcudart.so.13: cannot open')", "cannot be imported: ImportError: libcudart.so.13: cannot open"),
+    ],
+)
+def test_a_card_that_a_made_up_torch_does_not_see_is_an_error_with_driver_and_build(card, home, torch, reason):
+    card(torch)
+    with pytest.raises(InstallError) as caught:
+        installing.install(home, lambda line: None)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_card_that_is_hidden_on_purpose_is_not_looked_for(card, home, monkeypatch):
+    card(made_up_torch("2.13.0+cu130", "13.0", False))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    installing.install(home, lambda line: None)
+
+
+def test_without_a_card_torch_is_not_asked(home, no_index, monkeypatch):
+    monkeypatch.setattr(installing, "has_card", lambda: False)
+    monkeypatch.setattr(installing, "check_card", lambda: pytest.fail("asked"))
+    installing.install(home, lambda line: None)
