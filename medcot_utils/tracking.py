@@ -211,20 +211,24 @@ def where(run: Run) -> str:
     state = _stored(run)
     if state is None:
         return resolve(run.config)[2]
-    folder = shlex.quote(_near(run, Path(state["folder"])))
     if state["url"]:
         return f"tracked: {state['url']}"
+    there, path = _from_here(run, Path(state["folder"]))
+    folder = shlex.quote(path)
     command = {
         "wandb": f"wandb sync {folder}",
         "trackio": f"TRACKIO_DIR={folder} trackio show --project {shlex.quote(state['project'])}",
         "tensorboard": f"tensorboard --logdir {folder}",
     }[state["backend"]]
     does = "upload it" if state["backend"] == "wandb" else "see it"
-    return f"tracked with {state['backend']}, on this machine; to {does}: {command}"
+    return f"tracked with {state['backend']}, on this machine; to {does}{there}: {command}"
 
 
-def _near(run: Run, folder: Path) -> str:
-    """The folder as one would type it from here; from the run directory's name on where that is far away."""
+def _from_here(run: Run, folder: Path) -> tuple[str, str]:
+    """(from where, path): the folder as one would type it from here; where that is far away, as one would type it in the run
+    directory. Never an absolute path: executed notebooks are passed on."""
     folder = run.path.absolute() / folder
     relative = os.path.relpath(folder)
-    return run.path.name + "/" + str(folder.relative_to(run.path.absolute())) if relative.startswith("../..") else relative
+    if relative.startswith("../.."):
+        return f", in the run directory {run.path.name}", str(folder.relative_to(run.path.absolute()))
+    return "", relative

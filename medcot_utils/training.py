@@ -225,8 +225,8 @@ def keep_lora_float32(trainer: SFTTrainer) -> None:
 
 def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
     """The trainer made ready: kept to one card, effective batch checked, LoRA matrices in float32, skipped steps counted, the
-    time budget watched, and a progress bar and a live loss figure in place of its printed dictionaries. Raises TrainingError if the
-    effective batch is not the configured one."""
+    time budget watched, and a progress bar and a live loss figure in place of its printed dictionaries. Raises TrainingError
+    if the effective batch is not the configured one."""
     keep_to_one_card(trainer)
     rows = check_effective_batch(trainer, config)
     keep_lora_float32(trainer)
