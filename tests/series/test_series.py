@@ -86,7 +86,7 @@ def test_status_gives_six_headline_metrics_with_their_intervals(first_call):
     for name, metric in found["metrics"].items():
         assert set(metric) == {"base", "tuned", "difference"}
         for label, side in metric.items():
-            tested = {"needed"} | ({"p", "alpha"} if METRICS[name].yes_or_no else set()) if label == "difference" else set()
+            tested = {"needed"} | ({"p", "alpha", "changed"} if METRICS[name].yes_or_no else {"spread"}) if label == "difference" else set()
             assert set(side) == {"value", "low", "high", "n"} | tested
             assert side["low"] <= side["value"] <= side["high"]
             assert side["n"] == (40 if name == "eval_loss" else 6)

@@ -49,6 +49,8 @@ def in_child(capfd) -> Callable[..., str]:
         child = os.fork()
         if child == 0:
             code = 1
+            for name in [name for name in sys.modules if name.partition(".")[0] in ("wandb", "trackio")]:
+                del sys.modules[name]  # other tests' libraries may have imported them, with those tests' folders
             try:
                 function()
                 code = 0

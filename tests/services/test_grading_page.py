@@ -52,6 +52,7 @@ def fill(path, seed=42, base=FIRST, tuned=SECOND):
     run.write("questions", [question | {"id": i, "scored": i != "article", "Question": f"Which valve, {i} < 9?"} for i in IDS])
     for name in ("train_rows", "held_out_rows"):
         run.write(name, lambda file: file.write_bytes(b"rows"))
+    run.write("data_report", {"repeats": [], "repeats_dropped": True})
     run.write("adapter", lambda folder: (folder / "weights.bin").write_bytes(b"0"))
     for name, texts in (("base_answers", base), ("tuned_answers", tuned)):
         run.write(

@@ -193,5 +193,5 @@ def test_every_setting_but_how_the_work_is_shared_out_or_pushed_makes_some_artif
     used = {setting for name, artifact in ARTIFACTS.items() if name != "machine" for setting in artifact.settings}
     unused = [name for name in setting_names() if not any(name == one or name.startswith(f"{one}.") for one in used)]
     how = {f"training.{name}" for name in ("batch_plan", "padding", "num_processes", "max_hours")}
-    how |= {"hub.private", "hub.tag", "hub.patience_seconds"}
+    how |= {"hub.private", "hub.tag", "hub.patience_seconds", "hub.verify_all"}
     assert set(unused) == how | {name for name in setting_names() if name.startswith(("tracking.", "secrets."))}
