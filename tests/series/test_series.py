@@ -86,8 +86,8 @@ def test_status_gives_six_headline_metrics_with_their_intervals(first_call):
     for name, metric in found["metrics"].items():
         assert set(metric) == {"base", "tuned", "difference"}
         for label, side in metric.items():
-            tested = {"needed"} | ({"p", "alpha", "changed"} if METRICS[name].yes_or_no else {"spread"}) if label == "difference" else set()
-            assert set(side) == {"value", "low", "high", "n"} | tested
+            tested = {"needed"} | ({"p", "alpha", "changed"} if METRICS[name].yes_or_no else {"spread"})
+            assert set(side) == {"value", "low", "high", "n"} | (tested if label == "difference" else set())
             assert side["low"] <= side["value"] <= side["high"]
             assert side["n"] == (40 if name == "eval_loss" else 6)
     loss = found["metrics"]["eval_loss"]

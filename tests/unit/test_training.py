@@ -1,101 +1,36 @@
-"""Training: the trainer's arguments, whole and broken checkpoints, resume, batch plans, memory that runs out, and time."""
+"""Training: the trainer's arguments, whole and broken checkpoints, resume, and batch plans."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import time
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from tiny_trainer import (
+    CONFIG,
+    SETTINGS,
+    adapter_weights,
+    largest_difference,
+    losses,
+    make_trainer,
+    plan,
+    saved_state,
+    trained,
+)
 
-from medcot_utils import data
-from medcot_utils.callbacks import SESSION_STARTED, SkippedSteps, SkippedStepsError, TimeBudgetReached, skipped_steps
 from medcot_utils.config import load_config
 from medcot_utils.engines import get_engine
-from medcot_utils.plans import BatchPlan
 from medcot_utils.training import (
     TrainingError,
     check_effective_batch,
     checkpoint_fault,
     last_good_checkpoint,
-    make_sft_trainer,
-    plan_training,
     prepare_trainer,
     sft_arguments,
     step_plan,
-    train,
 )
 
-SETTINGS = ["training.max_steps=6", "training.save_steps=2", "training.eval_steps=null"]
-CONFIG = load_config("smoke", SETTINGS)
-
-
-def plan(rows=2, micro_batches=2, checkpointing=False):
-    """A batch plan of the smoke profile's four rows per step; the numbers that only rank plans are made up."""
-    return BatchPlan(rows, micro_batches, 1, checkpointing, memory_mb=10.0 * rows, relative_cost=1.0)
-
-
-def trainer_maker(output_dir, config=CONFIG, change=lambda trainer, plan: None):
-    """(make_trainer, plans) of notebook 05: tiny model in 4 bits, fresh LoRA, ten rows of the shipped cases.
-
-    `change(trainer, plan)` may add to each trainer before it is made ready."""
-    engine = get_engine(config.model)
-    model, tokenizer = engine.load(config.model)
-    rows = data.add_text_column(data.load_rows(config.dataset).select(range(10)), tokenizer.eos_token)
-    rows, _ = data.tokenize_rows(rows, tokenizer, config.dataset, config.model.max_seq_length, True)
-    model = engine.add_lora(model, config.lora)
-
-    def make(plan):
-        trainer = make_sft_trainer(engine, model, tokenizer, config, plan, rows, rows.select(range(2)), output_dir)
-        change(trainer, plan)
-        return trainer
-
-    return make, plan_training(engine, model, config, rows)
-
-
-def make_trainer(output_dir, config=CONFIG):
-    """The trainer of notebook 05 before `prepare_trainer`."""
-    make, plans = trainer_maker(output_dir, config)
-    return make(plans[0])
-
-
-def trained(output_dir, config=CONFIG, plans=None, change=lambda trainer, plan: None):
-    """The trainer of notebook 05 after `train`, from the last good checkpoint in the folder or from the start."""
-    make, planned = trainer_maker(output_dir, config, change)
-    return train(make, plans or planned, config)
-
-
-def losses(trainer):
-    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-
-
-def adapter_weights(trainer):
-    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-
-
-def largest_difference(ours, theirs):
-    assert ours.keys() == theirs.keys() and len(ours) == 28
-    return max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
-
-
-def saved_state(folder, step):
-    return json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """(folder with checkpoint-4 and checkpoint-6, losses by step, adapter weights) of six real steps."""
-    folder = tmp_path_factory.mktemp("trainer") / "checkpoints"
-    trainer = trained(folder)
-    return folder, losses(trainer), adapter_weights(trainer)
-
-
-@pytest.fixture
-def checkpoints(uninterrupted, tmp_path):
-    """A copy of the checkpoints that a test may break."""
-    return shutil.copytree(uninterrupted[0], tmp_path / "checkpoints")
+pytest_plugins = ("training_fixtures",)
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------
@@ -132,7 +67,6 @@ def test_settings_reach_the_trainers_arguments():
 
 @pytest.mark.model
 def test_lora_matrices_are_float32_when_training_begins(tmp_path):
-    import torch
 
     trainer = prepare_trainer(make_trainer(tmp_path), CONFIG)
     trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
@@ -311,220 +245,6 @@ def rows_of_the_uninterrupted(tmp_path_factory):
     trained(folder, change=lambda trainer, plan: record_rows(trainer, seen))
     assert len(seen) == 20 and len(set(seen)) == 10 and seen[:10] != seen[10:], "each pass in an order of its own"
     return seen
-
-
-# --- memory that runs out ------------------------------------------------------------------------------------------
-
-
-class SimulatedOutOfMemory(TrainerCallback):
-    """Raises within a step, as a card would: after its first micro-batch, when gradients are there and no weight has moved."""
-
-    def __init__(self, step, error):
-        self.step, self.error = step, error
-
-    def raise_within_the_step(self, args, state, control, **kwargs):
-        if state.global_step == self.step - 1:
-            raise self.error
-
-    on_substep_end = on_pre_optimizer_step = raise_within_the_step  # a step of a single micro-batch has no substep
-
-
-# A card's own words; accelerate knows them by " out of memory.".
-OUT_OF_MEMORY = torch.OutOfMemoryError(
-    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.56 GiB of which 1.1 GiB is free."
-)
-
-
-def failing(at, error=OUT_OF_MEMORY):
-    """`change` for `trained`: the plans run out of memory at these steps, in turn; the plans after them do not."""
-    steps = iter(at)
-
-    def change(trainer, plan):
-        step = next(steps, None)
-        if step is not None:
-            trainer.add_callback(SimulatedOutOfMemory(step, error))
-
-    return change
-
-
-@pytest.mark.model
-@pytest.mark.parametrize("step", [1, 3, 4, 5])
-def test_a_plan_that_runs_out_of_memory_simulated_is_followed_by_the_next_from_the_last_finished_step(
-    step, uninterrupted, tmp_path, capsys
-):
-    _, by_step, weights = uninterrupted
-    trainer = trained(tmp_path, plans=[plan(2, 2), plan(1, 4)], change=failing([step]))
-    said = capsys.readouterr().out
-    assert (
-        f"out of memory after step {step - 1} with 2 rows x 2 micro-batches, no checkpointing: going on from there with "
-        f"1 rows x 4 micro-batches, no checkpointing"
-    ) in said
-    # After step 2 there is a checkpoint anyway, after step 3 there is none, after step 0 there is nothing to keep.
-    assert (f"resuming after step {step - 1} of 6 (checkpoint-{step - 1})" in said) is (step > 1)
-    assert trainer.args.per_device_train_batch_size == 1 and trainer.state.global_step == 6
-    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
-    assert losses(trainer) == pytest.approx(by_step, abs=1e-6)
-    assert largest_difference(adapter_weights(trainer), weights) <= 1e-6
-    assert saved_state(tmp_path, 6)["global_step"] == 6
-
-
-@pytest.mark.model
-def test_memory_that_runs_out_twice_simulated_goes_down_two_plans(uninterrupted, tmp_path, capsys):
-    _, by_step, weights = uninterrupted
-    plans = [plan(2, 2), plan(1, 4), plan(1, 4, True)]
-    trainer = trained(tmp_path, plans=plans, change=failing([2, 4]))
-    said = capsys.readouterr().out
-    assert "out of memory after step 1 with 2 rows" in said and "out of memory after step 3 with 1 rows" in said
-    assert trainer.model.is_gradient_checkpointing
-    assert losses(trainer) == pytest.approx(by_step, abs=1e-6)
-    assert largest_difference(adapter_weights(trainer), weights) <= 1e-6
-
-
-@pytest.mark.model
-def test_the_last_plan_that_runs_out_of_memory_simulated_raises_the_cards_own_error(tmp_path):
-    with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\. Tried to allocate"):
-        trained(tmp_path, plans=[plan(2, 2), plan(1, 4)], change=failing([3, 3]))
-    assert last_good_checkpoint(tmp_path).name == "checkpoint-2", "what was finished is kept"
-
-
-@pytest.mark.model
-def test_another_error_is_raised_at_once_and_no_smaller_plan_is_tried(tmp_path, capsys):
-    tried = []
-    fail = failing([3], RuntimeError("expected scalar type Half but found Float"))
-    with pytest.raises(RuntimeError, match="expected scalar type Half"):
-        trained(tmp_path, plans=[plan(2, 2), plan(1, 4)], change=lambda trainer, plan: (tried.append(plan), fail(trainer, plan)))
-    assert tried == [plan(2, 2)] and "out of memory" not in capsys.readouterr().out
-
-
-# --- time that runs out --------------------------------------------------------------------------------------------
-
-
-def timed(max_hours, *more):
-    return load_config("smoke", [*SETTINGS, f"training.max_hours={max_hours}", *more])
-
-
-@pytest.mark.model
-def test_a_budget_that_is_over_stops_after_one_step_with_a_whole_checkpoint_and_the_next_call_ends_the_run(
-    uninterrupted, tmp_path, capsys
-):
-    _, by_step, weights = uninterrupted
-    with pytest.raises(TimeBudgetReached, match=r"stopped after step 1 of 6, before training\.max_hours were over"):
-        trained(tmp_path, timed(1e-6))
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("checkpoint-")] == ["checkpoint-1"]
-    assert checkpoint_fault(tmp_path / "checkpoint-1") is None
-    trainer = trained(tmp_path, CONFIG)
-    assert "resuming after step 1 of 6 (checkpoint-1)" in capsys.readouterr().out
-    assert losses(trainer) == pytest.approx(by_step, abs=1e-6)
-    assert largest_difference(adapter_weights(trainer), weights) <= 1e-6
-
-
-@pytest.mark.model
-def test_a_budget_that_is_over_at_every_call_still_ends_the_run_one_step_a_call(uninterrupted, tmp_path):
-    stopped = []
-    for _ in range(10):
-        try:
-            trainer = trained(tmp_path, timed(1e-6))
-            break
-        except TimeBudgetReached as pause:
-            stopped.append(str(pause).partition(",")[0])
-    # Nothing is left to do after the last step, so there it does not raise.
-    assert stopped == [f"stopped after step {step} of 6" for step in range(1, 6)]
-    assert losses(trainer) == pytest.approx(uninterrupted[1], abs=1e-6)
-
-
-@pytest.mark.model
-def test_a_budget_that_is_over_at_the_last_step_does_not_raise(tmp_path):
-    trainer = trained(tmp_path, timed(1e-6, "training.max_steps=1"))
-    assert trainer.state.global_step == 1 and checkpoint_fault(tmp_path / "checkpoint-1") is None
-
-
-@pytest.mark.model
-@pytest.mark.parametrize(
-    ("began", "max_hours", "stops"),
-    [(None, 1, False), (0, 1, False), (-3600, 1, True), (-3600, 2, False), (-1.5 * 3600, 2, False), (-2 * 3600, 2, True)],
-)
-def test_the_budget_counts_from_the_beginning_of_the_session(began, max_hours, stops, tmp_path, monkeypatch):
-    if began is not None:
-        monkeypatch.setenv(SESSION_STARTED, str(time.time() + began))
-    config = timed(max_hours, "training.max_steps=2")
-    if stops:
-        with pytest.raises(TimeBudgetReached, match="after step 1 of 2"):
-            trained(tmp_path, config)
-    else:
-        assert trained(tmp_path, config).state.global_step == 2
-
-
-class SlowSteps(TrainerCallback):
-    def on_substep_end(self, args, state, control, **kwargs):
-        time.sleep(2)
-
-
-@pytest.mark.model
-def test_the_budget_leaves_time_for_two_more_steps_and_a_minute_to_save(tmp_path):
-    # A step of two seconds ends at second 2: 2 + 2 x 2 + 60 are more than 64, 2 + 60 alone are not.
-    with pytest.raises(TimeBudgetReached, match="after step 1 of 6"):
-        trained(tmp_path, timed(64 / 3600), change=lambda trainer, plan: trainer.add_callback(SlowSteps()))
-
-
-# --- steps that do not count ---------------------------------------------------------------------------------------
-
-
-class ScriptedAccelerator:
-    """Stands in for accelerate's, of which only one with a float16 card skips steps: it says whether each step was skipped."""
-
-    def __init__(self, script):
-        self.script = iter(script)
-
-    @property
-    def optimizer_step_was_skipped(self):
-        return next(self.script)
-
-
-def skipping(script):
-    return lambda trainer, plan: trainer.add_callback(SkippedSteps(ScriptedAccelerator(script)))
-
-
-@pytest.mark.model
-def test_five_skipped_steps_by_a_scripted_accelerator_are_counted_and_kept_in_log_and_checkpoint(uninterrupted, tmp_path):
-    trainer = trained(tmp_path, change=skipping([True, True, False, True, True, True]))
-    assert skipped_steps(trainer.state.log_history) == 5
-    assert [entry["step"] for entry in trainer.state.log_history if "skipped_step" in entry] == [1, 2, 4, 5, 6]
-    assert skipped_steps(saved_state(tmp_path, 4)["log_history"]) == 3
-    assert skipped_steps(saved_state(tmp_path, 6)["log_history"]) == 5
-    assert losses(trainer) == uninterrupted[1], "the losses are beside them"
-
-
-@pytest.mark.model
-def test_the_sixth_skipped_step_by_a_scripted_accelerator_ends_the_run_with_the_number(tmp_path):
-    with pytest.raises(SkippedStepsError, match=r"6 of 7 optimizer steps were skipped.*up to 5.*lower training\.learning_rate"):
-        trained(
-            tmp_path,
-            load_config("smoke", [*SETTINGS, "training.max_steps=9"]),
-            change=skipping([True] * 3 + [False] + [True] * 5),
-        )
-
-
-@pytest.mark.model
-@pytest.mark.parametrize(("script", "raises"), [([True, False], False), ([True, True], True)])
-def test_steps_skipped_by_a_scripted_accelerator_before_a_resume_count_after_it(script, raises, tmp_path):
-    trained(tmp_path, change=skipping([True] * 4 + [False] * 2))
-    shutil.rmtree(tmp_path / "checkpoint-6")
-    if raises:
-        with pytest.raises(SkippedStepsError, match="6 of 6 optimizer steps"):
-            trained(tmp_path, change=skipping(script))
-    else:
-        assert skipped_steps(trained(tmp_path, change=skipping(script)).state.log_history) == 5
-
-
-@pytest.mark.model
-def test_a_trainer_made_ready_counts_skipped_steps_and_watches_the_time_only_if_asked(tmp_path):
-    from medcot_utils.callbacks import TimeBudget
-
-    def kinds(config):
-        return {type(callback) for callback in prepare_trainer(make_trainer(tmp_path, config), config).callback_handler.callbacks}
-
-    assert SkippedSteps in kinds(CONFIG) and TimeBudget not in kinds(CONFIG)
-    assert {SkippedSteps, TimeBudget} <= kinds(timed(1))
 
 
 # --- steps and passes ----------------------------------------------------------------------------------------------
