@@ -91,26 +91,29 @@ def _launch(run: Run, num_processes: int, skip_plans: int, progress: Path) -> tu
 
 
 def _first_failure(logs: Path) -> tuple[str, str]:
-    """The kind and message of the failure that the others follow from: a process that was killed, by torchrun's log, else
-    the first by the files that torchrun's `record` leaves, those about the lost connection to another process last."""
+    """The kind and message of the failure that the others follow from, by torchrun's log and the files that its `record`
+    leaves: a process that was killed, else the first with an error, else one that aborted; a lost connection to another last."""
     log = logs / "torchrun.log"
     said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    for rank, number in re.findall(r"rank\s*: (\d+).*?exitcode\s*: -(\d+)", said, re.DOTALL):
+    failures: list[tuple[int, float, tuple[str, str]]] = []
+    # Each process that failed has its rank and, on the next line, how it ended: -9 for SIGKILL, 1 for an exception.
+    for rank, number in re.findall(r"^ *rank *: (\d+).*\n *exitcode *: -(\d+)", said, re.MULTILINE):
         if int(number) != signal.SIGTERM:  # that one torchrun sends itself, to those that are left
-            return f"process {rank}", f"killed by signal {number}, as a machine out of main memory does"
-    failures = []
+            why = ", as a machine out of main memory does" if int(number) == signal.SIGKILL else ""
+            # NCCL aborts a process that waited in vain for another.
+            order = 2 if int(number) == signal.SIGABRT else 0
+            failures.append((order, 0.0, (f"process {rank}", f"killed by signal {number}{why}")))
     for path in logs.rglob("error.json"):
         message: Any = json.loads(path.read_text(encoding="utf-8"))["message"]
         if isinstance(message, dict):
-            text = message["message"]
-            follows = any(word in text for word in _FOLLOWS_FROM_ANOTHER)
-            failures.append((follows, float(message["extraInfo"]["timestamp"]), path.parent.name, text))
-    if not failures:
-        tails = [path.read_text(encoding="utf-8", errors="replace").strip()[-300:] for path in sorted(logs.rglob("*.log"))]
-        return "a process was killed", " | ".join(tail.splitlines()[-1] for tail in tails if tail)
-    _, _, rank, message = min(failures)
-    kind, _, text = message.partition(": ")
-    return (kind, text) if kind == "TimeBudgetReached" else (f"process {rank}: {kind}", text)
+            order = 3 if any(word in message["message"] for word in _FOLLOWS_FROM_ANOTHER) else 1
+            kind, _, text = message["message"].partition(": ")
+            told = kind if kind == "TimeBudgetReached" else f"process {path.parent.name}: {kind}"
+            failures.append((order, float(message["extraInfo"]["timestamp"]), (told, text)))
+    if failures:
+        return min(failures)[2]
+    tails = [path.read_text(encoding="utf-8", errors="replace").strip()[-300:] for path in sorted(logs.rglob("*.log"))]
+    return "a process was killed", " | ".join(tail.splitlines()[-1] for tail in tails if tail)
 
 
 def _show(started: subprocess.Popen, progress: Path) -> None:

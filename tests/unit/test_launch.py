@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from medcot_utils import launch
 from medcot_utils.callbacks import TimeBudgetReached
@@ -110,6 +113,47 @@ def test_of_failures_in_the_same_second_memory_that_ran_out_is_told_before_what_
     leave(0, "DistBackendError: NCCL error: remote process exited", 1700000002)
     leave(1, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", 1700000002)
     assert _first_failure(tmp_path)[0] == "process 1: OutOfMemoryError"
+
+
+@pytest.fixture
+def torchrun_ends(tmp_path):
+    """`torchrun_ends({rank: exit code})`: the log that torchrun itself makes of processes that ended so, in that order."""
+
+    def write(exit_codes):
+        failures = {
+            rank: ProcessFailure(rank, 4000 + rank, code, str(tmp_path / "none_abc" / "attempt_0" / str(rank) / "error.json"))
+            for rank, code in exit_codes.items()
+        }
+        (tmp_path / "torchrun.log").write_text(f"W1123 before it\n{ChildFailedError('medcot_utils.worker', failures)}\n")
+
+    return write
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
+@pytest.mark.parametrize("later", [-60, 60])
+def test_a_killed_process_is_told_and_not_one_whose_connection_it_took_with_it(order, later, leave, torchrun_ends, tmp_path):
+    # torchrun lists the one that it saw first as the root cause, last; a file's time is before or after its own look.
+    leave(0, "RuntimeError: [gloo] Connection closed by peer", int(time.time()) + later)
+    codes = {0: 1, 1: -signal.SIGKILL, 2: -signal.SIGTERM}
+    torchrun_ends({rank: codes[rank] for rank in order})
+    assert _first_failure(tmp_path) == ("process 1", "killed by signal 9, as a machine out of main memory does")
+
+
+def test_a_crash_is_not_told_as_a_lack_of_memory(torchrun_ends, tmp_path):
+    torchrun_ends({0: -signal.SIGTERM, 1: -signal.SIGSEGV})
+    assert _first_failure(tmp_path) == ("process 1", "killed by signal 11")
+
+
+def test_an_error_is_told_before_the_abort_of_a_process_that_waited_for_the_one_that_had_it(leave, torchrun_ends, tmp_path):
+    leave(1, "ValueError: row 7: no labels", 1700000002)
+    torchrun_ends({0: -signal.SIGABRT, 1: 1})
+    assert _first_failure(tmp_path) == ("process 1: ValueError", "row 7: no labels")
+
+
+def test_a_process_that_aborted_is_told_before_one_that_lost_its_connection_to_it(leave, torchrun_ends, tmp_path):
+    leave(0, "RuntimeError: [gloo] Connection closed by peer", 1700000002)
+    torchrun_ends({0: 1, 1: -signal.SIGABRT})
+    assert _first_failure(tmp_path) == ("process 1", "killed by signal 6")
 
 
 def test_processes_that_leave_no_file_were_killed(tmp_path):
