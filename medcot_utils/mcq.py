@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 TASKS = Path(__file__).parent / "tasks"
 TASK_NAMES = ("shipped", "medqa", "medmcqa", "pubmedqa")
-PUBLISHED = Path(__file__).parent / "data" / "published_scores.json"
 
 AUTO_BATCH = 16
 

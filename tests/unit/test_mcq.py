@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 
 import pytest
 
-from medcot_utils import mcq
 from medcot_utils.config import load_config
 from medcot_utils.mcq import (
     TASKS,
@@ -304,9 +302,3 @@ def test_the_module_imports_without_lm_eval_torch_or_pandas():
 
     code = "import sys, medcot_utils.mcq; print([m for m in ('lm_eval', 'torch', 'pandas', 'datasets') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-
-
-def test_the_published_file_names_a_source_for_every_score():
-    data = json.loads(mcq.PUBLISHED.read_text(encoding="utf-8"))
-    for entry in data["scores"]:
-        assert set(data["sources"][entry["source"]]) == {"source", "scoring"} and set(data["questions"]) <= set(entry)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 
 from medcot_utils.config import load_config
 from medcot_utils.intervals import rate_questions_needed
-from medcot_utils.mcq_scores import accuracy, compare_mcq, overview, paired, published_scores, scores_table, seen_in_training
+from medcot_utils.mcq_scores import (
+    PUBLISHED,
+    accuracy,
+    compare_mcq,
+    overview,
+    paired,
+    published_scores,
+    scores_table,
+    seen_in_training,
+)
 
 SETTINGS = load_config("smoke").evaluation
 
@@ -120,6 +131,19 @@ def test_paired_takes_the_same_questions_only_and_fits_the_projects_verdicts():
     metric = paired(records(2), records(18), SETTINGS)
     assert verdict("mcq_accuracy", metric) == "rose, better"
     assert format_interval(metric["base"]).startswith("0.10 [0.03, 0.30]")
+
+
+def test_the_published_file_names_a_source_for_every_score():
+    data = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    for entry in data["scores"]:
+        assert set(data["sources"][entry["source"]]) == {"source", "scoring"} and set(data["questions"]) <= set(entry)
+
+
+def test_notebook_06_tells_to_the_last_word_how_a_published_score_was_scored():
+    notebook = (Path(__file__).parents[2] / "notebooks" / "06_comparison.ipynb").read_text(encoding="utf-8")
+    data = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    for name in {entry["source"] for entry in data["scores"]}:
+        assert data["sources"][name]["scoring"] in notebook
 
 
 def test_published_scores_stand_below_our_own_of_that_task_alone_with_source_and_scoring():
