@@ -71,7 +71,7 @@ def cards_table(found: dict[str, Any]) -> list[str]:
 
 
 def series_table(series: dict[str, Any] | None) -> list[str]:
-    """Seconds of every notebook of whole runs, and training's memory: from the runs' manifests."""
+    """Seconds of every notebook of whole runs, and the memory of notebook 05: from the runs' manifests."""
     if series is None:
         return []
     runs = {name: run for name, run in series.items() if isinstance(run, dict)}
@@ -83,8 +83,9 @@ def series_table(series: dict[str, Any] | None) -> list[str]:
         lines.append(f"| {step} | " + " | ".join(shown) + " |")
     memory = [run["memory_gb"] for run in runs.values()]
     lines.append(
-        "| training: GB estimated / in use / reserved | " + " | ".join(" / ".join(map(str, m.values())) for m in memory) + " |"
+        "| 05_training: GB estimated / in use / reserved | " + " | ".join(" / ".join(map(str, m.values())) for m in memory) + " |"
     )
+    lines += [f"\n{name[0].upper()}{name[1:]}: {run['note']}." for name, run in runs.items() if "note" in run]
     return lines
 
 

@@ -1,11 +1,10 @@
-"""The numbers: losses against the model's own, intervals and tests against known truth, verdicts against known differences."""
+"""The numbers: intervals and tests against known truth, verdicts against known differences."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from medcot_utils import data
 from medcot_utils.config import load_config
 from medcot_utils.evaluation import (
     compare,
@@ -17,43 +16,11 @@ from medcot_utils.evaluation import (
     verdict,
 )
 from medcot_utils.intervals import questions_needed
-from medcot_utils.losses import row_losses
 from medcot_utils.measures import METRICS, answer_columns
 
 CONFIG = load_config("smoke", ["model.load_in_4bit=false"])
 SETTINGS = CONFIG.evaluation  # 95 %, 500 resamples
 COMPARED = {name for name in METRICS if not name.startswith(("mcq_", "embedding_"))}
-
-
-# --- held-out loss -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model_and_rows():
-    from medcot_utils.engines import get_engine
-
-    model, tokenizer = get_engine(CONFIG.model).load(CONFIG.model)
-    rows = data.add_text_column(data.load_rows(CONFIG.dataset).select(range(7)), tokenizer.eos_token)
-    rows, _ = data.tokenize_rows(rows, tokenizer, CONFIG.dataset, 1024, True)
-    assert len({len(ids) for ids in rows["input_ids"]}) > 3, "rows of one length would hide a padding fault"
-    return model, rows
-
-
-@pytest.mark.model
-@pytest.mark.parametrize("batch_size", [1, 3, 7])
-def test_row_losses_are_the_models_own_whatever_the_batch(model_and_rows, batch_size):
-    import torch
-
-    model, rows = model_and_rows
-    records = row_losses(model, rows, batch_size, "base")
-    assert [record["id"] for record in records] == rows["id"]
-    for record, row in zip(records, rows, strict=True):
-        labels = torch.tensor([row["labels"]])
-        with torch.no_grad():
-            own = model.eval()(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss
-        assert record["tokens"] == int((labels[:, 1:] != -100).sum()) < len(row["input_ids"]) - 1
-        assert record["nll"] / record["tokens"] == pytest.approx(float(own), abs=1e-4)
-        assert record["model"] == "base"
 
 
 # --- compare -------------------------------------------------------------------------------------------------------
