@@ -71,7 +71,7 @@ def cards_table(found: dict[str, Any]) -> list[str]:
 
 
 def series_table(series: dict[str, Any] | None) -> list[str]:
-    """Seconds of every notebook of whole runs, and the memory of notebook 05: from the runs' manifests."""
+    """Seconds of every notebook of whole runs, training's memory, and the most that a notebook held of the card: from the runs."""
     if series is None:
         return []
     runs = {name: run for name, run in series.items() if isinstance(run, dict)}
@@ -83,7 +83,12 @@ def series_table(series: dict[str, Any] | None) -> list[str]:
         lines.append(f"| {step} | " + " | ".join(shown) + " |")
     memory = [run["memory_gb"] for run in runs.values()]
     lines.append(
-        "| 05_training: GB estimated / in use / reserved | " + " | ".join(" / ".join(map(str, m.values())) for m in memory) + " |"
+        "| training: GB estimated / in use / reserved | " + " | ".join(" / ".join(map(str, m.values())) for m in memory) + " |"
+    )
+    most = [[state.get("peak_card_memory_mb") for state in run["steps"].values()] for run in runs.values()]
+    reserved = [max((card["reserved"] / 1e3 for card in cards if card), default=None) for cards in most]
+    lines.append(
+        "| most in any notebook: GB reserved | " + " | ".join(f"{gb:.1f}" if gb else "not recorded" for gb in reserved) + " |"
     )
     lines += [f"\n{name[0].upper()}{name[1:]}: {run['note']}." for name, run in runs.items() if "note" in run]
     return lines
