@@ -42,16 +42,16 @@ nbval: $(INSTALLED) ## execute the committed notebooks and compare their marked 
 lint: $(INSTALLED) ## ruff over code and notebooks, and the rules for committed notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m medcot_utils.committed check
+	$(BIN)/python -m medcot_utils.series.committed check
 
 notebooks: $(INSTALLED) ## execute the committed notebooks in place, in order, and redraw the README's figure
-	$(ON_CPU) $(BIN)/python -m medcot_utils.committed execute
+	$(ON_CPU) $(BIN)/python -m medcot_utils.series.committed execute
 
 kaggle: $(INSTALLED) ## ID=NAME/slug [PROFILE=article]: install, then build the notebook for Kaggle
 	$(BIN)/medcot kaggle build --id "$(ID)" $(if $(PROFILE),--profile "$(PROFILE)")
 
 badges: $(INSTALLED) ## REPO=owner/name: where the project lies on GitHub; badges and setup cells follow
-	$(BIN)/python -m medcot_utils.committed setup-cells "$(REPO)"
+	$(BIN)/python -m medcot_utils.series.committed setup-cells "$(REPO)"
 
 chromium: ## install the browser that the tests of report, grading and chat page need (Debian, as root), if there is none
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \

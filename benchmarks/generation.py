@@ -23,7 +23,7 @@ def main() -> None:
     options = parser.parse_args()
     with Path(options.rows).open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    from medcot_utils.prompts import inference_prompt
+    from medcot_utils.data.prompts import inference_prompt
 
     prompts = [inference_prompt(rows[index % len(rows)]["Question"], False) for index in range(options.prompts)]
     answer, tokenizer, what = {"article": article, "batches": batches}[options.way](options, prompts)
@@ -81,12 +81,12 @@ def article(options: argparse.Namespace, prompts: list[str]):
 def batches(options: argparse.Namespace, prompts: list[str]):
     """This project's way: `generation.resolve` decides, `generation.complete` answers."""
     from medcot_utils.config import load_config
-    from medcot_utils.engines import get_engine
+    from medcot_utils.models.engine import get_engine
 
     settings = [f"model.name={options.model}", f"generation.max_new_tokens={options.max_new_tokens}"]
     config = load_config("article", [*settings, "generation.do_sample=false", *options.set])
     engine = get_engine(config.model, fast_answers=config.generation.cache_implementation != "dynamic")
-    from medcot_utils.generation import complete, resolve
+    from medcot_utils.models.generation import complete, resolve
 
     model, tokenizer = engine.load(config.model)
     model = engine.for_inference(model)

@@ -29,7 +29,7 @@ ARTICLE = {
 
 
 def article_texts(rows: list[dict[str, str]], eos_token: str) -> list[str]:
-    from medcot_utils.prompts import training_text
+    from medcot_utils.data.prompts import training_text
 
     return [training_text(row["Question"], row["Complex_CoT"], row["Response"], eos_token) for row in rows]
 
@@ -105,7 +105,7 @@ def variant_b(options: argparse.Namespace, rows: list[dict[str, str]]):
 def variant_c(options: argparse.Namespace, rows: list[dict[str, str]]):
     """(trainer, tokens of all rows, description)"""
     from medcot_utils.config import load_config
-    from medcot_utils.engines import get_engine
+    from medcot_utils.models.engine import get_engine
 
     settings = [f"model.name={options.model}", "training.eval_steps=null", f"dataset.path={options.rows}"]
     config = load_config("article", [*settings, *options.set])
@@ -114,7 +114,7 @@ def variant_c(options: argparse.Namespace, rows: list[dict[str, str]]):
     from datasets import Dataset
 
     from medcot_utils import data
-    from medcot_utils.training import make_sft_trainer, plan_training, prepare_trainer
+    from medcot_utils.training.trainer import make_sft_trainer, plan_training, prepare_trainer
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:

@@ -1,3 +1,3 @@
-from medcot_utils.cli import main
+from medcot_utils.cli.main import main
 
 main()

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from medcot_utils.config import RunConfig, load_config
-from medcot_utils.layout import ARTIFACTS
-from medcot_utils.platforms import SECRET_NAMES
-from medcot_utils.run import Run
+from medcot_utils.machine.hardware import SECRET_NAMES
+from medcot_utils.run.artifacts import ARTIFACTS
+from medcot_utils.run.directory import Run
 
 # Tiny models gain nothing from a second thread, and two waiting threads beside a busy process make the tests five times
 # slower. Set before torch is imported; the processes that tests start inherit it.

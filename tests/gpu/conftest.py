@@ -27,7 +27,7 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from medcot_utils.engines.embedded import load_tokenizer, model_source
+    from medcot_utils.models.embedded import load_tokenizer, model_source
 
     folder = tmp_path_factory.mktemp("wide-llama")
     tokenizer = load_tokenizer(model_source("embedded:tiny-random-llama"))

@@ -12,14 +12,14 @@ import pytest
 SCRIPT = """
 import json, sys
 from medcot_utils.config import load_config
-from medcot_utils.engines import get_engine
+from medcot_utils.models.engine import get_engine
 
 name, dtype, cache, quantized = sys.argv[1:]
 config = load_config("smoke", [f"model.name={name}", f"model.dtype={dtype}", f"generation.cache_implementation={cache}",
     "generation.max_new_tokens=48", "generation.batch_size=4", f"model.load_in_4bit={quantized}"])
 engine = get_engine(config.model, fast_answers=True)
 from medcot_utils import data
-from medcot_utils.generation import answer_questions
+from medcot_utils.models.generation import answer_questions
 model, tokenizer = engine.load(config.model)
 model = engine.for_inference(model)
 questions = [{"id": str(i), "Question": row["Question"]} for i, row in enumerate(data.load_rows(config.dataset).select(range(7)))]

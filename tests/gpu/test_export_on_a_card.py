@@ -38,7 +38,7 @@ def test_a_model_larger_than_the_card_is_merged_as_on_a_large_one(wide_llama, ad
     import torch
     from safetensors.torch import load_file
 
-    from medcot_utils.engines.merging import load_base, load_unquantized, merge
+    from medcot_utils.models.merging import load_base, load_unquantized, merge
 
     settings = make_config().model
     merge(settings, adapter, tmp_path / "small", "bfloat16")
@@ -71,8 +71,8 @@ def test_a_model_larger_than_the_card_is_merged_as_on_a_large_one(wide_llama, ad
 def test_a_model_that_filled_the_card_makes_room_for_the_next(wide_llama, adapter, small_card, make_config):
     import torch
 
-    from medcot_utils.engines import get_engine
-    from medcot_utils.engines.merging import load_base
+    from medcot_utils.models.engine import get_engine
+    from medcot_utils.models.merging import load_base
 
     settings = make_config().model
     engine = get_engine(settings)

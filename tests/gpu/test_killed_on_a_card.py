@@ -12,13 +12,13 @@ import time
 
 import pytest
 
-from medcot_utils.run import Run
+from medcot_utils.run.directory import Run
 
 
 @pytest.fixture
 def prepared(make_config, tokenized, tmp_path):
     """`prepared(name)`: a run as notebooks 01 to 04 leave it, of 16 steps with a checkpoint every fourth."""
-    from medcot_utils.engines import load_tokenizer
+    from medcot_utils.models.engine import load_tokenizer
 
     config = make_config("training.max_steps=16", "training.save_steps=4", "training.save_total_limit=4")
     tokenizer = load_tokenizer(config.model)
@@ -37,7 +37,7 @@ def prepared(make_config, tokenized, tmp_path):
 def start(run, log):
     # As launch.py starts it, less torchrun.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "medcot_utils.worker", str(run.path)]
+    command = [sys.executable, "-m", "medcot_utils.training.worker", str(run.path)]
     return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 

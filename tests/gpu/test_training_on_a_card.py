@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from medcot_utils.callbacks import skipped_steps
+from medcot_utils.training.callbacks import skipped_steps
 
 
 @pytest.fixture
@@ -14,10 +14,10 @@ def run_training(make_config, tokenized, tmp_path):
     """`run_training(config, plans)`: (losses by step, trainer); plans None: those that the card's memory chooses."""
 
     def run(config, plans=None, folder="checkpoints"):
-        from medcot_utils.engines import get_engine
+        from medcot_utils.models.engine import get_engine
 
         engine = get_engine(config.model)
-        from medcot_utils.training import make_sft_trainer, plan_training, train
+        from medcot_utils.training.trainer import make_sft_trainer, plan_training, train
 
         model, tokenizer = engine.load(config.model)
         model = engine.add_lora(model, config.lora)
@@ -35,7 +35,7 @@ def run_training(make_config, tokenized, tmp_path):
 
 
 def every_plan(config):
-    from medcot_utils.plans import batch_plans
+    from medcot_utils.training.batch_plan import batch_plans
 
     return lambda engine, model, rows: batch_plans(model, config, [len(ids) for ids in rows["input_ids"]], engine.WHOLE_LOGITS)
 
@@ -106,7 +106,7 @@ def test_float16_skips_its_first_steps_counts_them_and_then_learns(make_config, 
 
 
 def test_float16_that_overflows_at_every_step_ends_the_run(make_config, run_training, monkeypatch):
-    from medcot_utils.callbacks import SkippedStepsError
+    from medcot_utils.training.callbacks import SkippedStepsError
 
     config = make_config("model.dtype=float16", "training.max_steps=12")
     from medcot_utils import training

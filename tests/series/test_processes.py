@@ -17,9 +17,9 @@ import pytest
 from safetensors.torch import load_file
 
 from medcot_utils.config import load_config
-from medcot_utils.launch import train_in_processes
-from medcot_utils.run import Run
-from medcot_utils.training import TrainingError, checkpoint_fault
+from medcot_utils.run.directory import Run
+from medcot_utils.training.launch import train_in_processes
+from medcot_utils.training.trainer import TrainingError, checkpoint_fault
 
 pytestmark = pytest.mark.series
 
@@ -28,8 +28,8 @@ SETTINGS = ["training.max_steps=20", "training.save_steps=5", "training.eval_ste
 # What notebook 05 calls, without the rest of it, in a process that can be killed.
 TRAIN = """
 import sys
-from medcot_utils.launch import train_in_processes
-from medcot_utils.run import Run
+from medcot_utils.training.launch import train_in_processes
+from medcot_utils.run.directory import Run
 train_in_processes(Run.open(sys.argv[1]), 2)
 """
 
@@ -89,7 +89,7 @@ def workers(run_dir):
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             words = process.cmdline()
-            if "medcot_utils.worker" in words and str(run_dir) in words:
+            if "medcot_utils.training.worker" in words and str(run_dir) in words:
                 found[process.environ().get("RANK")] = process
     return found
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from medcot_utils.layout import ARTIFACTS, STEPS
-from medcot_utils.measures import METRICS
-from medcot_utils.series import HEADLINE, notebooks_dir
+from medcot_utils.evaluation.metrics import METRICS
+from medcot_utils.run.artifacts import ARTIFACTS, STEPS
+from medcot_utils.series.runner import HEADLINE, notebooks_dir
 
 pytestmark = pytest.mark.series
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from medcot_utils.layout import ARTIFACTS
-from medcot_utils.run import Run
+from medcot_utils.run.artifacts import ARTIFACTS
+from medcot_utils.run.directory import Run
 
 LOG = [{"step": step, "loss": 2.0 - step / 10, "learning_rate": 0.001} for step in range(1, 7)]
 LOG.insert(3, {"step": 3, "eval_loss": 1.9})
@@ -74,7 +74,7 @@ def train_tracked() -> Callable[..., None]:
     the training ends there only if that is the last step, or `ends`."""
     from transformers import TrainerState
 
-    from medcot_utils import tracking
+    from medcot_utils.training import tracking
 
     def train(run: Run, begin: int, end: int, first: bool = True, ends: bool | None = None) -> None:
         log = [entry for entry in LOG if entry["step"] <= begin]

@@ -11,7 +11,7 @@ import pytest
 from hub_runs import hub_environment, make_run, push_command
 from hub_server import WRITE, Hub
 
-from medcot_utils.run import Run
+from medcot_utils.run.directory import Run
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 from hub_server import WRITE
 
 from medcot_utils.config import load_config
-from medcot_utils.layout import ARTIFACTS
-from medcot_utils.run import Run
+from medcot_utils.run.artifacts import ARTIFACTS
+from medcot_utils.run.directory import Run
 
 MEDCOT = [sys.executable, "-m", "medcot_utils"]
 

@@ -13,9 +13,9 @@ import pytest
 from browsers import needs_chromium
 from test_grading_page import Browser
 
-from medcot_utils.chat import WARNING
 from medcot_utils.config import load_config
-from medcot_utils.run import Run
+from medcot_utils.models.chat import WARNING
+from medcot_utils.run.directory import Run
 
 ATTACK = "<img src=http://evil.example/a.png onerror=\"document.title = 'owned'\"> **bold** ![x](http://evil.example/b.png)"
 
@@ -25,8 +25,8 @@ def untrained(tmp_path_factory):
     """A run whose adapter changes the tiny Llama: both of its models babble, each in its own way."""
     import torch
 
-    from medcot_utils.engines import get_engine
-    from medcot_utils.export import save_adapter
+    from medcot_utils.export.merged import save_adapter
+    from medcot_utils.models.engine import get_engine
 
     config = load_config("smoke", ["generation.max_new_tokens=60"])
     run = Run.create(tmp_path_factory.mktemp("page") / "run", config)

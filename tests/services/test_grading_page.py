@@ -19,8 +19,8 @@ import pytest
 from browsers import CHROMIUM, needs_chromium
 
 from medcot_utils.config import load_config
-from medcot_utils.grading import GRADES, read_grades, read_pairs, win_rate
-from medcot_utils.run import Run
+from medcot_utils.evaluation.grades import GRADES, read_grades, read_pairs, win_rate
+from medcot_utils.run.directory import Run
 
 ATTACK = (
     "<script>document.title = 'owned'</script> <img src=http://evil.example/a.png onerror=\"document.title = 'owned'\"> "
@@ -39,8 +39,8 @@ def hook(event, arguments):
         address = arguments[1] if event in ("socket.bind", "socket.connect", "socket.sendto") else arguments[0]
         print(event, address[0] if isinstance(address, tuple) else address, file=seen)
 sys.addaudithook(hook)
-from medcot_utils.grading import serve
-from medcot_utils.run import Run
+from medcot_utils.evaluation.grades import serve
+from medcot_utils.run.directory import Run
 serve(Run.open(sys.argv[1]), int(sys.argv[4]), grader=sys.argv[3])
 """
 

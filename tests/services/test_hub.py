@@ -9,14 +9,14 @@ import pytest
 from hub_server import WRITE
 from huggingface_hub import ModelCard
 
-from medcot_utils import hub as medcot_hub
 from medcot_utils.config import load_config
-from medcot_utils.export import ExportError, model_card
-from medcot_utils.gguf_export import GgufError
-from medcot_utils.hub_calls import HubError
-from medcot_utils.hub_plan import chosen_artifacts, folder_digest, plan
-from medcot_utils.layout import ARTIFACTS
-from medcot_utils.run import Run, RunError
+from medcot_utils.export.gguf import GgufError
+from medcot_utils.export.hub import push as medcot_hub
+from medcot_utils.export.hub.files import chosen_artifacts, folder_digest, plan
+from medcot_utils.export.hub.requests import HubError
+from medcot_utils.export.merged import ExportError, model_card
+from medcot_utils.run.artifacts import ARTIFACTS
+from medcot_utils.run.directory import Run, RunError
 
 pytest_plugins = ("hub_fixtures",)
 

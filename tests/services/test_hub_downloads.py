@@ -20,7 +20,7 @@ README = f"---\nconfigs:\n- config_name: en\n  data_files: {FILE}\n---\n".encode
 LOAD_ROWS = """
 import json, sys
 from medcot_utils.config import load_config
-from medcot_utils.data import DataError, load_rows
+from medcot_utils.data.rows import DataError, load_rows
 try:
     rows = load_rows(load_config("article", json.loads(sys.argv[1])).dataset)
     print("ROWS", len(rows), rows[0]["Question"])
@@ -32,8 +32,8 @@ import json, sys
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from medcot_utils.config import load_config
-from medcot_utils.engines.merging import load_base
-from medcot_utils.engines.transformers import load
+from medcot_utils.models.merging import load_base
+from medcot_utils.models.transformers_engine import load
 first, tag = json.loads(sys.argv[1])
 found = {}
 for name, revision in (("pinned", first), ("newest", "null")):
@@ -112,7 +112,7 @@ def loaded(tmp_path_factory):
     import torch
     from safetensors.torch import load_file, save, save_file
 
-    from medcot_utils.engines.embedded import load_tokenizer, model_source
+    from medcot_utils.models.embedded import load_tokenizer, model_source
 
     folder, tiny = tmp_path_factory.mktemp("models"), Path(model_source("embedded:tiny-random-llama"))
     weights = load_file(tiny / "model.safetensors")

@@ -15,8 +15,8 @@ import pytest
 from hub_runs import hub_environment, make_run, push_command
 from hub_server import FOREIGN, NEVER_ENDS, PART, READ, WRITE, Hub
 
-from medcot_utils.hub import RECORD
-from medcot_utils.hub_calls import of_the_hub, retry_after
+from medcot_utils.export.hub.push import RECORD
+from medcot_utils.export.hub.requests import of_the_hub, retry_after
 
 pytest_plugins = ("hub_fixtures",)
 BIG = 30_000_000
@@ -63,7 +63,7 @@ def the_error(done, run, hub):
 CHECK = """
 from medcot_utils.config import load_config
 from medcot_utils.errors import MedcotError
-from medcot_utils.hub import check_ready
+from medcot_utils.export.hub.push import check_ready
 try:
     print(check_ready(load_config("smoke", ["hub.repo_id=doctor/cot", "hub.patience_seconds=0"])))
 except MedcotError as error:

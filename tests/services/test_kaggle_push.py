@@ -16,10 +16,10 @@ import nbformat
 import pytest
 from kaggle_server import USER, KaggleServer
 
-from medcot_utils import cli
-from medcot_utils.kaggle_session import RUN_NAME, leave_output
-from medcot_utils.layout import ARTIFACTS
-from medcot_utils.run import Run
+from medcot_utils.cli import main
+from medcot_utils.run.artifacts import ARTIFACTS
+from medcot_utils.run.directory import Run
+from medcot_utils.series.kaggle.session import RUN_NAME, leave_output
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +48,7 @@ def medcot(server, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["medcot", "kaggle", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         said = capsys.readouterr()
         return subprocess.CompletedProcess(sys.argv, ended.value.code or 0, said.out, said.err)
 

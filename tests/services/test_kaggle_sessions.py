@@ -16,10 +16,10 @@ import nbformat
 import pytest
 from kaggle_server import KaggleServer
 
-from medcot_utils import kaggle_client, kaggle_kernel
-from medcot_utils.kaggle_session import RUN_NAME, copy_run, find_earlier
-from medcot_utils.layout import ARTIFACTS, STEPS
-from medcot_utils.run import Run
+from medcot_utils.run.artifacts import ARTIFACTS, STEPS
+from medcot_utils.run.directory import Run
+from medcot_utils.series.kaggle import build, client
+from medcot_utils.series.kaggle.session import RUN_NAME, copy_run, find_earlier
 
 pytestmark = pytest.mark.series
 
@@ -60,8 +60,8 @@ def received(tmp_path, monkeypatch):
             for name, value in server.environment(tmp_path).items():
                 patch.setenv(name, value)
             folder = tmp_path / "pushed" / kernel
-            kaggle_kernel.build(folder, profile, settings, kernel, continue_from)
-            assert kaggle_client.push(folder).version == len(server.saved)
+            build.build(folder, profile, settings, kernel, continue_from)
+            assert client.push(folder).version == len(server.saved)
         return server.saved[-1]["text"]
 
     yield push

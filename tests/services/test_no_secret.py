@@ -23,8 +23,8 @@ import nbformat
 import pytest
 from kaggle_server import KaggleServer
 
-from medcot_utils.layout import STEPS
-from medcot_utils.series import notebooks_dir
+from medcot_utils.run.artifacts import STEPS
+from medcot_utils.series.runner import notebooks_dir
 
 pytestmark = pytest.mark.series
 
@@ -190,7 +190,7 @@ def refused_settings(world) -> None:
 def a_library_that_speaks(world) -> None:
     """The error of a tracker that repeats its key, and the server of W&B refusing it."""
     code = (
-        "import os; from medcot_utils import platforms; platforms.hand_on_secrets();"
+        "import os; from medcot_utils.machine import hardware; hardware.hand_on_secrets();"
         "print(platforms.secrets_found(), platforms.redact('refused: ' + os.environ['HF_TOKEN'] + os.environ['WANDB_API_KEY']))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=world[0], env=world[1], capture_output=True, text=True, timeout=60)

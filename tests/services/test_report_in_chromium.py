@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from browsers import CHROMIUM, needs_chromium
 
-from medcot_utils.claims import judge
-from medcot_utils.evaluation import compare
-from medcot_utils.report import build_report
+from medcot_utils.evaluation.claims import judge
+from medcot_utils.evaluation.comparison import compare
+from medcot_utils.evaluation.report import build_report
 
 pytestmark = needs_chromium
 

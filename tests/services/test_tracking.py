@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from medcot_utils import tracking
+from medcot_utils.training import tracking
 
 STEPS = [1, 2, 3, 4, 5, 6]
 
@@ -201,7 +201,7 @@ def test_wandb_without_its_server_is_tracked_offline_in_reasonable_time(
         port = taken.getsockname()[1] if answers == "nobody" else unhelpful_server
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-        monkeypatch.setattr("medcot_utils.trackers._INIT_SECONDS", 4)
+        monkeypatch.setattr("medcot_utils.training.trackers._INIT_SECONDS", 4)
         run = trained("tracking.backend=auto")
         began = time.monotonic()
         said = in_child(lambda: (train_tracked(run, 0, 6), print(tracking.where(run))))

@@ -19,13 +19,14 @@ from pathlib import Path
 
 import pytest
 
-from medcot_utils import places, tracking
+from medcot_utils.machine import paths
+from medcot_utils.training import tracking
 
 OPENWANDB = "openwandb==0.5.25"
 
 
 def _installed() -> Path:
-    folder = places.cache_dir() / "tests" / OPENWANDB
+    folder = paths.cache_dir() / "tests" / OPENWANDB
     if not (folder / "openwandb").is_dir():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), OPENWANDB]
         try:

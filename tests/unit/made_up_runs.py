@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
-from medcot_utils.claims import judge
 from medcot_utils.config import load_config
-from medcot_utils.evaluation import compare, compare_sampled
-from medcot_utils.mcq_scores import compare_mcq
+from medcot_utils.evaluation.claims import judge
+from medcot_utils.evaluation.comparison import compare, compare_sampled
+from medcot_utils.evaluation.mcq.scores import compare_mcq
 
 CONFIG = load_config("smoke")
 # Closes the page's own script, makes a new one, fetches a picture, leaves an attribute, and ends a line within a script.

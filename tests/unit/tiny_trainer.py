@@ -6,9 +6,9 @@ import json
 
 from medcot_utils import data
 from medcot_utils.config import load_config
-from medcot_utils.engines import get_engine
-from medcot_utils.plans import BatchPlan
-from medcot_utils.training import (
+from medcot_utils.models.engine import get_engine
+from medcot_utils.training.batch_plan import BatchPlan
+from medcot_utils.training.trainer import (
     make_sft_trainer,
     plan_training,
     train,

@@ -1,0 +1,147 @@
+"""`medcot chat`: the tuned model in the terminal, or on a page of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from medcot_utils.models.chat import Answer, Chat, Who
+
+HELP = "/show: the thinking of the last answer   /base: the base model too, or no more   /exit: leave"
+
+
+def chat(
+    run_dir: Annotated[Path, typer.Argument(help="a run that notebook 05 has trained")],
+    question: Annotated[list[str] | None, typer.Option("--question", "-q", help="ask this and leave; may be repeated")] = None,
+    base_too: Annotated[bool, typer.Option("--base-too", help="let the untrained model answer beside the tuned one")] = False,
+    page: Annotated[bool, typer.Option("--page", help="a page in the browser instead of the terminal")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="of the page; 0: any free one")] = 0,
+    open_browser: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
+) -> None:
+    """Ask the tuned model of a run, in the terminal or on a page of this machine.
+
+    Each question stands alone, as in training: the model does not know what was said before."""
+    from medcot_utils.run.directory import Run
+
+    run = Run.open(run_dir)
+    run.require("adapter")  # before torch is imported
+    from medcot_utils.models.chat import Chat
+
+    if page:
+        from medcot_utils.cli.chat_page import serve
+
+        serve(run, base_too, port, open_browser)
+    else:
+        Terminal(Chat.open(run), base_too).talk(iter(question) if question else None)
+
+
+class Terminal:
+    """The conversation on standard input and output; colours, and thinking that folds away, only where a person watches."""
+
+    def __init__(self, chat: Chat, base_too: bool):
+        self.chat, self.base_too = chat, base_too
+        self.console = Console(highlight=False, markup=False, soft_wrap=True)
+        self.last: dict[Who, Answer] = {}
+
+    def talk(self, questions: Iterator[str] | None) -> None:
+        """Answer the questions given, or those that are typed, until they end."""
+        from medcot_utils.models.chat import WARNING, ChatError
+
+        typed = questions is None
+        self.console.print(WARNING, style="yellow")
+        if typed and sys.stdin.isatty():
+            self.console.print(HELP, style="dim")
+        for line in self._typed() if questions is None else questions:
+            if typed and line.startswith("/"):
+                if not self._command(line):
+                    return
+                continue
+            try:
+                self._ask(line)
+            except ChatError as error:
+                if not (typed and sys.stdin.isatty()):
+                    raise
+                self.console.print(f"medcot: {error}", style="bold red")
+
+    def _typed(self) -> Iterator[str]:
+        ask = "question> " if sys.stdin.isatty() else ""
+        while True:
+            try:
+                line = input(ask).strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self.console.print("\n/exit leaves", style="dim")
+                continue
+            if line:
+                yield line
+
+    def _command(self, line: str) -> bool:
+        """Obey a line that begins with a slash; False where it ends the chat."""
+        if line in ("/exit", "/quit"):
+            return False
+        if line == "/base":
+            self.base_too = not self.base_too
+            self.console.print("the base model answers too" if self.base_too else "the tuned model alone", style="dim")
+        elif line == "/show":
+            for who, answer in self.last.items():
+                self.console.print(f"[{who}] {answer.thinking.strip()}", style="dim")
+            if not self.last:
+                self.console.print("nothing has been asked yet", style="dim")
+        else:
+            self.console.print(HELP, style="dim")
+        return True
+
+    def _ask(self, question: str) -> None:
+        self.last = {}
+        sides: tuple[Who, ...] = ("base", "tuned") if self.base_too else ("tuned",)
+        for who in sides:
+            if not self._answer(question, who):
+                return
+
+    def _answer(self, question: str, who: Who) -> bool:
+        """One model's answer as it comes; False if Ctrl-C stopped it."""
+        from medcot_utils.models.chat import Answer
+
+        pieces, answer = self.chat.stream(question, who), Answer()
+        self.last[who] = answer
+        try:
+            if self.base_too:
+                self.console.print(f"[{who}]", style="bold")
+            watched = self.console.is_terminal
+            with (
+                Live(console=self.console, transient=True, refresh_per_second=8) if watched else contextlib.nullcontext() as fold
+            ):
+                for part, text in pieces:
+                    answer.add(part, text)
+                    if part == "answer":
+                        break
+                    if watched:
+                        fold.update(self._end_of(answer.thinking))
+            self.console.print(f"({answer.folded()}; /show)", style="dim")
+            self.console.print(answer.answer.lstrip(), end="")
+            for part, text in pieces:
+                # Blanks before the answer's first word are left out, also those of a later piece.
+                self.console.print(text if answer.answer.strip() else text.lstrip(), end="")
+                answer.add(part, text)
+        except KeyboardInterrupt:
+            self.console.print("\n(stopped)", style="dim")
+            return False
+        finally:
+            pieces.close()
+        self.console.print("" if answer.answer.strip() else "(no answer after the thinking)")
+        return True
+
+    def _end_of(self, thinking: str) -> Text:
+        """As much of the thinking's end as the screen holds, dim."""
+        lines = Text(thinking.strip(), style="dim").wrap(self.console, max(20, self.console.width - 1))
+        return Text("\n").join(list(lines)[-max(3, self.console.height - 4) :])

@@ -1,0 +1,83 @@
+"""`medcot kaggle`: build, push, status, output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Run the series on Kaggle: one notebook that carries the project, pushed with Kaggle's own client.",
+)
+console = Console()
+
+Folder = Annotated[Path, typer.Option("--folder", help="where kernel-metadata.json lies or is written")]
+Kernel = Annotated[str | None, typer.Argument(help="owner/slug; that of kernel-metadata.json if not given")]
+
+
+@app.command()
+def build(
+    profile: Annotated[
+        str | None,
+        typer.Option(help="smoke, demo, article, recommended, full or auto; not given: as built here before, else article"),
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="a setting of the run: --set training.max_steps=10")] = None,
+    kernel: Annotated[str | None, typer.Option("--id", help="owner/slug; your name and medcot-series if not given")] = None,
+    continue_from: Annotated[list[str] | None, typer.Option(help="owner/slug of the session to go on with")] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="owner/slug of a data set to attach: rows that a setting names, or an earlier session's run"),
+    ] = None,
+    public: Annotated[bool | None, typer.Option("--public/--private", help="private unless said")] = None,
+    folder: Folder = Path(),
+) -> None:
+    """Write the self-contained notebook and kernel-metadata.json, for `medcot kaggle push` or `kaggle kernels push -p .`"""
+    from medcot_utils.series.kaggle import build
+
+    built = build.build(folder, profile, settings or [], kernel, continue_from or [], dataset or [], public)
+    console.print(f"{built.notebook}: {built.bytes / 1e3:.0f} kB, profile {built.profile}", highlight=False, soft_wrap=True)
+    if built.left_out:
+        names = ", ".join(built.left_out)
+        console.print(f"not carried, since they are none of the project's files (git add makes them so): {names}", soft_wrap=True)
+    owner, _, _ = built.metadata.id.partition("/")
+    if owner == build.PLACEHOLDER_OWNER:
+        console.print("its owner is set by medcot kaggle push; for `kaggle kernels push` give --id NAME/SLUG", soft_wrap=True)
+
+
+@app.command()
+def push(folder: Folder = Path()) -> None:
+    """Push what build wrote. It counts as pushed only when Kaggle's answer says so in every field."""
+    from medcot_utils.series.kaggle import client
+
+    pushed = client.push(folder)
+    console.print(f"pushed {pushed.kernel}, version {pushed.version}: {pushed.url}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def status(kernel: Kernel = None, folder: Folder = Path()) -> None:
+    """The state of the kernel's latest session; a failed one is an error with Kaggle's reason."""
+    from medcot_utils.series.kaggle import client
+
+    name = kernel or client.read_metadata(folder).id
+    console.print(f"{name}: {client.status(name)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def output(
+    kernel: Kernel = None,
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="the run directory to make")] = Path("runs/kaggle"),
+    everything: Annotated[bool, typer.Option("--all", help="the merged 16-bit model and old checkpoints too")] = False,
+    folder: Folder = Path(),
+) -> None:
+    """Fetch the run of the kernel's latest session, verified, as a run directory for `medcot status` and `medcot report`."""
+    from medcot_utils.series.kaggle import client
+
+    name = kernel or client.read_metadata(folder).id
+    fetched = client.output(name, run_dir, everything)
+    left = f"; not there: {', '.join(fetched.absent)}" if fetched.absent else ""
+    console.print(f"{run_dir}: {len(fetched.verified)} artifacts as the manifest records{left}", highlight=False, soft_wrap=True)
+    console.print(f"medcot status {run_dir}", highlight=False, soft_wrap=True)

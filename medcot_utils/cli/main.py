@@ -1,0 +1,249 @@
+"""`medcot`: the series from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from medcot_utils.cli import push
+from medcot_utils.cli.chat import chat
+from medcot_utils.cli.kaggle import app as kaggle_app
+from medcot_utils.errors import MedcotError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Fine-tune a reasoning model on medical chain-of-thought data in seven notebooks, and judge the result.",
+)
+app.add_typer(kaggle_app, name="kaggle")
+console = Console()
+EX_PAUSED = 75
+
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="where the run is kept; runs/<profile> if not given")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="override a setting: --set training.max_steps=10")]
+
+
+@app.command()
+def run(
+    profile: Annotated[str | None, typer.Option(help="smoke, demo, article, recommended, full or auto")] = None,
+    run_dir: RunDir = None,
+    settings: Settings = None,
+    first: Annotated[int, typer.Option("--from", min=1, max=7, help="first notebook")] = 1,
+    last: Annotated[int, typer.Option("--to", min=1, max=7, help="last notebook")] = 7,
+    force: Annotated[bool, typer.Option("--force", help="do the notebooks again even if nothing changed")] = False,
+    parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="a notebook parameter: NAME=VALUE")] = None,
+) -> None:
+    """Run the notebooks in order. A second call goes on at the first unfinished one.
+
+    With --profile the settings are that profile's with --set over it; without, those of the run in --run-dir are kept."""
+    from medcot_utils.machine import hardware
+
+    if first > last:
+        raise MedcotError(f"--from {first} is after --to {last}")
+    folder = run_dir or Path("runs") / hardware.resolve_profile(profile or "auto")[0]
+    _run_notebooks(folder, profile, settings or [], first, last, force, _parse_parameters(parameter or []))
+
+
+@app.command()
+def train(
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="a run that notebooks 01 to 04 have prepared")],
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="processes, each on a card of its own")] = 1,
+    settings: Settings = None,
+) -> None:
+    """Train a prepared run (notebook 05), on several cards if asked; the effective batch stays as set.
+
+    A stopped training goes on from its last checkpoint. On several machines, see the README."""
+    from medcot_utils.run.directory import Run
+
+    Run.open(run_dir)  # must be there: train prepares nothing
+    _run_notebooks(run_dir, None, [f"training.num_processes={nproc}", *(settings or [])], 5, 5, False, {})
+
+
+def _run_notebooks(
+    folder: Path,
+    profile: str | None,
+    settings: list[str],
+    first: int,
+    last: int,
+    force: bool,
+    parameters: dict[str, object],
+) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from medcot_utils.machine import hardware
+    from medcot_utils.series import runner
+
+    config, line = runner.plan_config(folder, profile, settings)
+    hardware.hand_on_secrets(config.secrets)
+    console.print(line, highlight=False)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("cells"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def show(name: str, cell: int, cells: int) -> None:
+            progress.update(task, description=name, completed=cell, total=cells)
+            if cell == 1 and not console.is_terminal:  # no bar there: a line, so that a log shows what is going on
+                progress.console.print(f"{name}: started", highlight=False)
+
+        finished = runner.run_series(
+            folder,
+            config,
+            first,
+            last,
+            force,
+            parameters,
+            say=lambda text: progress.console.print(text, highlight=False),
+            report=show,
+        )
+    _print_status(runner.status(finished), finished.path)
+
+
+def _parse_parameters(pairs: list[str]) -> dict[str, object]:
+    import yaml
+
+    parsed = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise MedcotError(f"--parameter {pair}: expected NAME=VALUE")
+        if name in ("RUN_DIR", "PROFILE", "OVERRIDES"):
+            raise MedcotError(f"--parameter {name}: use --run-dir, --profile or --set")
+        try:
+            parsed[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed[name] = value
+        if isinstance(parsed[name], dict):  # a question with a colon in it is a text
+            parsed[name] = value
+    return parsed
+
+
+@app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="a run directory")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """What each step of a run has done, and the headline metrics."""
+    from medcot_utils.run.directory import Run
+    from medcot_utils.series import runner
+
+    found = runner.status(Run.open(run_dir))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _print_status(found, run_dir)
+
+
+def _print_status(found: dict, run_dir: Path) -> None:
+    from medcot_utils.evaluation.comparison import verdict
+    from medcot_utils.evaluation.intervals import format_interval
+    from medcot_utils.evaluation.metrics import METRICS
+    from medcot_utils.run.artifacts import ARTIFACTS
+
+    title = f"{run_dir} (profile {found['profile']})"
+    steps = Table("step", "state", "seconds", "peak memory", title=title, title_justify="left")
+    if used_a_card := any(step["peak_card_memory_mb"] for step in found["steps"]):
+        steps.add_column("of the card")
+    for step in found["steps"]:
+        card = step["peak_card_memory_mb"]
+        cells = ["" if step["peak_memory_mb"] is None else f"{step['peak_memory_mb']} MB"]
+        cells += ["" if card is None else f"{card['reserved']} MB"] if used_a_card else []
+        seconds = "" if step["seconds"] is None else f"{step['seconds']:.0f}"
+        steps.add_row(step["name"], step["state"] + (f": {step['error']}" if step["error"] else ""), seconds, *cells)
+    console.print(steps)
+    if found["metrics"]:
+        metrics = Table("metric", "base", "tuned", "difference", "verdict", title="before and after", title_justify="left")
+        for name, metric in found["metrics"].items():
+            cells = [format_interval(metric[side]) for side in ("base", "tuned", "difference")]
+            metrics.add_row(METRICS[name].label, *cells, verdict(name, metric))
+        console.print(metrics)
+        console.print(
+            f"report: {run_dir / ARTIFACTS['report'].file}\nexecuted notebooks: {run_dir / 'notebooks'}/", highlight=False
+        )
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(help="one or more runs that notebook 06 has compared")],
+    out: Annotated[Path | None, typer.Option(help="the HTML file; report.html in the first run if not given")] = None,
+) -> None:
+    """Make the HTML report anew; with several runs, one that sets them side by side."""
+    from medcot_utils.evaluation.report import build_report
+    from medcot_utils.run.directory import Run, write_atomic
+
+    if out is None and len(run_dirs) > 1:
+        raise MedcotError("a report of several runs belongs to none of them: name a file with --out")
+    page, first = build_report(*(Run.open(run_dir) for run_dir in run_dirs)), Run.open(run_dirs[0])
+    if out is None:
+        out = first.write("report", page)
+    else:
+        write_atomic(out, page)
+    console.print(f"{out} ({len(page.encode()) / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def grade(
+    run_dir: Annotated[Path, typer.Argument(help="a run whose base and tuned model have answered")],
+    grader: Annotated[str, typer.Option(help="whose judgements these are")] = "grader",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 0,
+    open_browser: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
+) -> None:
+    """Serve a page on this machine to judge the answers blind, without knowing which model wrote which."""
+    from medcot_utils.evaluation.grades import serve
+    from medcot_utils.run.directory import Run
+
+    serve(Run.open(run_dir), port, open_browser, grader)
+
+
+app.command()(chat)
+
+
+@app.command()
+def doctor(run_dir: RunDir = None) -> None:
+    """Say whether this machine can run which profile, and why not."""
+    from medcot_utils.cli import doctor
+
+    table = Table("profile", "can run here", "why not, or what to expect")
+    for line in doctor.profiles_here(run_dir or Path("runs")):
+        table.add_row(line.profile, "yes" if line.ok else "no", line.reason)
+    console.print(table)
+
+
+@app.command("settings")
+def list_settings(profile: Annotated[str, typer.Argument(help="a profile")] = "demo") -> None:
+    """Every setting with its value in a profile: the names that --set takes."""
+    from medcot_utils.config import load_config, setting_names
+
+    config = load_config(profile)
+    table = Table("setting", f"value in {profile}")
+    for name in setting_names():
+        table.add_row(name, json.dumps(config.get(name)))
+    console.print(table)
+
+
+app.command("push")(push.push)
+
+
+def main() -> None:
+    """Entry point: one line for an error the user can mend, exit code 1; 75 (EX_TEMPFAIL: try again) for a paused training."""
+    try:
+        app()
+    except MedcotError as error:
+        if type(error).__name__ == "SeriesPaused":  # its module is heavy to import, and this one must be light
+            typer.echo(f"medcot: paused. {error}")
+            raise SystemExit(EX_PAUSED) from None
+        Console(stderr=True).print(f"medcot: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(1) from None

@@ -1,0 +1,55 @@
+"""`medcot push`: a finished run to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def push(
+    run_dir: Annotated[Path, typer.Argument(help="a run that notebook 07 has exported")],
+    repo_id: Annotated[str | None, typer.Option("--repo-id", help="user/name; hub.repo_id if not given")] = None,
+    public: Annotated[bool | None, typer.Option("--public/--private", help="who can see it; private if not given")] = None,
+    layout: Annotated[str | None, typer.Option(help="one repository, or separate: -lora, -merged, -gguf")] = None,
+    what: Annotated[
+        list[str] | None,
+        typer.Option("--artifact", help="adapter, merged or gguf, once for each; everything the run has if not given"),
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="tag of this run in the repository; made of its digests if not given")] = None,
+    verify_all: Annotated[
+        bool | None, typer.Option("--verify-all", help="download every byte again, not only both ends of large files")
+    ] = None,
+    patience: Annotated[float | None, typer.Option(help="seconds to go on trying while the Hub is busy or away")] = None,
+) -> None:
+    """Push a run's adapter, merged model and GGUF to the Hub, and compare every file there with the run.
+
+    Every file's size and digest as the Hub lists them are compared, small files and both ends of large ones are downloaded.
+    Interrupted, it goes on: what lies there already is not sent again. Files that no push put there are never replaced or
+    deleted: then it refuses before it sends anything. Exit code 0 only if every file agrees."""
+    from medcot_utils.export.hub import push
+    from medcot_utils.run.directory import Run
+
+    console, run = Console(), Run.open(run_dir)
+    private = None if public is None else not public
+    changes = {
+        "repo_id": repo_id,
+        "private": private,
+        "layout": layout,
+        "artifacts": what,
+        "tag": tag,
+        "patience_seconds": patience,
+        "verify_all": verify_all,
+    }
+    settings = push.hub_settings(run, **changes)
+    record = push.push(run, settings, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    table = Table("file", "bytes", "sha256", "sent", "read back", title="what the Hub lists and gives back", title_justify="left")
+    for line in push.file_lines(record):
+        table.add_row(line["file"], f"{line['bytes']:,}", line["sha256"], line["sent"], line["read back"])
+    console.print(table)
+    for entry in record["repositories"]:
+        who = "private" if entry["private"] else "public"
+        console.print(f"pushed: {entry['url']} ({who}), tag {record['tag']}", highlight=False, markup=False, soft_wrap=True)

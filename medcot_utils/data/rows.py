@@ -1,0 +1,391 @@
+"""Rows to train on and questions to judge by: load, validate, split, decontaminate, tokenize with labels."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medcot_utils.config import DatasetSettings, RunConfig
+from medcot_utils.data.contamination import normalize
+from medcot_utils.data.prompts import ARTICLE_ANSWER, ARTICLE_QUESTION, inference_prompt, training_text
+from medcot_utils.errors import MedcotError
+from medcot_utils.run.artifacts import SHIPPED_CASES
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+TEXT_COLUMNS = ("Question", "Complex_CoT", "Response")
+_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+
+
+class DataError(MedcotError):
+    """The data cannot be used; the message names file, row or column, what was expected and what to do."""
+
+
+# --- load ----------------------------------------------------------------------------------------------------------
+
+
+def load_rows(settings: DatasetSettings) -> Dataset:
+    """All rows with columns Question, Complex_CoT, Response, plus `id` and, where the source has them, `specialty`, `split`.
+
+    From `settings.path` (json, jsonl, csv, parquet), the shipped cases, or the Hub at the pinned revision. Raises
+    DataError if the file is missing, empty, unreadable or lacks a column, or is another than `settings.sha256` says."""
+    if settings.path:
+        rows = _read_file(Path(settings.path))
+    elif settings.name == "shipped":
+        rows = _read_file(SHIPPED_CASES)
+    else:
+        rows = _load_from_hub(settings)
+    rows = _map_columns(rows, settings)
+    if "id" in rows.column_names and len(set(rows["id"])) < len(rows):
+        rows = rows.remove_columns("id")  # answers and losses are told apart by it
+    if "id" not in rows.column_names:
+        rows = rows.add_column("id", [f"row-{index}" for index in range(len(rows))])
+    return rows
+
+
+def _load_from_hub(settings: DatasetSettings) -> Dataset:
+    from datasets import load_dataset, load_dataset_builder
+
+    given = {"path": settings.name, "name": settings.subset, "revision": settings.revision}
+    try:
+        if settings.sha256:
+            files = load_dataset_builder(**given).config.data_files
+            _check_digest(settings, [url for split in (files or {}).values() for url in split])
+        return load_dataset(**given, split="train")
+    except (OSError, ValueError) as error:  # not there, no such subset, no connection: datasets and the Hub client raise these
+        pinned = f" at revision {settings.revision}" if settings.revision else ""
+        raise DataError(
+            f"data set {settings.name}{pinned} could not be loaded from the Hub: {' '.join(str(error).split())}. Check "
+            f"dataset.name, dataset.subset, dataset.revision and the connection, or give a local file with dataset.path"
+        ) from error
+
+
+def _check_digest(settings: DatasetSettings, urls: Sequence[str]) -> None:
+    """Compare the data set's one file, as it is downloaded, with the digest that the settings expect. A difference is
+    believed only after a second download: the cached copy may be damaged. Raises DataError naming both digests."""
+    from datasets import DownloadConfig, DownloadManager
+
+    from medcot_utils.run.directory import sha256_of
+
+    if not urls:  # without a connection datasets gives the rows it prepared before and names no file; those were checked
+        return
+    if len(urls) != 1:
+        raise DataError(
+            f"dataset.sha256 is the digest of one file, but {settings.name} has {len(urls)}: set it to null, or choose one "
+            f"part with dataset.subset"
+        )
+    for again in (False, True):
+        # use_etag as load_dataset sets it: it then finds this download and makes no second one.
+        config = DownloadConfig(use_etag=False, force_download=again)
+        digest, size = sha256_of(Path(DownloadManager(download_config=config).download(urls[0])))
+        if digest == settings.sha256:
+            return
+    raise DataError(
+        f"{settings.name} is not the data that this run names: its file {urls[0].rsplit('/', 1)[-1]} at revision "
+        f"{settings.revision or 'main'} has {size:,} bytes and sha256 {digest}, expected sha256 {settings.sha256} "
+        f"(dataset.sha256). The data changed behind its name, or another revision is meant: pin the right dataset.revision, "
+        f"or accept the new data with --set dataset.sha256={digest}"
+    )
+
+
+def check_usable(config: RunConfig) -> tuple[int, int]:
+    """(rows to train on, rows held out) that the configuration's data would give, before any model is loaded.
+
+    Raises DataError for whatever would stop notebooks 02 and 03: a file, column, split or number of questions that fails."""
+    rows, _ = validate_rows(load_rows(config.dataset))
+    train, held_out = split_rows(rows, config.dataset, config.seed)
+    choose_questions(held_out, config.evaluation.num_questions)
+    return len(train), len(held_out)
+
+
+def _read_file(path: Path) -> Dataset:
+    import pandas as pd
+    from datasets import Dataset
+
+    if path.suffix not in _SUFFIXES:
+        raise DataError(f"dataset.path {path.name}: expected a file ending in {', '.join(_SUFFIXES)}")
+    if not path.is_file():
+        raise DataError(f"dataset.path {path}: no such file")
+    if path.stat().st_size == 0:
+        raise DataError(f"dataset.path {path.name}: the file is empty")
+    try:
+        if path.suffix == ".parquet":
+            frame = pd.read_parquet(path)
+        elif path.suffix == ".csv":
+            frame = pd.read_csv(path, keep_default_na=False)
+        else:
+            frame = pd.DataFrame(_read_json(path))
+    except (ValueError, OSError) as error:  # pandas', pyarrow's and json's parse errors are all ValueErrors
+        raise DataError(f"dataset.path {path.name}: not valid {path.suffix[1:]} ({error})") from error
+    if frame.empty:
+        raise DataError(f"dataset.path {path.name}: the file holds no rows")
+    # Rows of mixed types (a number among the texts) must reach validation, which counts them, and not stop Arrow.
+    for column in frame.columns:
+        if frame[column].map(type).nunique() > 1:
+            frame[column] = frame[column].map(lambda value: value if isinstance(value, str) else f"\0{value!r}")
+    return Dataset.from_pandas(frame, preserve_index=False)
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):  # str.splitlines would cut texts at U+2028 and its like
+            try:
+                rows.extend([json.loads(line)] if line.strip() else [])
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+    else:
+        rows = json.loads(text)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("expected a list of objects")
+    return rows
+
+
+def _map_columns(rows: Dataset, settings: DatasetSettings) -> Dataset:
+    wanted = settings.columns.model_dump()
+    missing = {key: column for key, column in wanted.items() if column not in rows.column_names}
+    if missing:
+        source = Path(settings.path).name if settings.path else settings.name
+        key, column = next(iter(missing.items()))
+        raise DataError(
+            f"{source} has no column {column!r} (it has {', '.join(rows.column_names)}): name yours with "
+            f"--set dataset.columns.{key}=NAME"
+        )
+    keep = [*wanted.values(), *(c for c in ("id", "specialty", "split") if c in rows.column_names and c not in wanted.values())]
+    renames = {old: new for old, new in zip(wanted.values(), TEXT_COLUMNS, strict=True) if old != new}
+    return rows.select_columns(keep).rename_columns(renames)
+
+
+# --- validate ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ValidationReport:
+    """How many rows came in, were kept, and why the others were dropped."""
+
+    rows_in: int
+    rows_kept: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def table(self) -> pd.DataFrame:
+        """One line per reason, with the first row it was seen in."""
+        import pandas as pd
+
+        lines = [{"what": reason, "rows": count, "first": self.examples[reason]} for reason, count in self.dropped.items()]
+        ends = [
+            {"what": "rows read", "rows": self.rows_in, "first": ""},
+            {"what": "rows kept", "rows": self.rows_kept, "first": ""},
+        ]
+        return pd.DataFrame([ends[0], *lines, ends[1]]).set_index("what")
+
+
+def validate_rows(rows: Dataset, special_tokens: Sequence[str] = ()) -> tuple[Dataset, ValidationReport]:
+    """Leave out rows that would train the wrong thing, and count them by reason.
+
+    Reasons: a text is not a string, is empty, holds a `<think>` tag or one of the tokenizer's special tokens (it would
+    be read as a control token), or a question stands there twice. Raises DataError when no row is left."""
+    forbidden = ("<think>", "</think>", *special_tokens)
+    dropped, examples, kept, seen = Counter(), {}, [], set()
+    for index, row in enumerate(rows):
+        reason = _fault(row, forbidden) or ("duplicate question" if normalize(row["Question"]) in seen else None)
+        if reason is None:
+            kept.append(index)
+            seen.add(normalize(row["Question"]))
+        else:
+            dropped[reason] += 1
+            examples.setdefault(reason, str(row["id"]))
+    if not kept:
+        raise DataError(f"no usable row is left of {len(rows)}: {dict(dropped)}. Check the file and dataset.columns")
+    return rows.select(kept), ValidationReport(len(rows), len(kept), dict(dropped), examples)
+
+
+def _fault(row: dict[str, Any], forbidden: Sequence[str]) -> str | None:
+    for column in TEXT_COLUMNS:
+        value = row[column]
+        if not isinstance(value, str) or value.startswith("\0"):
+            return f"{column} is not a string"
+        if not value.strip():
+            return f"{column} is empty"
+        for token in forbidden:
+            if token in value:
+                return f"{column} holds {token}"
+    return None
+
+
+# --- split and repeats ---------------------------------------------------------------------------------------------
+
+
+def split_rows(rows: Dataset, settings: DatasetSettings, seed: int) -> tuple[Dataset, Dataset]:
+    """(train, held out). By the `split` column where there is one, else the first `num_rows` and the rows after them.
+
+    Raises DataError if one side would be empty."""
+    if settings.shuffle:
+        rows = rows.shuffle(seed=seed)
+    if "split" in rows.column_names:
+        splits = rows["split"]
+        train = rows.select([i for i, split in enumerate(splits) if split == "train"])
+        held_out = rows.select([i for i, split in enumerate(splits) if split != "train"])
+        train = train.select(range(min(settings.num_rows or len(train), len(train))))
+        held_out = held_out.select(range(min(settings.held_out_rows, len(held_out))))
+    else:
+        most = len(rows) - settings.held_out_rows
+        n_train = max(0, min(settings.num_rows or most, most))
+        train, held_out = (
+            rows.select(range(n_train)),
+            rows.select(range(n_train, min(n_train + settings.held_out_rows, len(rows)))),
+        )
+    if (not len(train) or not len(held_out)) and "split" in rows.column_names:
+        raise DataError(
+            f"the column `split` holds {', '.join(sorted(map(str, set(rows['split']))))}: rows to train on must say "
+            f"train, and at least one row something else (it is held out)"
+        )
+    if not len(train) or not len(held_out):
+        raise DataError(
+            f"{len(rows)} usable rows leave {len(train)} to train on and {len(held_out)} held out: "
+            f"give more rows or lower dataset.held_out_rows ({settings.held_out_rows})"
+        )
+    return train, held_out
+
+
+def choose_questions(held_out: Dataset, count: int) -> list[dict[str, Any]]:
+    """The evaluation questions: the article's own, shown but not scored, and the first `count` held-out rows.
+
+    Each: id, scored, specialty, Question, Complex_CoT, Response (the reference). Raises DataError if there are fewer."""
+    if len(held_out) < count:
+        raise DataError(f"evaluation.num_questions is {count}, but only {len(held_out)} rows are held out: lower it")
+    article = {"id": "article", "scored": False, "specialty": "the article's question", "Question": ARTICLE_QUESTION}
+    chosen = [article | {"Complex_CoT": "", "Response": ARTICLE_ANSWER}]
+    for row in held_out.select(range(count)):
+        record = {"id": str(row["id"]), "scored": True, "specialty": row.get("specialty") or ""}
+        chosen.append(record | {column: row[column] for column in TEXT_COLUMNS})
+    return chosen
+
+
+def drop_repeats(train: Dataset, repeats: Sequence[dict[str, Any]]) -> Dataset:
+    """The training rows without those that `contamination.find_repeats` found. Raises DataError if none is left."""
+    repeated = {repeat["train_id"] for repeat in repeats}
+    kept = train.select([index for index, row_id in enumerate(train["id"]) if str(row_id) not in repeated])
+    if not len(kept):
+        raise DataError("every training row repeats an evaluation question: check that the held-out rows are other rows")
+    return kept
+
+
+# --- text and tokens -----------------------------------------------------------------------------------------------
+
+
+def add_text_column(rows: Dataset, eos_token: str) -> Dataset:
+    """The article's `text` column: the training template filled in, with the EOS token at its end."""
+
+    def fill(row: dict[str, Any]) -> dict[str, str]:
+        return {"text": training_text(row["Question"], row["Complex_CoT"], row["Response"], eos_token)}
+
+    return rows.map(fill, desc="text column")
+
+
+@dataclass(frozen=True)
+class LengthReport:
+    """What tokenizing did: tokens per row before any cut, rows dropped or truncated, and how often the inference
+    prompt's tokens are exactly the beginning of the training row's."""
+
+    tokens: list[int]
+    dropped: int
+    truncated: int
+    prompt_is_prefix: int
+
+
+def tokenize_rows(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DatasetSettings, max_seq_length: int, newline_after_think: bool
+) -> tuple[Dataset, LengthReport]:
+    """input_ids and labels for the `text` column: labels are the ids themselves (`loss_on: full`) or -100 on the prompt.
+
+    Over-long rows are dropped, truncated (the answer's end and the EOS are lost, and counted) or, with `error`, raise
+    DataError. Raises DataError too when nothing is left."""
+    kept, tokens, truncated, prefixes = [], [], 0, 0
+    for index, row in enumerate(rows):
+        prompt = inference_prompt(row["Question"], newline_after_think)
+        encoded = tokenizer(row["text"], return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        tokens.append(len(ids))
+        # A token that reaches over the prompt's end belongs to the completion: it is the model's to produce.
+        labels = ids if settings.loss_on == "full" else _mask_prompt(ids, offsets, len(prompt))
+        if len(ids) > max_seq_length:
+            if settings.overlong == "error":
+                raise DataError(
+                    f"row {row['id']} has {len(ids)} tokens, more than model.max_seq_length ({max_seq_length}): raise that, "
+                    f"or set dataset.overlong to drop or truncate"
+                )
+            if settings.overlong == "drop":
+                continue
+            truncated += 1
+            ids, labels = ids[:max_seq_length], labels[:max_seq_length]
+        prefixes += ids[: len(prompt_ids)] == prompt_ids
+        kept.append({"index": index, "input_ids": list(ids), "labels": list(labels)})
+    if not kept:
+        raise DataError(f"every row is longer than model.max_seq_length ({max_seq_length}): raise it, or check the data")
+    chosen = rows.select([item["index"] for item in kept])
+    for column in ("input_ids", "labels"):
+        chosen = chosen.add_column(column, [item[column] for item in kept])
+    return chosen, LengthReport(tokens, len(rows) - len(kept), truncated, prefixes)
+
+
+def _mask_prompt(ids: Sequence[int], offsets: Sequence[tuple[int, int]], prompt_chars: int) -> list[int]:
+    # An added BOS has the offset (0, 0) and so counts as prompt.
+    return [-100 if end <= prompt_chars else token for token, (_, end) in zip(ids, offsets, strict=True)]
+
+
+def check_labels(rows: Dataset, tokenizer: PreTrainedTokenizerBase, truncated: int = 0) -> dict[str, int]:
+    """Counts that must hold before a step is trained: rows with one BOS, EOS as last label, CoT and answer in the labels.
+
+    Raises DataError for two BOS tokens, labels that are all -100, a CoT missing from the labels, or an EOS missing
+    from a row that was not truncated."""
+    adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id and tokenizer.bos_token_id is not None
+    counts = {"rows": len(rows), "one_bos": 0, "eos_in_labels": 0, "cot_in_labels": 0}
+    for row in rows:
+        ids, labels = row["input_ids"], [token for token in row["labels"] if token != -100]
+        if not labels:
+            raise DataError(f"row {row['id']}: every label is -100, nothing would be learnt: check dataset.loss_on and the data")
+        bos = ids[:2].count(tokenizer.bos_token_id) if adds_bos else 0
+        if bos != int(adds_bos):
+            raise DataError(f"row {row['id']} begins with {bos} BOS tokens, expected {int(adds_bos)}: the text holds one already")
+        counts["one_bos"] += bos == 1
+        counts["eos_in_labels"] += labels[-1] == tokenizer.eos_token_id
+        counts["cot_in_labels"] += row["Complex_CoT"][:200] in tokenizer.decode(labels)
+    if counts["cot_in_labels"] < len(rows):
+        raise DataError(
+            f"{len(rows) - counts['cot_in_labels']} rows lack their Complex_CoT in the labels: nothing would teach it"
+        )
+    if counts["eos_in_labels"] < len(rows) - truncated:
+        missing = len(rows) - counts["eos_in_labels"]
+        raise DataError(f"{missing} rows do not end in the EOS token {tokenizer.eos_token!r}, though only {truncated} were cut")
+    return counts
+
+
+def report(
+    validation: ValidationReport,
+    lengths: LengthReport,
+    checks: dict[str, int],
+    repeats: list[dict[str, Any]],
+    dropped_repeats: bool,
+) -> dict[str, Any]:
+    """What notebook 03 found, as one JSON-ready record."""
+    return {
+        "rows_read": validation.rows_in,
+        "dropped": validation.dropped,
+        "repeats": repeats,
+        "repeats_dropped": dropped_repeats,
+        "tokens": {"mean": sum(lengths.tokens) / len(lengths.tokens), "max": max(lengths.tokens), "all": sum(lengths.tokens)},
+        "overlong_dropped": lengths.dropped,
+        "truncated": lengths.truncated,
+        "prompt_is_prefix": lengths.prompt_is_prefix,
+        "checks": checks,
+    }

@@ -1,0 +1,12 @@
+"""Scores, intervals, verdicts, and the report."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "comparison": ["compare", "compare_sampled", "metrics_table", "conclusions", "needed_table"],
+        "claims": ["judge", "claims_table"],
+        "report": ["build_report"],
+    },
+)

@@ -1,0 +1,137 @@
+"""The rows of every source as multiple-choice questions, checked: the shipped file, a file of one's own, the Hub."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from medcot_utils.errors import MedcotError
+from medcot_utils.machine.paths import PACKAGE
+
+SHIPPED_MCQ = PACKAGE / "data" / "mcq.jsonl"
+
+
+class McqError(MedcotError):
+    """The questions cannot be used or asked; the message names task, file or row, what was expected and what to do."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Neither prints nor bars, warnings or log lines below ERROR from what runs inside; errors are raised as ever."""
+    # The sink is never closed: a log handler that is made meanwhile keeps it.
+    before, sink = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(sink), redirect_stderr(sink), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+# Rows of the Hub's data sets in the usual shape, by the columns that lm-eval's own tasks read; PubMedQA's by its card.
+SHAPES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "usual": dict,
+    "medqa": lambda row: {
+        "id": row["id"],
+        "question": f"{row['sent1']} {row['sent2']}",
+        "options": [row[f"ending{i}"] for i in range(4)],
+        "answer": row["label"],
+    },
+    "medmcqa": lambda row: (
+        row | {"options": [row[f"op{letter}"] for letter in "abcd"], "answer": row["cop"], "specialty": row["subject_name"]}
+    ),
+    "pubmedqa": lambda row: {
+        "id": row["pubid"],
+        "question": "\n".join([*row["context"]["contexts"], "", row["question"]]),
+        "options": ["yes", "no", "maybe"],
+        "answer": row["final_decision"],
+    },
+}
+
+
+def read_questions(path: str, name: str | None = None, split: str | None = None, shape: str = "usual") -> list[dict[str, Any]]:
+    """All questions of a source, as `mcq.load_questions` describes them: `path` is `shipped`, a .jsonl file, or a data set that
+    datasets.load_dataset takes with `name` and `split`; `shape` says which columns its rows have (`SHAPES`)."""
+    local = path == "shipped" or path.endswith(".jsonl")
+    rows = _read_lines(SHIPPED_MCQ if path == "shipped" else Path(path)) if local else _download(path, name, split)
+    questions, left_out = {}, 0
+    for number, row in enumerate(rows, 1):
+        try:
+            question = _question(SHAPES[shape](row), number)
+        except McqError as error:
+            if local:
+                raise McqError(f"{path}, row {number}: {error}") from None
+            left_out += 1  # nobody here can mend a data set on the Hub
+            continue
+        if question["id"] in questions:
+            raise McqError(f"{path}, row {number}: the id {question['id']!r} stood there before; ids tell answers apart")
+        questions[question["id"]] = question
+    if not questions:
+        raise McqError(f"{path}: no usable question among {len(rows)} rows")
+    if left_out:
+        print(f"{path}: {left_out} of {len(rows)} rows left out, for an empty option or an answer that is none of them")
+    return list(questions.values())
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise McqError(f"{path}: no such file")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        try:
+            rows += [dict(json.loads(line))] if line.strip() else []
+        except (ValueError, TypeError) as error:
+            raise McqError(f"{path}, line {number}: expected a JSON object ({error})") from error
+    return rows
+
+
+def _download(path: str, name: str | None, split: str | None) -> Sequence[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        with quiet():  # the Hub's client logs every retry
+            return load_dataset(path, name, split=split)
+    except (OSError, RuntimeError, ValueError) as error:  # no network or no such data set; a loading script; no such split
+        reason = str(error).partition("\n")[0]
+        raise McqError(f"{path} cannot be had from the Hub ({reason}): check the network, or give a local .jsonl file") from error
+
+
+def _question(row: Mapping[str, Any], number: int) -> dict[str, Any]:
+    answer = row["answer_idx"] if row.get("answer_idx") is not None else row.get("answer")
+    for column, value in {"question": row.get("question"), "options": row.get("options"), "answer": answer}.items():
+        if value in (None, "", [], {}):
+            raise McqError(f"no {column}; expected question, options and answer_idx or answer (it has {', '.join(row)})")
+    given = row["options"]
+    if not isinstance(given, dict | list):
+        raise McqError(f"options are {given!r}; expected a list, or an object of letters and texts")
+    named = given if isinstance(given, dict) else dict(zip(ascii_uppercase, given, strict=False))
+    if "".join(sorted(named)).upper() != ascii_uppercase[: len(named)]:
+        raise McqError(f"options are named {', '.join(named)}; expected letters from A on, none left out")
+    for letter, text in named.items():
+        if not isinstance(text, str | int | float) or not str(text).strip():
+            raise McqError(
+                f"option {letter} is {'empty' if text in ('', None) else repr(text)}; expected a text for every option"
+            )
+    options = {letter.upper(): str(named[letter]).strip() for letter in sorted(named)}
+    if isinstance(answer, int):
+        letters = [*options][answer : answer + 1] if answer >= 0 else []
+    else:
+        letters = [str(answer).strip().upper()] if str(answer).strip().upper() in options else []
+        letters = letters or [letter for letter, text in options.items() if text == str(answer).strip()]
+    if not letters:
+        raise McqError(f"the answer {answer!r} is no option; expected {', '.join(options)}, an index from 0, or an option's text")
+    return {
+        "id": f"row-{number}" if row.get("id") is None else str(row["id"]),
+        "question": str(row["question"]).strip(),
+        "options": options,
+        "answer": letters[0],
+        "specialty": str(row.get("specialty") or ""),
+    }

@@ -1,0 +1,288 @@
+"""Export: merge, verify against what it was merged from, and write the model card."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medcot_utils.config import RunConfig
+from medcot_utils.data.prompts import inference_prompt
+from medcot_utils.errors import MedcotError
+from medcot_utils.evaluation.comparison import verdict
+from medcot_utils.evaluation.intervals import format_interval
+from medcot_utils.evaluation.metrics import METRICS
+from medcot_utils.machine import disk, paths
+from medcot_utils.models.embedded import PREFIX, describe, hub_address
+from medcot_utils.models.generation import complete
+from medcot_utils.models.losses import row_losses
+from medcot_utils.models.merging import load_base, load_unquantized
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from medcot_utils.run.directory import Run
+
+
+class ExportError(MedcotError):
+    """An exported model does not agree with what it was made from; the message says by how much."""
+
+
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, folder: Path) -> None:
+    """The adapter and its tokenizer into `folder`, with the base model named as the configuration names it.
+
+    PEFT writes where the base was loaded from, which for an embedded model is a folder of this machine, and the names of
+    the trained modules in an order that is another one in each process."""
+    for peft_config in model.peft_config.values():
+        peft_config.base_model_name_or_path, peft_config.revision = config.model.name, config.model.revision
+        if isinstance(peft_config.target_modules, set):
+            peft_config.target_modules = sorted(peft_config.target_modules)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # an empty template; the run's own card comes in notebook 07
+
+
+def save_merged(engine: ModuleType, run: Run) -> Path:
+    """Merge the run's adapter into its 16-bit base as the artifact `merged`; made again only if something changed.
+
+    Raises DiskError before anything is downloaded or loaded when a disk has too little room for the merged model, the GGUF
+    files asked for, and the 16-bit base that is still to be downloaded."""
+    adapter = run.require("adapter")
+    if not run.is_fresh("merged"):
+        wanted = disk.still_to_export(run.config, run.path, run.read("plan")["total_parameters"])
+        disk.require_room(wanted)
+        for need in wanted:
+            free = paths.disk_free_gib(need.folder)
+            print(f"{need.what} ({need.place}): {need.gib or 0:.2f} GiB needed, {free:.1f} GiB free")
+        if paths.ends_with_the_session(paths.scratch_dir(run.path)) and run.config.hub.repo_id is None:
+            print("The merged model will lie on a disk that ends with this session: set hub.repo_id, and it is pushed to the Hub")
+    return run.get_or_make(
+        "merged", lambda: lambda folder: engine.merge(run.config.model, adapter, folder, run.config.export.dtype)
+    )
+
+
+# --- verify --------------------------------------------------------------------------------------------------------
+
+
+def verify_export(engine: ModuleType, run: Run) -> dict[str, Any]:
+    """Reload three models one after the other and compare them on the first held-out questions: the merged one, the
+    16-bit base + adapter it must equal, and the 4-bit base + adapter that was trained.
+
+    Returns {tolerance, ok, pairs: [{a, b, max_logprob_difference, mean_logprob_difference, same_greedy, prompts}],
+    held_out_loss: {model: nats per token}, held_out_rows, files}. ok is False when merged and 16-bit base + adapter differ
+    by more than the tolerance in mean, or in a greedy token."""
+    config, adapter, merged_dir = run.config, run.require("adapter"), run.require("merged")
+    texts = [q for q in run.read("questions") if q["scored"]][: config.export.check_prompts]
+    prompts = [inference_prompt(q["Question"], config.prompt.newline_after_think) for q in texts]
+    dtype = _comparison_dtype(run.read("plan")["total_parameters"], config)
+
+    rows = run.read("held_out_rows")
+    rows = rows.select(range(min(config.export.check_rows, len(rows))))
+    outputs, losses = {}, {}
+    merged, tokenizer = load_unquantized(merged_dir, dtype)
+    outputs["merged"] = _probe(merged, tokenizer, prompts, texts, config)
+    losses["merged"] = _mean_loss(merged, rows, config)
+    del merged
+    base, tokenizer = load_base(config.model, dtype, adapter)
+    outputs["16-bit base + adapter"] = _probe(base, tokenizer, prompts, texts, config)
+    del base
+    trained, tokenizer = engine.load(config.model, adapter)
+    trained_name = "4-bit base + adapter" if config.model.load_in_4bit else "loaded base + adapter"
+    outputs[trained_name] = _probe(engine.for_inference(trained), tokenizer, prompts, texts, config)
+    losses[trained_name] = _mean_loss(trained, rows, config)
+
+    pairs = [_differ(outputs, a, b) for a, b in itertools.combinations(outputs, 2)]
+    exact = pairs[0]
+    ok = exact["mean_logprob_difference"] <= config.export.logits_tolerance and exact["same_greedy"] == exact["prompts"]
+    return {
+        "tolerance": config.export.logits_tolerance,
+        "ok": ok,
+        "pairs": pairs,
+        "held_out_loss": losses,
+        "held_out_rows": len(rows),
+        "files": _files(run),
+    }
+
+
+def _comparison_dtype(parameters: int, config: RunConfig) -> str:
+    # In float32 only the rounding of the merged weights is left to see; a large model is compared at 16 bits for its size.
+    return "float32" if parameters < 1e9 else config.export.dtype
+
+
+def _probe(
+    model: Any, tokenizer: Any, prompts: list[str], questions: list[dict[str, Any]], config: RunConfig
+) -> list[dict[str, Any]]:
+    import torch
+
+    model.eval()
+    # All prompts in one batch: where part of the model waits in the machine's memory, each step moves it to the card once.
+    greedy = {"max_new_tokens": config.export.check_new_tokens, "do_sample": False, "cache_implementation": "dynamic"}
+    settings = config.generation.model_copy(update=greedy)
+    completions = complete(model, tokenizer, prompts, settings)
+    found = []
+    for prompt, question, completion in zip(prompts, questions, completions, strict=True):
+        ids = tokenizer(prompt + question["Complex_CoT"], return_tensors="pt").to(model.device)
+        start = len(tokenizer(prompt)["input_ids"])
+        with torch.inference_mode():
+            # From the prompt's last position on: what the model says of the reasoning, not of the question it was given.
+            logits = model(**ids).logits[0, start - 1 :]
+            logprobs = logits.float().log_softmax(-1).cpu()
+        found.append({"logprobs": logprobs, "greedy": completion})
+    return found
+
+
+def _mean_loss(model: Any, rows: Any, config: RunConfig) -> float:
+    records = row_losses(model, rows, config.training.per_device_eval_batch_size, "check")
+    return sum(record["nll"] for record in records) / sum(record["tokens"] for record in records)
+
+
+def _differ(outputs: dict[str, list[dict[str, Any]]], a: str, b: str) -> dict[str, Any]:
+    gaps = [(x["logprobs"] - y["logprobs"]).abs() for x, y in zip(outputs[a], outputs[b], strict=True)]
+    same = sum(x["greedy"] == y["greedy"] for x, y in zip(outputs[a], outputs[b], strict=True))
+    return {
+        "a": a,
+        "b": b,
+        "mean_logprob_difference": float(sum(gap.mean() for gap in gaps) / len(gaps)),
+        "max_logprob_difference": float(max(gap.max() for gap in gaps)),
+        "same_greedy": same,
+        "prompts": len(gaps),
+    }
+
+
+def _files(run: Run) -> list[dict[str, Any]]:
+    from medcot_utils.run.directory import sha256_of
+
+    folders = [run.require("adapter"), run.require("merged")]
+    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
+    described = []
+    for file in files:
+        digest, size = sha256_of(file)
+        described.append({"file": f"{file.parent.name}/{file.name}", "bytes": size, "sha256": digest})
+    return described
+
+
+def require_agreement(check: dict[str, Any]) -> None:
+    """Raises ExportError when the merged model is not what it was merged from."""
+    if not check["ok"]:
+        exact = check["pairs"][0]
+        raise ExportError(
+            f"the merged model differs from the 16-bit base + adapter: mean log-probability difference "
+            f"{exact['mean_logprob_difference']:.2g} (allowed {check['tolerance']:.2g}), same greedy answer on "
+            f"{exact['same_greedy']} of {exact['prompts']} prompts. The merged folder is kept; do not publish it"
+        )
+
+
+# --- model card ----------------------------------------------------------------------------------------------------
+
+
+def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | None = None, tag: str | None = None) -> str:
+    """The README.md of a repository, with the run's measured numbers, data, licence and limits, and metadata for the Hub.
+
+    kind: adapter, merged, gguf, or one (all in one repository). addresses: {artifact: the repository it is pushed to}, for
+    the lines that load it, at `tag`. Without them: the card of the merged model, or of what the run's hub settings push."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    config, measured, check, report = run.config, run.read("metrics"), run.read("export_check"), run.read("data_report")
+    kind = kind or ("one" if config.hub.repo_id and config.hub.layout == "one" else "merged")
+    if addresses is None:
+        pushed = [name for name in config.hub.artifacts if name != "gguf" or config.export.gguf] if config.hub.repo_id else []
+        addresses = config.hub.addresses(pushed, config.hub.repo_id)
+    base = hub_address(config.model.name)
+    if kind == "gguf":
+        base = addresses.get("merged", base)
+    trained_name = check["pairs"][1]["b"]
+    licence = _licence(config)
+    data = ModelCardData(
+        **licence,
+        language="en",
+        library_name={"adapter": "peft", "gguf": None}.get(kind, "transformers"),
+        pipeline_tag="text-generation",
+        base_model=base,
+        base_model_relation={"adapter": "adapter", "gguf": "quantized"}.get(kind, "finetune") if base else None,
+        datasets=None if config.dataset.path or config.dataset.name == "shipped" else [config.dataset.name],
+        tags=["medical", "chain-of-thought", "reasoning", "lora", "sft", *(["gguf"] if "gguf" in (kind, *addresses) else [])],
+        model_name=addresses.get(kind, next(iter(addresses.values()), f"{describe(config.model.name)}, tuned")),
+        eval_results=_eval_results(config, measured, trained_name),
+    )
+    lines = [
+        {"text": METRICS[name].label, "verdict": verdict(name, metric)}
+        | {side: format_interval(metric[side]) for side in ("base", "tuned", "difference")}
+        for name, metric in measured["metrics"].items()
+    ]
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("model_card.md.j2")),
+        config=config,
+        base=describe(config.model.name),
+        licence=licence.get("license_name", licence["license"]),
+        source=_data_source(config),
+        metrics=lines,
+        n_questions=measured["n_questions"],
+        multiple_choice="mcq_accuracy" in measured["metrics"],
+        confidence=f"{100 * config.evaluation.confidence_level:g}",
+        plan=run.read("plan"),
+        check=check,
+        trained_name=trained_name,
+        kind=kind,
+        addresses=addresses,
+        tag=tag,
+        repeats=len({repeat["train_id"] for repeat in report["repeats"]}),
+        repeats_dropped=report["repeats_dropped"],
+    )
+    return str(card)
+
+
+def _licence(config: RunConfig) -> dict[str, str]:
+    """The base model's licence as the Hub's metadata has it: tuned and merged weights stay under it."""
+    name = config.model.name
+    if name.startswith(PREFIX):
+        return {"license": "apache-2.0"}
+    if name.lower().endswith("deepseek-r1-distill-llama-8b"):
+        return {"license": "llama3.1"}  # DeepSeek's model card: derived from Llama 3.1 8B, under its licence
+    where = hub_address(name)
+    link = {"license_link": f"https://huggingface.co/{where}"} if where else {}
+    return {"license": "other", "license_name": "as-the-base-model"} | link
+
+
+def _eval_results(config: RunConfig, measured: dict[str, Any], trained_name: str) -> list[Any]:
+    """The tuned model's measured metrics as the Hub's model-index has them, each with its interval and the base's value."""
+    from huggingface_hub import EvalResult
+
+    of_hub = not config.dataset.path and config.dataset.name != "shipped"
+    confidence = round(100 * config.evaluation.confidence_level)
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name=f"medical questions with reasoning, measured on the {trained_name}",
+            dataset_type=config.dataset.name if of_hub else "medcot-shipped" if not config.dataset.path else "local-file",
+            dataset_name=f"{_data_source(config)}; {measured['n_questions']} held-out questions",
+            dataset_config=config.dataset.subset if of_hub else None,
+            dataset_revision=config.dataset.revision if of_hub else None,
+            metric_type=name,
+            metric_name=METRICS[name].label,
+            metric_value=round(metric["tuned"]["value"], 4),
+            metric_args={
+                f"interval_{confidence}": _rounded(metric["tuned"]["low"], metric["tuned"]["high"]),
+                "base_value": _rounded(metric["base"]["value"])[0],
+            },
+            verified=False,
+        )
+        for name, metric in measured["metrics"].items()
+        if math.isfinite(metric["tuned"]["value"])
+    ]
+
+
+def _rounded(*values: float | None) -> list[float | None]:
+    return [None if value is None else round(value, 4) for value in values]
+
+
+def _data_source(config: RunConfig) -> str:
+    if config.dataset.path:
+        return f"a local file, {Path(config.dataset.path).name}"
+    if config.dataset.name == "shipped":
+        return "the cases shipped with medcot (120 training rows, written for teaching)"
+    return f"{config.dataset.name} at revision {config.dataset.revision}"

@@ -1,0 +1,119 @@
+"""Which platform this is, and where on it things lie: runs, large files that may end with the session, caches, and free room."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+import psutil
+
+PACKAGE = Path(__file__).parents[1]
+HOME = PACKAGE.parent  # the checkout, if this is one
+GIB = 1024**3
+
+# Kaggle keeps 20 GB of output and refuses more; beside it, the machine's own disk has several times that, until the session ends.
+KAGGLE_QUOTA_GIB = 20e9 / GIB
+# On Colab: the machine's own disk, which ends with the session, and Google Drive, which outlives it and holds 15 GB for free.
+COLAB_SCRATCH, COLAB_DRIVE = Path("/content/medcot-scratch"), Path("/content/drive")
+MORE_ROOM = (
+    "Free some space there, or take a larger disk: --run-dir for the run, MEDCOT_SCRATCH for the merged model, HF_HOME for "
+    "downloads, MEDCOT_CACHE for the embedded models"
+)
+
+
+def platform_name() -> str:
+    """`kaggle`, `colab` or `local`. From environment variables, which survive papermill; the IPython shell's name does not."""
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        return "kaggle"
+    return "colab" if "COLAB_RELEASE_TAG" in os.environ else "local"
+
+
+def kaggle_root() -> Path:
+    """The folder of Kaggle's `working` and `input`; MEDCOT_KAGGLE_ROOT puts another in its place for a rehearsal."""
+    return Path(os.environ.get("MEDCOT_KAGGLE_ROOT") or "/kaggle")
+
+
+def default_run_dir() -> Path:
+    """Where notebooks opened by hand keep their run: MEDCOT_RUN_DIR, else the platform's working folder."""
+    if chosen := os.environ.get("MEDCOT_RUN_DIR"):
+        return Path(chosen)
+    roots = {"kaggle": kaggle_root() / "working", "colab": Path("/content")}
+    root = roots.get(platform_name())
+    if root is None:
+        here = Path.cwd()
+        root = here.parent if here.name == "notebooks" else here
+    return root / "runs" / "notebooks"
+
+
+def disk_of(folder: Path) -> tuple[int, Path]:
+    """(device number, nearest existing folder) of where `folder` is or would be made."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder.stat().st_dev, folder
+
+
+def under_quota(folder: Path) -> bool:
+    """Whether what is written there counts as a Kaggle notebook's output."""
+    return platform_name() == "kaggle" and folder.absolute().is_relative_to((kaggle_root() / "working").absolute())
+
+
+def disk_free_gib(folder: Path) -> float:
+    """Free GiB where `folder` is or would be made; on Kaggle, no more than the quota of /kaggle/working leaves."""
+    place = disk_of(folder)[1]
+    free = shutil.disk_usage(place).free / GIB
+    if under_quota(place):
+        free = min(free, max(0.0, KAGGLE_QUOTA_GIB - folder_gib(kaggle_root() / "working")))
+    return free
+
+
+def scratch_dir(run_dir: Path) -> Path:
+    """Where a run's large artifacts lie: below MEDCOT_SCRATCH; of a run in Kaggle's output folder, which holds 20 GB, below
+    /kaggle/tmp; of a run on Google Drive on Colab's own disk; else in the run directory itself.
+
+    What lies on scratch may be gone in the next session; it is made again then."""
+    scratch = os.environ.get("MEDCOT_SCRATCH", _scratch_of_the_session(run_dir))
+    if not scratch:
+        return run_dir
+    whose = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:8]
+    return Path(scratch) / "medcot" / f"{run_dir.absolute().name}-{whose}"
+
+
+def _scratch_of_the_session(run_dir: Path) -> Path | None:
+    if under_quota(run_dir):
+        return kaggle_root() / "tmp"
+    if platform_name() == "colab" and run_dir.absolute().is_relative_to(COLAB_DRIVE):
+        return COLAB_SCRATCH
+    return None
+
+
+def ends_with_the_session(folder: Path) -> bool:
+    """Whether what lies there is gone with this Kaggle or Colab session: all but Kaggle's output folder and Google Drive."""
+    lasting = {"kaggle": kaggle_root() / "working", "colab": COLAB_DRIVE}.get(platform_name())
+    return lasting is not None and not folder.absolute().is_relative_to(lasting.absolute())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half written in `folder`: `.NAME.PID.tmp` and `.NAME.PID.old` of a PID that is gone."""
+    for path in folder.glob(".*"):
+        leftover = re.fullmatch(r"\..+\.(\d+)\.(?:tmp|old)", path.name)
+        if leftover and not psutil.pid_exists(int(leftover[1])):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def folder_gib(folder: Path) -> float:
+    """GiB of the files below `folder`; 0 if there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / GIB
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept between runs: MEDCOT_CACHE, else the user's cache folder."""
+    import platformdirs
+
+    return Path(os.environ.get("MEDCOT_CACHE") or platformdirs.user_cache_dir("medcot"))

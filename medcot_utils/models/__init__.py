@@ -1,0 +1,13 @@
+"""Load a model and ask it."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "engine": ["get_engine", "load_tokenizer"],
+        "generation": ["generate_arguments", "stream_answer", "answer_questions", "by_sample"],
+        "losses": ["row_losses"],
+        "merging": ["load_unquantized"],
+    },
+)

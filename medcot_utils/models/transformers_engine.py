@@ -1,0 +1,109 @@
+"""The engine that runs anywhere: transformers, bitsandbytes 4-bit (on a CPU too) and PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
+from medcot_utils.machine.gpu import release_card_memory
+from medcot_utils.models.embedded import load_tokenizer, model_source
+from medcot_utils.models.engine import compute_dtype, local_rank
+from medcot_utils.models.merging import merge
+
+__all__ = ["add_lora", "for_inference", "load", "merge", "set_checkpointing", "trainer_arguments"]
+
+WHOLE_LOGITS = True  # TRL's loss keeps the logits of a whole micro-batch
+
+
+def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model, 4-bit nf4 with double quantization if asked, and its tokenizer; with the trained adapter on it if given."""
+    release_card_memory()
+    source, dtype = model_source(settings.name), compute_dtype(settings)
+    quantization = None
+    if settings.load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        revision=settings.revision,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map={"": local_rank()} if torch.cuda.is_available() else None,
+    )
+    tokenizer = load_tokenizer(source, settings.revision)
+    cpu_packing(model, allowed=False)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    return model, tokenizer
+
+
+def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
+    """Fresh LoRA matrices on the named projections; the base stays frozen. `random_state` seeds the matrices A."""
+    checkpointing = bool(settings.use_gradient_checkpointing)
+    cpu_packing(model, allowed=False)
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    elif checkpointing:
+        model.enable_input_require_grads()
+    torch.manual_seed(settings.random_state)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            bias=settings.bias,
+            target_modules=list(settings.target_modules),
+            use_rslora=settings.use_rslora,
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def set_checkpointing(model: PreTrainedModel, checkpointing: Literal["unsloth"] | bool) -> None:
+    """Switch gradient checkpointing on or off, as a batch plan asks; "unsloth" is plain checkpointing here."""
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    elif model.is_gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+
+
+def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
+    """What this engine adds to the trainer's arguments: the rows of notebook 03 are left as they are, and padded."""
+    return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+
+
+def for_inference(model: PreTrainedModel) -> PreTrainedModel:
+    """Switch to generation: eval mode, key-value cache on, gradient checkpointing off."""
+    model.eval()
+    if model.is_gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    model.config.use_cache = True
+    cpu_packing(model, allowed=True)
+    return model
+
+
+def cpu_packing(model: PreTrainedModel, allowed: bool) -> None:
+    """Allow or undo bitsandbytes' packed 4-bit weights, a CPU layout that triples generation and has no backward pass.
+
+    On processors with AVX512-BF16, bitsandbytes 0.50 packs each layer at its first forward in eval mode and never unpacks
+    it: an evaluation before or during training would leave the base without gradients to the layers below, and the
+    loss would fall slowly for no visible reason. So packing is off until `for_inference`."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, has_avx512bf16
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in model.modules():
+        if not isinstance(layer, Linear4bit):
+            continue
+        layer.support_avx512bf16_for_cpu = allowed and has_avx512bf16()
+        if not allowed and getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+                layer.weight.data, layer.weight.quant_state
+            )

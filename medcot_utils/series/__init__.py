@@ -1,0 +1,1 @@
+"""The seven notebooks run in order: here, on Kaggle, on Colab."""

@@ -1,0 +1,44 @@
+"""A run directory on Google Drive, which outlives a Colab session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from medcot_utils.machine import paths
+from medcot_utils.machine.hardware import PlatformError
+from medcot_utils.machine.paths import default_run_dir, platform_name
+
+_MINE = "MyDrive"
+
+
+def run_dir_of(chosen: str) -> Path:
+    """The run directory for what a notebook's RUN_DIR says: `auto`, `drive` (a folder on Google Drive), or a path. Where it
+    lies on Drive, Drive is mounted.
+
+    Raises PlatformError where Drive cannot be mounted, saying what to do."""
+    if chosen == "drive":
+        folder = paths.COLAB_DRIVE / _MINE / "medcot" / "runs" / "notebooks"
+    else:
+        folder = default_run_dir() if chosen == "auto" else Path(chosen)
+    if folder.is_relative_to(paths.COLAB_DRIVE) and not (paths.COLAB_DRIVE / _MINE).is_dir():
+        _mount(folder)
+    return folder
+
+
+def _mount(folder: Path) -> None:
+    mount = f"from google.colab import drive; drive.mount({str(paths.COLAB_DRIVE)!r})"
+    by_hand = f"Run `{mount}` in a cell, allow it, then run this cell again"
+    if platform_name() != "colab":
+        raise PlatformError(f"the run directory {folder} is on Google Drive, and only Colab can mount that: give another RUN_DIR")
+    if "PAPERMILL" in os.environ:
+        raise PlatformError(f"the run directory {folder} is on Google Drive, which is not mounted. {by_hand}")
+    print("The run directory is on Google Drive: Colab now asks for your permission to mount it.")
+    try:
+        from google.colab import drive
+
+        drive.mount(str(paths.COLAB_DRIVE))
+    except Exception as error:  # refused, timed out, no front end: Colab raises kinds of its own for each
+        raise PlatformError(f"Google Drive was not mounted ({type(error).__name__}: {error}). {by_hand}") from error
+    if not (paths.COLAB_DRIVE / _MINE).is_dir():
+        raise PlatformError(f"Google Drive was mounted, but shows no {_MINE}. {by_hand}")

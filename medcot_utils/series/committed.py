@@ -1,0 +1,139 @@
+"""The committed notebooks: executed in order by the embedded default, cleaned of what changes from run to run, and checked.
+
+python -m medcot_utils.series.committed execute | check | setup-cells [owner/name]"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from medcot_utils.errors import MedcotError
+from medcot_utils.machine import redaction
+from medcot_utils.run.artifacts import STEPS
+from medcot_utils.series import setup_cell as shared
+from medcot_utils.series.runner import QUIET_KERNEL, notebooks_dir
+
+_ABSOLUTE_PATH = re.compile(r"(?<![\w/.:~-])/(?:home|root|Users|tmp|var|mnt|opt|usr|work|kaggle|content)/\w")
+_MOST_LINES, _MOST_PARAMETER_LINES = 20, 8
+
+
+def clean(notebook: Any) -> Any:
+    """Leave outputs that read well and say nothing of when and where they were made: merged streams, progress bars in
+    their last state, no widgets, no timestamps."""
+    notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info") if key in notebook.metadata}
+    notebook.metadata["language_info"] = {"name": "python"}
+    for cell in notebook.cells:
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        if cell.cell_type == "code":
+            cell.outputs = _merged_streams(cell.outputs)
+            for output in cell.outputs:
+                if output.output_type in ("display_data", "execute_result"):
+                    output.metadata = {}
+    return notebook
+
+
+def _merged_streams(outputs: list[Any]) -> list[Any]:
+    # A progress bar and what is printed beside it arrive in turns; each stream becomes one output, in order of appearance.
+    merged: list[Any] = []
+    for output in outputs:
+        twin = next((o for o in merged if o.output_type == "stream" and o.name == output.get("name")), None)
+        if output.output_type == "stream" and twin is not None:
+            twin.text += output.text
+        else:
+            merged.append(output)
+    for output in merged:
+        if output.output_type == "stream":
+            lines = [line.rsplit("\r", 1)[-1] for line in output.text.replace("\r\n", "\n").split("\n")]
+            output.text = "\n".join(lines)
+    return [output for output in merged if output.output_type != "stream" or output.text.strip()]
+
+
+def faults(path: Path) -> list[str]:
+    """What is wrong with a committed notebook; an empty list when nothing is."""
+    notebook, found = nbformat.read(path, as_version=4), []
+    text = path.read_text(encoding="utf-8")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    counts = [cell.execution_count for cell in code]
+    if not any(cell.outputs for cell in code):
+        found.append("has no outputs")
+    if counts != list(range(1, len(code) + 1)):
+        found.append(f"cells were not run in order from a fresh kernel: {counts}")
+    if "widgets" in notebook.metadata:
+        found.append("metadata.widgets is kept")
+    if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
+        found.append("kernelspec is not python3")
+    if any(output.output_type == "error" for cell in code for output in cell.outputs):
+        found.append("shows an error")
+    if match := _ABSOLUTE_PATH.search(text):
+        found.append(f"holds an absolute path ({match.group(0)}...)")
+    if kind := redaction.kind_of(text):
+        found.append(f"holds what looks like a secret: {kind.removeprefix('what looks like ')}")
+    parameters = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    if len(parameters) != 1 or parameters[0].source.count("\n") >= _MOST_PARAMETER_LINES:
+        found.append(f"needs one parameters cell of at most {_MOST_PARAMETER_LINES} lines")
+    if too_long := [index for index, cell in enumerate(code) if cell.source.count("\n") >= _MOST_LINES]:
+        found.append(f"code cells {too_long} have more than {_MOST_LINES} lines")
+    if not any("nbval-check-output" in cell.metadata.get("tags", []) for cell in code):
+        found.append("marks no output for comparison (nbval-check-output)")
+    return found
+
+
+def setup_cell(path: Path) -> str:
+    """The code after the parameters cell, which must be the same text in all seven."""
+    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    return code[1].source
+
+
+def check() -> list[str]:
+    """One line per fault over all seven notebooks."""
+    paths = [notebooks_dir() / f"{name}.ipynb" for name in STEPS]
+    lines = [f"{path.name}: {fault}" for path in paths for fault in faults(path)]
+    if len({setup_cell(path) for path in paths}) > 1:
+        lines.append("the setup cell is not the same text in all seven notebooks")
+    return lines + shared.faults()
+
+
+def execute() -> None:
+    """Run the seven notebooks in order with their own defaults into a fresh run directory, and write them back cleaned."""
+    from nbclient import NotebookClient
+
+    from medcot_utils.plots import comparison_figure
+    from medcot_utils.run.directory import Run, describe_costs
+
+    folder = notebooks_dir()
+    with tempfile.TemporaryDirectory() as temporary:
+        run_dir = Path(temporary) / "notebooks"
+        os.environ["MEDCOT_RUN_DIR"] = str(run_dir)
+        for name in STEPS:
+            path = folder / f"{name}.ipynb"
+            notebook = nbformat.read(path, as_version=4)
+            client = NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+            client.extra_arguments = QUIET_KERNEL
+            client.execute()
+            nbformat.write(clean(notebook), path)
+            print(f"{name}: {describe_costs(Run.open(run_dir).manifest()['steps'][name])}", flush=True)
+        figure = comparison_figure(Run.open(run_dir).read("metrics")["metrics"])
+        figure.savefig(folder.parent / "docs" / "comparison.png", metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["execute"]:
+        execute()
+    elif sys.argv[1:] == ["check"]:
+        if lines := check():
+            sys.exit("\n".join(lines))
+        print("the committed notebooks are executed, in order and clean")
+    elif sys.argv[1:2] == ["setup-cells"] and len(sys.argv) <= 3:
+        try:
+            for path in shared.write(new_repository=sys.argv[2] if len(sys.argv) == 3 else None):
+                print(path.name)
+        except MedcotError as error:
+            sys.exit(f"medcot: {error}")
+    else:
+        sys.exit(__doc__)

@@ -1,0 +1,194 @@
+"""Pushing to Kaggle with its own client, the answer judged by its fields: the client's command exits with 0 for errors too."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medcot_utils.run.artifacts import ARTIFACTS
+from medcot_utils.run.directory import Run, sha256_of, write_atomic
+from medcot_utils.series.kaggle.build import METADATA, PLACEHOLDER_OWNER, KaggleError, KernelMetadata, read_metadata
+from medcot_utils.series.kaggle.session import RUN_NAME, copy_run, find_earlier
+
+if TYPE_CHECKING:
+    from kaggle.api.kaggle_api_extended import KaggleApi
+
+_NO_CREDENTIALS = (
+    "no Kaggle credentials that work: make a token at https://www.kaggle.com/settings/api and set KAGGLE_API_TOKEN to it, or put "
+    "it into ~/.kaggle/access_token"
+)
+_FAILED = ("ERROR", "CANCEL_REQUESTED", "CANCEL_ACKNOWLEDGED")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    kernel: str
+    version: int
+    url: str
+
+
+@dataclass(frozen=True)
+class Fetched:
+    run: Run
+    verified: list[str]
+    absent: list[str]
+
+
+def client() -> KaggleApi:
+    """Kaggle's client, signed in. Imported here and not above: its import signs in already, prints, and may exit.
+
+    Raises KaggleError where there are no credentials, or the sign-in fails."""
+    with _clear("sign in at Kaggle"), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            from kaggle.api.kaggle_api_extended import KaggleApi
+
+            api = KaggleApi()
+            api.authenticate()
+        except SystemExit:
+            raise KaggleError(_NO_CREDENTIALS) from None
+        except ImportError as error:
+            raise KaggleError(f"Kaggle's client is not here ({error}): pip install kaggle==2.2.4 six==1.17.0") from None
+    return api
+
+
+@contextlib.contextmanager
+def _clear(doing: str) -> Iterator[None]:
+    """One line for what the client raises."""
+    import requests
+
+    try:
+        yield
+    except requests.HTTPError as error:
+        status = error.response.status_code if error.response is not None else "no status"
+        why = " ".join(str(error).split())
+        if status == 401:
+            raise KaggleError(f"could not {doing}: {_NO_CREDENTIALS} (401: {why})") from error
+        raise KaggleError(f"could not {doing}: Kaggle answered {status}: {why}") from error
+    except requests.RequestException as error:
+        kind = type(error).__name__
+        raise KaggleError(f"could not {doing}: Kaggle cannot be reached ({kind}). Check the network, then try again") from error
+    except ValueError as error:
+        raise KaggleError(f"could not {doing}: {' '.join(str(error).split())}") from error
+
+
+def push(folder: Path) -> Pushed:
+    """Push the kernel that kernel-metadata.json of `folder` describes.
+
+    Raises KaggleError before the push for metadata or a notebook that is not fit, and after it unless Kaggle's answer has a
+    version number, no error, no source that it left out, and the name that was asked for."""
+    metadata = read_metadata(folder)
+    notebook = folder / metadata.code_file
+    if not notebook.is_file():
+        raise KaggleError(f"{metadata.code_file} is not there yet: run medcot kaggle build")
+    api = client()
+    metadata = _with_owner(folder, metadata, api)
+    with _clear(f"push {metadata.id}"), contextlib.redirect_stdout(io.StringIO()):
+        answer = api.kernels_push(str(folder))
+    if answer.error:
+        raise KaggleError(f"Kaggle refused {metadata.id}: {' '.join(answer.error.split())}")
+    for kind in ("dataset", "competition", "kernel", "model"):
+        if invalid := getattr(answer, f"invalid_{kind}_sources"):
+            raise KaggleError(
+                f"Kaggle knows no such {kind}_sources, or they are not yours to read: {', '.join(invalid)}. It saved the kernel "
+                f"without them: mend {METADATA} and push again"
+            )
+    if not answer.version_number:
+        raise KaggleError(f"Kaggle gave {metadata.id} no version number: nothing shows that it was saved. Push again")
+    saved = "/".join(answer.ref.strip("/").split("/")[-2:])  # some answers put /code before it
+    if saved.lower() != metadata.id.lower():
+        raise KaggleError(
+            f"Kaggle saved {saved or 'a kernel without a name'} ({answer.url}), not {metadata.id}: is its owner yours, and "
+            f"id_no in {METADATA}, if there is one, its number?"
+        )
+    return Pushed(metadata.id, answer.version_number, answer.url)
+
+
+def _with_owner(folder: Path, metadata: KernelMetadata, api: Any) -> KernelMetadata:
+    owner, _, slug = metadata.id.partition("/")
+    if owner != PLACEHOLDER_OWNER:
+        return metadata
+    user = api.config_values.get(api.CONFIG_NAME_USER)
+    if not user:
+        raise KaggleError(f"{METADATA} names no owner: medcot kaggle build --id NAME/{slug}, with your name at Kaggle")
+    owned = KernelMetadata.model_validate(metadata.model_dump() | {"id": f"{user}/{slug}"})
+    notebook = folder / metadata.code_file
+    write_atomic(notebook, notebook.read_text(encoding="utf-8").replace(metadata.id, owned.id))
+    write_atomic(folder / METADATA, owned.model_dump_json(indent=2, exclude_none=True) + "\n")
+    return owned
+
+
+def status(kernel: str) -> str:
+    """The state of a kernel's latest session, as one word. Raises KaggleError if the session failed, with Kaggle's reason."""
+    api = client()
+    with _clear(f"ask for the state of {kernel}"):
+        answer = api.kernels_status(kernel)
+    state = getattr(answer.status, "name", str(answer.status))
+    if state in _FAILED:
+        why = " ".join((answer.failure_message or "no reason given").split())
+        raise KaggleError(
+            f"the session of {kernel} ended as {state.lower()}: {why}. What it made can be fetched: medcot kaggle output {kernel}"
+        )
+    return state.lower()
+
+
+def output(kernel: str, run_dir: Path, everything: bool = False) -> Fetched:
+    """Fetch the run that a session left as output and put it together in `run_dir`, verified against its own manifest. The
+    merged model, and the checkpoints of a training that is done, stay at Kaggle unless `everything`.
+
+    Raises KaggleError if there is no run in the output, a file did not arrive whole, or `run_dir` is taken."""
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise KaggleError(f"{run_dir} is not empty: give another folder with --run-dir")
+    api = client()
+    run_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
+    download = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.absolute().parent))
+    try:
+        archive = download / f"{RUN_NAME}.zip"
+        _fetch(api, kernel, download, rf"^{re.escape(archive.name)}$")
+        if archive.exists() and not zipfile.is_zipfile(archive):
+            raise KaggleError(f"{archive.name} of {kernel} did not arrive whole: fetch it again")
+        packed = find_earlier(download)
+        # A trained adapter needs its checkpoints no more; a paused training goes on from them.
+        left = (
+            []
+            if everything
+            else ["merged", *(["checkpoints"] if packed and "adapter" in packed[0].manifest["artifacts"] else [])]
+        )
+        _fetch(api, kernel, download, rf"^{re.escape(RUN_NAME)}/" + "".join(f"(?!{name}/)" for name in left))
+        found = find_earlier(download)
+        if not found:
+            raise KaggleError(f"the output of {kernel} holds no run: has its session ended? medcot kaggle status {kernel}")
+        copy_run(found[0], run_dir)
+    finally:
+        shutil.rmtree(download)
+    return _verified(run_dir, kernel)
+
+
+def _fetch(api: KaggleApi, kernel: str, folder: Path, pattern: str) -> None:
+    with _clear(f"fetch the output of {kernel}"), contextlib.redirect_stdout(io.StringIO()):
+        api.kernels_output(kernel, str(folder), file_pattern=pattern, force=True)
+
+
+def _verified(run_dir: Path, kernel: str) -> Fetched:
+    run = Run.open(run_dir)
+    verified, absent, broken = [], [], []
+    for name, entry in run.manifest()["artifacts"].items():
+        path = run.path / ARTIFACTS[name].file
+        if not path.exists():
+            absent.append(name)
+        elif sha256_of(path) == (entry["sha256"], entry["bytes"]):
+            verified.append(name)
+        else:
+            broken.append(ARTIFACTS[name].file)
+    if broken:
+        raise KaggleError(
+            f"{', '.join(broken)} of {kernel} did not arrive as the manifest records: remove {run_dir} and fetch it again"
+        )
+    return Fetched(run, verified, absent)

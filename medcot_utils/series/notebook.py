@@ -1,0 +1,94 @@
+"""What all seven notebooks share: the start, tables, and the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medcot_utils.machine import hardware, installing
+from medcot_utils.series import colab
+from medcot_utils.series.kaggle import session
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from medcot_utils.run.directory import Run
+
+
+_started = time.time()
+
+
+def start(run_dir: str) -> Path:
+    """The setup cell: the pinned stack where it is missing, environment before torch is imported, quieter libraries, and the
+    run directory (`auto`: the default; `drive`: on Google Drive). On Kaggle an earlier session's run is taken up into it.
+
+    Raises InstallError or PlatformError where that cannot be had, saying what to do."""
+    installing.ensure()  # before anything is imported that it may install in another version
+    from medcot_utils.models.engine import quiet_start
+
+    quiet_start()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Without ipywidgets tqdm's notebook bar warns and falls back to text; text is what a saved notebook should hold.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    import pandas as pd
+
+    pd.set_option("display.max_colwidth", 90)
+    _show_figures()
+    folder = colab.run_dir_of(run_dir)
+    if hardware.platform_name() == "kaggle" and run_dir == "auto":
+        session.take_up(folder)
+    _hand_on_secrets(folder)
+    return folder
+
+
+def _hand_on_secrets(run_dir: Path) -> None:
+    """Secrets of the platform's store to where the clients read them, under the names that the run's settings say."""
+    from medcot_utils.run.directory import CONFIG, Run
+
+    hardware.hand_on_secrets(Run.open(run_dir).config.secrets if (run_dir / CONFIG).exists() else None)
+
+
+def _show_figures() -> None:
+    # Figures are made without pyplot, which would keep every one of them alive; IPython must be told to draw them.
+    from IPython import get_ipython
+    from IPython.core.pylabtools import select_figure_formats
+
+    if shell := get_ipython():
+        select_figure_formats(shell, {"png"})
+
+
+def table(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
+    """A mapping as a one-column table."""
+    import pandas as pd
+
+    return pd.DataFrame({name: {key: str(value) for key, value in values.items()}})
+
+
+def finish(run: Run, step: str) -> pd.DataFrame:
+    """Record the step as done and show what it left in the run, with its time and peak memory."""
+    import pandas as pd
+
+    from medcot_utils.run.artifacts import ARTIFACTS
+    from medcot_utils.run.directory import describe_costs
+
+    entry = run.finish(step, since=_started)
+    manifest = run.manifest()["artifacts"]
+    lines = [
+        {
+            "artifact": ARTIFACTS[name].file,
+            "size (kB)": round(manifest[name]["bytes"] / 1e3, 1),
+            "sha256": manifest[name]["sha256"][:12],
+        }
+        for name in run.makes(step)
+    ]
+    # Time differs from run to run, the table need not: so on another stream.
+    print(f"{step}: {describe_costs(entry)}", file=sys.stderr)
+    return pd.DataFrame(lines).set_index("artifact")

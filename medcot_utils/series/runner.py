@@ -1,0 +1,239 @@
+"""The seven notebooks, run in order through papermill: skipped when done, redone when stale, resumed where they stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from medcot_utils.config import RunConfig, load_config, overrides_of, parse_overrides
+from medcot_utils.data import rows
+from medcot_utils.errors import MedcotError
+from medcot_utils.machine import hardware, redaction
+from medcot_utils.machine.disk import full_disk_told
+from medcot_utils.machine.paths import HOME
+from medcot_utils.models.engine import quiet_start
+from medcot_utils.run.artifacts import STEPS
+from medcot_utils.run.directory import CONFIG, Run, describe_costs
+from medcot_utils.training import tracking
+
+NOTEBOOKS = tuple(STEPS)
+HEADLINE = ("eval_loss", "closed_think_rate", "finished_rate", "rouge_l", "thinking_tokens", "answer_tokens")
+
+# A headless kernel's own log (a note on its transport, the interrupt at shutdown) says nothing of the notebook.
+QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
+
+Report = Callable[[str, int, int], None]
+
+
+class SeriesError(MedcotError):
+    """A notebook failed or cannot be run; the message names it, the cell's error, and where the partial notebook lies."""
+
+
+class SeriesPaused(MedcotError):
+    """Training ended in time, as training.max_hours asked; nothing failed, and the next call goes on."""
+
+
+def notebooks_dir() -> Path:
+    """The folder of the seven notebooks: MEDCOT_NOTEBOOKS, beside the package, or in the working directory."""
+    candidates = [HOME / "notebooks", Path.cwd() / "notebooks", Path.cwd()]
+    if chosen := os.environ.get("MEDCOT_NOTEBOOKS"):
+        candidates = [Path(chosen)]
+    for folder in candidates:
+        if all((folder / f"{name}.ipynb").exists() for name in NOTEBOOKS):
+            return folder
+    raise SeriesError(
+        "the notebooks were not found: run this from a checkout of the project, or set MEDCOT_NOTEBOOKS to their folder"
+    )
+
+
+def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) -> tuple[RunConfig, str]:
+    """The configuration of this call and a line saying where it comes from, with everything checked that needs no model.
+
+    A named profile starts from that profile; without one, an existing run's stored settings are kept and the overrides
+    laid over them. Raises a MedcotError for an unknown profile or setting, a missing card or key, or data that cannot be used."""
+    overrides = list(overrides)
+    if profile is None and (run_dir / CONFIG).exists():
+        stored = Run.open(run_dir).config
+        names = set(parse_overrides(overrides))
+        kept = [pair for pair in overrides_of(stored) if pair.partition("=")[0] not in names]
+        hardware.resolve_profile(stored.profile)
+        config, line = load_config(stored.profile, [*kept, *overrides]), f"profile {stored.profile}: as in {run_dir.name}/"
+    else:
+        name, line = hardware.resolve_profile(profile or "auto")
+        config = load_config(name, overrides)
+    if config.dataset.path:  # kernels and later calls may run in other folders
+        absolute = json.dumps(str(Path(config.dataset.path).absolute()))
+        others = [pair for pair in overrides_of(config) if not pair.startswith("dataset.path=")]
+        config = load_config(config.profile, [*others, f"dataset.path={absolute}"])
+    if config.dataset.path or config.dataset.name == "shipped":
+        rows.check_usable(config)
+    tracking.check_usable(config)  # here too: in a terminal there is somebody who can type a key, under papermill nobody
+    return config, line
+
+
+def parameters_of(notebook: Path) -> set[str]:
+    """The names in a notebook's `parameters` cell.
+
+    Read by Python's own parser: papermill's gives up, with a warning only, on a line whose comment holds a `=`."""
+    import ast
+
+    import nbformat
+
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])]
+    lines = [node for cell in cells for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)]
+    return {target.id for node in lines for target in node.targets if isinstance(target, ast.Name)}
+
+
+def check_parameters(parameters: Mapping[str, Any], folder: Path) -> None:
+    """Raises SeriesError for a parameter that no notebook has: papermill itself would only warn."""
+    known = set().union(*(parameters_of(folder / f"{name}.ipynb") for name in NOTEBOOKS)) if parameters else set()
+    for name in parameters:
+        if name not in known:
+            raise SeriesError(f"unknown notebook parameter {name!r}: the notebooks take {', '.join(sorted(known))}")
+
+
+def run_series(
+    run_dir: Path,
+    config: RunConfig,
+    first: int = 1,
+    last: int = len(NOTEBOOKS),
+    force: bool = False,
+    parameters: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+    report: Report = lambda name, cell, cells: None,
+) -> Run:
+    """Run notebooks `first` to `last` into `run_dir`, leaving out those that are done with these settings and inputs. What the
+    cells put out is cleared of this machine's secrets before it is written.
+
+    `report(name, cell, cells)` is called before each cell. Raises SeriesError at the first notebook that fails or whose
+    kernel dies, and SeriesPaused where training.max_hours ended it; what was made so far is kept, and the next call goes
+    on there."""
+    folder = notebooks_dir()
+    os.environ.setdefault("MEDCOT_SESSION_STARTED", str(time.time()))
+    check_parameters(parameters or {}, folder)
+    quiet_start(config.seed)
+    redaction.known_secrets(config.secrets)  # all that `redact` must know, also what no kernel was handed
+    run = Run.create(run_dir, config, force)
+    try:
+        with FileLock(run.path / ".lock", timeout=0):
+            _run_steps(run, NOTEBOOKS[first - 1 : last], folder, force, parameters or {}, say, report)
+    except Timeout:
+        raise SeriesError(
+            f"another medcot run is working in {run.path.name}/: wait for it, or choose another --run-dir"
+        ) from None
+    return run
+
+
+def _run_steps(
+    run: Run,
+    names: Iterable[str],
+    folder: Path,
+    force: bool,
+    parameters: Mapping[str, Any],
+    say: Callable[[str], None],
+    report: Report,
+) -> None:
+    for name in names:
+        if force:
+            run.forget(name)
+        elif not set(parameters) & parameters_of(folder / f"{name}.ipynb") and run.step_state(name) == "done":
+            say(f"{name}: done before with the same settings and inputs")
+            continue
+        given = {"RUN_DIR": str(run.path.absolute()), **parameters}
+        if name == NOTEBOOKS[0]:
+            given |= {"PROFILE": run.config.profile, "OVERRIDES": overrides_of(run.config)}
+        _run_notebook(run, folder / f"{name}.ipynb", given, report)
+        say(f"{name}: {describe_costs(run.manifest()['steps'][name])}")
+    return run
+
+
+def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Report) -> None:
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    name = notebook.stem
+    executed = run.path / "notebooks" / notebook.name
+    executed.parent.mkdir(exist_ok=True)
+    known = parameters_of(notebook)
+    # What it warns of are parameters that its own reader overlooked (unknown ones were refused before); what it logs as an
+    # error it also raises.
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
+    _register_engine(name, report)
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(executed),
+            parameters={key: value for key, value in given.items() if key in known},
+            engine_name="medcot",
+            progress_bar=False,
+            kernel_name="python3",
+            extra_arguments=QUIET_KERNEL,
+        )
+    except OSError:  # papermill writes the notebook after each cell
+        with full_disk_told(run.display(executed), run.path):
+            raise
+    except (PapermillExecutionError, DeadKernelError) as error:
+        if isinstance(error, PapermillExecutionError) and error.ename == "TimeBudgetReached":
+            run.record_step(name, state="paused", error=error.evalue)
+            raise SeriesPaused(f"{name}: {error.evalue}") from error
+        if isinstance(error, PapermillExecutionError):
+            # One line, also of an error that has many; and another library's message may repeat what it was given.
+            why = hardware.redact(" ".join(f"{error.ename}: {error.evalue}".split()))
+        else:
+            why = "its kernel died (killed, or out of memory)"
+        run.record_step(name, state="failed", error=why)
+        raise SeriesError(
+            f"notebook {name} failed: {why}. The partial notebook is {run.display(executed)}; the same command goes on there"
+        ) from error
+    if run.step_state(name) != "done":
+        raise SeriesError(f"notebook {name} ended without recording its results: its last cell did not run")
+
+
+def _register_engine(name: str, report: Report) -> None:
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class ReportingEngine(NBClientEngine):
+        """nbclient's engine, telling of each cell before it runs, and writing no secret of what a cell puts out."""
+
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
+            cell_start, save, cells = nb_man.cell_start, nb_man.save, len(nb_man.nb.cells)
+
+            def reporting_start(cell, cell_index=None, **more):
+                report(name, (cell_index or 0) + 1, cells)
+                return cell_start(cell, cell_index, **more)
+
+            def redacting_save(**more):
+                redaction.redact_outputs(nb_man.nb)
+                return save(**more)
+
+            nb_man.cell_start, nb_man.save = reporting_start, redacting_save
+            return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+
+    papermill_engines.register("medcot", ReportingEngine)
+
+
+def status(run: Run) -> dict[str, Any]:
+    """What `medcot status --json` prints: {run_dir, profile, steps, metrics}.
+
+    A step: {name, state, seconds, peak_memory_mb, peak_card_memory_mb, error}, the card's as {allocated, reserved}, None without
+    one. metrics holds the headline ones, each {base, tuned, difference: {value, low, high, n}}; empty before notebook 06."""
+    recorded = run.manifest()["steps"]
+    steps = [
+        {"name": name, "state": run.step_state(name, deep=False)}
+        | {key: recorded.get(name, {}).get(key) for key in ("seconds", "peak_memory_mb", "peak_card_memory_mb", "error")}
+        for name in NOTEBOOKS
+    ]
+    metrics = {}
+    if run.is_fresh("metrics", deep=False):
+        measured = run.read("metrics")["metrics"]
+        metrics = {name: measured[name] for name in HEADLINE}
+    return {"run_dir": str(run.path), "profile": run.config.profile, "steps": steps, "metrics": metrics}

@@ -1,0 +1,119 @@
+"""What every notebook has in common and the package cannot give it: the setup cell, which runs before the package is found,
+and the badges. Both are written from one setting, `repository` under [tool.medcot] in pyproject.toml, which
+`make badges REPO=owner/name` sets it and writes them."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from medcot_utils.errors import MedcotError
+from medcot_utils.machine.paths import HOME
+from medcot_utils.run.artifacts import STEPS
+from medcot_utils.run.directory import write_atomic
+
+MOST_LINES = 15
+_SETTING = re.compile(r'^repository = "([^"]*)"', re.MULTILINE)
+_BADGES = re.compile(r"\[!\[Open in ")
+
+_TEMPLATE = """import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+SOURCE = "{repository}"  # owner/name on GitHub; `make badges REPO=owner/name` writes it
+inputs = Path(os.environ.get("MEDCOT_KAGGLE_ROOT", "/kaggle"), "input").rglob("medcot_utils/series/notebook.py")
+homes = [Path.cwd(), Path.cwd().parent, Path.cwd() / "medcot", *(file.parents[2] for file in inputs)]
+sys.path[:0] = [str(home) for home in homes if (home / "medcot_utils").is_dir()]
+if not find_spec("medcot_utils") and (not SOURCE or os.system(f"git clone -q --depth 1 https://github.com/{{SOURCE}} medcot")):
+    raise ModuleNotFoundError("{not_found}")
+sys.path.append(str(Path.cwd() / "medcot"))
+from medcot_utils.series.notebook import finish, start, table
+
+run_dir = start(RUN_DIR)"""
+
+_NOT_FOUND = "no medcot_utils here: open it in its checkout, or add the project to this session's inputs"
+
+
+class RepositoryError(MedcotError):
+    """The repository setting is missing or no owner/name; the message says what to write."""
+
+
+def setup_cell(repository: str) -> str:
+    """The setup cell's source, the same in all seven notebooks."""
+    return _TEMPLATE.format(repository=repository, not_found=_NOT_FOUND)
+
+
+def repository(home: Path = HOME) -> str:
+    """owner/name from pyproject.toml; empty while it is not known."""
+    settings = tomllib.loads((home / "pyproject.toml").read_text(encoding="utf-8"))
+    return settings.get("tool", {}).get("medcot", {}).get("repository", "")
+
+
+def badges(repository: str, name: str = "01_setup") -> str:
+    """One line of Markdown: open the notebook at Kaggle or Colab. Empty without a repository."""
+    if not repository:
+        return ""
+    file = f"{repository}/blob/main/notebooks/{name}.ipynb"
+    return (
+        "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"
+        f"(https://kaggle.com/kernels/welcome?src=https://github.com/{file}) "
+        "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+        f"(https://colab.research.google.com/github/{file})"
+    )
+
+
+def with_badges(text: str, line: str, before_last: bool) -> str:
+    """Markdown with its badges replaced by `line`, before its last paragraph or after its first; an empty line leaves none."""
+    paragraphs = [part for part in re.split(r"\n\n", text) if not _BADGES.match(part)]
+    if line:
+        paragraphs.insert(len(paragraphs) - 1 if before_last else 1, line)
+    return "\n\n".join(paragraphs)
+
+
+def changed(home: Path = HOME) -> dict[Path, Any]:
+    """{file: new content} of the README and the notebooks whose badges or setup cell are not as the setting makes them."""
+    chosen, contents = repository(home), {}
+    readme = (home / "README.md").read_text(encoding="utf-8")
+    if (new := with_badges(readme, badges(chosen), before_last=False)) != readme:
+        contents[home / "README.md"] = new
+    for name in STEPS:
+        path = home / "notebooks" / f"{name}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        before = nbformat.writes(notebook)
+        intro, setup = notebook.cells[0], [cell for cell in notebook.cells if cell.cell_type == "code"][1]
+        intro.source = with_badges(intro.source, badges(chosen, name), before_last=True)
+        setup.source = setup_cell(chosen)
+        if nbformat.writes(notebook) != before:
+            contents[path] = notebook
+    return contents
+
+
+def faults(home: Path = HOME) -> list[str]:
+    """One line for each file whose badges or setup cell differ from what the setting makes of them."""
+    mend = "differ from the template: python -m medcot_utils.series.committed setup-cells"
+    return [f"{path.name}: badges or setup cell {mend}" for path in changed(home)]
+
+
+def write(home: Path = HOME, new_repository: str | None = None) -> list[Path]:
+    """Write badges and setup cells into README and notebooks, after putting `new_repository` into pyproject.toml where one
+    is given; the files that changed. A second call changes nothing. Raises RepositoryError for what is no owner/name."""
+    written = []
+    if new_repository is not None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]*/[\w.-]+", new_repository):
+            raise RepositoryError(f"{new_repository!r} is not owner/name: make badges REPO=owner/name, as on GitHub")
+        path = home / "pyproject.toml"
+        text = path.read_text(encoding="utf-8")
+        if not _SETTING.search(text):
+            raise RepositoryError('pyproject.toml has no line `repository = "..."` under [tool.medcot]: put one in')
+        if (new := _SETTING.sub(f'repository = "{new_repository}"', text)) != text:
+            write_atomic(path, new)
+            written.append(path)
+    for path, content in changed(home).items():
+        write_atomic(path, content if isinstance(content, str) else nbformat.writes(content) + "\n")
+        written.append(path)
+    return written

@@ -1,0 +1,13 @@
+"""The trainer and what watches it."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "trainer": ["sft_arguments", "step_plan", "plan_training", "train"],
+        "batch_plan": ["memory_parts", "batch_plans", "choose", "plans_table", "measured_memory_gb"],
+        "callbacks": ["skipped_steps"],
+        "launch": ["train_in_processes"],
+    },
+)

@@ -1,0 +1,291 @@
+"""The SFT trainer: its arguments, resume from the last good checkpoint, and going on with less memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
+from transformers.utils.notebook import NotebookProgressCallback
+
+from medcot_utils.config import RunConfig
+from medcot_utils.errors import MedcotError
+from medcot_utils.machine.disk import full_disk_told
+from medcot_utils.machine.gpu import free_card_memory, measure_anew, release_card_memory
+from medcot_utils.models.engine import compute_dtype
+from medcot_utils.training.batch_plan import BatchPlan, batch_plans, choose
+from medcot_utils.training.callbacks import LossFigure, ProgressFile, SkippedSteps, TimeBudget, TimeBudgetReached, TqdmProgress
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTTrainer
+
+PROGRESS = "progress.jsonl"
+
+
+class TrainingError(MedcotError):
+    """Training cannot go on as planned; the message says what differs and what to do."""
+
+
+def sft_arguments(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
+    """The keyword arguments of `trl.SFTConfig` (but for output_dir), all that differ from its defaults or matter here."""
+    import torch
+
+    t, on_card = config.training, torch.cuda.is_available()
+    dtype = compute_dtype(config.model)
+    return {
+        "per_device_train_batch_size": plan.per_device_train_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "per_device_eval_batch_size": t.per_device_eval_batch_size,
+        "warmup_steps": t.warmup_steps,
+        "max_steps": t.max_steps,
+        "num_train_epochs": t.num_train_epochs,
+        "learning_rate": t.learning_rate,
+        "optim": t.optim,
+        "weight_decay": t.weight_decay,
+        "lr_scheduler_type": t.lr_scheduler_type,
+        "logging_steps": t.logging_steps,
+        "save_strategy": "steps",
+        "save_steps": t.save_steps,
+        "save_total_limit": t.save_total_limit,
+        "eval_strategy": "steps" if t.eval_steps else "no",
+        "eval_steps": t.eval_steps,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "bf16": on_card and dtype == torch.bfloat16,
+        "fp16": on_card and dtype == torch.float16,
+        # TRL's default would put it back on.
+        "gradient_checkpointing": bool(plan.gradient_checkpointing),
+        "use_cpu": not on_card,
+        "dataloader_pin_memory": on_card,
+        "ddp_find_unused_parameters": False if plan.num_processes > 1 else None,
+        "report_to": "none",
+    }
+
+
+# --- resume --------------------------------------------------------------------------------------------------------
+
+
+def last_good_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint that is whole, or None. One cut off in the middle of being written is set aside."""
+    checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        fault = checkpoint_fault(path)
+        if fault is None:
+            return path
+        print(f"{path.name} is not whole ({fault}): set aside, an earlier one is used")
+        # Not a name that begins with `checkpoint-`: the trainer would count it, and remove a whole one in its stead.
+        aside = path.with_name(f"broken-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    return None
+
+
+def checkpoint_fault(path: Path) -> str | None:
+    """Why a trainer checkpoint with an adapter cannot be resumed from, or None if each of its files reads to the end."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        with safe_open(path / "adapter_model.safetensors", "pt") as tensors:
+            if not tensors.keys():
+                return "adapter_model.safetensors holds no tensors"
+        optional = [name for name in ("rng_state.pth", "scaler.pt") if (path / name).exists()]
+        for name in ("optimizer.pt", "scheduler.pt", *optional):
+            with zipfile.ZipFile(path / name) as archive:
+                if bad := archive.testzip():
+                    return f"{name}: {bad} is damaged"
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        return f"{type(error).__name__}: {Path(getattr(error, 'filename', None) or str(error)).name}"
+    return None
+
+
+def train(
+    make_trainer: Callable[[BatchPlan], SFTTrainer],
+    plans: Sequence[BatchPlan],
+    config: RunConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> SFTTrainer:
+    """Train to the end from the last good checkpoint in the trainer's output_dir, or from the start; says which.
+
+    `make_trainer(plan)` gives a trainer for a plan, as notebook 05 shows. When the card's memory runs out, the finished
+    steps are saved and the next plan, which needs less, goes on from there. Each trainer gets the `callbacks`, as those of
+    `tracking.callbacks`. Returns the trainer that finished.
+
+    Raises DiskError where a checkpoint finds no room (the one before stays whole), the card's own error if the last plan runs
+    out of memory too, TimeBudgetReached where training.max_hours ended it in time (a checkpoint is there), and TrainingError
+    for an effective batch other than the configured one."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    for plan, smaller in zip(plans, [*plans[1:], None], strict=True):
+        trainer = prepare_trainer(make_trainer(plan), config)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        measure_anew()
+        try:
+            with full_disk_told("a checkpoint", Path(trainer.args.output_dir)):
+                _train_or_resume(trainer)
+            return trainer
+        except RuntimeError as error:
+            # Of several processes only one may have run out: all end, and whoever started them goes on with a smaller plan.
+            if smaller is None or trainer.args.world_size > 1 or not should_reduce_batch_size(error):
+                raise
+        # Out of the except block: its traceback would keep the activations alive.
+        print(f"out of memory after step {trainer.state.global_step} with {plan}: going on from there with {smaller}")
+        _keep_finished_steps(trainer)
+        del trainer
+    raise TrainingError("no batch plan was given")
+
+
+def _train_or_resume(trainer: SFTTrainer) -> None:
+    import torch
+
+    with trainer.args.main_process_first(local=False):  # the first sets aside what is broken, the others find it gone
+        checkpoint = last_good_checkpoint(Path(trainer.args.output_dir))
+    if trainer.args.device.type == "cpu":
+        # In several processes the trainer would load its optimizer to "cpu:0", which torch refuses.
+        trainer.args.__dict__["_setup_devices"] = torch.device("cpu")
+    if checkpoint:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if trainer.is_world_process_zero():
+            print(f"resuming after step {state.global_step} of {state.max_steps} ({checkpoint.name})")
+        if state.global_step >= state.max_steps:
+            _take_up(trainer, checkpoint, state)
+            return
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    budgets = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TimeBudget)]
+    if any(budget.stopped for budget in budgets):
+        raise TimeBudgetReached(
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, before training.max_hours were over; "
+            f"a checkpoint is saved, and the same command or notebook goes on from it"
+        )
+
+
+def _take_up(trainer: SFTTrainer, checkpoint: Path, state: TrainerState) -> None:
+    # The Trainer itself would take one more step before it saw that there was none left.
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, LossFigure):
+            callback.draw(state.log_history)
+
+
+def _keep_finished_steps(trainer: SFTTrainer) -> None:
+    """Save the state after the last finished step and give back what the trainer holds on the card. A step that ran out of
+    memory has changed neither weights nor optimizer, so nothing of it needs undoing."""
+    trainer.model.zero_grad(set_to_none=True)
+    saved = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    if trainer.state.global_step > 0 and checkpoint_fault(saved) is not None:
+        trainer._save_checkpoint(trainer.model, trial=None)
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    release_card_memory()
+
+
+def keep_to_one_card(trainer: SFTTrainer) -> None:
+    """One process trains on one card, also where it sees several. Left alone the Trainer would give each card a whole
+    per-device batch (DataParallel): with two, twice the effective batch, without a word."""
+    if trainer.args.n_gpu > 1:
+        trainer.args._n_gpu = 1
+        trainer._train_batch_size = trainer.args.train_batch_size
+
+
+def check_effective_batch(trainer: SFTTrainer, config: RunConfig) -> int:
+    """Rows per optimizer step. Raises TrainingError if it is not per-device batch x accumulation as configured."""
+    planned = config.training.effective_batch_size
+    actual = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    if actual != planned:
+        raise TrainingError(
+            f"each step would train on {actual} rows where {planned} were asked for ({trainer.args.n_gpu} cards visible): "
+            f"set CUDA_VISIBLE_DEVICES=0"
+        )
+    return actual
+
+
+def keep_lora_float32(trainer: SFTTrainer) -> None:
+    """Undo TRL's cast of the LoRA matrices to bfloat16.
+
+    SFTTrainer casts them when the base is quantized. Steps of 1e-3 and less are then rounded to 8 bits of mantissa, a card
+    without bfloat16 (T4) cannot scale such gradients, and the article's engine, Unsloth, keeps them in float32."""
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+# --- made ready ----------------------------------------------------------------------------------------------------
+
+
+def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
+    """The trainer made ready: kept to one card, effective batch checked, LoRA matrices in float32, skipped steps counted, the
+    time budget watched, and a progress bar and a live loss figure in place of its printed dictionaries. Raises TrainingError
+    if the effective batch is not the configured one."""
+    keep_to_one_card(trainer)
+    rows = check_effective_batch(trainer, config)
+    keep_lora_float32(trainer)
+    for kind in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
+        trainer.remove_callback(kind)
+    trainer.add_callback(SkippedSteps(trainer.accelerator))
+    if config.training.max_hours:
+        trainer.add_callback(TimeBudget(config.training.max_hours))
+    if trainer.args.world_size > 1:
+        trainer.add_callback(ProgressFile(Path(trainer.args.output_dir) / PROGRESS))
+    else:
+        print(f"{rows} rows per optimizer step")
+        trainer.add_callback(TqdmProgress())
+        trainer.add_callback(LossFigure())
+    return trainer
+
+
+# --- without a notebook --------------------------------------------------------------------------------------------
+
+
+def plan_training(
+    engine: ModuleType, model: PreTrainedModel, config: RunConfig, rows: Dataset, processes: int = 1
+) -> list[BatchPlan]:
+    """The batch plans to try in turn for tokenized rows, by this card's free memory. Raises PlanError if none fits."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return choose(batch_plans(model, config, lengths, engine.WHOLE_LOGITS, processes), free_card_memory())
+
+
+def make_sft_trainer(
+    engine: ModuleType,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    plan: BatchPlan,
+    train_rows: Dataset,
+    held_out_rows: Dataset,
+    output_dir: Path,
+) -> SFTTrainer:
+    """TRL's trainer for a plan, over tokenized and labelled rows; held-out rows only as far as training looks at them."""
+    from trl import SFTConfig, SFTTrainer
+
+    engine.set_checkpointing(model, plan.gradient_checkpointing)
+    columns, few = ["input_ids", "labels"], range(min(config.training.eval_rows, len(held_out_rows)))
+    arguments = sft_arguments(config, plan) | engine.trainer_arguments(config.training)
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(output_dir=str(output_dir), **arguments),
+        train_dataset=train_rows.select_columns(columns),
+        eval_dataset=held_out_rows.select_columns(columns).select(few),
+        processing_class=tokenizer,
+    )
+
+
+# --- plan ----------------------------------------------------------------------------------------------------------
+
+
+def step_plan(config: RunConfig, rows: int) -> dict[str, Any]:
+    """{rows, effective_batch, steps, epochs}: optimizer steps and how often they pass over the rows."""
+    t = config.training
+    steps_per_epoch = math.ceil(rows / t.effective_batch_size)
+    steps = t.max_steps if t.max_steps > 0 else math.ceil(t.num_train_epochs * steps_per_epoch)
+    return {"rows": rows, "effective_batch": t.effective_batch_size, "steps": steps, "epochs": round(steps / steps_per_epoch, 2)}

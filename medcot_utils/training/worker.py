@@ -1,0 +1,51 @@
+"""One of several training processes: `torchrun --nproc-per-node 4 -m medcot_utils.training.worker RUN_DIR`; alone without torchrun.
+
+Each process holds a whole model on its own card and takes its share of every batch; the first one writes checkpoints and
+progress. It leaves the checkpoint of the last step, which notebook 05 takes up."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+
+@record
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--skip-plans", type=int, default=0, help="batch plans that ran out of memory before")
+    options = parser.parse_args()
+
+    from medcot_utils.models.engine import get_engine
+    from medcot_utils.run.directory import Run
+
+    run = Run.open(options.run_dir)
+    config = run.config
+    engine = get_engine(config.model)  # before trl, transformers and peft
+    import torch
+    from accelerate import PartialState
+
+    # Joins the group, in which the free memory for the plan is agreed on.
+    PartialState(cpu=not torch.cuda.is_available())
+    from medcot_utils.training.tracking import callbacks
+    from medcot_utils.training.trainer import TrainingError, make_sft_trainer, plan_training, train
+
+    model, tokenizer = engine.load(config.model)
+    model = engine.add_lora(model, config.lora)
+    train_rows, held_out_rows = run.read("train_rows"), run.read("held_out_rows")
+    plans = plan_training(engine, model, config, train_rows, int(os.environ.get("WORLD_SIZE", 1)))
+    if options.skip_plans >= len(plans):
+        raise TrainingError(f"memory ran out with each of the {len(plans)} batch plans: use a larger card or shorter rows")
+    output_dir = run.checkpoint_dir("adapter")
+
+    def make_trainer(plan):
+        return make_sft_trainer(engine, model, tokenizer, config, plan, train_rows, held_out_rows, output_dir)
+
+    train(make_trainer, plans[options.skip_plans :], config, callbacks(run))
+
+
+if __name__ == "__main__":
+    main()

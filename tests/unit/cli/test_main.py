@@ -1,0 +1,211 @@
+"""The command: light to start, and for bad input one line on stderr, exit code 1 and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medcot_utils.cli.main import _parse_parameters
+from medcot_utils.config import PROFILES, load_config, setting_names
+from medcot_utils.errors import MedcotError
+from medcot_utils.run.artifacts import STEPS
+from medcot_utils.run.directory import Run
+
+MEDCOT = Path(sys.executable).with_name("medcot")
+
+
+def medcot(*arguments, cwd=None):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [str(MEDCOT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, check=False)
+
+
+def the_one_line(result):
+    """The line on stderr, after checking that it is the only one and that the command ended as it should."""
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert len(lines) == 1 and lines[0].startswith("medcot: "), result.stderr
+    return lines[0]
+
+
+# --- starting ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_imports_no_heavy_library():
+    heavy = ["torch", "transformers", "datasets", "papermill", "matplotlib", "pandas", "numpy"]
+    code = f"import sys, medcot_utils.cli.main; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_help_names_every_command_and_so_does_a_call_without_one():
+    for arguments in (["--help"], []):
+        result = medcot(*arguments)
+        text = result.stdout + result.stderr
+        assert all(command in text for command in ("run", "status", "doctor", "settings")), text
+    assert "--from" in medcot("run", "--help").stdout
+
+
+def test_python_m_is_the_same_command():
+    command = [sys.executable, "-m", "medcot_utils", "settings", "nope"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert "unknown profile 'nope'" in the_one_line(result)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+BAD_ARGUMENTS = {
+    "unknown profile": (["--profile", "smoek"], ["unknown profile 'smoek'", "smoke, demo, article", "did you mean smoke?"]),
+    "unknown setting": (
+        ["--set", "training.max_step=3"],
+        ["unknown setting 'training.max_step'", "did you mean training.max_steps?"],
+    ),
+    "setting by another name": (["--set", "lr=3"], ["did you mean training.learning_rate?"]),
+    "setting without a value": (["--set", "training.max_steps"], ["expected NAME=VALUE"]),
+    "wrong type": (["--set", "training.max_steps=many"], ["training.max_steps is 'many'", "integer"]),
+    "out of range": (["--set", "training.learning_rate=-1"], ["training.learning_rate is -1", "greater than 0"]),
+    "from after to": (["--from", "6", "--to", "5"], ["--from 6 is after --to 5"]),
+    "article without a card": (["--profile", "article"], ["profile article needs a CUDA card", "use profile demo"]),
+    "unknown parameter": (["--parameter", "QUESTON=Why?"], ["unknown notebook parameter 'QUESTON'", "QUESTION"]),
+    "parameter without a value": (["--parameter", "QUESTION"], ["--parameter QUESTION: expected NAME=VALUE"]),
+    "parameter that is an option": (["--parameter", "RUN_DIR=x"], ["--parameter RUN_DIR: use --run-dir"]),
+    "too few held-out rows": (
+        ["--set", "evaluation.num_questions=50", "--set", "dataset.name=a/b"],
+        ["more than dataset.held_out"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_a_bad_argument_is_one_line_that_says_what_to_do(case, tmp_path):
+    arguments, expected = BAD_ARGUMENTS[case]
+    profile = [] if "--profile" in arguments else ["--profile", "smoke"]
+    line = the_one_line(medcot("run", *profile, "--run-dir", tmp_path / "run", *arguments))
+    assert all(part in line for part in expected), line
+    assert not (tmp_path / "run").exists(), "nothing is begun with a bad argument"
+
+
+ROW = {"Question": "Why?", "Complex_CoT": "So.", "Response": "This."}
+BAD_DATA = {
+    "missing": ("rows.jsonl", None, "no such file"),
+    "empty": ("rows.jsonl", "", "rows.jsonl: the file is empty"),
+    "not JSON": ("rows.jsonl", json.dumps(ROW) + "\n{'Question'", "not valid jsonl (line 2"),
+    "no list": ("rows.json", json.dumps(ROW), "expected a list of objects"),
+    "without a column": ("rows.json", json.dumps([{"q": "Why?", "Complex_CoT": "So.", "Response": "x"}]), "no column 'Question'"),
+    "without rows": ("rows.csv", "Question,Complex_CoT,Response\n", "holds no rows"),
+    "unusable rows": ("rows.json", json.dumps([ROW | {"Response": " "}]), "no usable row is left of 1"),
+    "too few rows": ("rows.json", json.dumps([ROW]), "lower dataset.held_out_rows"),
+    "too few questions": (
+        "rows.json",
+        json.dumps([ROW | {"Question": f"Why {n}?"} for n in range(45)]),
+        "evaluation.num_questions is",
+    ),
+    "of another kind": ("rows.xlsx", "x", "expected a file ending in .json, .jsonl, .csv, .parquet"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_data_that_cannot_be_used_is_told_before_anything_runs(case, tmp_path):
+    name, content, expected = BAD_DATA[case]
+    if content is not None:
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    few = ("--set", "dataset.held_out_rows=5") if case == "too few questions" else ()
+    arguments = ("--profile", "smoke", "--run-dir", "run", "--set", f"dataset.path={name}", *few)
+    line = the_one_line(medcot("run", *arguments, cwd=tmp_path))
+    assert name in line or "no usable row" in line or "too few" in case, line
+    assert expected in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    line = the_one_line(medcot("run", "--profile", "smoke", "--run-dir", tmp_path / "file" / "run"))
+    assert "cannot be written" in line and "--run-dir" in line
+
+
+def test_a_folder_that_holds_something_else_is_not_taken(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    line = the_one_line(medcot("run", "--profile", "smoke", "--run-dir", tmp_path))
+    assert "is not empty and holds no run" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_of_another_profile_is_not_overwritten(tmp_path):
+    Run.create(tmp_path / "run", load_config("smoke"))
+    before = (tmp_path / "run" / "config.json").read_text()
+    line = the_one_line(medcot("run", "--profile", "demo", "--run-dir", tmp_path / "run"))
+    assert "holds a run of profile 'smoke', not 'demo'" in line and "--force" in line
+    assert (tmp_path / "run" / "config.json").read_text() == before
+
+
+def test_a_notebook_before_its_predecessor_names_the_one_to_run(tmp_path):
+    line = the_one_line(medcot("run", "--profile", "smoke", "--run-dir", tmp_path / "run", "--from", "5"))
+    assert "05_training failed" in line and "run notebook 03_dataset_prep first" in line
+    assert "run/notebooks/05_training.ipynb" in line and (tmp_path / "run" / "notebooks" / "05_training.ipynb").exists()
+
+
+# --- status, doctor, settings --------------------------------------------------------------------------------------
+
+
+def test_status_of_a_folder_without_a_run_names_the_first_notebook(tmp_path):
+    assert "run notebook 01_setup first" in the_one_line(medcot("status", tmp_path))
+
+
+def test_status_as_json_has_every_step_and_no_metrics_before_the_comparison(tmp_path):
+    run = Run.create(tmp_path / "run", load_config("smoke"))
+    run.begin("01_setup")
+    run.write("machine", {"cpu_cores": 2})
+    run.finish("01_setup")
+    run.record_step("02_baseline_inference", state="failed", error="ValueError: no")
+    result = medcot("status", tmp_path / "run", "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    found = json.loads(result.stdout)
+    assert set(found) == {"run_dir", "profile", "steps", "metrics"}
+    assert (found["profile"], found["metrics"]) == ("smoke", {})
+    assert [step["name"] for step in found["steps"]] == list(STEPS)
+    keys = {"name", "state", "seconds", "peak_memory_mb", "peak_card_memory_mb", "error"}
+    assert all(set(step) == keys for step in found["steps"])
+    first, second, *rest = found["steps"]
+    assert first["state"] == "done" and first["peak_memory_mb"] > 10 and first["error"] is None
+    assert (second["state"], second["error"]) == ("failed", "ValueError: no")
+    assert {step["state"] for step in rest} == {"not run"}
+    shown = medcot("status", tmp_path / "run").stdout
+    assert "failed: ValueError: no" in shown and "07_export" in shown
+    assert "of the card" not in shown
+    run.record_step("01_setup", peak_card_memory_mb={"allocated": 7700, "reserved": 8812})
+    shown = medcot("status", tmp_path / "run").stdout
+    assert "of the card" in shown and "8812 MB" in shown
+
+
+def test_doctor_says_of_every_profile_whether_it_can_run_here(tmp_path):
+    result = medcot("doctor", "--run-dir", tmp_path / "run")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = {profile: next(line for line in result.stdout.splitlines() if profile in line) for profile in PROFILES}
+    assert all(" yes " in line or " no " in line for line in lines.values())
+    assert " no " in lines["article"] and "no CUDA card is visible" in lines["article"]
+    assert not (tmp_path / "run").exists(), "looking changes nothing"
+
+
+def test_settings_lists_every_setting_with_its_value():
+    result = medcot("settings", "smoke")
+    assert result.returncode == 0
+    line = next(line for line in result.stdout.splitlines() if "training.learning_rate" in line)
+    assert "0.002" in line
+    assert [name for name in setting_names() if name not in result.stdout] == []
+
+
+# --- parameters ----------------------------------------------------------------------------------------------------
+
+
+def test_parameters_are_read_as_numbers_lists_and_texts():
+    pairs = ["SHOW=5", "QUESTION=Why = so?", "FLAG=true"]
+    assert _parse_parameters(pairs) == {"SHOW": 5, "QUESTION": "Why = so?", "FLAG": True}
+    with pytest.raises(MedcotError, match="use --run-dir, --profile or --set"):
+        _parse_parameters(["OVERRIDES=[]"])

@@ -1,0 +1,302 @@
+"""The numbers: intervals and tests against known truth, verdicts against known differences."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from medcot_utils.config import load_config
+from medcot_utils.evaluation.comparison import (
+    compare,
+    compare_all,
+    compare_sampled,
+    conclusions,
+    metrics_table,
+    needed_table,
+    verdict,
+)
+from medcot_utils.evaluation.intervals import questions_needed
+from medcot_utils.evaluation.metrics import METRICS, answer_columns
+
+CONFIG = load_config("smoke", ["model.load_in_4bit=false"])
+SETTINGS = CONFIG.evaluation  # 95 %, 500 resamples
+COMPARED = {name for name in METRICS if not name.startswith(("mcq_", "embedding_"))}
+
+
+# --- compare -------------------------------------------------------------------------------------------------------
+
+
+def answers(n=30, well_formed=0, bullets=0, shift=0, text="the mitral valve"):
+    spread = np.random.default_rng(1).integers(20, 400, size=n)
+    return [
+        {
+            "id": f"q{i}",
+            "well_formed": i < well_formed,
+            "finished": True,
+            "thinking": "so",
+            "answer": "- one\n- two" if i < bullets else text,
+            "thinking_tokens": int(spread[i]) + shift,
+            "answer_tokens": 5,
+        }
+        for i in range(n)
+    ]
+
+
+def losses(base=2.0, tuned=2.0, n=30):
+    tokens = np.random.default_rng(2).integers(50, 300, size=n)
+    pairs = (("base", base), ("tuned", tuned))
+    return [
+        {"model": label, "id": f"q{i}", "nll": float(tokens[i] * value), "tokens": int(tokens[i])}
+        for label, value in pairs
+        for i in range(n)
+    ]
+
+
+def compared(base, tuned, held_out=None, references=None):
+    return compare(base, tuned, references or ["the mitral valve"] * len(base), held_out or losses(), SETTINGS, 7)
+
+
+def test_identical_answers_differ_by_nothing_and_nothing_is_claimed():
+    metrics = compared(answers(well_formed=12), answers(well_formed=12))
+    assert set(metrics) == COMPARED
+    for name, metric in metrics.items():
+        width = metric["difference"]["high"] - metric["difference"]["low"]
+        assert metric["difference"]["value"] == 0 and (width > 0 if METRICS[name].yes_or_no else width == 0)
+        assert metric["difference"]["needed"] is None and metric["difference"].get("p", 1) == 1
+        assert verdict(name, metric) == "no difference shown with 30 questions"
+    assert "**Shown**, the interval of the difference lies clear of zero:\n\n- nothing" in conclusions(metrics)
+
+
+def test_a_true_rise_of_a_rate_rose_and_is_better():
+    metrics = compared(answers(well_formed=3), answers(well_formed=27))
+    assert metrics["closed_think_rate"]["difference"]["value"] == pytest.approx(0.8)
+    assert verdict("closed_think_rate", metrics["closed_think_rate"]) == "rose, better"
+    back = compared(answers(well_formed=27), answers(well_formed=3))
+    assert verdict("closed_think_rate", back["closed_think_rate"]) == "fell, worse"
+
+
+def test_a_lower_loss_fell_and_is_better_and_perplexity_is_its_exponential():
+    metrics = compared(answers(), answers(), losses(base=2.0, tuned=1.5))
+    assert metrics["eval_loss"]["base"]["value"] == pytest.approx(2.0)
+    assert verdict("eval_loss", metrics["eval_loss"]) == "fell, better"
+    assert metrics["perplexity"]["tuned"]["value"] == pytest.approx(np.exp(1.5))
+
+
+def test_the_loss_is_per_token_and_not_per_row():
+    held_out = [
+        {"model": label, "id": name, "nll": nll, "tokens": tokens}
+        for label in ("base", "tuned")
+        for name, nll, tokens in (("a", 10.0, 10), ("b", 270.0, 90))
+    ]
+    metrics = compared(answers(2), answers(2), held_out)
+    assert metrics["eval_loss"]["base"]["value"] == pytest.approx(2.8)
+
+
+def test_both_answers_to_a_question_stay_together():
+    # Lengths vary by hundreds from question to question, the tuned model is longer by 3 on each: only pairing shows that.
+    metric = compared(answers(), answers(shift=3))["thinking_tokens"]
+    assert metric["base"]["high"] - metric["base"]["low"] > 50
+    assert (metric["difference"]["low"], metric["difference"]["high"]) == (pytest.approx(3), pytest.approx(3))
+    assert verdict("thinking_tokens", metric) == "rose", "length is neither better nor worse"
+
+
+def test_yes_or_no_metrics_and_no_others_have_the_exact_p_at_the_settings_level():
+    metrics = compared(answers(well_formed=3), answers(well_formed=27))
+    assert {name for name, metric in metrics.items() if "p" in metric["difference"]} == {
+        name for name in COMPARED if METRICS[name].yes_or_no
+    }
+    assert metrics["closed_think_rate"]["difference"]["p"] == pytest.approx(2 / 2**24)
+    strict = SETTINGS.model_copy(update={"confidence_level": 0.99})
+    found = compare(answers(6), answers(6, well_formed=6), ["x"] * 6, [], strict, 7)["closed_think_rate"]
+    assert (found["difference"]["p"], found["difference"]["alpha"]) == (2 / 64, 0.01)
+    assert verdict("closed_think_rate", found) == "no difference shown with 6 questions"
+
+
+def test_three_of_three_questions_changed_are_no_clear_difference_and_six_are_one():
+    three = compare(answers(3), answers(3, well_formed=3), ["x"] * 3, [], SETTINGS, 7)["closed_think_rate"]
+    assert (three["difference"]["value"], three["difference"]["high"], three["difference"]["p"]) == (1, 1, 0.25)
+    assert verdict("closed_think_rate", three) == "no difference shown with 3 questions"
+    six = compare(answers(6), answers(6, well_formed=6), ["x"] * 6, [], SETTINGS, 7)["closed_think_rate"]
+    assert verdict("closed_think_rate", six) == "rose, better"
+
+
+def test_three_questions_show_nothing_of_a_length_either():
+    # Three differences of one sign come up once in four where nothing has changed, as three changed answers do.
+    tuned = answers(3)
+    for record, more in zip(tuned, (5, 9, 14), strict=True):
+        record["thinking_tokens"] += more
+    found = compare(answers(3), tuned, ["x"] * 3, [], SETTINGS, 7)["thinking_tokens"]
+    assert verdict("thinking_tokens", found) == "no difference shown with 3 questions"
+
+
+def test_one_question_is_compared_without_intervals():
+    metrics = compare(answers(1), answers(1, well_formed=1, shift=4), ["x"], losses(2.0, 1.5, 1), SETTINGS, 7)
+    assert metrics["thinking_tokens"]["difference"] == {
+        "value": 4,
+        "low": None,
+        "high": None,
+        "n": 1,
+        "spread": 0,
+        "needed": None,
+    }
+    assert metrics["eval_loss"]["difference"]["value"] == pytest.approx(-0.5)
+    assert {verdict(name, metric) for name, metric in metrics.items()} == {"no difference shown with 1 questions"}
+
+
+def test_needed_is_the_number_for_the_difference_and_spread_that_were_found():
+    base, tuned = answers(), answers()
+    changes = np.random.default_rng(4).normal(2, 20, size=30).round()
+    for record, change in zip(tuned, changes, strict=True):
+        record["thinking_tokens"] += int(change)
+    found = compared(base, tuned)["thinking_tokens"]["difference"]
+    assert found["needed"] == questions_needed(np.std(changes, ddof=1), changes.mean()) > 30
+    text = conclusions(compared(base, tuned))
+    assert f"a difference of that size takes about {found['needed']:,} questions" in text
+
+
+def test_needed_for_a_loss_is_told_from_its_rows_and_the_same_for_perplexity():
+    held_out = losses(2.0, 2.0)
+    changes = np.random.default_rng(5).normal(-0.05, 0.3, size=30)
+    for record, change in zip(held_out[30:], changes, strict=True):
+        record["nll"] += change * record["tokens"]
+    metrics = compared(answers(), answers(), held_out)
+    found = metrics["eval_loss"]["difference"]
+    assert found["needed"] == questions_needed(np.std(changes, ddof=1), found["value"]) > 2
+    assert metrics["perplexity"]["difference"]["needed"] == found["needed"]
+
+
+def test_without_losses_the_two_metrics_of_them_are_left_out():
+    metrics = compare(answers(), answers(), ["x"] * 30, [], SETTINGS, 7)
+    assert set(metrics) == COMPARED - {"eval_loss", "perplexity"}
+
+
+def test_answers_to_other_questions_are_refused():
+    tuned = answers()
+    tuned[4]["id"] = "another"
+    with pytest.raises(ValueError, match="different questions"):
+        compared(answers(), tuned)
+    with pytest.raises(ValueError, match="different questions"):
+        compared(answers(), answers()[::-1])
+
+
+def test_a_list_without_a_closed_tag_is_a_list_too():
+    record = answers(1)[0] | {"answer": "", "thinking": "1. fever\n2. rash"}
+    assert answer_columns([record], ["x"])["bullet_rate"].tolist() == [1.0]
+
+
+def test_conclusions_say_what_was_shown_and_never_claim_what_was_not():
+    metrics = compared(answers(well_formed=3, bullets=9), answers(well_formed=27, bullets=10))
+    shown, rest = conclusions(metrics).split("**Not shown**")
+    assert f"{METRICS['closed_think_rate'].label} **rose, better**, from 0.10 [" in shown
+    assert METRICS["bullet_rate"].text not in shown and METRICS["eval_loss"].text not in shown
+    not_shown, never = rest.split("**Not tested**")
+    assert f"{METRICS['bullet_rate'].label}: no difference shown with 30 questions" in not_shown
+    assert "rose" not in not_shown and "fell" not in not_shown and "better" not in not_shown
+    assert "medically right" in never
+
+
+def test_the_table_has_a_line_for_every_metric_with_its_verdict():
+    table = metrics_table(compared(answers(well_formed=3), answers(well_formed=27)))
+    assert len(table) == len(COMPARED) and table.index.is_unique
+    assert table.loc[METRICS["closed_think_rate"].label, "verdict"] == "rose, better"
+
+
+def test_the_table_of_questions_needed_has_the_difference_found_and_given_ones():
+    metrics = compared(answers(well_formed=3), answers(well_formed=9))
+    table = needed_table(metrics, 0.95, sizes=(0.2, 0.1))
+    closed = table.loc[METRICS["closed_think_rate"].label]
+    assert closed["found"] == "0.20" and closed["for that"] == metrics["closed_think_rate"]["difference"]["needed"]
+    assert closed["for that"] == closed["for 0.20"] < closed["for 0.10"]
+    assert table.loc[METRICS["bullet_rate"].label].isna().tolist() == [False, True, False, False]
+    assert METRICS["thinking_words"].label not in table.index, "words are on no scale from 0 to 1"
+
+
+# --- several models, several samples -------------------------------------------------------------------------------
+
+
+def test_any_number_of_models_are_each_compared_with_the_first():
+    given = {"plain": answers(), "short": answers(shift=-9), "long": answers(shift=30, well_formed=20)}
+    held_out = [
+        record | {"model": {"base": "plain", "tuned": label}[record["model"]]}
+        for label, value in (("short", 1.5), ("long", 2.5))
+        for record in losses(2.0, value)
+        if label == "short" or record["model"] == "tuned"
+    ]
+    references = ["the mitral valve"] * 30
+    found = compare_all(given, references, held_out, SETTINGS, 7)
+    assert list(found) == ["short", "long"]
+    assert found["short"] == compare(given["plain"], given["short"], references, losses(2.0, 1.5), SETTINGS, 7)
+    assert found["long"] == compare(given["plain"], given["long"], references, losses(2.0, 2.5), SETTINGS, 7)
+    assert found["long"]["eval_loss"]["difference"]["value"] == pytest.approx(0.5)
+
+
+def test_a_model_without_losses_is_compared_by_its_answers_alone():
+    given = {"base": answers(), "one": answers(), "other": answers()}
+    found = compare_all(given, ["x"] * 30, [r | {"model": r["model"].replace("tuned", "one")} for r in losses()], SETTINGS, 7)
+    assert set(found["one"]) == COMPARED and set(found["other"]) == COMPARED - {"eval_loss", "perplexity"}
+
+
+def sample(lengths, **changes):
+    return [record | {"thinking": "word " * int(n)} | changes for record, n in zip(answers(len(lengths)), lengths, strict=True)]
+
+
+def test_of_several_samples_each_question_counts_with_its_mean():
+    base, tuned = [sample([2, 10]), sample([4, 20])], [sample([9, 11]), sample([11, 21])]
+    found = compare_sampled(base, tuned, ["x"] * 2, SETTINGS, 7)
+    words = found["thinking_words"]
+    assert (words["base"]["value"], words["tuned"]["value"], words["difference"]["n"]) == (9, 13, 2)
+    # The means of the two questions rose by 7 and by 1: what is resampled lies between them.
+    assert (words["difference"]["low"], words["difference"]["high"]) == (1, 7)
+    assert set(found) == COMPARED - {"eval_loss", "perplexity"}, "a loss has no samples"
+
+
+def test_one_sample_is_compared_as_the_greedy_answers_are():
+    base, tuned = answers(well_formed=3), answers(well_formed=27)
+    found = compare_sampled([base], [tuned], ["x"] * 30, SETTINGS, 7)
+    assert found == compare(base, tuned, ["x"] * 30, [], SETTINGS, 7)
+
+
+def test_more_samples_of_the_same_questions_do_not_narrow_the_interval_as_more_questions_would():
+    generator = np.random.default_rng(11)
+
+    def width(n_questions, n_samples):
+        # Questions differ by 60 words, the samples of one question by 10.
+        usual = generator.normal(200, 60, size=n_questions)
+        samples = [sample(generator.normal(usual, 10).clip(1)) for _ in range(n_samples)]
+        words = compare_sampled(samples, samples, ["x"] * n_questions, SETTINGS, 7)["thinking_words"]["base"]
+        return words["high"] - words["low"]
+
+    few, sampled, many = width(16, 1), width(16, 16), width(256, 1)
+    assert sampled > 0.6 * few, "16 answers to each of 16 questions are no 256 questions"
+    assert many < 0.4 * few
+
+
+def test_three_questions_show_nothing_however_many_samples_each_has():
+    base, tuned = ([sample([5] * 3, well_formed=closed)] * 4 for closed in (False, True))
+    found = compare_sampled(base, tuned, ["x"] * 3, SETTINGS, 7)["closed_think_rate"]
+    assert verdict("closed_think_rate", found) == "no difference shown with 3 questions"
+
+
+def test_samples_of_other_questions_or_of_another_number_are_refused():
+    with pytest.raises(ValueError, match="different questions"):
+        compare_sampled([answers(), answers()], [answers(), answers()[::-1]], ["x"] * 30, SETTINGS, 7)
+    with pytest.raises(ValueError, match="zip"):
+        compare_sampled([answers(), answers()], [answers()], ["x"] * 30, SETTINGS, 7)
+
+
+# --- before a model is loaded --------------------------------------------------------------------------------------
+
+
+def test_what_the_evaluation_needs_is_looked_at_before_a_model_is_loaded(tmp_path, monkeypatch):
+    from medcot_utils.config import load_config
+    from medcot_utils.evaluation.comparison import check_usable
+    from medcot_utils.evaluation.mcq.run import McqError
+    from medcot_utils.evaluation.metrics import MeasureError
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert check_usable(load_config("smoke", ["evaluation.mcq_limit=4", "evaluation.mcq_tasks=[shipped, shipped]"])) == 8
+    assert check_usable(load_config("smoke", ["evaluation.mcq_tasks=[]"])) == 0
+    with pytest.raises(McqError, match=r"nowhere\.jsonl"):
+        check_usable(load_config("smoke", [f"evaluation.mcq_tasks=[{tmp_path / 'nowhere.jsonl'}]"]))
+    with pytest.raises(MeasureError, match="nowhere"):
+        check_usable(load_config("smoke", [f"evaluation.embedding_model={tmp_path / 'nowhere'}"]))

@@ -1,0 +1,220 @@
+"""What is measured of one answer: lists, paragraphs, repetition, likeness to a reference, and a model that gives none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from medcot_utils.evaluation.metrics import (
+    METRICS,
+    MeasureError,
+    answer_columns,
+    chrf,
+    embedder,
+    embedding_similarity,
+    is_bullet_list,
+    measure,
+    paragraphs,
+    repetition,
+    rouge_l,
+    sampled_columns,
+)
+
+REFERENCE = "The mitral valve is most often affected"
+
+
+def record(thinking="so", answer="the mitral valve", **changes):
+    lengths = {"thinking_tokens": 7, "answer_tokens": 5}
+    return {"id": "q", "well_formed": True, "finished": True, "thinking": thinking, "answer": answer} | lengths | changes
+
+
+# --- form ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("- aspirin\n- rest", True),
+        ("Do this:\n\n1. aspirin\n2) rest", True),
+        ("  • aspirin\n  * rest", True),
+        ("- aspirin only", False),
+        ("", False),
+        ("A dose of 2.5 mg - not more -\nand rest for 3-4 days", False),
+        ("-not a bullet\n-nor this", False),
+        ("**bold**\n**bolder**", False),
+        ("- \n- ", False),
+    ],
+)
+def test_a_bullet_list_is_two_lines_with_a_bullet_or_a_number(answer, expected):
+    assert is_bullet_list(answer) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", 0),
+        (" \n\n \t\n", 0),
+        ("one", 1),
+        ("one\nstill one", 1),
+        ("one\n\ntwo", 2),
+        ("\n\none\n \t \n\n\ntwo\n", 2),
+        ("one\r\n\r\ntwo\r\n\r\nthree", 3),
+    ],
+)
+def test_paragraphs_are_what_blank_lines_part(text, expected):
+    assert paragraphs(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("thinking", "answer", "expected"),
+    [
+        ("first\n\nsecond", "One block\nof two lines.", 1),
+        ("so", "One.\n\nTwo.", 0),
+        ("so", "- aspirin\n- rest", 0),
+        ("so", "- aspirin only", 1),
+        ("all of it in one block", "", 1),
+        ("first\n\nsecond", "", 0),
+        ("", "", 0),
+    ],
+    ids=["one block", "two blocks", "a list", "one bullet", "no answer, one block", "no answer, two blocks", "nothing"],
+)
+def test_one_paragraph_is_exactly_one_that_is_no_list_and_without_an_answer_the_thinking_counts(thinking, answer, expected):
+    assert measure(record(thinking, answer), REFERENCE)["one_paragraph_rate"] == expected
+
+
+# --- repetition ----------------------------------------------------------------------------------------------------
+
+NORMAL = (
+    "The rash is purpuric and the joints hurt, so I think of vasculitis first. In a child of six, with belly pain after a cold, "
+    "IgA vasculitis fits best. The kidneys decide the outcome; urine must be checked for blood and protein over some months."
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", 0),
+        ("a b c", 0),
+        ("a b c d", 0),
+        ("a b c d a b c d", 1 - 4 / 5),
+        ("A b c d\na  B c d", 1 - 4 / 5),
+        ("a a a a a", 1 / 2),
+    ],
+    ids=["nothing", "too short", "one sequence", "the first comes twice", "case and spaces do not count", "one word"],
+)
+def test_repetition_is_the_share_of_sequences_of_four_words_that_stood_there_before(text, expected):
+    assert repetition(text) == pytest.approx(expected)
+
+
+def test_a_loop_comes_near_1_and_normal_text_stays_near_0():
+    assert repetition("I need to check again. " * 100) > 0.98
+    assert repetition(NORMAL) < 0.02
+    assert 0.3 < repetition(f"{NORMAL} {NORMAL}") < 0.6
+
+
+def test_thinking_that_the_answer_says_once_more_is_repetition_too():
+    assert measure(record(NORMAL, NORMAL), REFERENCE)["repetition"] == pytest.approx(repetition(f"{NORMAL} {NORMAL}"))
+    assert measure(record(NORMAL, "Vasculitis."), REFERENCE)["repetition"] < 0.02
+
+
+# --- likeness ------------------------------------------------------------------------------------------------------
+
+
+def test_rouge_l_is_1_for_equal_texts_0_for_unlike_or_empty_ones_and_between_otherwise():
+    assert rouge_l(REFERENCE, REFERENCE) == 1
+    assert rouge_l("", REFERENCE) == 0 and rouge_l("kidney stones hurt", REFERENCE) == 0
+    assert rouge_l("The mitral valve", REFERENCE) == pytest.approx(2 * 1 * (3 / 7) / (1 + 3 / 7))
+    assert rouge_l("valve mitral the", REFERENCE) == pytest.approx(2 * (1 / 3) * (1 / 7) / (1 / 3 + 1 / 7)), "order counts"
+
+
+def test_chrf_is_1_for_equal_texts_0_for_unlike_or_empty_ones_and_between_otherwise():
+    assert chrf(REFERENCE, REFERENCE) == pytest.approx(1)
+    assert chrf("", REFERENCE) == 0 and chrf("x" * 30, "y" * 30) == pytest.approx(0, abs=1e-9)
+    # One letter of two: precision 1, recall 1/2, and recall counts twice: 5 x 1 x 1/2 / (4 x 1 + 1/2).
+    assert chrf("a", "ab") == pytest.approx(5 / 9)
+    assert chrf("The aortic valve", REFERENCE) < chrf("The mitral valve", REFERENCE) < chrf("The mitral valve is", REFERENCE) < 1
+
+
+def test_chrf_sees_the_likeness_of_inflected_words_that_rouge_l_misses():
+    assert rouge_l("vasculitides", "vasculitis") == 0 < 0.5 < chrf("vasculitides", "vasculitis")
+
+
+# --- records -------------------------------------------------------------------------------------------------------
+
+
+def test_every_metric_but_the_losses_and_multiple_choice_is_measured_of_an_answer():
+    others = ("eval_loss", "perplexity", "mcq_accuracy", "mcq_accuracy_answered", "mcq_abstained", "embedding_similarity")
+    assert set(measure(record(), REFERENCE)) == set(METRICS) - set(others)
+
+
+def test_lengths_are_counted_in_words_and_everything_written_is_thinking_and_answer():
+    found = measure(record("one  two\nthree", " four, five "), REFERENCE)
+    assert (found["thinking_words"], found["answer_words"], found["completion_words"]) == (3, 2, 5)
+    assert (found["thinking_tokens"], found["answer_tokens"]) == (7, 5), "as the record says: its tokenizer counted them"
+
+
+def test_a_model_without_an_answer_is_measured_by_its_thinking_and_is_like_no_reference():
+    loop = "1. mitral valve\n2. mitral valve\n" * 20
+    found = measure(record(loop, "", well_formed=False, finished=False, answer_tokens=0), REFERENCE)
+    assert (found["closed_think_rate"], found["finished_rate"], found["answered_rate"]) == (0, 0, 0)
+    assert (found["answer_words"], found["completion_words"]) == (0, 120)
+    assert (found["rouge_l"], found["chrf"]) == (0, 0), "likeness is the answer's, and there is none"
+    assert (found["bullet_rate"], found["one_paragraph_rate"]) == (1, 0) and found["repetition"] > 0.9
+
+
+def test_a_model_that_writes_nothing_at_all_is_measured_too():
+    found = measure(record("", "", well_formed=False), REFERENCE)
+    assert {name for name, value in found.items() if value} == {"finished_rate", "thinking_tokens", "answer_tokens"}
+
+
+def test_an_answer_of_blanks_is_no_answer():
+    assert measure(record(answer=" \n"), REFERENCE)["answered_rate"] == 0 < measure(record(), REFERENCE)["answered_rate"]
+
+
+def test_columns_hold_a_value_for_each_question_in_order_against_its_own_reference():
+    columns = answer_columns([record(answer="one two"), record(answer="three")], ["one two", "three three"])
+    assert columns["answer_words"].tolist() == [2, 1]
+    assert columns["rouge_l"].tolist() == [1, pytest.approx(2 / 3)]
+    assert columns["chrf"].tolist() == [1, chrf("three", "three three")] != columns["rouge_l"].tolist()
+    with pytest.raises(ValueError, match="zip"):
+        answer_columns([record()], ["one", "two"])
+
+
+def test_of_several_samples_each_question_has_its_mean():
+    first, second = ([record(answer="word " * n, finished=n > 2) for n in lengths] for lengths in ((2, 10), (4, 20)))
+    columns = sampled_columns([first, second], [REFERENCE] * 2)
+    assert columns["answer_words"].tolist() == [3, 15] and columns["finished_rate"].tolist() == [0.5, 1]
+
+
+# --- meaning -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+def test_likeness_of_meaning_is_the_cosine_of_the_models_own_embeddings_and_0_without_an_answer():
+    from sentence_transformers import SentenceTransformer
+
+    from medcot_utils.models.embedded import model_source
+
+    folder = model_source("embedded:tiny-random-llama")
+    answers, references = ["Normal residual volume.", "  ", REFERENCE], [REFERENCE, REFERENCE, REFERENCE]
+    found = embedding_similarity(answers, references, folder)
+    a, b = SentenceTransformer(folder).encode([answers[0], REFERENCE])
+    assert found[0] == pytest.approx(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)), abs=1e-3)  # bfloat16
+    assert found[1] == 0 and found[2] == pytest.approx(1, abs=1e-3) and found[0] < 0.999
+    columns = answer_columns([record(answer=answers[0])], [REFERENCE], folder)
+    assert columns["embedding_similarity"].tolist() == pytest.approx([found[0]], abs=1e-3)
+    assert "embedding_similarity" not in answer_columns([record(answer=answers[0])], [REFERENCE])
+
+
+def test_an_embedding_model_that_is_not_there_is_named_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(MeasureError, match=r"evaluation\.embedding_model '.*nowhere' cannot be loaded: ") as error:
+        embedder(str(tmp_path / "nowhere"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_measures_label_has_its_unit_so_that_no_two_lines_read_alike():
+    labels = [found.label for found in METRICS.values()]
+    assert len(set(labels)) == len(labels)
+    assert METRICS["answer_words"].label == "length of the answer (words)"
+    assert METRICS["perplexity"].label == "held-out perplexity"

@@ -1,0 +1,263 @@
+"""Several runs in one report: whose answer stands under which question, what differs, and the tuned models compared."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from made_up_runs import ATTACK, CONFIG, QUESTIONS, Tags, fill
+
+from medcot_utils.config import load_config
+from medcot_utils.evaluation.comparison import compare_all, verdict
+from medcot_utils.evaluation.intervals import format_interval
+from medcot_utils.evaluation.report import build_report
+from medcot_utils.run.directory import Run
+
+SCORED = [question["id"] for question in QUESTIONS if question["scored"]]
+NONE = "There is no such question: none was asked and scored in all runs"
+
+
+def make(folder, *overrides, **given):
+    return fill(Run.create(folder, load_config("smoke", overrides)), **given)
+
+
+def asking(*numbers, text="Which nerve"):
+    """Questions by row number, as ids are made for data without them: other data, the same ids."""
+    bare = {"scored": True, "specialty": "neurology", "Complex_CoT": "So.", "Response": "The vagus."}
+    return [bare | {"id": f"row-{n}", "Question": f"{text} {n}?"} for n in numbers]
+
+
+def said(name):
+    """Answers that say to which question they were given, and by which model."""
+    return lambda question: (f"{name} says {question['Question']}", True)
+
+
+def cards(page):
+    """[{id, question, columns: {label: answer}, tags, outcome}] of the page's questions."""
+    found = []
+    for identity, outcome, card in re.findall(
+        r'<article id="([^"]*)".*?data-outcome="([^"]*)".*?>(.*?)</article>', page, re.DOTALL
+    ):
+        sections = re.findall(r'<section><h3>([^<]*)</h3>.*?</details>\s*<div class="answer">(.*?)</div>', card, re.DOTALL)
+        question, tags = re.search(r"<b>(.*?)</b>", card)[1], re.findall(r'<span class="tag changed">([^<]*)</span>', card)
+        assert len({label for label, _ in sections}) == len(sections), "two columns of one name"
+        line = {"id": identity, "question": question, "columns": dict(sections), "tags": tags, "outcome": outcome}
+        found.append(line)
+    return found
+
+
+def text_of(page):
+    return " ".join(Tags(page).text.split())
+
+
+def table(page, name):
+    """The rows of a table, each as the texts of its cells."""
+    found = re.search(rf'<table id="{name}">(.*?)</table>', page, re.DOTALL)
+    rows = re.findall(r"<tr>(.*?)</tr>", found[1], re.DOTALL) if found else []
+    return [
+        [" ".join(Tags(cell).text.split()) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)] for row in rows
+    ]
+
+
+# --- whose answer stands where -------------------------------------------------------------------------------------
+
+
+def test_several_runs_stand_beside_each_other(tmp_path):
+    page = build_report(make(tmp_path / "run"), make(tmp_path / "other", tuned=("The aortic one.", True)))
+    seen = Tags(page)
+    assert "<h1>Runs run and other, side by side</h1>" in page and "<title>medcot: runs run and other</title>" in page
+    assert "Run run" in seen.text and "Run other" in seen.text and "What fine-tuning did" not in seen.text
+    titles = re.findall(r"<section><h3>([^<]*)</h3>", page)
+    assert titles == ["base", "tuned, run", "tuned, other"] * len(QUESTIONS)
+    assert seen.text.count(ATTACK) == seen.text.count("The aortic one.") == len(QUESTIONS)
+    assert seen.tags.count("img") == 4 and page.count("What the article claims") == 2
+    assert all(page.count(f'<article id="{question["id"]}"') == 1 for question in QUESTIONS)
+
+
+def test_questions_of_two_data_sets_with_the_same_ids_are_kept_apart(tmp_path):
+    nerves = make(tmp_path / "nerves", questions=asking(0, 1), base=said("base"), tuned=said("a"))
+    bones = make(tmp_path / "bones", questions=asking(1, 2, text="Which bone"), base=said("base"), tuned=said("b"))
+    page = build_report(nerves, bones)
+    found = cards(page)
+    assert [card["question"] for card in found] == ["Which nerve 0?", "Which nerve 1?", "Which bone 1?", "Which bone 2?"]
+    for card in found:
+        model, run = ("a", "nerves") if "nerve" in card["question"] else ("b", "bones")
+        assert card["columns"] == {"base": f"base says {card['question']}", f"tuned, {run}": f"{model} says {card['question']}"}
+        assert card["outcome"] == f"{run} alone: both: reasons and answers" and card["tags"] == [f"asked in {run} alone"]
+    identities = [card["id"] for card in found]
+    assert identities == ["row-0", "row-1", "row-1-2", "row-2"], "a link leads to one question only"
+    assert NONE in text_of(page) and table(page, "tuned") == []
+    assert ["questions", "2 asked, 2 of them not in all runs", "2 asked, 2 of them not in all runs"] in table(page, "differences")
+
+
+def test_the_same_question_with_another_reference_is_another_one(tmp_path):
+    corrected = [question | {"Response": "The accessory nerve."} for question in asking(0)]
+    page = build_report(make(tmp_path / "a", questions=asking(0)), make(tmp_path / "b", questions=corrected))
+    assert [card["tags"] for card in cards(page)] == [["asked in a alone"], ["asked in b alone"]]
+
+
+def test_a_repeat_is_linked_to_the_question_of_its_own_run(tmp_path):
+    repeat = {"train_id": "t1", "question_id": "row-1", "train_question": "?", "exact": True}
+    page = build_report(
+        make(tmp_path / "a", questions=asking(1)), make(tmp_path / "b", questions=asking(1, text="Which bone"), repeats=[repeat])
+    )
+    assert 't1 repeats <a href="#row-1-2">row-1</a>' in page
+
+
+def test_a_question_of_one_run_shows_that_runs_columns_only(tmp_path):
+    page = build_report(make(tmp_path / "a", questions=asking(0, 1)), make(tmp_path / "b", questions=asking(1)))
+    alone, both = cards(page)
+    assert list(alone["columns"]) == ["base", "tuned, a"] and list(both["columns"]) == ["base", "tuned, a", "tuned, b"]
+    assert alone["outcome"] == "a alone: base does not, tuned reasons and answers" and alone["tags"] == ["asked in a alone"]
+    assert both["outcome"] == "reasons and answers: only tuned, a; tuned, b" and both["tags"] == []
+
+
+@pytest.mark.parametrize("other", [{"base": ("Another one.", True)}, {"overrides": ["model.load_in_4bit=false"]}])
+def test_a_base_that_is_another_one_has_a_column_of_its_own(tmp_path, other):
+    runs = [make(tmp_path / "a"), make(tmp_path / "b", *other.pop("overrides", []), **other), make(tmp_path / "c")]
+    page = build_report(*runs)
+    columns = ["base, a and c", "tuned, a", "tuned, c", "base, b", "tuned, b"]
+    assert [list(card["columns"]) for card in cards(page)] == [columns] * len(QUESTIONS)
+    assert list(cards(build_report(runs[0], runs[2]))[0]["columns"]) == ["base", "tuned, a", "tuned, c"]
+
+
+def test_a_length_is_marked_against_the_base_of_its_own_run(tmp_path):
+    long = make(tmp_path / "long", base=("word " * 40, True), tuned=("word " * 40, True))
+    page = build_report(make(tmp_path / "short", base=("word", True), tuned=("word", True)), long)
+    assert "times the words" not in page
+    assert "times the words" in build_report(make(tmp_path / "grown", base=("word", True), tuned=("word " * 40, True)))
+
+
+def test_runs_in_folders_of_one_name_have_names_of_their_own(tmp_path):
+    first, second = make(tmp_path / "x" / "mine"), make(tmp_path / "y" / "mine", tuned=("B.", True))
+    page = build_report(first, second, first)
+    labels = ["base", "tuned, x/mine", "tuned, y/mine", "tuned, x/mine (2)"]
+    assert [list(card["columns"]) for card in cards(page)] == [labels] * len(QUESTIONS)
+    assert re.findall(r"<h2>(Run [^<]*)</h2>", page) == ["Run x/mine", "Run y/mine", "Run x/mine (2)"]
+    assert str(tmp_path) not in page
+
+
+def test_a_run_that_is_given_as_the_working_folder_has_its_folders_name(tmp_path, monkeypatch):
+    make(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    assert "<h2>Run here</h2>" in build_report(Run.open("."), make(tmp_path / "there"))
+
+
+def test_a_question_that_one_run_trained_on_says_which(tmp_path):
+    repeat = {"train_id": "t9", "question_id": "q0", "train_question": "?", "exact": True}
+    page = build_report(make(tmp_path / "a"), make(tmp_path / "b", repeats=[repeat], trained_on=("q0",)))
+    assert {card["id"]: card["tags"] for card in cards(page) if card["id"] in ("q0", "q1")} == {
+        "q0": ["repeated in training in b, set apart"],
+        "q1": [],
+    }
+
+
+# --- what differs ------------------------------------------------------------------------------------------------
+
+
+def test_what_differs_between_the_runs_is_said(tmp_path):
+    changed = ["generation.max_new_tokens=17", "seed=5", "evaluation.confidence_level=0.9", "training.learning_rate=0.1"]
+    page = build_report(make(tmp_path / "a"), make(tmp_path / "b", *changed))
+    assert table(page, "differences") == [
+        ["", "a", "b"],
+        ["seed", "3407", "5"],
+        ["generation.max_new_tokens", str(CONFIG.generation.max_new_tokens), "17"],
+        ["evaluation.confidence_level", "0.95", "0.9"],
+        ["training.learning_rate", str(CONFIG.training.learning_rate), "0.1"],
+    ]
+    text = text_of(page)
+    assert text.count("Brackets: 95 %") == 2 and text.count("Brackets: 90 %") == 1, "each run's own, and the first's for both"
+
+
+def test_runs_that_differ_in_nothing_are_said_to(tmp_path):
+    page = build_report(make(tmp_path / "a"), make(tmp_path / "b"))
+    assert table(page, "differences") == [] and "Neither the questions nor any setting." in text_of(page)
+    assert "What differs between the runs" not in build_report(make(tmp_path / "a"))
+
+
+def test_a_path_of_this_machine_is_not_in_what_differs(tmp_path):
+    page = build_report(make(tmp_path / "a"), make(tmp_path / "b", f"dataset.path={tmp_path}/rows.jsonl"))
+    assert ["dataset.path", "not set", "…/rows.jsonl"] in table(page, "differences") and str(tmp_path) not in page
+
+
+# --- the tuned models compared -----------------------------------------------------------------------------------
+
+
+def test_the_tuned_models_are_compared_on_the_questions_that_all_runs_scored(tmp_path):
+    questions, more = asking(*range(20)), asking(*range(3, 25))
+    seen = {"train_id": "t9", "question_id": "row-4", "train_question": "?", "exact": True}
+    runs = [
+        make(tmp_path / "a", questions=questions, tuned=("Short.", True)),
+        make(tmp_path / "b", questions=more, tuned=("1. one\n2. two\n3. three words", True), loss=1.2),
+        make(tmp_path / "c", questions=questions, tuned=("Not closed", False), repeats=[seen], trained_on=("row-4",)),
+    ]
+    page = build_report(*runs)
+    # By hand: 20 and 22 questions have 3 to 19 in common, of which run c trained on row-4.
+    common = [f"row-{n}" for n in range(3, 20) if n != 4]
+    assert f"{len(common)} questions that all runs asked and scored and that no run trained on" in text_of(page)
+    answers = {run.path.name: [r for r in run.read("tuned_answers") if r["id"] in common and r["sample"] == 0] for run in runs}
+    expected = compare_all(answers, ["The vagus."] * len(common), [], runs[0].config.evaluation, runs[0].config.seed)
+    head, *lines = table(page, "tuned")
+    assert head == ["metric", "tuned, a", "tuned, b", "difference", "verdict", "tuned, c", "difference", "verdict"]
+    by_name = {line[0]: line[1:] for line in lines}
+    assert by_name["answers written as a list (share)"][3] == "rose"
+    for name, text in (("answer_words", "length of the answer (words)"), ("bullet_rate", "answers written as a list (share)")):
+        b, c = expected["b"][name], expected["c"][name]
+        cells = [format_interval(b["base"])]
+        for metric in (b, c):
+            cells += [format_interval(metric["tuned"]), format_interval(metric["difference"]), verdict(name, metric)]
+        assert by_name[text] == cells
+    assert by_name["thinking closed once, text on both sides (share)"][6] == "fell, worse"
+
+
+def test_the_losses_are_compared_only_where_the_rows_are_the_same(tmp_path):
+    first, second = make(tmp_path / "a", loss=1.5), make(tmp_path / "b", loss=1.25)
+    page = build_report(first, second)
+    loss = next(line for line in table(page, "tuned") if line[0].startswith("held-out loss"))
+    assert loss[1:4] == ["1.50 [1.50, 1.50]", "1.25 [1.25, 1.25]", "-0.25 [-0.25, -0.25]"]
+    assert "The loss is over the held-out rows, which are the same in all runs" in text_of(page)
+    page = build_report(first, make(tmp_path / "c", loss=1.25, rows=2))
+    assert len(table(page, "tuned")) > 5 and not [line for line in table(page, "tuned") if "held-out" in line[0]]
+    assert "Without the held-out loss: the runs took it on different rows" in text_of(page)
+
+
+def test_runs_without_a_scored_question_in_common_are_not_compared(tmp_path):
+    repeats = [{"train_id": "t9", "question_id": q, "train_question": "?", "exact": True} for q in SCORED[:2]]
+    rest = [question for question in QUESTIONS if question["id"] not in SCORED[2:]]
+    # q0 and q1 are asked in both; one of each pair of runs trained on them, and the article's question counts nowhere.
+    extra = [*rest, *asking(7)]
+    page = build_report(make(tmp_path / "a"), make(tmp_path / "b", questions=extra, repeats=repeats, trained_on=SCORED[:2]))
+    assert NONE in text_of(page) and table(page, "tuned") == []
+    assert NONE not in text_of(build_report(make(tmp_path / "a"), make(tmp_path / "c", questions=extra)))
+
+
+# --- size and speed ----------------------------------------------------------------------------------------------
+
+
+def test_200_questions_with_two_long_answers_are_a_small_page_and_soon_made(tmp_path):
+    import numpy as np
+
+    words = [f"{start}{end}ia" for start in ("nephr", "carcin", "oste", "hepat") for end in ("om", "opath", "it")]
+    generator = np.random.default_rng(1)
+
+    def prose(count):
+        return " ".join(generator.choice(words, size=count))
+
+    bare = QUESTIONS[1]
+    questions = [bare | {"id": f"q{i}", "Question": prose(40), "Response": prose(60)} for i in range(200)]
+    # Metrics of 200 questions, computed from these answers; the thinking of every answer is as long as a real model's.
+    big = make(
+        tmp_path / "run",
+        questions=questions,
+        thinking=prose(450),
+        base=lambda q: (prose(150), False),
+        tuned=lambda q: (prose(150), True),
+    )
+    assert big.read("metrics")["metrics"]["rouge_l"]["difference"]["n"] == 200
+    began = time.perf_counter()
+    page = build_report(big)
+    seconds = time.perf_counter() - began
+    assert page.count("<article ") == 200 and "greedy answers, 200 questions" in page
+    assert 200 * 2 * 600 * 6 < len(page.encode()) < 5_000_000
+    assert seconds < 20

@@ -1,0 +1,369 @@
+"""What leaves a run: the report, the model card, the merged model and the check that it is the right one."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+from made_up_runs import ATTACK, CHECK, CONFIG, QUESTIONS, Tags, fill
+
+from medcot_utils.config import load_config
+from medcot_utils.evaluation.comparison import verdict
+from medcot_utils.evaluation.intervals import format_interval
+from medcot_utils.evaluation.metrics import METRICS
+from medcot_utils.evaluation.report import build_report
+from medcot_utils.export.merged import (
+    ExportError,
+    model_card,
+    require_agreement,
+    save_adapter,
+    save_merged,
+    verify_export,
+)
+from medcot_utils.machine import paths
+from medcot_utils.machine.disk import DiskError
+from medcot_utils.run.directory import Run, RunError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fill(Run.create(tmp_path_factory.mktemp("report") / "run", CONFIG))
+
+
+# --- report --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return build_report(run)
+
+
+def test_model_text_is_escaped_in_the_report(page):
+    seen = Tags(page)
+    assert seen.text.count(ATTACK) == len(QUESTIONS), "the reader sees the answer as the model wrote it"
+    assert seen.tags.count("script") == 1 and page.count("<script") == page.count("</script") == 1, "the page's own"
+    assert "alert" not in seen.scripts and 'field("filters")' in seen.scripts
+    assert seen.tags.count("img") == 2, "the two figures, and no picture out of an answer"
+    assert "Which valve, 0 < 9?" in seen.text
+
+
+def test_every_text_that_comes_from_a_file_is_escaped(tmp_path):
+    hostile = [question | dict.fromkeys(("specialty", "Question", "Response"), ATTACK) for question in QUESTIONS]
+    hostile[1] = hostile[1] | {"id": f'q0" onclick="{ATTACK}'}
+    repeat = {"train_id": ATTACK, "question_id": hostile[1]["id"], "similarity": 91.5, "overlap": 0.5, "exact": False}
+    given = {"questions": hostile, "base": (ATTACK, True), "thinking": ATTACK, "notes": [ATTACK]}
+    page = build_report(fill(Run.create(tmp_path / "run", CONFIG), [repeat | {"train_question": ATTACK}], **given))
+    seen = Tags(page)
+    assert seen.tags.count("script") == 1 and page.count("</script") == 1 and "alert" not in seen.scripts
+    assert seen.tags.count("img") == 2 and not [name for name in seen.attributes if name.startswith("on")]
+    # Of each question: specialty, question, reference, two answers and two thinkings; one id, shown as its link; a choice of
+    # specialty; a note, and the repeat's two texts and its link.
+    assert seen.text.count(ATTACK) == 7 * len(QUESTIONS) + 1 + 1 + 1 + 3
+    assert seen.options["specialty"] == ["every specialty", ATTACK]
+
+
+def test_the_report_opens_without_a_network(page):
+    seen = Tags(page)
+    assert len(seen.addresses) >= 2 + len(QUESTIONS)
+    assert [a for a in seen.addresses if not a.startswith(("data:image/png;base64,", "#"))] == []
+    assert re.findall(r"(?:url\(|@import)\s*[\"']?[^\s)]{0,40}", page) == []
+    assert re.findall(r"fetch|XMLHttpRequest|WebSocket|import", Tags(page).scripts) == []
+
+
+def test_the_report_shows_every_metric_and_every_question(page, run):
+    seen, measured = Tags(page), run.read("metrics")
+    assert {"eval_loss", "repetition", "chrf", "mcq_accuracy"} <= set(measured["metrics"])
+    for name, metric in (*measured["metrics"].items(), *measured["sampled"].items()):
+        assert METRICS[name].text in seen.text
+        assert format_interval(metric["difference"]) in seen.text and verdict(name, metric) in seen.text
+    assert all(page.count(f'<article id="{question["id"]}"') == 1 for question in QUESTIONS)
+    assert seen.text.count("shown, not scored") == 1
+    assert "No training row repeats an evaluation question" in seen.text
+
+
+def test_the_report_shows_every_claim_with_its_test_and_verdict(page, run):
+    seen, claims = Tags(page), run.read("metrics")["claims"]
+    assert len(claims) >= 8 and {claim["verdict"] for claim in claims} > {"holds"}
+    for claim in claims:
+        cells = "</td><td>".join(claim[key] for key in ("claim", "tested_by", "result"))
+        assert cells in page.replace("&lt;", "<").replace("&gt;", ">").replace("&#39;", "'") and claim["verdict"] in seen.text
+
+
+def test_every_question_has_a_link_to_itself_and_no_link_leads_nowhere(page):
+    seen = Tags(page)
+    inner = [address[1:] for address in seen.addresses if address.startswith("#")]
+    assert sorted(inner) == sorted(question["id"] for question in QUESTIONS)
+    assert set(inner) <= set(seen.ids) and len(seen.ids) == len(set(seen.ids))
+
+
+def test_marks_say_where_an_answer_differs_from_the_first_models(page):
+    seen = Tags(page).text
+    assert seen.count("does not close the tag properly; cut off") == len(QUESTIONS), "the base model's answers"
+    assert seen.count("times the words") == len(QUESTIONS), "the tuned ones are longer"
+    assert "base does not, tuned reasons and answers" in seen and seen.count("(no answer)") == len(QUESTIONS)
+
+
+def test_sampled_and_set_apart_questions_have_tables_of_their_own_and_notes_are_shown(tmp_path, run, page):
+    plain = Tags(page).text
+    assert "greedy answers, 4 questions" in plain and "sampled answers, 1 a question" in plain
+    assert "A sampled one." not in plain, "side by side stand the greedy answers"
+    assert "that training rows repeat, apart" not in plain
+
+    repeats = [
+        {"train_id": "t9", "question_id": q, "train_question": "Which?", "similarity": 99.0, "overlap": 1.0, "exact": True}
+        for q in ("q0", "q1", "article")
+    ]
+    apart = fill(Run.create(tmp_path / "run", CONFIG), repeats, trained_on=("q0", "q1"), notes=["A remark on 5 < 6."])
+    seen = Tags(build_report(apart)).text
+    assert "greedy answers, 2 questions" in seen
+    assert "2 questions that training rows repeat, apart from all other figures" in seen
+    assert "A remark on 5 < 6." in seen and "can't tell: it stands in the training rows (t9)" in seen
+    assert "and were trained on:" in seen and "left out:" not in seen
+    assert "t9 repeats q0 (exactly): Which?" in " ".join(seen.split())
+
+    measured = apart.read("metrics") | {"sampled": None, "n_samples": 0, "contaminated": None, "n_contaminated": 0}
+    apart.write("metrics", measured)
+    seen = Tags(build_report(apart)).text
+    assert "sampled answers" not in seen and "apart from all other figures" not in seen and "greedy answers" in seen
+
+
+def test_repeated_questions_are_listed_in_report_and_card(tmp_path):
+    shares = {"similarity": 91.5, "overlap": 0.58, "exact": False}
+    repeat = {"train_id": "case-9", "question_id": "q1", "train_question": "Which valve, then?"} | shares
+    repeated = fill(Run.create(tmp_path / "run", CONFIG), [repeat])
+    page = " ".join(Tags(build_report(repeated)).text.split())
+    assert "left out:" in page and "No training row repeats" not in page
+    assert "case-9 repeats q1 (similarity 91.5, 58 % of its 8-word sequences): Which valve, then?" in page
+    assert "1 training rows repeat a held-out question and were left out" in model_card(repeated)
+
+
+def test_a_repeat_of_a_held_out_row_that_was_not_asked_has_no_link_into_nowhere(tmp_path):
+    # Notebook 03 looks at all held-out rows, of which only the first are asked.
+    repeat = {"train_id": "case-9", "question_id": "row-77", "train_question": "?", "exact": True}
+    seen = Tags(build_report(fill(Run.create(tmp_path / "run", CONFIG), [repeat])))
+    assert "case-9 repeats row-77" in " ".join(seen.text.split())
+    assert {address[1:] for address in seen.addresses if address.startswith("#")} <= set(seen.ids)
+
+
+def test_rows_without_specialties_give_no_empty_choice(tmp_path):
+    # As choose_questions makes them of a data set without that column: the article's.
+    bare = [question | {"specialty": question["specialty"] if question["id"] == "article" else ""} for question in QUESTIONS]
+    seen = Tags(build_report(fill(Run.create(tmp_path / "run", CONFIG), questions=bare)))
+    assert seen.options["specialty"] == ["every specialty", "the article's question"]
+
+
+def test_two_models_that_wrote_nothing_are_not_furthest_apart(tmp_path):
+    silent = fill(Run.create(tmp_path / "run", CONFIG), base=("", False), tuned=("", False), thinking="")
+    assert set(re.findall(r'data-apart="([^"]*)"', build_report(silent))) <= {"0", "0.0"}
+
+
+def test_the_cards_of_questions_that_were_trained_on_say_so(tmp_path, page):
+    repeats = [{"train_id": "t9", "question_id": q, "train_question": "Which?", "exact": True} for q in ("q0", "article")]
+    page_ = build_report(fill(Run.create(tmp_path / "run", CONFIG), repeats, trained_on=("q0",)))
+    assert tags_of(page_) == {
+        "article": ["shown, not scored", "repeated in training"],
+        "q0": ["repeated in training, set apart"],
+        **{f"q{i}": [] for i in (1, 2, 3)},
+    }
+    # Repeats that were left out of the training mark nothing.
+    dropped = build_report(fill(Run.create(tmp_path / "dropped", CONFIG), repeats))
+    assert tags_of(dropped) == tags_of(page) == {"article": ["shown, not scored"]} | {f"q{i}": [] for i in range(4)}
+
+
+BRACKETS = "% intervals: Wilson's for shares, Newcombe's for differences of shares, else bootstrap over questions."
+
+
+def test_report_and_card_say_which_intervals_they_give_and_how_sure(tmp_path, page):
+    assert f"Brackets: 95 {BRACKETS}" in " ".join(Tags(page).text.split())
+    sure = fill(Run.create(tmp_path / "run", load_config("smoke", ["evaluation.confidence_level=0.995"])))
+    for text in (Tags(build_report(sure)).text, model_card(sure)):
+        assert f"Brackets: 99.5 {BRACKETS}" in " ".join(text.split()) and "95 %" not in text
+
+
+def test_a_report_without_its_inputs_names_the_notebook(tmp_path):
+    with pytest.raises(RunError, match="02_baseline_inference"):
+        build_report(Run.create(tmp_path / "run", CONFIG))
+    filled = fill(Run.create(tmp_path / "run", CONFIG))
+    assert "<h1>" in build_report(filled)
+    (filled.path / "metrics.json").unlink()
+    with pytest.raises(RunError, match="06_comparison"):
+        build_report(filled)
+
+
+def tags_of(page):
+    """{question: what its card is marked with}"""
+    cards = re.findall(r'<article id="([^"]*)".*?</article>', page, re.DOTALL)
+    parts = re.findall(r"<article .*?</article>", page, re.DOTALL)
+    return {card: re.findall(r'<span class="tag changed">([^<]*)</span>', part) for card, part in zip(cards, parts, strict=True)}
+
+
+# --- model card ----------------------------------------------------------------------------------------------------
+
+
+def test_the_card_has_the_measured_numbers_the_licence_and_the_limits(run):
+    from huggingface_hub import ModelCard
+
+    text = model_card(run)
+    card = ModelCard(text)
+    assert card.data.license == "apache-2.0" and card.data.language == "en"
+    assert "Not for clinical use" in card.text and "`apache-2.0`: the base model's licence" in card.text
+    for name, metric in run.read("metrics")["metrics"].items():
+        cells = " | ".join(format_interval(metric[side]) for side in ("base", "tuned", "difference"))
+        assert f"| {METRICS[name].label.replace('</think>', '`</think>`')} | {cells} | {verdict(name, metric)} |" in card.text
+    assert "2.00 [2.00, 2.00] | 1.50 [1.50, 1.50] | -0.50 [-0.50, -0.50] | fell, better" in card.text
+    assert "the rest on 4 held-out questions" in card.text and "117 training rows" in card.text
+    assert "0.0012" in card.text and "3 of 3 prompts" in card.text
+    assert "1.81 nats per token, that of the 4-bit base + adapter 1.95" in card.text and "1 of 3 prompts" in card.text
+    assert str(run.path) not in text
+
+
+def test_the_card_says_greedy_also_where_notebook_02_samples(tmp_path):
+    sampling = fill(Run.create(tmp_path / "run", load_config("smoke", ["generation.do_sample=true"])))
+    card = " ".join(model_card(sampling).split())
+    assert "held-out questions, greedy answers of at most" in card and "sampled" not in card
+
+
+def test_every_metric_stands_in_the_cards_table_as_it_is_called(run):
+    import markdown_it
+
+    shown = Tags(markdown_it.MarkdownIt().enable("table").render(model_card(run).split("---", 2)[2]))
+    missing = [name for name in run.read("metrics")["metrics"] if METRICS[name].label not in shown.text]
+    assert missing == [], "a browser takes some of a label for a tag, or Markdown for a cell's end"
+
+
+@pytest.mark.parametrize(
+    ("name", "licence"),
+    [
+        ("unsloth/DeepSeek-R1-Distill-Llama-8B", {"license": "llama3.1"}),
+        (
+            "me/other",
+            {"license": "other", "license_name": "as-the-base-model", "license_link": "https://huggingface.co/me/other"},
+        ),
+    ],
+)
+def test_the_card_has_the_base_models_licence(tmp_path, name, licence):
+    from huggingface_hub import ModelCard
+
+    run = fill(Run.create(tmp_path / "run", load_config("smoke", [f"model.name={name}"])))
+    card = ModelCard(model_card(run))
+    assert {key: value for key, value in card.data.to_dict().items() if key.startswith("license")} == licence
+    assert f"`{licence.get('license_name', licence['license'])}`: the base model's licence" in card.text
+
+
+def test_an_embedded_base_is_no_hub_address_in_the_cards_data(run):
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(model_card(run)).data.to_dict()
+    assert "base_model" not in data and "datasets" not in data
+
+
+# --- merge ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_merge_that_does_not_fit_is_refused_before_anything_is_loaded(run, tmp_path, monkeypatch):
+    small = fill(Run.create(tmp_path / "run", CONFIG))
+    small.write("adapter", lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"1" * 1000))
+    monkeypatch.setattr(paths, "disk_free_gib", lambda folder: 2.0)
+    engine = SimpleNamespace(merge=lambda *arguments: pytest.fail("merged although the disk is too small"))
+    with pytest.raises(DiskError, match=r"2\.05 GiB needed for the run directory \(merged 16-bit model 2\.05\), 2\.00 GiB free"):
+        save_merged(engine, small)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(engine, run) with a real adapter whose matrices B are not zero, merged by `save_merged`."""
+    import torch
+
+    from medcot_utils.models.engine import get_engine
+
+    engine = get_engine(CONFIG.model)
+    run = fill(Run.create(tmp_path_factory.mktemp("export") / "run", CONFIG))
+    model, tokenizer = engine.load(CONFIG.model)
+    tuned = engine.add_lora(model, CONFIG.lora)
+    torch.manual_seed(2)
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    run.write("adapter", lambda folder: save_adapter(tuned, tokenizer, CONFIG, folder))
+    merged = save_merged(engine, run)
+    assert (merged / "model.safetensors").stat().st_size > 10_000
+    return engine, run
+
+
+@pytest.mark.model
+def test_the_saved_adapter_names_its_base_and_no_folder_of_this_machine(exported):
+    adapter = exported[1].require("adapter")
+    text = (adapter / "adapter_config.json").read_text(encoding="utf-8")
+    assert '"base_model_name_or_path": "embedded:tiny-random-llama"' in text
+    assert not (adapter / "README.md").exists()
+
+
+@pytest.mark.model
+def test_the_saved_adapter_is_the_same_file_in_every_process(exported):
+    saved = json.loads((exported[1].require("adapter") / "adapter_config.json").read_text(encoding="utf-8"))
+    assert saved["target_modules"] == sorted(CONFIG.lora.target_modules)
+
+
+@pytest.mark.model
+def test_the_right_merge_agrees_with_base_and_adapter(exported):
+    engine, run = exported
+    check = verify_export(engine, run)
+    require_agreement(check)
+    exact, trained, both_adapters = check["pairs"]
+    assert (both_adapters["a"], both_adapters["b"]) == ("16-bit base + adapter", "4-bit base + adapter")
+    assert check["ok"] and exact["same_greedy"] == exact["prompts"] == CONFIG.export.check_prompts
+    assert exact["mean_logprob_difference"] < 1e-3
+    assert trained["b"] == "4-bit base + adapter" and trained["mean_logprob_difference"] > exact["mean_logprob_difference"]
+    losses = check["held_out_loss"]
+    assert losses["merged"] == pytest.approx(losses["4-bit base + adapter"], abs=0.5)
+    assert {"adapter/adapter_model.safetensors", "merged/model.safetensors"} <= {file["file"] for file in check["files"]}
+
+
+@pytest.mark.model
+def test_a_merge_that_left_the_adapter_out_is_told(exported):
+    from medcot_utils.models.merging import load_base
+
+    engine, run = exported
+
+    def base_alone(folder):
+        base, tokenizer = load_base(CONFIG.model, "float16")
+        base.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    run.write("merged", base_alone)
+    check = verify_export(engine, run)
+    assert not check["ok"]
+    with pytest.raises(ExportError, match="differs from the 16-bit base"):
+        require_agreement(check)
+
+
+def test_a_check_that_is_not_ok_is_an_error_with_its_numbers():
+    require_agreement(CHECK)
+    exact, trained = CHECK["pairs"]
+    wrong = [exact | {"mean_logprob_difference": 0.81, "same_greedy": 1}, trained]
+    with pytest.raises(ExportError, match=r"0\.81 \(allowed 0\.05\), same greedy answer on 1 of 3 prompts"):
+        require_agreement(CHECK | {"ok": False, "pairs": wrong})
+
+
+# --- grades --------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_gives_the_win_rate_of_what_was_graded_with_its_interval(tmp_path):
+    from datetime import UTC, datetime
+
+    from medcot_utils.evaluation.grades import Grade, append_grade, read_pairs, win_rate
+
+    graded = fill(Run.create(tmp_path / "run", CONFIG))
+    assert win_rate(graded) is None and "decided pairs" not in build_report(graded)
+    scored = [pair for pair in read_pairs(graded) if pair.question["scored"]]
+    for pair, given in zip(scored, ("tuned", "tuned", "base", "tie"), strict=True):
+        record = {"id": pair.id, "verdict": given, "note": "", "shown_as_a": pair.shown[0], "answers": pair.digest}
+        append_grade(graded, Grade(grader="a", at=datetime.now(UTC), **record))
+    found = win_rate(graded)
+    assert found["counts"]["tie"] == 1 and found["win_rate"]["n"] == 3
+    # Clopper-Pearson for 2 of 3, from tables: 0.094 to 0.992.
+    rate = found["win_rate"]
+    assert (rate["value"], rate["low"], rate["high"]) == pytest.approx((2 / 3, 0.0943, 0.9916), abs=1e-3)
+    assert "tuned judged better in 0.67 [0.09, 0.99] of 3 decided pairs" in build_report(graded)

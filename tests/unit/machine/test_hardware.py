@@ -1,0 +1,98 @@
+"""Where the series runs: platform, cards and the profile they allow, and places."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from medcot_utils.machine.hardware import (
+    Gpu,
+    PlatformError,
+    installed_versions,
+    machine_report,
+    resolve_profile,
+)
+from medcot_utils.machine.paths import cache_dir, default_run_dir, platform_name
+
+T4 = Gpu("Tesla T4", 14.7, 14.5, (7, 5))
+P100 = Gpu("Tesla P100-PCIE-16GB", 15.9, 15.6, (6, 0))
+SMALL = Gpu("GTX 1660", 6.0, 5.6, (7, 5))
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({}, "local"),
+        ({"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, "kaggle"),
+        ({"KAGGLE_KERNEL_RUN_TYPE": ""}, "kaggle"),
+        ({"COLAB_RELEASE_TAG": "release-colab"}, "colab"),
+    ],
+)
+def test_platform_is_known_from_the_environment_alone(monkeypatch, environment, name):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert platform_name() == name
+
+
+def test_default_run_dir_follows_the_platform_and_is_overruled_by_the_environment(monkeypatch, tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert default_run_dir() == tmp_path / "runs" / "notebooks"
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    assert default_run_dir() == Path("/kaggle/working/runs/notebooks")
+    monkeypatch.setenv("MEDCOT_RUN_DIR", str(tmp_path / "mine"))
+    assert default_run_dir() == tmp_path / "mine"
+
+
+@pytest.mark.parametrize(
+    ("cards", "profile", "reason"),
+    [
+        ([T4], "article", "Tesla T4 with 15 GiB can hold the 8B model"),
+        ([SMALL, T4], "article", "Tesla T4"),
+        ([P100], "demo", "compute capability 6.0, needs 7.0"),
+        ([SMALL], "demo", "6.0 GiB of memory, needs 8"),
+        ([], "demo", "no CUDA card is visible"),
+    ],
+)
+def test_auto_takes_the_article_only_on_a_card_that_can_hold_it_and_says_why(cards, profile, reason):
+    chosen, why = resolve_profile("auto", cards)
+    assert chosen == profile
+    assert reason in why and "\n" not in why
+
+
+@pytest.mark.parametrize("profile", ["article", "recommended", "full"])
+@pytest.mark.parametrize(
+    ("cards", "reason"), [([], "no CUDA card is visible"), ([P100], "compute capability 6.0"), ([SMALL], "6.0 GiB of memory")]
+)
+def test_8b_profile_without_a_fitting_card_says_what_is_missing_and_what_to_do(profile, cards, reason):
+    with pytest.raises(PlatformError) as caught:
+        resolve_profile(profile, cards)
+    assert reason in str(caught.value)
+    assert "choose a T4 accelerator; on this machine use profile demo" in str(caught.value)
+
+
+@pytest.mark.parametrize(("profile", "cards"), [("smoke", []), ("demo", [T4]), ("recommended", [SMALL, T4])])
+def test_profile_asked_for_by_name_is_kept_where_it_can_run(profile, cards):
+    assert resolve_profile(profile, cards)[0] == profile
+
+
+def test_cache_folder_is_taken_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("MEDCOT_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+
+
+def test_versions_come_from_metadata_and_are_none_for_what_is_missing():
+    versions = installed_versions(["pydantic", "no-such-package-at-all"])
+    assert versions["pydantic"] == pydantic.VERSION
+    assert versions["no-such-package-at-all"] is None
+
+
+def test_machine_report_is_json_and_names_the_place(tmp_path):
+    report = machine_report(tmp_path)
+    assert json.loads(json.dumps(report)) == report
+    assert report["platform"] == "local"
+    assert 0 < report["memory_free_gib"] <= report["memory_gib"]
+    assert report["disk_free_gib"] > 0

@@ -1,0 +1,394 @@
+"""Secrets: where they are looked for and in which order, what is said where one is missing, and that none is shown.
+
+Kaggle's and Colab's own modules are on no package index; what stands in for them raises what the real ones raise. The real ones
+are tried where MEDCOT_REAL_MODULES names a folder that holds them (`kaggle_secrets.py`, `google/colab/`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from medcot_utils.config import ConfigError, SecretsSettings, load_config
+from medcot_utils.machine import hardware, redaction
+from medcot_utils.machine.hardware import (
+    PlatformError,
+    find_secret,
+    hand_on_secrets,
+    machine_report,
+    redact,
+    require_secret,
+    secret_of,
+    secrets_found,
+)
+from medcot_utils.series import runner
+
+SECRET = "hf_verysecretvalue0123456789"
+HUB, WANDB = "Hugging Face", "Weights & Biases"
+
+
+def shown(secret):
+    """(value, where) of a secret, or None."""
+    return secret and (secret.value.get_secret_value(), secret.where)
+
+
+@pytest.fixture
+def service_modules(tmp_path, monkeypatch):
+    """Stands a `kaggle_secrets` or a `google.colab` on the import path, as the platforms do; both log what is asked."""
+    asked = tmp_path / "asked.txt"
+
+    def install(name: str, body: str) -> Path:
+        kind = {"kaggle": "kaggle_secrets.py", "colab": "google/colab/userdata.py"}[name]
+        module = tmp_path / "modules" / kind
+        module.parent.mkdir(parents=True, exist_ok=True)
+        errors = "".join(
+            f"class {kind}(Exception): pass\n"
+            for kind in ("BackendError", "CredentialError", "SecretNotFoundError", "NotebookAccessError", "TimeoutException")
+        )
+        log = f"    open({str(asked)!r}, 'a').write(name + '\\n')\n{body}\n"
+        if name == "kaggle":
+            log = "class UserSecretsClient:\n  def get_secret(self, name):\n" + log
+        else:
+            for package in (module.parent, module.parent.parent):
+                (package / "__init__.py").touch()
+            log = "def get(name):\n" + log
+        module.write_text(errors + log)
+        monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+        return asked
+
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name == "google" or name.startswith("google.")}
+    yield install
+    for name in list(sys.modules):
+        if name == "kaggle_secrets" or name == "google" or name.startswith("google."):
+            del sys.modules[name]
+    sys.modules.update(hidden)
+
+
+@pytest.fixture
+def live_notebook(monkeypatch):
+    """As in a notebook with somebody before it."""
+    kernel = type("Kernel", (), {"_allow_stdin": True})()
+    monkeypatch.setattr(hardware, "_kernel", lambda: kernel)
+    return kernel
+
+
+# --- the order -------------------------------------------------------------------------------------------------------
+
+
+def test_the_sources_are_asked_in_order_argument_environment_store_token_file(monkeypatch, service_modules, tmp_path):
+    (tmp_path / "token").write_text("from the file\n")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    assert shown(secret_of(HUB)) == ("from the file", "token file")
+    service_modules("kaggle", "    return 'from kaggle' if name == 'HUGGINGFACE_TOKEN' else None")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert shown(secret_of(HUB)) == ("from kaggle", "Kaggle secret HUGGINGFACE_TOKEN")
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "from the environment")
+    assert shown(secret_of(HUB)) == ("from the environment", "environment HUGGINGFACE_TOKEN")
+    monkeypatch.setenv("HF_TOKEN", "the first name")
+    assert shown(secret_of(HUB)) == ("the first name", "environment HF_TOKEN")
+    assert shown(secret_of(HUB, given="given")) == ("given", "argument")
+
+
+def test_the_wandb_key_of_a_log_in_is_found_in_netrc_for_the_address_in_use_alone(monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password thekey\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert shown(secret_of(WANDB)) == ("thekey", "token file")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:8080")
+    assert secret_of(WANDB) is None
+    monkeypatch.delenv("WANDB_BASE_URL")
+    (tmp_path / "netrc").write_text("machine api.wandb.ai gibberish\n")
+    assert secret_of(WANDB) is None, "a netrc that cannot be read holds no key"
+
+
+def test_an_empty_variable_is_no_secret(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", " ")
+    assert find_secret(["HF_TOKEN"]) is None
+    assert secrets_found() == {HUB: "not found", WANDB: "not found"}
+
+
+def test_the_names_are_those_of_the_settings(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "mine")
+    settings = load_config("smoke", ["secrets.wandb=MY_KEY"]).secrets
+    assert shown(secret_of(WANDB, settings)) == ("mine", "environment MY_KEY") and secret_of(WANDB) is None
+    hand_on_secrets(settings)
+    assert os.environ["WANDB_API_KEY"] == "mine"
+
+
+@pytest.mark.parametrize(
+    "value", ["hf_" + "a" * 34, "0123456789abcdef" * 3, "[WANDB_API_KEY, '0123456789abcdef0123456789abcdef']"]
+)
+def test_a_secret_given_for_a_name_is_refused_and_not_repeated(value):
+    with pytest.raises(ConfigError, match="takes the names of secrets") as caught:
+        load_config("smoke", [f"secrets.wandb={value}"])
+    assert "0123456789" not in str(caught.value) and "aaaa" not in str(caught.value)
+
+
+# --- Kaggle and Colab --------------------------------------------------------------------------------------------------
+
+
+def test_kaggle_secrets_are_asked_for_on_kaggle_only(service_modules):
+    asked = service_modules("kaggle", "    return 'value'")
+    assert find_secret(["HF_TOKEN"]) is None
+    assert not asked.exists()
+
+
+def test_stand_in_kaggle_a_name_that_is_not_attached_leads_to_the_next(monkeypatch, service_modules):
+    asked = service_modules("kaggle", "    if name == 'wandb': return 'key'\n    raise BackendError('no such label')")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert shown(secret_of(WANDB)) == ("key", "Kaggle secret wandb")
+    assert asked.read_text().split() == ["WANDB_API_KEY", "wandb"]
+
+
+@pytest.mark.parametrize("error", ["ConnectionError", "CredentialError", "ImportError", "ValueError"])
+def test_stand_in_kaggle_a_store_that_cannot_be_asked_is_asked_once_and_said(monkeypatch, service_modules, error):
+    asked = service_modules("kaggle", f"    raise {error}('with details')")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    found = secrets_found()
+    assert set(found.values()) == {f"not found (Kaggle secret: {error})"}
+    assert asked.read_text().split() == ["HF_TOKEN", "WANDB_API_KEY"], "one question a service: each may wait 40 s"
+
+
+def test_stand_in_colab_is_asked_in_a_live_notebook_but_not_under_papermill(monkeypatch, service_modules, live_notebook):
+    asked = service_modules("colab", "    return 'from colab'")
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    assert shown(find_secret(["HF_TOKEN"])) == ("from colab", "Colab secret HF_TOKEN")
+    asked.unlink()
+    live_notebook._allow_stdin = False
+    assert find_secret(["HF_TOKEN"]) is None and not asked.exists()
+    monkeypatch.setattr(hardware, "_kernel", lambda: None)
+    assert find_secret(["HF_TOKEN"]) is None and not asked.exists(), "nor by a command, which is no notebook"
+
+
+def test_stand_in_colab_without_an_answer_is_asked_once(monkeypatch, service_modules, live_notebook):
+    asked = service_modules("colab", "    raise TimeoutException()")
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    assert secrets_found(SecretsSettings())[HUB] == "not found (Colab secret: TimeoutException)"
+    assert asked.read_text().split() == ["HF_TOKEN", "WANDB_API_KEY"]
+
+
+def test_in_a_kernel_under_papermill_colab_is_not_asked_and_takes_no_time(tmp_path, monkeypatch, service_modules):
+    import nbformat
+    import papermill
+
+    asked = service_modules("colab", "    import time; time.sleep(10.5)\n    raise TimeoutException()")
+    cell = (
+        "import time\nfrom medcot_utils.machine import hardware\nbegan = time.time()\n"
+        "print(hardware.has_front_end(), hardware.secrets_found(), time.time() - began < 5)"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    paths = [str(tmp_path / "modules"), str(Path(hardware.__file__).parents[1])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    done = papermill.execute_notebook(
+        str(tmp_path / "in.ipynb"), str(tmp_path / "out.ipynb"), progress_bar=False, kernel_name="python3"
+    )
+    assert done.cells[0].outputs[0].text.startswith("False {'Hugging Face': 'not found'")
+    assert done.cells[0].outputs[0].text.strip().endswith("True") and not asked.exists()
+
+
+# --- the real modules --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real_modules(monkeypatch):
+    folder = os.environ.get("MEDCOT_REAL_MODULES")
+    if not folder:
+        pytest.skip("MEDCOT_REAL_MODULES names no folder with Kaggle's and Colab's own modules")
+    monkeypatch.syspath_prepend(folder)
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name == "google" or name.startswith("google.")}
+    yield folder
+    for name in list(sys.modules):
+        if name == "kaggle_secrets" or name == "google" or name.startswith("google."):
+            del sys.modules[name]
+    sys.modules.update(hidden)
+
+
+class KaggleStore(BaseHTTPRequestHandler):
+    """What kaggle_secrets asks: one secret is attached, the rest is not."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(asked["Label"])
+        if self.server.status != 200:
+            self.send_error(self.server.status)
+            return
+        session = asked.get("JWE") or self.headers["X-Kaggle-Authorization"]  # older and newer clients
+        held = asked["Label"] == "wandb" and session.endswith("session")
+        answer = {"wasSuccessful": held} | ({"result": {"secret": "from kaggle"}} if held else {})
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *arguments):
+        """Quiet."""
+
+
+def test_real_kaggle_secrets_over_http(real_modules, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), KaggleStore)
+    server.asked, server.status = [], 200
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setenv("KAGGLE_URL_BASE", f"http://127.0.0.1:{server.server_port}")
+    assert secrets_found()[WANDB] == "not found (Kaggle secret: CredentialError)", "no session"
+    monkeypatch.setenv("KAGGLE_USER_SECRETS_TOKEN", "session")
+    assert shown(secret_of(WANDB)) == ("from kaggle", "Kaggle secret wandb")
+    assert secret_of(HUB) is None and server.asked[-2:] == ["HF_TOKEN", "HUGGINGFACE_TOKEN"]
+    server.shutdown()
+    server.server_close()
+    assert secrets_found()[WANDB] == "not found (Kaggle secret: ConnectionError)"
+
+
+def test_real_colab_userdata_is_not_asked_without_a_page(real_modules, monkeypatch):
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    began = time.monotonic()
+    assert secrets_found() == {HUB: "not found", WANDB: "not found"}
+    assert time.monotonic() - began < 2
+
+
+# --- asked for, missing ------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_secret_that_the_run_asked_for_says_who_wants_it_where_it_was_looked_for_and_what_to_do():
+    with pytest.raises(PlatformError) as caught:
+        require_secret(WANDB, "tracking.mode=online", "use --set tracking.mode=auto")
+    assert str(caught.value) == (
+        "tracking.mode=online needs a secret for Weights & Biases, and none was found under WANDB_API_KEY or wandb; looked in: "
+        "environment, token file. Set WANDB_API_KEY, attach a secret of one of these names to the notebook, or use --set "
+        "tracking.mode=auto"
+    )
+
+
+def test_where_somebody_is_there_a_missing_secret_is_asked_for_and_handed_on(monkeypatch, live_notebook):
+    asked = []
+    monkeypatch.setattr(hardware.getpass, "getpass", lambda text: asked.append(text) or SECRET)
+    assert shown(require_secret(HUB, "hub.repo_id", "leave it out")) == (SECRET, "typed in")
+    assert len(asked) == 1 and "not stored" in asked[0]
+    assert os.environ["HF_TOKEN"] == SECRET, "for the notebooks that this process starts"
+
+
+@pytest.mark.parametrize("answer", ["", EOFError, NotImplementedError])
+def test_no_answer_is_a_missing_secret(monkeypatch, live_notebook, answer):
+    def ask(text):
+        if answer:
+            raise answer
+        return answer
+
+    monkeypatch.setattr(hardware.getpass, "getpass", ask)
+    with pytest.raises(PlatformError, match="none was found"):
+        require_secret(HUB, "hub.repo_id", "leave it out")
+
+
+# --- handed on, never shown --------------------------------------------------------------------------------------------
+
+
+def test_found_secrets_are_handed_on_under_the_names_their_clients_read(monkeypatch):
+    monkeypatch.setenv("wandb", "key")
+    hand_on_secrets()
+    assert os.environ["WANDB_API_KEY"] == "key"
+    assert "HF_TOKEN" not in os.environ
+
+
+def test_a_secret_that_stands_already_is_not_replaced_and_a_token_file_stays_one(monkeypatch, service_modules, tmp_path):
+    service_modules("kaggle", "    return 'from kaggle'")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    hand_on_secrets()
+    assert (os.environ["HF_TOKEN"], os.environ["WANDB_API_KEY"]) == ("mine", "from kaggle")
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
+    monkeypatch.delenv("HF_TOKEN")
+    (tmp_path / "token").write_text("from the file")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    hand_on_secrets()
+    assert "HF_TOKEN" not in os.environ
+
+
+def test_no_report_and_no_output_holds_a_secrets_value(monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("wandb", SECRET[::-1])
+    report = machine_report(tmp_path)
+    hand_on_secrets()
+    text = json.dumps(report) + repr(secrets_found()) + repr(secret_of(HUB)) + str(secret_of(HUB)) + "".join(capfd.readouterr())
+    assert report["secrets"] == {HUB: "environment HF_TOKEN", WANDB: "environment wandb"}
+    assert SECRET not in text and SECRET[::-1] not in text
+
+
+def test_other_libraries_messages_are_cleared_of_what_was_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("wandb", SECRET)
+    (tmp_path / "token").write_text("a token from a file")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    secrets_found()
+    assert redact(f"401 for {SECRET} and a token from a file") == "401 for ********** and **********"
+
+
+PUT_OUT = """
+import html, os, sys, time
+from pathlib import Path
+from IPython.display import HTML, JSON, display
+token, page = os.environ["HF_TOKEN"], Path("token").read_text()
+print(token[:9], end="", flush=True)
+time.sleep(0.5)
+print(token[9:], page, flush=True)
+print(os.environ["KAGGLE_API_TOKEN"], os.environ["MY_KEY"], file=sys.stderr)
+display([token], HTML("<b>" + html.escape(page) + "</b>"), JSON({token: [page]}))
+"""
+
+
+def test_what_cells_put_out_is_written_without_secrets_in_every_form_while_they_run_and_when_one_fails(monkeypatch, tmp_path):
+    import nbformat
+    import papermill
+
+    held = {"HF_TOKEN": SECRET, "KAGGLE_API_TOKEN": "KGAT_verysecret", "MY_KEY": "mine verysecret"}
+    for name, value in held.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "token").write_text("a&verysecret<file>")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.chdir(tmp_path)
+    sources = [PUT_OUT, "print('very' + 'secret' in Path('out.ipynb').read_text())", "raise RuntimeError(f'401 for key {token}')"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    redaction.known_secrets(load_config("smoke", ["secrets.wandb=MY_KEY"]).secrets)
+    runner._register_engine("in", lambda *arguments: None)
+    with pytest.raises(papermill.PapermillExecutionError) as raised:
+        papermill.execute_notebook("in.ipynb", "out.ipynb", engine_name="medcot", kernel_name="python3", progress_bar=False)
+    text = (tmp_path / "out.ipynb").read_text()
+    assert "verysecret" not in text and "verysecret" not in str(raised.value)
+    written = [cell for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.source for cell in written] == sources
+    first, second, third = (cell.outputs for cell in written)
+    assert first[0].text.startswith("**********") and "<b>**********</b>" in json.dumps(first)
+    assert second[0].text == "False\n", "nor while the notebook runs"
+    assert third[0].evalue == "401 for key **********" and "**********" in "".join(third[0].traceback)
+    assert text.count("**********") > 8
+
+
+def test_known_secrets_are_those_of_every_source_and_not_the_first_of_each_service(monkeypatch, service_modules, tmp_path):
+    service_modules("kaggle", "    if name == 'STORED': return 'stored secret'\n    raise BackendError(name)")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "an older one")
+    monkeypatch.setenv("wandb", "short")
+    (tmp_path / "kaggle.json").write_text('{"username": "ann", "key": "kaggle key"}')
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path))
+    monkeypatch.delenv("KAGGLE_API_TOKEN", raising=False)
+    assert redaction.known_secrets(load_config("smoke", ["secrets.huggingface=[STORED]"]).secrets) == {
+        SECRET: "environment HF_TOKEN",
+        "an older one": "environment HUGGINGFACE_TOKEN",
+        "stored secret": "Kaggle secret STORED",
+        "kaggle key": "Kaggle's token file",
+    }
+
+
+def test_the_report_of_the_machine_looks_under_the_names_that_are_set(monkeypatch, tmp_path):
+    monkeypatch.setenv("MY_TOKEN", SECRET)
+    overrides = ["training.max_steps=3", "secrets.huggingface=[MY_TOKEN]"]
+    assert machine_report(tmp_path, overrides)["secrets"][HUB] == "environment MY_TOKEN"
+    assert machine_report(tmp_path)["secrets"][HUB] == "not found"
+    source = (Path(hardware.__file__).parents[1] / "notebooks" / "01_setup.ipynb").read_text(encoding="utf-8")
+    assert "hardware.machine_report(run_dir, OVERRIDES)" in source

@@ -1,0 +1,222 @@
+"""The chat: thinking told from the answer however the text is cut, and a real model in the terminal, piped and typed."""
+
+from __future__ import annotations
+
+import os
+import pty
+import random
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from medcot_utils.config import load_config
+from medcot_utils.data.prompts import parse_completion, training_text
+from medcot_utils.models.chat import WARNING, Answer, Chat, ChatError, split_thinking
+from medcot_utils.run.directory import Run
+
+QUESTION, THINKING, ANSWER = "Why is he dizzy?", "First the pulse. Then the rhythm.", "Rest and fluids."
+
+
+def joined(pieces):
+    parts = {"thinking": "", "answer": ""}
+    for part, text in split_thinking(pieces):
+        parts[part] += text
+    return parts
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "a thought\n</think>\nan answer",
+        "never closed",
+        "<think>opened again</think>one</think> two <think> three",
+        "5 < 6 </ thin </thin> a</think>b < c </",
+        "</think>only an answer",
+        "",
+    ],
+)
+def test_however_a_text_is_cut_thinking_and_answer_are_those_of_the_scored_answers(completion):
+    expected, dice = parse_completion(completion), random.Random(1)
+    for _ in range(60):
+        cuts = sorted(dice.randrange(len(completion) + 1) for _ in range(dice.randrange(6)))
+        pieces = [completion[a:b] for a, b in zip([0, *cuts], [*cuts, len(completion)], strict=True)]
+        found = joined(pieces)
+        assert (found["thinking"].strip(), found["answer"].strip()) == (expected.thinking, expected.answer)
+
+
+def test_a_piece_is_shown_at_once_unless_it_may_become_a_tag():
+    assert list(split_thinking(["one <", "two </th", "ink>three"])) == [
+        ("thinking", "one "),
+        ("thinking", "<two "),
+        ("answer", "three"),
+    ]
+
+
+def test_the_fold_says_how_long_the_thinking_was_and_whether_it_ended():
+    answer = Answer()
+    answer.add("thinking", "three words here")
+    assert answer.folded() == "thinking, not finished: 3 words"
+    answer.add("answer", "x")
+    assert re.fullmatch(r"thinking: 3 words, \d+\.\d s", answer.folded())
+
+
+# --- a real model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A run of the tiny Llama whose adapter has learnt one question by heart; the base babbles."""
+    import torch
+
+    from medcot_utils.export.merged import save_adapter
+    from medcot_utils.models.engine import get_engine
+
+    config = load_config("smoke", ["generation.max_new_tokens=900", "lora.r=32", "lora.lora_alpha=64"])
+    run = Run.create(tmp_path_factory.mktemp("chat") / "run", config)
+    run.write("questions", [{"id": "q0", "scored": True, "Question": QUESTION}])
+    for name in ("train_rows", "held_out_rows"):
+        run.write(name, lambda file: file.write_bytes(b"rows"))
+    engine = get_engine(config.model)
+    model, tokenizer = engine.load(config.model.model_copy(update={"load_in_4bit": False}))
+    tuned = engine.add_lora(model, config.lora)
+    ids = tokenizer(training_text(QUESTION, THINKING, ANSWER, tokenizer.eos_token), return_tensors="pt")["input_ids"]
+    optimizer = torch.optim.AdamW([weight for weight in tuned.parameters() if weight.requires_grad], lr=1e-2)
+    for _ in range(300):
+        loss = tuned(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss.item() < 0.02:
+            break
+    run.write("adapter", lambda folder: save_adapter(tuned, tokenizer, config, folder))
+    return run
+
+
+def medcot(*arguments, given=""):
+    command = [sys.executable, "-m", "medcot_utils", *map(str, arguments)]
+    return subprocess.run(command, input=given, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.model
+def test_a_piped_question_is_answered_with_its_thinking_folded(trained):
+    done = medcot("chat", trained.path, given=f"{QUESTION}\n/show\n")
+    assert done.returncode == 0, done.stderr
+    warning, folded, answer, thinking = done.stdout.strip().splitlines()
+    assert warning == WARNING and re.fullmatch(r"\(thinking: 6 words, \d+\.\d s; /show\)", folded)
+    assert (answer, thinking) == (ANSWER, f"[tuned] {THINKING}")
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.model
+def test_asked_for_the_base_model_answers_too_and_not_as_the_tuned_one(trained):
+    run = Run(trained.path, load_config("smoke", ["generation.max_new_tokens=40"]))
+    chat = Chat.open(run)
+    texts = {who: joined_stream(chat, QUESTION, who) for who in ("tuned", "base", "tuned ")}
+    assert texts["tuned"] == texts["tuned "] == {"thinking": f"\n{THINKING}\n".lstrip(), "answer": f"\n{ANSWER}"}
+    assert ANSWER not in "".join(texts["base"].values())
+
+
+def joined_stream(chat, question, who):
+    parts = {"thinking": "", "answer": ""}
+    for part, text in chat.stream(question, who.strip()):
+        parts[part] += text
+    return parts
+
+
+@pytest.mark.model
+def test_a_question_that_cannot_be_asked_is_one_error(trained):
+    with pytest.raises(ChatError, match="is empty"):
+        Chat.open(trained).stream("  ")
+    done = medcot("chat", trained.path, "-q", "why " * 3000)
+    assert done.returncode == 1 and "the question is too long: with the prompt" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.model
+def test_what_fails_within_the_generation_is_raised_where_the_answer_is_read(trained, monkeypatch):
+    chat = Chat.open(trained)
+    monkeypatch.setattr(chat.model, "generate", lambda **arguments: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(chat.stream(QUESTION))
+
+
+@pytest.mark.model
+def test_closing_the_stream_ends_the_generation(trained, monkeypatch):
+    chat, made = Chat.open(trained), []
+    generate = chat.model.generate
+    monkeypatch.setattr(chat.model, "generate", lambda **arguments: made.append(generate(**arguments, min_new_tokens=700)))
+    pieces = chat.stream("Something it has never seen", "base")
+    next(pieces)
+    pieces.close()
+    assert made[0].shape[1] < 600, "not the 700 tokens that it would make at least"
+    monkeypatch.undo()
+    assert joined_stream(chat, QUESTION, "tuned")["answer"].strip() == ANSWER
+
+
+def test_a_run_without_an_adapter_is_one_error_that_names_the_notebook(run_factory):
+    done = medcot("chat", run_factory().path, given="a question\n")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.strip() == "medcot: adapter is not in run/ yet: run notebook 05_training first"
+
+
+class Typist:
+    """`medcot chat` on a terminal of its own."""
+
+    def __init__(self, *arguments):
+        self.terminal, inside = pty.openpty()
+        command = [sys.executable, "-m", "medcot_utils", "chat", *map(str, arguments)]
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+        self.process = subprocess.Popen(
+            command, stdin=inside, stdout=inside, stderr=inside, env=environment, start_new_session=True
+        )
+        os.close(inside)
+        self.seen = ""
+
+    def until(self, pattern, seconds=90):
+        """What came up to the first match of `pattern`."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.seen)):
+            came, _, _ = select.select([self.terminal], [], [], max(0, end - time.monotonic()))
+            assert came, f"no {pattern!r} in {self.seen!r}"
+            self.seen += os.read(self.terminal, 4096).decode(errors="replace")
+        before, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return before
+
+    def type(self, text):
+        os.write(self.terminal, f"{text}\n".encode())
+
+
+@pytest.mark.model
+def test_on_a_terminal_thinking_streams_and_folds_and_ctrl_c_stops_the_answer_not_the_chat(trained):
+    typist = Typist(trained.path)
+    try:
+        assert WARNING.split(":")[0] in typist.until("question> ")
+        typist.type(QUESTION)
+        said = typist.until(r"fluids\.")
+        assert "Then the rhythm." in said and said.index("Then the rhythm.") < said.index("thinking: 6 words")
+        typist.until("question> ")
+        typist.type("/base")
+        typist.until("the base model answers too")
+        typist.until("question> ")
+        for _ in range(10):  # both answers may have ended by themselves before the signal came
+            typist.type("Something it has never seen")
+            typist.until(r"\[base\]")
+            typist.process.send_signal(signal.SIGINT)
+            stopped = "(stopped)" in typist.until(r"\(stopped\)|/exit leaves")
+            typist.until("question> ")
+            if stopped:
+                break
+        assert stopped
+        typist.type("/show")
+        typist.until(r"\[base\] ")
+        typist.until("question> ")
+        typist.type("/exit")
+        assert typist.process.wait(30) == 0
+    finally:
+        typist.process.kill()
+        typist.process.wait()
+        os.close(typist.terminal)

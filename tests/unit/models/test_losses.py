@@ -1,0 +1,77 @@
+"""The held-out loss: the model's own whatever the batch, within a bound of memory."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+
+from medcot_utils import data
+from medcot_utils.config import load_config
+from medcot_utils.models import losses
+from medcot_utils.models.losses import row_losses
+
+CONFIG = load_config("smoke", ["model.load_in_4bit=false"])
+
+
+@pytest.fixture(scope="module")
+def model_and_rows():
+    from medcot_utils.models.engine import get_engine
+
+    model, tokenizer = get_engine(CONFIG.model).load(CONFIG.model)
+    rows = data.add_text_column(data.load_rows(CONFIG.dataset).select(range(7)), tokenizer.eos_token)
+    rows, _ = data.tokenize_rows(rows, tokenizer, CONFIG.dataset, 1024, True)
+    assert len({len(ids) for ids in rows["input_ids"]}) > 3, "rows of one length would hide a padding fault"
+    return model, rows
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_row_losses_are_the_models_own_whatever_the_batch(model_and_rows, batch_size):
+    import torch
+
+    model, rows = model_and_rows
+    records = row_losses(model, rows, batch_size, "base")
+    assert [record["id"] for record in records] == rows["id"]
+    for record, row in zip(records, rows, strict=True):
+        labels = torch.tensor([row["labels"]])
+        with torch.no_grad():
+            own = model.eval()(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss
+        assert record["tokens"] == int((labels[:, 1:] != -100).sum()) < len(row["input_ids"]) - 1
+        assert record["nll"] / record["tokens"] == pytest.approx(float(own), abs=1e-4)
+        assert record["model"] == "base"
+
+
+@pytest.mark.model
+def test_row_losses_hold_the_logits_of_one_batch_at_a_time(model_and_rows, monkeypatch):
+    model, rows = model_and_rows
+    forward, made = model.forward, []
+
+    def watched(**arguments):
+        assert not [logits for logits in made if logits() is not None], "the batch before still holds its logits"
+        outputs = forward(**arguments)
+        made.append(weakref.ref(outputs.logits))
+        return outputs
+
+    monkeypatch.setattr(model, "forward", watched)
+    row_losses(model, rows, 2, "base")
+    assert len(made) == 4, "seven rows, two at a time"
+
+
+@pytest.mark.model
+def test_batches_of_the_held_out_loss_shrink_where_their_logits_would_take_too_much(model_and_rows, monkeypatch):
+    model, rows = model_and_rows
+    together = row_losses(model, rows, 4, "base")
+    longest = max(len(ids) for ids in rows["input_ids"])
+    monkeypatch.setattr(losses, "_LOGITS_BYTES", 2 * losses._BYTES_PER_LOGIT * longest * model.config.vocab_size)
+    forward, shapes = model.forward, []
+    monkeypatch.setattr(model, "forward", lambda **inputs: shapes.append(inputs["input_ids"].shape) or forward(**inputs))
+    apart = row_losses(model, rows, 4, "base")
+    assert shapes[0] == (2, longest), "two of the longest rows fit, not four"
+    assert max(count * length for count, length in shapes) <= 2 * longest
+    assert [record["id"] for record in apart] == [record["id"] for record in together]
+    assert [record["nll"] for record in apart] == pytest.approx([record["nll"] for record in together], rel=1e-5)
+
+    monkeypatch.setattr(losses, "_LOGITS_BYTES", 1)
+    assert len(row_losses(model, rows, 4, "base")) == len(rows), "a row that is too long by itself is still taken, alone"
+    assert shapes[-len(rows) :] == [(1, length) for length in sorted(map(len, rows["input_ids"]), reverse=True)]

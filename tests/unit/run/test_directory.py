@@ -1,0 +1,306 @@
+"""The run directory: opening, whole writes, freshness, and what each damage is answered with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medcot_utils.config import load_config
+from medcot_utils.run.artifacts import ARTIFACTS, STEPS
+from medcot_utils.run.directory import CONFIG, MANIFEST, Run, RunError, describe_costs
+
+
+def stale(run: Run) -> set[str]:
+    return {name for name in ARTIFACTS if not run.is_fresh(name)}
+
+
+def leftovers(run: Run) -> list[str]:
+    return [path.name for path in run.path.rglob("*") if path.name.endswith((".tmp", ".old"))]
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_made_run_opens_with_the_same_configuration(run_factory):
+    made = run_factory("training.max_steps=3")
+    assert Run.open(made.path).config == made.config
+    assert Run.open(made.path).manifest() == {"format": 1, "steps": {}, "artifacts": {}}
+
+
+def test_taking_a_run_up_again_keeps_its_artifacts_and_takes_the_new_settings(run_factory, write_all):
+    write_all(run_factory())
+    again = run_factory("evaluation.n_resamples=600")
+    assert again.config.evaluation.n_resamples == Run.open(again.path).config.evaluation.n_resamples == 600
+    assert again.read("plan") == {"tag": "first"}
+
+
+def test_opening_without_a_run_names_notebook_01(tmp_path):
+    with pytest.raises(RunError, match=r"no run in empty/: run notebook 01_setup first"):
+        Run.open(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("below", ["file", "file/run"])
+def test_a_place_that_cannot_be_written_is_refused(tmp_path, smoke_config, below):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match=r"cannot be written \(.+\): choose another with --run-dir"):
+        Run.create(tmp_path / below, smoke_config)
+
+
+def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(tmp_path, smoke_config):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(RunError, match="is not empty and holds no run"):
+        Run.create(tmp_path, smoke_config, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_model_folder_with_its_own_config_json_is_not_taken_for_a_run(tmp_path, smoke_config, force):
+    (tmp_path / CONFIG).write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(RunError, match=r"config\.json cannot be read"):
+        Run.create(tmp_path, smoke_config, force)
+    assert "architectures" in (tmp_path / CONFIG).read_text()
+
+
+@pytest.mark.parametrize(
+    ("other", "named"), [({"profile": "demo"}, "profile 'smoke', not 'demo'"), ({"overrides": ["model.name=x"]}, "not 'x'")]
+)
+def test_a_run_of_another_profile_or_model_is_refused_unless_forced(run_factory, other, named, write_all):
+    write_all(run_factory())
+    overrides, kind = other.get("overrides", []), {"profile": other.get("profile", "smoke")}
+    with pytest.raises(RunError, match=named):
+        run_factory(*overrides, **kind)
+    forced = run_factory(*overrides, **kind, force=True)
+    assert Run.open(forced.path).config == load_config(kind["profile"], overrides)
+    assert {"base_answers", "adapter", "merged"} <= stale(forced)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"profile": "smoke"}'])
+def test_an_unreadable_configuration_is_one_error_and_forcing_mends_it(run_factory, text):
+    run = run_factory()
+    (run.path / CONFIG).write_text(text)
+    for call in (lambda: Run.open(run.path), run_factory):
+        with pytest.raises(RunError, match=r"run/config\.json cannot be read .*--force"):
+            call()
+    run_factory(force=True)
+    assert Run.open(run.path).config == run.config
+
+
+@pytest.mark.parametrize("text", ["", '{"steps": {', "null", "{}"])
+def test_an_unreadable_manifest_names_notebook_01_which_mends_it(run_factory, text, write_all):
+    run = write_all(run_factory())
+    (run.path / MANIFEST).write_text(text)
+    with pytest.raises(RunError, match=r"run/manifest\.json cannot be read .*: run notebook 01_setup again"):
+        Run.open(run.path).step_state("01_setup")
+    again = run_factory()
+    assert stale(again) == set(ARTIFACTS)
+    assert not stale(write_all(again))
+
+
+# --- whole or not at all -----------------------------------------------------------------------------------------------
+
+
+def _fill_half_and_raise(path: Path) -> None:
+    (path / "weights.bin" if path.is_dir() else path).write_text("half")
+    raise MemoryError("no more")
+
+
+@pytest.mark.parametrize("name", ["adapter", "plan", "questions"])
+def test_a_write_that_fails_leaves_the_old_artifact_and_the_manifest_whole(run_factory, name, write_all, content):
+    run = write_all(run_factory())
+    before, old = run.manifest(), content(name, "first")
+    with pytest.raises(MemoryError):
+        run.write(name, _fill_half_and_raise)
+    assert run.manifest() == before
+    assert leftovers(run) == []
+    kept = Run.open(run.path).read(name)
+    assert (kept / "weights.bin").read_text() == "adapter first" if name == "adapter" else kept == old
+
+
+def test_data_that_is_not_json_leaves_no_part_of_a_file(run_factory, write_all, content):
+    run = write_all(run_factory())
+    with pytest.raises(TypeError):
+        run.write("questions", [{"id": 1}, {"id": object()}])
+    assert Run.open(run.path).read("questions") == content("questions", "first")
+    assert leftovers(run) == []
+
+
+def test_a_process_killed_in_the_middle_of_a_write_leaves_the_old_artifact(run_factory, write_all):
+    run = write_all(run_factory())
+    script = (
+        "import os, signal, sys\nfrom medcot_utils.run.directory import Run\n"
+        "def fill(path):\n (path / 'weights.bin').write_text('half')\n os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Run.open(sys.argv[1]).write('adapter', fill)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(run.path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    again = Run.open(run.path)
+    assert not stale(again)
+    assert (again.read("adapter") / "weights.bin").read_text() == "adapter first"
+
+
+def test_writing_a_folder_anew_leaves_nothing_of_the_old_one(run_factory, write_all):
+    run = write_all(run_factory())
+    run.write("adapter", lambda folder: (folder / "other.bin").write_text("new"))
+    assert [path.name for path in run.read("adapter").iterdir()] == ["other.bin"]
+    assert leftovers(run) == []
+
+
+@pytest.mark.parametrize("text", ["é — 😀", "line\u2028paragraph\u2029next\x85feed\x0c", 'quote " \\ \r\n\t'])
+def test_any_text_comes_back_from_a_jsonl_as_it_went_in(run_factory, text):
+    run = run_factory()
+    run.write("questions", [{"Question": text}, {"Question": "next"}])
+    assert Run.open(run.path).read("questions") == [{"Question": text}, {"Question": "next"}]
+
+
+def test_a_parquet_written_anew_is_not_read_from_a_cache(run_factory, write_all, content):
+    run = write_all(run_factory())
+    run.read("train_rows")
+    run.write("train_rows", content("train_rows", "second"))
+    assert run.read("train_rows")["tag"] == ["second"]
+
+
+def test_an_artifact_is_not_written_before_what_it_is_made_from(run_factory):
+    with pytest.raises(RunError, match=r"questions\.jsonl is not in run/ yet: run notebook 02_baseline_inference first"):
+        run_factory().write("base_answers", [])
+
+
+# --- missing, truncated, altered ---------------------------------------------------------------------------------------
+
+DAMAGED = ["questions", "train_rows", "adapter", "metrics", "report"]
+
+
+def _file_of(run: Run, name: str) -> Path:
+    path = run.path / ARTIFACTS[name].file
+    return path / "weights.bin" if path.is_dir() else path
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-3]), "truncated"),
+        (lambda path: path.write_bytes(b"#" + path.read_bytes()[1:]), "altered"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"more"), "altered"),
+    ],
+    ids=["cut", "same size", "longer"],
+)
+def test_damage_is_one_error_that_names_the_notebook(run_factory, name, damage, said, write_all):
+    damage(_file_of(write_all(run_factory()), name))
+    run = run_factory()
+    with pytest.raises(
+        RunError, match=rf"{ARTIFACTS[name].file} in run/ is {said} .*: run notebook {ARTIFACTS[name].step} again"
+    ):
+        run.read(name)
+    assert not run.is_fresh(name)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_missing_artifact_is_one_error_that_names_the_notebook(run_factory, name, write_all):
+    run = write_all(run_factory())
+    (run.path / ARTIFACTS[name].file).rename(run.path / "elsewhere")
+    with pytest.raises(
+        RunError, match=rf"{ARTIFACTS[name].file} is missing from run/: run notebook {ARTIFACTS[name].step} again"
+    ):
+        run.require(name)
+    assert not run.is_fresh(name)
+
+
+def test_a_step_does_not_begin_on_a_damaged_input(run_factory, write_all):
+    _file_of(write_all(run_factory()), "adapter").write_text("###############")
+    run = run_factory()
+    with pytest.raises(RunError, match="run notebook 05_training again"):
+        run.begin("07_export")
+    assert run.step_state("07_export") == "not run"
+
+
+def test_a_shown_path_does_not_tell_the_machines_folders(run_factory):
+    run = run_factory()
+    assert run.display(run.write("machine", {})) == "run/machine.json"
+
+
+# --- steps -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_goes_from_not_run_over_running_to_done(run_factory):
+    run = run_factory()
+    states = [run.step_state("01_setup")]
+    run.begin("01_setup")
+    states.append(run.step_state("01_setup"))
+    run.write("machine", {})
+    entry = run.finish("01_setup")
+    assert [*states, run.step_state("01_setup")] == ["not run", "running", "done"]
+    assert entry["seconds"] >= 0 and entry["peak_memory_mb"] > 10
+    assert "peak_card_memory_mb" in entry
+
+
+def test_costs_name_the_card_only_where_there_was_one():
+    entry = {"seconds": 93.0, "peak_memory_mb": 16808}
+    assert describe_costs(entry) == "93.0 s, peak memory 16808 MB"
+    assert describe_costs(entry | {"peak_card_memory_mb": None}) == "93.0 s, peak memory 16808 MB"
+    on_a_card = entry | {"peak_card_memory_mb": {"allocated": 7700, "reserved": 8812}}
+    assert describe_costs(on_a_card) == "93.0 s, peak memory 16808 MB, 8812 MB of the card"
+
+
+def test_a_step_whose_process_is_gone_is_interrupted(run_factory):
+    run = run_factory()
+    run.begin("01_setup")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    run.record_step("01_setup", pid=ended.pid)
+    assert run.step_state("01_setup") == "interrupted"
+    run.begin("01_setup")
+    assert (run.step_state("01_setup"), run.manifest()["steps"]["01_setup"]["pid"]) == ("running", os.getpid())
+
+
+def test_a_failed_step_stays_failed_until_it_begins_again(run_factory, write_all):
+    run = write_all(run_factory())
+    run.record_step("02_baseline_inference", state="failed", error="ValueError: x")
+    assert run.step_state("02_baseline_inference") == "failed"
+    run.begin("02_baseline_inference")
+    assert run.manifest()["steps"]["02_baseline_inference"]["error"] is None
+
+
+def test_a_done_step_is_stale_when_its_settings_change_or_its_artifact_goes(run_factory, write_all):
+    run = write_all(run_factory())
+    for step in STEPS:
+        run.record_step(step, state="done")
+    changed = run_factory("lora.r=8")
+    states = {step: changed.step_state(step) for step in STEPS}
+    assert {step for step, state in states.items() if state == "stale"} == {"01_setup", "04_lora_config", "05_training"}
+    _file_of(run, "report").unlink()
+    assert run_factory().step_state("06_comparison", deep=False) == "stale"
+
+
+def test_a_forgotten_step_is_not_run_and_its_checkpoints_are_gone(run_factory, write_all):
+    run = write_all(run_factory())
+    run.record_step("05_training", state="done")
+    (run.checkpoint_dir("adapter") / "checkpoint-2").mkdir()
+    run.forget("05_training")
+    assert run.step_state("05_training") == "not run"
+    assert stale(run) >= {"adapter", "training_log", "held_out_loss"} and run.is_fresh("plan")
+    assert not (run.path / "checkpoints").exists()
+    assert json.loads((run.path / MANIFEST).read_text())["steps"] == {}
+
+
+def test_what_killed_processes_left_half_written_is_removed_at_the_next_step(run_factory, write_all):
+    run = write_all(run_factory())
+    gone, alive = run.path / ".merged.4194305.tmp", run.path / f".merged.{os.getpid()}.tmp"  # above Linux's largest PID
+    for folder in (gone, alive):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("half")
+    run.begin("05_training")
+    assert not gone.exists() and alive.exists()
+
+
+def test_a_step_on_inputs_of_other_settings_is_refused_with_the_notebook_to_run_again(run_factory, write_all):
+    write_all(run_factory())
+    changed = run_factory("dataset.loss_on=full")
+    with pytest.raises(RunError, match=r"made with other settings .* run notebook 02_baseline_inference again"):
+        changed.begin("05_training")
+    run_factory().begin("05_training")

@@ -1,0 +1,197 @@
+"""What is made again and what is not: the table of artifacts, skipping, and checkpoints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from medcot_utils.config import setting_names
+from medcot_utils.run.artifacts import ARTIFACTS, STEPS
+from medcot_utils.run.directory import Run
+
+ANSWERS = {"base_answers", "tuned_answers"}
+DATA = {"train_rows", "held_out_rows", "data_report"}
+
+# Setting, and every artifact whose own content it changes, by the meaning of each: written by hand, not taken from layout.
+BY_SETTING = [
+    ("generation.max_new_tokens=25", {"base_answers", "tuned_answers"}),
+    ("prompt.newline_after_think=false", {*ANSWERS, "base_mcq", "tuned_mcq", "export_check", "gguf", "gguf_check", *DATA}),
+    ("lora.r=8", {"plan", "adapter", "training_log"}),
+    ("training.learning_rate=1e-4", {"plan", "adapter", "training_log"}),
+    ("training.save_steps=3", {"plan", "adapter", "training_log"}),
+    # How the work is shared out and when it pauses: the same losses come out.
+    ("training.num_processes=2", set()),
+    ("training.max_hours=2", set()),
+    ("training.batch_plan=as_set", set()),
+    ("training.padding=padded", set()),
+    ("dataset.loss_on=full", {"questions", "model_card", *DATA}),
+    ("evaluation.n_resamples=600", {"metrics"}),
+    ("evaluation.num_questions=5", {"questions", "metrics"}),
+    ("evaluation.n_samples=3", {"base_answers", "tuned_answers", "metrics"}),
+    ("evaluation.mcq_limit=2", {"base_mcq", "tuned_mcq", "metrics"}),
+    ("export.dtype=bfloat16", {"merged", "export_check", "gguf_check"}),
+    ("export.check_prompts=2", {"export_check", "gguf_check"}),
+    ("export.check_rows=2", {"export_check"}),
+    ("export.gguf=q8_0", {"gguf", "gguf_check"}),
+    (
+        "model.max_seq_length=512",
+        {*ANSWERS, "base_mcq", "tuned_mcq", "plan", "adapter", "training_log", "held_out_loss", "merged", "gguf", *DATA},
+    ),
+]
+BY_INPUT = [
+    ("questions", {"base_answers", "tuned_answers", "metrics", "export_check", "gguf_check", *DATA}),
+    ("train_rows", {"plan", "adapter", "training_log", "metrics"}),
+    ("held_out_rows", {"adapter", "training_log", "held_out_loss", "export_check"}),
+    ("adapter", {"held_out_loss", "tuned_answers", "tuned_mcq", "merged", "export_check"}),
+    ("merged", {"export_check", "gguf", "gguf_check"}),
+    ("base_answers", {"metrics", "report"}),
+    ("metrics", {"report", "model_card"}),
+    ("report", set()),
+]
+
+
+def stale(run: Run) -> set[str]:
+    return {name for name in ARTIFACTS if not run.is_fresh(name)}
+
+
+def test_nothing_is_stale_after_a_whole_series_opened_anew(run_factory, write_all):
+    assert stale(Run.open(write_all(run_factory()).path)) == set()
+
+
+@pytest.mark.parametrize(("override", "expected"), BY_SETTING)
+def test_a_changed_setting_makes_stale_only_what_depends_on_it(run_factory, write_all, override, expected):
+    write_all(run_factory())
+    assert stale(run_factory(override)) == expected | {"machine"}
+
+
+@pytest.mark.parametrize(("override", "expected"), BY_SETTING[:3])
+def test_a_setting_put_back_makes_all_fresh_again(run_factory, write_all, override, expected):
+    write_all(run_factory())
+    assert stale(run_factory(override))
+    assert stale(run_factory()) == set()
+
+
+@pytest.mark.parametrize(("name", "expected"), BY_INPUT)
+def test_changed_content_of_an_input_makes_stale_only_what_is_made_from_it(run_factory, write_all, content, name, expected):
+    run = write_all(run_factory())
+    run.write(name, content(name, "second"))
+    assert stale(run) == expected
+
+
+@pytest.mark.parametrize("name", [name for name, _ in BY_INPUT])
+def test_an_input_made_again_with_the_same_content_makes_nothing_stale(run_factory, write_all, content, name):
+    run = write_all(run_factory())
+    run.write(name, content(name))
+    assert stale(run) == set()
+
+
+def test_a_step_is_done_without_what_its_settings_leave_out_and_stale_once_it_is_asked_for(run_factory, content):
+    run = run_factory()
+    for step in STEPS:
+        for name in run.makes(step):
+            run.write(name, content(name))
+        run.record_step(step, state="done")
+    assert {"gguf", "gguf_check"} == set(ARTIFACTS) - set(run.manifest()["artifacts"])
+    assert {run.step_state(step) for step in STEPS} == {"done"}
+    asked = run_factory("export.gguf=f16")
+    assert {step for step in STEPS if asked.step_state(step) == "stale"} == {"01_setup", "07_export"}
+
+
+def test_new_generation_settings_redo_both_answers_but_not_the_training(run_factory, write_all, content):
+    write_all(run_factory())
+    run = run_factory("generation.max_new_tokens=25")
+    for name in ("base_answers", "tuned_answers"):
+        run.write(name, content(name, "second"))
+    assert stale(run) == {"metrics", "report", "machine"}
+    assert run.is_fresh("train_rows") and run.is_fresh("adapter")
+
+
+def test_the_content_of_a_users_data_file_counts(run_factory, write_all, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"Question": "a"}\n')
+    override = f"dataset.path={json.dumps(str(file))}"
+    write_all(run_factory(override))
+    file.touch()
+    assert stale(run_factory(override)) == set()
+    file.write_text('{"Question": "b"}\n')
+    assert stale(run_factory(override)) == {"questions", *DATA}
+
+
+def test_an_artifact_is_made_once_and_then_read(run_factory, capsys):
+    run, made = run_factory(), []
+
+    def make():
+        made.append(1)
+        return [{"id": len(made)}]
+
+    assert run.get_or_make("questions", make) == [{"id": 1}]
+    assert capsys.readouterr().out == ""
+    assert run_factory().get_or_make("questions", make) == [{"id": 1}]
+    assert "questions.jsonl: made before from the same inputs" in capsys.readouterr().out
+    assert run_factory("evaluation.num_questions=5").get_or_make("questions", make) == [{"id": 2}]
+
+
+def test_a_damaged_artifact_is_made_again(run_factory):
+    path = run_factory().write("questions", [{"id": 1}])
+    path.write_text(path.read_text().replace("1", "7"))
+    assert run_factory().get_or_make("questions", lambda: [{"id": 2}]) == [{"id": 2}]
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("lora.r=8", False),
+        ("training.max_steps=9", False),
+        ("generation.max_new_tokens=9", True),
+        ("training.num_processes=2", True),
+        ("training.max_hours=2", True),
+    ],
+)
+def test_checkpoints_lie_elsewhere_when_what_is_trained_changes(run_factory, write_all, override, same):
+    before = write_all(run_factory()).checkpoint_dir("adapter")
+    after = run_factory(override).checkpoint_dir("adapter")
+    assert (before == after) is same
+    assert before.is_dir() and after.is_dir()
+
+
+def test_checkpoints_lie_elsewhere_when_the_training_rows_change(run_factory, write_all, content):
+    run = write_all(run_factory())
+    before = run.checkpoint_dir("adapter")
+    run.write("train_rows", content("train_rows", "second"))
+    assert run.checkpoint_dir("adapter") != before
+
+
+# --- the table itself --------------------------------------------------------------------------------------------------
+
+
+def test_every_input_is_made_before_it_is_read():
+    made: list[str] = []
+    for step in STEPS:
+        for name in STEPS[step].makes:
+            late = [source for source in ARTIFACTS[name].inputs if source not in made]
+            assert not late, f"{name} of {step} reads {late}, which are made later, or nowhere"
+            made.append(name)
+    assert sorted(made) == sorted(ARTIFACTS)
+
+
+def test_every_step_reads_what_its_artifacts_are_made_from_and_nothing_of_its_own():
+    for step in STEPS.values():
+        wanted = {source for name in step.makes for source in ARTIFACTS[name].inputs}
+        assert set(step.reads) == wanted - set(step.makes)
+
+
+def test_every_setting_named_in_the_table_exists_and_every_file_is_one_artifacts():
+    names = setting_names()
+    for name, artifact in ARTIFACTS.items():
+        for setting in artifact.settings:
+            assert any(known == setting or known.startswith(f"{setting}.") for known in names), f"{name}: {setting}"
+    assert len({artifact.file for artifact in ARTIFACTS.values()}) == len(ARTIFACTS)
+
+
+def test_every_setting_but_how_the_work_is_shared_out_or_pushed_makes_some_artifact_beside_the_machine_report_stale():
+    used = {setting for name, artifact in ARTIFACTS.items() if name != "machine" for setting in artifact.settings}
+    unused = [name for name in setting_names() if not any(name == one or name.startswith(f"{one}.") for one in used)]
+    how = {f"training.{name}" for name in ("batch_plan", "padding", "num_processes", "max_hours")}
+    how |= {"hub.private", "hub.tag", "hub.patience_seconds", "hub.verify_all"}
+    assert set(unused) == how | {name for name in setting_names() if name.startswith(("tracking.", "secrets."))}

@@ -1,0 +1,137 @@
+"""What the reader sees of a training: the figure, and the lines through which several processes tell the notebook."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from medcot_utils.training.callbacks import LossFigure, ProgressFile, skipped_steps
+from medcot_utils.training.launch import _show
+
+LOG = [{"step": 1, "loss": 7.25}, {"step": 2, "loss": 6.5}, {"step": 2, "eval_loss": 7.0}]
+
+
+class SimulatedDisplay:
+    """What `display` was given, in order: it stands in for a notebook's front end, which keeps pictures and no curves."""
+
+    def __init__(self):
+        self.figures, self.updates = [], 0
+
+    def display(self, figure, display_id):
+        self.figures.append(figure)
+        return self
+
+    def update(self, figure):
+        self.figures.append(figure)
+        self.updates += 1
+
+    def points(self):
+        """(steps, losses) of the curve of each figure."""
+        return [[tuple(axis) for axis in figure.axes[0].lines[0].get_data()] for figure in self.figures]
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    shown = SimulatedDisplay()
+    monkeypatch.setattr("IPython.display.display", shown.display)
+    return shown
+
+
+@pytest.fixture
+def tell(tmp_path):
+    """`tell("on_log", step, log)` lets the first process's ProgressFile write, as the trainer would; `tell.path` is its file."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    callback = ProgressFile(tmp_path / "progress.jsonl")
+
+    def call(event, step=0, log=(), first=True):
+        state = TrainerState(global_step=step, max_steps=6, log_history=list(log), is_world_process_zero=first)
+        getattr(callback, event)(arguments, state, TrainerControl())
+
+    call.path = callback.path
+    return call
+
+
+def process(code="pass"):
+    return subprocess.Popen([sys.executable, "-S", "-c", code])
+
+
+# --- the figure ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log", [[], [{"step": 1, "eval_loss": 7.0}, {"step": 1, "skipped_step": 1}]])
+def test_without_a_logged_loss_no_figure_is_drawn_on_a_simulated_display(shown, log):
+    LossFigure().draw(log)
+    assert shown.figures == []
+
+
+def test_the_figure_is_shown_once_and_then_drawn_anew_in_its_place_on_a_simulated_display(shown):
+    figure = LossFigure()
+    figure.draw([])
+    figure.draw(LOG[:1])
+    figure.draw(LOG)
+    assert (len(shown.figures), shown.updates) == (2, 1)
+    assert shown.points() == [[(1,), (7.25,)], [(1, 2), (7.25, 6.5)]]
+
+
+# --- the first process's lines -------------------------------------------------------------------------------------
+
+
+def test_the_lines_of_the_first_process_are_read_into_one_bar_and_one_figure_on_a_simulated_display(tell, shown, capsys):
+    tell("on_train_begin")
+    tell("on_step_end", 1)
+    tell("on_log", 1, LOG[:1])
+    tell("on_step_end", 2)
+    tell("on_log", 2, LOG)
+    lines = [json.loads(line) for line in tell.path.read_text().splitlines()]
+    assert [(line["step"], line["max_steps"]) for line in lines] == [(0, 6), (1, 6), (1, 6), (2, 6), (2, 6)]
+    _show(process(), tell.path)
+    assert shown.points()[-1] == [(1, 2), (7.25, 6.5)]
+    bar = capsys.readouterr().err
+    assert "2/6" in bar and "loss=6.500" in bar
+
+
+def test_the_lines_are_read_while_the_processes_run_on_a_simulated_display(tell, shown):
+    # The process writes as ProgressFile does, half a second before it ends: what came after the first look counts too.
+    tell("on_log", 1, LOG[:1])
+    line = json.dumps({"step": 2, "max_steps": 6, "log_history": LOG})
+    code = f"import time; time.sleep(1); open({str(tell.path)!r}, 'a').write({line!r} + '\\n'); time.sleep(1)"
+    _show(process(code), tell.path)
+    assert shown.points() == [[(1,), (7.25,)], [(1, 2), (7.25, 6.5)]]
+    assert shown.updates == 1, "one figure, drawn anew"
+
+
+def test_a_resumed_training_begins_its_bar_and_figure_where_it_stopped_on_a_simulated_display(tell, shown, capsys):
+    tell("on_train_begin", 2, LOG)
+    _show(process(), tell.path)
+    assert shown.points() == [[(1, 2), (7.25, 6.5)]]
+    assert "2/6" in capsys.readouterr().err
+
+
+def test_only_the_first_process_writes(tell):
+    tell("on_step_end", 1, first=False)
+    tell("on_log", 1, LOG, first=False)
+    assert not tell.path.exists()
+
+
+def test_a_line_that_is_half_written_is_left_for_the_next_look_on_a_simulated_display(tell, shown):
+    tell("on_log", 1, LOG[:1])
+    line = json.dumps({"step": 2, "max_steps": 6, "log_history": LOG})
+    code = f"import time; time.sleep(1); open({str(tell.path)!r}, 'a').write({line[40:]!r} + '\\n'); time.sleep(1)"
+    with tell.path.open("a") as lines:
+        lines.write(line[:40])
+    _show(process(code), tell.path)
+    assert shown.points()[-1] == [(1, 2), (7.25, 6.5)]
+
+
+def test_processes_that_end_before_the_first_line_show_nothing_on_a_simulated_display(tell, shown):
+    _show(process(), tell.path)
+    assert shown.figures == []
+
+
+def test_skipped_steps_are_counted_by_their_entries():
+    assert skipped_steps(LOG) == 0
+    assert skipped_steps([*LOG, {"step": 1, "skipped_step": 1}, {"step": 3, "skipped_step": 1}]) == 2
