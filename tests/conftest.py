@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from medcot_utils.config import RunConfig, load_config
-from medcot_utils.machine.hardware import SECRET_NAMES
+from medcot_utils.machine.secrets import SECRET_NAMES
 from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.run.directory import Run
 

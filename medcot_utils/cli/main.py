@@ -77,11 +77,11 @@ def _run_notebooks(
 ) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from medcot_utils.machine import hardware
+    from medcot_utils.machine import secrets
     from medcot_utils.series import runner
 
     config, line = runner.plan_config(folder, profile, settings)
-    hardware.hand_on_secrets(config.secrets)
+    secrets.hand_on_secrets(config.secrets)
     console.print(line, highlight=False)
     columns = (
         SpinnerColumn(),
@@ -182,7 +182,8 @@ def report(
 ) -> None:
     """Make the HTML report anew; with several runs, one that sets them side by side."""
     from medcot_utils.evaluation.report import build_report
-    from medcot_utils.run.directory import Run, write_atomic
+    from medcot_utils.run.directory import Run
+    from medcot_utils.run.files import write_atomic
 
     if out is None and len(run_dirs) > 1:
         raise MedcotError("a report of several runs belongs to none of them: name a file with --out")
@@ -202,7 +203,7 @@ def grade(
     open_browser: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
 ) -> None:
     """Serve a page on this machine to judge the answers blind, without knowing which model wrote which."""
-    from medcot_utils.evaluation.grades import serve
+    from medcot_utils.cli.grading_page import serve
     from medcot_utils.run.directory import Run
 
     serve(Run.open(run_dir), port, open_browser, grader)

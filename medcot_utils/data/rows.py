@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from medcot_utils.config import DatasetSettings, RunConfig
 from medcot_utils.data.contamination import normalize
-from medcot_utils.data.prompts import ARTICLE_ANSWER, ARTICLE_QUESTION, inference_prompt, training_text
+from medcot_utils.data.prompts import ARTICLE_ANSWER, ARTICLE_QUESTION
 from medcot_utils.errors import MedcotError
 from medcot_utils.run.artifacts import SHIPPED_CASES
 
 if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 TEXT_COLUMNS = ("Question", "Complex_CoT", "Response")
 _SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -72,7 +71,7 @@ def _check_digest(settings: DatasetSettings, urls: Sequence[str]) -> None:
     believed only after a second download: the cached copy may be damaged. Raises DataError naming both digests."""
     from datasets import DownloadConfig, DownloadManager
 
-    from medcot_utils.run.directory import sha256_of
+    from medcot_utils.run.files import sha256_of
 
     if not urls:  # without a connection datasets gives the rows it prepared before and names no file; those were checked
         return
@@ -280,112 +279,3 @@ def drop_repeats(train: Dataset, repeats: Sequence[dict[str, Any]]) -> Dataset:
 
 
 # --- text and tokens -----------------------------------------------------------------------------------------------
-
-
-def add_text_column(rows: Dataset, eos_token: str) -> Dataset:
-    """The article's `text` column: the training template filled in, with the EOS token at its end."""
-
-    def fill(row: dict[str, Any]) -> dict[str, str]:
-        return {"text": training_text(row["Question"], row["Complex_CoT"], row["Response"], eos_token)}
-
-    return rows.map(fill, desc="text column")
-
-
-@dataclass(frozen=True)
-class LengthReport:
-    """What tokenizing did: tokens per row before any cut, rows dropped or truncated, and how often the inference
-    prompt's tokens are exactly the beginning of the training row's."""
-
-    tokens: list[int]
-    dropped: int
-    truncated: int
-    prompt_is_prefix: int
-
-
-def tokenize_rows(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DatasetSettings, max_seq_length: int, newline_after_think: bool
-) -> tuple[Dataset, LengthReport]:
-    """input_ids and labels for the `text` column: labels are the ids themselves (`loss_on: full`) or -100 on the prompt.
-
-    Over-long rows are dropped, truncated (the answer's end and the EOS are lost, and counted) or, with `error`, raise
-    DataError. Raises DataError too when nothing is left."""
-    kept, tokens, truncated, prefixes = [], [], 0, 0
-    for index, row in enumerate(rows):
-        prompt = inference_prompt(row["Question"], newline_after_think)
-        encoded = tokenizer(row["text"], return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        prompt_ids = tokenizer(prompt)["input_ids"]
-        tokens.append(len(ids))
-        # A token that reaches over the prompt's end belongs to the completion: it is the model's to produce.
-        labels = ids if settings.loss_on == "full" else _mask_prompt(ids, offsets, len(prompt))
-        if len(ids) > max_seq_length:
-            if settings.overlong == "error":
-                raise DataError(
-                    f"row {row['id']} has {len(ids)} tokens, more than model.max_seq_length ({max_seq_length}): raise that, "
-                    f"or set dataset.overlong to drop or truncate"
-                )
-            if settings.overlong == "drop":
-                continue
-            truncated += 1
-            ids, labels = ids[:max_seq_length], labels[:max_seq_length]
-        prefixes += ids[: len(prompt_ids)] == prompt_ids
-        kept.append({"index": index, "input_ids": list(ids), "labels": list(labels)})
-    if not kept:
-        raise DataError(f"every row is longer than model.max_seq_length ({max_seq_length}): raise it, or check the data")
-    chosen = rows.select([item["index"] for item in kept])
-    for column in ("input_ids", "labels"):
-        chosen = chosen.add_column(column, [item[column] for item in kept])
-    return chosen, LengthReport(tokens, len(rows) - len(kept), truncated, prefixes)
-
-
-def _mask_prompt(ids: Sequence[int], offsets: Sequence[tuple[int, int]], prompt_chars: int) -> list[int]:
-    # An added BOS has the offset (0, 0) and so counts as prompt.
-    return [-100 if end <= prompt_chars else token for token, (_, end) in zip(ids, offsets, strict=True)]
-
-
-def check_labels(rows: Dataset, tokenizer: PreTrainedTokenizerBase, truncated: int = 0) -> dict[str, int]:
-    """Counts that must hold before a step is trained: rows with one BOS, EOS as last label, CoT and answer in the labels.
-
-    Raises DataError for two BOS tokens, labels that are all -100, a CoT missing from the labels, or an EOS missing
-    from a row that was not truncated."""
-    adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id and tokenizer.bos_token_id is not None
-    counts = {"rows": len(rows), "one_bos": 0, "eos_in_labels": 0, "cot_in_labels": 0}
-    for row in rows:
-        ids, labels = row["input_ids"], [token for token in row["labels"] if token != -100]
-        if not labels:
-            raise DataError(f"row {row['id']}: every label is -100, nothing would be learnt: check dataset.loss_on and the data")
-        bos = ids[:2].count(tokenizer.bos_token_id) if adds_bos else 0
-        if bos != int(adds_bos):
-            raise DataError(f"row {row['id']} begins with {bos} BOS tokens, expected {int(adds_bos)}: the text holds one already")
-        counts["one_bos"] += bos == 1
-        counts["eos_in_labels"] += labels[-1] == tokenizer.eos_token_id
-        counts["cot_in_labels"] += row["Complex_CoT"][:200] in tokenizer.decode(labels)
-    if counts["cot_in_labels"] < len(rows):
-        raise DataError(
-            f"{len(rows) - counts['cot_in_labels']} rows lack their Complex_CoT in the labels: nothing would teach it"
-        )
-    if counts["eos_in_labels"] < len(rows) - truncated:
-        missing = len(rows) - counts["eos_in_labels"]
-        raise DataError(f"{missing} rows do not end in the EOS token {tokenizer.eos_token!r}, though only {truncated} were cut")
-    return counts
-
-
-def report(
-    validation: ValidationReport,
-    lengths: LengthReport,
-    checks: dict[str, int],
-    repeats: list[dict[str, Any]],
-    dropped_repeats: bool,
-) -> dict[str, Any]:
-    """What notebook 03 found, as one JSON-ready record."""
-    return {
-        "rows_read": validation.rows_in,
-        "dropped": validation.dropped,
-        "repeats": repeats,
-        "repeats_dropped": dropped_repeats,
-        "tokens": {"mean": sum(lengths.tokens) / len(lengths.tokens), "max": max(lengths.tokens), "all": sum(lengths.tokens)},
-        "overlong_dropped": lengths.dropped,
-        "truncated": lengths.truncated,
-        "prompt_is_prefix": lengths.prompt_is_prefix,
-        "checks": checks,
-    }

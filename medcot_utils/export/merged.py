@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils.config import RunConfig
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.errors import MedcotError
-from medcot_utils.evaluation.comparison import verdict
-from medcot_utils.evaluation.intervals import format_interval
-from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.machine import disk, paths
-from medcot_utils.models.embedded import PREFIX, describe, hub_address
 from medcot_utils.models.generation import complete
 from medcot_utils.models.losses import row_losses
 from medcot_utils.models.merging import load_base, load_unquantized
@@ -154,7 +149,7 @@ def _differ(outputs: dict[str, list[dict[str, Any]]], a: str, b: str) -> dict[st
 
 
 def _files(run: Run) -> list[dict[str, Any]]:
-    from medcot_utils.run.directory import sha256_of
+    from medcot_utils.run.files import sha256_of
 
     folders = [run.require("adapter"), run.require("merged")]
     files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
@@ -177,112 +172,3 @@ def require_agreement(check: dict[str, Any]) -> None:
 
 
 # --- model card ----------------------------------------------------------------------------------------------------
-
-
-def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | None = None, tag: str | None = None) -> str:
-    """The README.md of a repository, with the run's measured numbers, data, licence and limits, and metadata for the Hub.
-
-    kind: adapter, merged, gguf, or one (all in one repository). addresses: {artifact: the repository it is pushed to}, for
-    the lines that load it, at `tag`. Without them: the card of the merged model, or of what the run's hub settings push."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    config, measured, check, report = run.config, run.read("metrics"), run.read("export_check"), run.read("data_report")
-    kind = kind or ("one" if config.hub.repo_id and config.hub.layout == "one" else "merged")
-    if addresses is None:
-        pushed = [name for name in config.hub.artifacts if name != "gguf" or config.export.gguf] if config.hub.repo_id else []
-        addresses = config.hub.addresses(pushed, config.hub.repo_id)
-    base = hub_address(config.model.name)
-    if kind == "gguf":
-        base = addresses.get("merged", base)
-    trained_name = check["pairs"][1]["b"]
-    licence = _licence(config)
-    data = ModelCardData(
-        **licence,
-        language="en",
-        library_name={"adapter": "peft", "gguf": None}.get(kind, "transformers"),
-        pipeline_tag="text-generation",
-        base_model=base,
-        base_model_relation={"adapter": "adapter", "gguf": "quantized"}.get(kind, "finetune") if base else None,
-        datasets=None if config.dataset.path or config.dataset.name == "shipped" else [config.dataset.name],
-        tags=["medical", "chain-of-thought", "reasoning", "lora", "sft", *(["gguf"] if "gguf" in (kind, *addresses) else [])],
-        model_name=addresses.get(kind, next(iter(addresses.values()), f"{describe(config.model.name)}, tuned")),
-        eval_results=_eval_results(config, measured, trained_name),
-    )
-    lines = [
-        {"text": METRICS[name].label, "verdict": verdict(name, metric)}
-        | {side: format_interval(metric[side]) for side in ("base", "tuned", "difference")}
-        for name, metric in measured["metrics"].items()
-    ]
-    card = ModelCard.from_template(
-        data,
-        template_path=str(Path(__file__).with_name("model_card.md.j2")),
-        config=config,
-        base=describe(config.model.name),
-        licence=licence.get("license_name", licence["license"]),
-        source=_data_source(config),
-        metrics=lines,
-        n_questions=measured["n_questions"],
-        multiple_choice="mcq_accuracy" in measured["metrics"],
-        confidence=f"{100 * config.evaluation.confidence_level:g}",
-        plan=run.read("plan"),
-        check=check,
-        trained_name=trained_name,
-        kind=kind,
-        addresses=addresses,
-        tag=tag,
-        repeats=len({repeat["train_id"] for repeat in report["repeats"]}),
-        repeats_dropped=report["repeats_dropped"],
-    )
-    return str(card)
-
-
-def _licence(config: RunConfig) -> dict[str, str]:
-    """The base model's licence as the Hub's metadata has it: tuned and merged weights stay under it."""
-    name = config.model.name
-    if name.startswith(PREFIX):
-        return {"license": "apache-2.0"}
-    if name.lower().endswith("deepseek-r1-distill-llama-8b"):
-        return {"license": "llama3.1"}  # DeepSeek's model card: derived from Llama 3.1 8B, under its licence
-    where = hub_address(name)
-    link = {"license_link": f"https://huggingface.co/{where}"} if where else {}
-    return {"license": "other", "license_name": "as-the-base-model"} | link
-
-
-def _eval_results(config: RunConfig, measured: dict[str, Any], trained_name: str) -> list[Any]:
-    """The tuned model's measured metrics as the Hub's model-index has them, each with its interval and the base's value."""
-    from huggingface_hub import EvalResult
-
-    of_hub = not config.dataset.path and config.dataset.name != "shipped"
-    confidence = round(100 * config.evaluation.confidence_level)
-    return [
-        EvalResult(
-            task_type="text-generation",
-            task_name=f"medical questions with reasoning, measured on the {trained_name}",
-            dataset_type=config.dataset.name if of_hub else "medcot-shipped" if not config.dataset.path else "local-file",
-            dataset_name=f"{_data_source(config)}; {measured['n_questions']} held-out questions",
-            dataset_config=config.dataset.subset if of_hub else None,
-            dataset_revision=config.dataset.revision if of_hub else None,
-            metric_type=name,
-            metric_name=METRICS[name].label,
-            metric_value=round(metric["tuned"]["value"], 4),
-            metric_args={
-                f"interval_{confidence}": _rounded(metric["tuned"]["low"], metric["tuned"]["high"]),
-                "base_value": _rounded(metric["base"]["value"])[0],
-            },
-            verified=False,
-        )
-        for name, metric in measured["metrics"].items()
-        if math.isfinite(metric["tuned"]["value"])
-    ]
-
-
-def _rounded(*values: float | None) -> list[float | None]:
-    return [None if value is None else round(value, 4) for value in values]
-
-
-def _data_source(config: RunConfig) -> str:
-    if config.dataset.path:
-        return f"a local file, {Path(config.dataset.path).name}"
-    if config.dataset.name == "shipped":
-        return "the cases shipped with medcot (120 training rows, written for teaching)"
-    return f"{config.dataset.name} at revision {config.dataset.revision}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import itertools
 import json
 import os
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from medcot_utils.config import SecretsSettings
-from medcot_utils.machine import hardware
+from medcot_utils.machine import secrets
+from medcot_utils.machine.secrets import SECRET_NAMES, SHORTEST_SECRET, found_secrets
 
 LOOKS_LIKE = {
     "a Hugging Face token": re.compile(r"hf_[A-Za-z0-9]{30,}"),
@@ -26,17 +28,17 @@ _OTHERS = ("HUGGING_FACE_HUB_TOKEN", "KAGGLE_API_TOKEN", "KAGGLE_KEY", "KAGGLE_U
 
 def known_secrets(settings: SecretsSettings | None = None) -> dict[str, str]:
     """{value: where it was found} of every secret that any source holds, not the first of each service alone, under the names of
-    the settings and the usual ones: to search for in what is written. `platforms.redact` knows them from now on. Never to be
+    the settings and the usual ones: to search for in what is written. `redact` knows them from now on. Never to be
     shown."""
     found: dict[str, str] = {}
-    for name, service in hardware.SERVICES.items():
-        names = dict.fromkeys([*getattr(settings or SecretsSettings(), service.setting), *hardware.SECRET_NAMES[name]])
-        for secret in hardware.held_secrets(names, service.token_file, []):
+    for name, service in secrets.SERVICES.items():
+        names = dict.fromkeys([*getattr(settings or SecretsSettings(), service.setting), *secrets.SECRET_NAMES[name]])
+        for secret in secrets.held_secrets(names, service.token_file, []):
             found[secret.value.get_secret_value()] = secret.where
     others = [(os.environ.get(name, ""), f"environment {name}") for name in _OTHERS]
     for value, where in [*others, *((value, "Kaggle's token file") for value in _kaggle_files())]:
-        found[hardware.remember(value, where).value.get_secret_value()] = where
-    return {value: where for value, where in found.items() if len(value) >= hardware.SHORTEST_SECRET}
+        found[secrets.remember(value, where).value.get_secret_value()] = where
+    return {value: where for value, where in found.items() if len(value) >= secrets.SHORTEST_SECRET}
 
 
 def _kaggle_files() -> Iterator[str]:
@@ -70,7 +72,7 @@ def _join_cut_secrets(outputs: list[Any]) -> None:
     for _, group in itertools.groupby(outputs, lambda output: output.get("name") if output.output_type == "stream" else None):
         pieces = [output for output in group if output.output_type == "stream"]
         text = "".join(output.text for output in pieces)
-        if hardware.redact(text) != "".join(hardware.redact(output.text) for output in pieces):
+        if redact(text) != "".join(redact(output.text) for output in pieces):
             for output in pieces:
                 output.text = ""
             pieces[0].text = text
@@ -78,9 +80,19 @@ def _join_cut_secrets(outputs: list[Any]) -> None:
 
 def _redacted(value: Any) -> Any:
     if isinstance(value, str):
-        return hardware.redact(value)
+        return redact(value)
     if isinstance(value, list):
         return [_redacted(part) for part in value]
     if isinstance(value, dict):
         return type(value)({_redacted(key): _redacted(part) for key, part in value.items()})
     return value
+
+
+def redact(text: str) -> str:
+    """The text without any secret that this process has found or holds in its environment: for messages of other libraries."""
+    held = {os.environ.get(name, "").strip() for names in SECRET_NAMES.values() for name in names}
+    for value in sorted({*found_secrets, *held}, key=len, reverse=True):
+        if len(value) >= SHORTEST_SECRET:
+            for form in {value, html.escape(value), json.dumps(value)[1:-1]}:  # as it is, within a page, within JSON
+                text = text.replace(form, "**********")
+    return text

@@ -12,8 +12,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from medcot_utils.errors import PlatformError
 from medcot_utils.machine import paths
-from medcot_utils.machine.hardware import PlatformError
 from medcot_utils.run.artifacts import SHIPPED_CASES
 
 PREFIX = "embedded:"

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from medcot_utils.config import ModelSettings
-from medcot_utils.machine.hardware import PlatformError
+from medcot_utils.errors import PlatformError
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import resource
-import shutil
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -28,6 +27,7 @@ from medcot_utils.machine import paths
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.gpu import peak_card_memory_mb
 from medcot_utils.run.artifacts import ARTIFACTS, SHIPPED_CASES, STEPS, Artifact
+from medcot_utils.run.files import fsync, remove, sha256_of, take_the_place, to_json, write_atomic, write_beside
 
 CONFIG, MANIFEST, FORMAT = "config.json", "manifest.json", 1
 
@@ -36,60 +36,11 @@ class RunError(MedcotError):
     """The run directory or one of its artifacts cannot be used; the message names it and the notebook to run."""
 
 
-def sha256_of(path: Path) -> tuple[str, int]:
-    """(sha256 hex, bytes) of a file, or of a folder: over its files' relative names and hashes in sorted order."""
-    if path.is_file():
-        digest = hashlib.sha256()
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest(), path.stat().st_size
-    digest, total = hashlib.sha256(), 0
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        one, size = sha256_of(file)
-        digest.update(f"{file.relative_to(path).as_posix()}\0{one}\n".encode())
-        total += size
-    return digest.hexdigest(), total
-
-
 def describe_costs(entry: dict[str, Any]) -> str:
     """A done step's seconds and memory, from its entry in the manifest."""
     card = entry.get("peak_card_memory_mb")
     of_the_card = f", {card['reserved']} MB of the card" if card else ""
     return f"{entry['seconds']} s, peak memory {entry['peak_memory_mb']} MB{of_the_card}"
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write beside, fsync, rename: a reader sees the old file or the new one, never a part. Raises DiskError on a full disk."""
-    with full_disk_told(path.name, path.parent):
-        beside = _beside(path, text)
-        beside.replace(path)
-        _fsync(path.parent)
-
-
-def _beside(path: Path, text: str) -> Path:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-    return beside
-
-
-def to_json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 class Run:
@@ -224,12 +175,12 @@ class Run:
         fingerprint = self.fingerprint(name)
         final.parent.mkdir(parents=True, exist_ok=True)
         beside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-        _remove(beside)
+        remove(beside)
         try:
             with full_disk_told(artifact.file, final.parent):
                 self._fill(beside, artifact, value)
                 for file in [beside] if beside.is_file() else [p for p in beside.rglob("*") if p.is_file()]:
-                    _fsync(file)
+                    fsync(file)
                 digest, size = sha256_of(beside)
                 manifest = self.manifest()
                 manifest["artifacts"][name] = {
@@ -242,13 +193,13 @@ class Run:
                     "made": datetime.now(UTC).isoformat(timespec="seconds"),
                 }
                 # On disk before the artifact takes its place: then only renames are left, and those need no room.
-                recorded = _beside(self.path / MANIFEST, to_json(manifest))
-            _take_the_place(beside, final)
+                recorded = write_beside(self.path / MANIFEST, to_json(manifest))
+            take_the_place(beside, final)
             recorded.replace(self.path / MANIFEST)
         finally:
-            _remove(beside)
-        _fsync(final.parent)
-        _fsync(self.path)
+            remove(beside)
+        fsync(final.parent)
+        fsync(self.path)
         self._verified[name] = digest
         return final
 
@@ -374,7 +325,7 @@ class Run:
             manifest["artifacts"].pop(name, None)
         self._save(manifest)
         if "adapter" in STEPS[step].makes:
-            _remove(self.path / "checkpoints")
+            remove(self.path / "checkpoints")
 
     def makes(self, step: str) -> tuple[str, ...]:
         """The artifacts that a step makes with this configuration: all but those whose setting is None (`Artifact.when`)."""
@@ -392,21 +343,3 @@ class Run:
         if entry["state"] == "done" and not all(self.is_fresh(name, deep) for name in self.makes(step)):
             return "stale"
         return entry["state"]
-
-
-def _take_the_place(beside: Path, final: Path) -> None:
-    old = None
-    if final.is_dir():  # a folder cannot be renamed over: move the old one aside first
-        old = final.with_name(f".{final.name}.{os.getpid()}.old")
-        _remove(old)
-        final.rename(old)
-    beside.replace(final)
-    if old:
-        _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()

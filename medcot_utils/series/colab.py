@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from medcot_utils.errors import PlatformError
 from medcot_utils.machine import paths
-from medcot_utils.machine.hardware import PlatformError
 from medcot_utils.machine.paths import default_run_dir, platform_name
 
 _MINE = "MyDrive"

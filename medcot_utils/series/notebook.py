@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcot_utils.machine import hardware, installing
+from medcot_utils.machine import hardware, installing, secrets
 from medcot_utils.series import colab
 from medcot_utils.series.kaggle import session
 
@@ -53,7 +53,7 @@ def _hand_on_secrets(run_dir: Path) -> None:
     """Secrets of the platform's store to where the clients read them, under the names that the run's settings say."""
     from medcot_utils.run.directory import CONFIG, Run
 
-    hardware.hand_on_secrets(Run.open(run_dir).config.secrets if (run_dir / CONFIG).exists() else None)
+    secrets.hand_on_secrets(Run.open(run_dir).config.secrets if (run_dir / CONFIG).exists() else None)
 
 
 def _show_figures() -> None:

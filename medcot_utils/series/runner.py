@@ -186,7 +186,7 @@ def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Re
             raise SeriesPaused(f"{name}: {error.evalue}") from error
         if isinstance(error, PapermillExecutionError):
             # One line, also of an error that has many; and another library's message may repeat what it was given.
-            why = hardware.redact(" ".join(f"{error.ename}: {error.evalue}".split()))
+            why = redaction.redact(" ".join(f"{error.ename}: {error.evalue}".split()))
         else:
             why = "its kernel died (killed, or out of memory)"
         run.record_step(name, state="failed", error=why)

@@ -14,7 +14,7 @@ import nbformat
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.paths import HOME
 from medcot_utils.run.artifacts import STEPS
-from medcot_utils.run.directory import write_atomic
+from medcot_utils.run.files import write_atomic
 
 MOST_LINES = 15
 _SETTING = re.compile(r'^repository = "([^"]*)"', re.MULTILINE)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils.config import TrackingSettings
-from medcot_utils.machine import hardware
+from medcot_utils.machine import redaction
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,7 +78,7 @@ class Wandb(Tracker):
         except Exception as error:
             if mode != "online":
                 raise
-            why = hardware.redact(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
+            why = redaction.redact(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
             print(f"tracking: W&B cannot be used online ({why}); this session is tracked offline, to be uploaded with wandb sync")
             state["mode"] = "offline"
             import wandb

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import secrets
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils.config import RunConfig
 from medcot_utils.errors import MedcotError
-from medcot_utils.machine import hardware
-from medcot_utils.run.directory import Run, to_json, write_atomic
+from medcot_utils.machine import hardware, redaction, secrets
+from medcot_utils.run.directory import Run
+from medcot_utils.run.files import to_json, write_atomic
 from medcot_utils.training.trackers import TRACKERS, Tracker
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def resolve(config: RunConfig) -> tuple[str, str, str]:
     if asked == "none" or (asked == "wandb" and switched_off):
         return "none", "", "tracking: none, as asked"
     if asked in ("auto", "wandb"):
-        key = None if switched_off else hardware.secret_of(_LOG_IN, config.secrets)
+        key = None if switched_off else secrets.secret_of(_LOG_IN, config.secrets)
         if asked == "wandb" or (key and _installed("wandb")):
             if mode == "auto":
                 mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
@@ -71,7 +72,7 @@ def check_usable(config: RunConfig) -> str:
             f"--set tracking.backend=auto"
         )
     if asked.backend == "wandb" and asked.mode == "online":
-        hardware.require_secret(
+        secrets.require_secret(
             _LOG_IN, "tracking.mode=online", "use --set tracking.mode=auto (offline without a key)", config.secrets
         )
     return resolve(config)[2]
@@ -85,7 +86,7 @@ def _state(run: Run, backend: str, mode: str) -> dict[str, str]:
     mark = {"backend": backend, "project": run.config.tracking.project, "fingerprint": run.fingerprint("adapter")}
     held = _stored(run)
     if held is None or any(held.get(key) != value for key, value in mark.items()):
-        held = mark | {"id": secrets.token_hex(4), "url": "", "folder": ""}
+        held = mark | {"id": token_hex(4), "url": "", "folder": ""}
         held["name"] = f"{run.path.absolute().name}-{held['id']}"
     return held | {"mode": mode}
 
@@ -111,7 +112,7 @@ class Session:
         self.run, self.tracker, self.sent = run, None, 0
         backend, mode, _ = resolve(run.config)
         if backend != "none":
-            hardware.hand_on_secrets(run.config.secrets)
+            secrets.hand_on_secrets(run.config.secrets)
             self._try(lambda: self._open(TRACKERS[backend](), _state(run, backend, mode)))
 
     def _open(self, tracker: Tracker, state: dict[str, str]) -> None:
@@ -126,7 +127,7 @@ class Session:
             call()
         except Exception as error:  # noqa: BLE001 - whatever a tracker does, the training is worth more
             self.tracker = None
-            why = hardware.redact(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
+            why = redaction.redact(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
             print(
                 f"tracking ends here ({why}): the run goes on without it, and its own log in {self.run.path.name}/ has everything"
             )
@@ -187,13 +188,11 @@ def callbacks(run: Run) -> list[Any]:
     return [Tracked()]
 
 
-def record_comparison(run: Run) -> None:
-    """Add what notebook 06 found to the tracked run: held-out losses, every metric of base and tuned model, the table of them,
-    and report and metrics as an artifact. Where the training was not tracked, its log is added too."""
+def record_comparison(run: Run, table: pd.DataFrame) -> None:
+    """Add what notebook 06 found to the tracked run: held-out losses, every metric of base and tuned model, their `table`, and
+    report and metrics as an artifact. Where the training was not tracked, its log is added too."""
     if resolve(run.config)[0] == "none":
         return
-    from medcot_utils.evaluation.comparison import metrics_table
-
     session = Session(run)
     session.training(run.read("training_log"))
     metrics = run.read("metrics")["metrics"]
@@ -201,7 +200,7 @@ def record_comparison(run: Run) -> None:
     session.numbers(
         {f"comparison/{name}/{side}": float(metric[side]["value"]) for name, metric in metrics.items() for side in sides}
     )
-    session.table("comparison", metrics_table(metrics))
+    session.table("comparison", table)
     session.files("report", [run.require("report"), run.require("metrics")])
     session.close()
 

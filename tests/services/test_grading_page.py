@@ -39,7 +39,7 @@ def hook(event, arguments):
         address = arguments[1] if event in ("socket.bind", "socket.connect", "socket.sendto") else arguments[0]
         print(event, address[0] if isinstance(address, tuple) else address, file=seen)
 sys.addaudithook(hook)
-from medcot_utils.evaluation.grades import serve
+from medcot_utils.cli.grading_page import serve
 from medcot_utils.run.directory import Run
 serve(Run.open(sys.argv[1]), int(sys.argv[4]), grader=sys.argv[3])
 """

@@ -14,7 +14,8 @@ from medcot_utils.export.gguf import GgufError
 from medcot_utils.export.hub import push as medcot_hub
 from medcot_utils.export.hub.files import chosen_artifacts, folder_digest, plan
 from medcot_utils.export.hub.requests import HubError
-from medcot_utils.export.merged import ExportError, model_card
+from medcot_utils.export.merged import ExportError
+from medcot_utils.export.model_card import model_card
 from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.run.directory import Run, RunError
 

@@ -190,8 +190,8 @@ def refused_settings(world) -> None:
 def a_library_that_speaks(world) -> None:
     """The error of a tracker that repeats its key, and the server of W&B refusing it."""
     code = (
-        "import os; from medcot_utils.machine import hardware; hardware.hand_on_secrets();"
-        "print(platforms.secrets_found(), platforms.redact('refused: ' + os.environ['HF_TOKEN'] + os.environ['WANDB_API_KEY']))"
+        "import os; from medcot_utils.machine import hardware; secrets.hand_on_secrets();"
+        "print(secrets.secrets_found(), redaction.redact('refused: ' + os.environ['HF_TOKEN'] + os.environ['WANDB_API_KEY']))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=world[0], env=world[1], capture_output=True, text=True, timeout=60)
     (world[0] / "said-library.txt").write_text(done.stdout + done.stderr)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from medcot_utils.evaluation.comparison import metrics_table
 from medcot_utils.training import tracking
 
 STEPS = [1, 2, 3, 4, 5, 6]
@@ -33,7 +34,11 @@ def killed_resumed_compared(run, train_tracked, in_child):
     said = [in_child(lambda: (train_tracked(run, 0, 4), time.sleep(1)), killed=True)]
     first = json.loads((run.path / "tracking.json").read_text())
     said.append(in_child(lambda: train_tracked(run, 2, 6)))
-    said.append(in_child(lambda: (tracking.record_comparison(run), print(tracking.where(run)))))
+    said.append(
+        in_child(
+            lambda: (tracking.record_comparison(run, metrics_table(run.read("metrics")["metrics"])), print(tracking.where(run)))
+        )
+    )
     last = json.loads((run.path / "tracking.json").read_text())
     assert (first["id"], first["name"]) == (last["id"], last["name"]), "one tracked run"
     return said
@@ -136,7 +141,7 @@ def test_another_training_is_another_tracked_run(trained, train_tracked, in_chil
 
 def test_a_run_trained_untracked_is_tracked_whole_by_the_comparison(trained, in_child):
     run = trained("tracking.backend=wandb")
-    in_child(lambda: tracking.record_comparison(run))
+    in_child(lambda: tracking.record_comparison(run, metrics_table(run.read("metrics")["metrics"])))
     records, _, _ = wandb_file(run)
     assert sum("train/loss" in json.dumps(line) for line in history(records)) == 6
 
@@ -153,7 +158,7 @@ def test_none_writes_nothing_and_imports_no_tracker(trained, train_tracked, in_c
 
     def session():
         train_tracked(run, 0, 6)
-        tracking.record_comparison(run)
+        tracking.record_comparison(run, metrics_table(run.read("metrics")["metrics"]))
         assert not {"wandb", "trackio"} & set(sys.modules)
 
     in_child(session)
@@ -167,7 +172,9 @@ def test_none_writes_nothing_and_imports_no_tracker(trained, train_tracked, in_c
 def test_a_tracker_that_cannot_begin_costs_one_line_and_not_the_training(trained, train_tracked, in_child, backend):
     run = trained(f"tracking.backend={backend}")
     (run.path / "tracking").write_text("in the way")
-    said = in_child(lambda: (train_tracked(run, 0, 6), tracking.record_comparison(run)))
+    said = in_child(
+        lambda: (train_tracked(run, 0, 6), tracking.record_comparison(run, metrics_table(run.read("metrics")["metrics"])))
+    )
     lines = [line for line in said.splitlines() if line.startswith("tracking ends here (FileExistsError")]
     assert len(lines) == 2 and "the run goes on without it" in lines[0], "one line in each of the two sessions"
 

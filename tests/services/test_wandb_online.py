@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from medcot_utils.evaluation.comparison import metrics_table
 from medcot_utils.machine import paths
 from medcot_utils.training import tracking
 
@@ -97,7 +98,9 @@ def test_online_run_killed_resumed_and_compared_is_one_run_on_the_server(server,
     said = in_child(lambda: (train_tracked(run, 0, 4), time.sleep(3)), killed=True)
     state = json.loads((run.path / "tracking.json").read_text())
     said += in_child(lambda: train_tracked(run, 2, 6))
-    said += in_child(lambda: (tracking.record_comparison(run), print(tracking.where(run))))
+    said += in_child(
+        lambda: (tracking.record_comparison(run, metrics_table(run.read("metrics")["metrics"])), print(tracking.where(run)))
+    )
     last = json.loads((run.path / "tracking.json").read_text())
     assert (state["id"], state["url"]) == (last["id"], last["url"])
     assert state["url"].startswith(address) and f"tracked: {state['url']}" in said
@@ -109,7 +112,9 @@ def test_an_offline_run_is_uploaded_by_the_printed_command(server, trained, trai
     address, key, database = server
     run = trained("tracking.backend=wandb", "training.max_steps=6")
     in_child(lambda: train_tracked(run, 0, 6))
-    said = in_child(lambda: (tracking.record_comparison(run), print(tracking.where(run))))
+    said = in_child(
+        lambda: (tracking.record_comparison(run, metrics_table(run.read("metrics")["metrics"])), print(tracking.where(run)))
+    )
     command = said.strip().rpartition("to upload it: ")[2].split()
     assert command[:2] == ["wandb", "sync"]
     environment = os.environ | {"WANDB_BASE_URL": address, "WANDB_API_KEY": key}

@@ -12,9 +12,11 @@ from typing import Any
 from medcot_utils.config import HubSettings
 from medcot_utils.export.gguf import require_gguf_agreement
 from medcot_utils.export.hub.requests import HubError
-from medcot_utils.export.merged import model_card, require_agreement
+from medcot_utils.export.merged import require_agreement
+from medcot_utils.export.model_card import model_card
 from medcot_utils.run.artifacts import ARTIFACTS
-from medcot_utils.run.directory import Run, RunError, sha256_of
+from medcot_utils.run.directory import Run, RunError
+from medcot_utils.run.files import sha256_of
 
 FOLDERS = {"adapter": "adapter/", "merged": "", "gguf": "gguf/"}  # in one repository: `from_pretrained(repo_id)` finds the root
 # What an earlier push with other shards may have left, and a loader may take for part of this model.

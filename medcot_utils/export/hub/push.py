@@ -29,7 +29,8 @@ from medcot_utils.export.hub.files import (
     tag_name,
 )
 from medcot_utils.export.hub.requests import HubError
-from medcot_utils.run.directory import Run, to_json, write_atomic
+from medcot_utils.run.directory import Run
+from medcot_utils.run.files import to_json, write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd

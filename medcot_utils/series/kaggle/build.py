@@ -26,7 +26,7 @@ from medcot_utils.errors import MedcotError
 from medcot_utils.machine import redaction
 from medcot_utils.machine.paths import HOME
 from medcot_utils.run.artifacts import STEPS
-from medcot_utils.run.directory import write_atomic
+from medcot_utils.run.files import write_atomic
 from medcot_utils.series.kaggle.session import RUN_NAME
 
 METADATA = "kernel-metadata.json"

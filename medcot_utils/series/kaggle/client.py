@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils.run.artifacts import ARTIFACTS
-from medcot_utils.run.directory import Run, sha256_of, write_atomic
+from medcot_utils.run.directory import Run
+from medcot_utils.run.files import sha256_of, write_atomic
 from medcot_utils.series.kaggle.build import METADATA, PLACEHOLDER_OWNER, KaggleError, KernelMetadata, read_metadata
 from medcot_utils.series.kaggle.session import RUN_NAME, copy_run, find_earlier
 

@@ -56,12 +56,12 @@ def read_secrets(profile: str, settings: Iterable[str] = ()) -> None:
     """Hand what the secret stores hold to the series, in its environment, under the names that the settings say; show where
     each was found, never a value. Raises ConfigError for settings that are none."""
     from medcot_utils.config import load_config
-    from medcot_utils.machine import hardware
+    from medcot_utils.machine import secrets
 
     names = load_config(profile, settings).secrets
-    for service, place in hardware.secrets_found(names).items():  # first: handed on, all would be found in the environment
+    for service, place in secrets.secrets_found(names).items():  # first: handed on, all would be found in the environment
         print(f"{service}: {place}")
-    hardware.hand_on_secrets(names)
+    secrets.hand_on_secrets(names)
 
 
 def resolved_profile(profile: str) -> str:

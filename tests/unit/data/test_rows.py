@@ -11,15 +11,7 @@ from datasets import Dataset
 
 from medcot_utils.config import load_config
 from medcot_utils.data.prompts import ARTICLE_ANSWER, ARTICLE_QUESTION
-from medcot_utils.data.rows import (
-    TEXT_COLUMNS,
-    DataError,
-    choose_questions,
-    drop_repeats,
-    load_rows,
-    split_rows,
-    validate_rows,
-)
+from medcot_utils.data.rows import TEXT_COLUMNS, DataError, choose_questions, drop_repeats, load_rows, split_rows, validate_rows
 from medcot_utils.run.artifacts import SHIPPED_CASES
 
 ROWS = [

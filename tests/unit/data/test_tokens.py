@@ -11,7 +11,8 @@ from datasets import Dataset
 from medcot_utils import data
 from medcot_utils.config import load_config
 from medcot_utils.data.prompts import inference_prompt
-from medcot_utils.data.rows import DataError, add_text_column, check_labels, load_rows, split_rows, tokenize_rows, validate_rows
+from medcot_utils.data.rows import DataError, load_rows, split_rows, validate_rows
+from medcot_utils.data.tokens import add_text_column, check_labels, tokenize_rows
 from medcot_utils.models.engine import load_tokenizer
 
 pytestmark = pytest.mark.model

@@ -7,19 +7,10 @@ import socket
 
 import pytest
 
+from medcot_utils.cli.grading_page import Desk, serve
 from medcot_utils.cli.web import HOST
 from medcot_utils.config import load_config
-from medcot_utils.evaluation.grades import (
-    GRADES,
-    Desk,
-    GradingError,
-    cohen_kappa,
-    describe,
-    read_grades,
-    read_pairs,
-    serve,
-    win_rate,
-)
+from medcot_utils.evaluation.grades import GRADES, GradingError, cohen_kappa, describe, read_grades, read_pairs, win_rate
 from medcot_utils.run.directory import Run, RunError
 
 QUESTIONS = 12

@@ -14,14 +14,8 @@ from medcot_utils.evaluation.comparison import verdict
 from medcot_utils.evaluation.intervals import format_interval
 from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.evaluation.report import build_report
-from medcot_utils.export.merged import (
-    ExportError,
-    model_card,
-    require_agreement,
-    save_adapter,
-    save_merged,
-    verify_export,
-)
+from medcot_utils.export.merged import ExportError, require_agreement, save_adapter, save_merged, verify_export
+from medcot_utils.export.model_card import model_card
 from medcot_utils.machine import paths
 from medcot_utils.machine.disk import DiskError
 from medcot_utils.run.directory import Run, RunError

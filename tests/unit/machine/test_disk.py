@@ -14,7 +14,8 @@ from medcot_utils.export.merged import save_merged
 from medcot_utils.machine import disk, paths
 from medcot_utils.machine.disk import DiskError, Need, disk_table, is_disk_full, needs, require_room, shortages, still_to_export
 from medcot_utils.machine.paths import GIB, scratch_dir
-from medcot_utils.run.directory import Run, write_atomic
+from medcot_utils.run.directory import Run
+from medcot_utils.run.files import write_atomic
 
 ARTICLE = load_config("article")
 

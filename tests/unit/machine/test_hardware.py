@@ -8,13 +8,8 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from medcot_utils.machine.hardware import (
-    Gpu,
-    PlatformError,
-    installed_versions,
-    machine_report,
-    resolve_profile,
-)
+from medcot_utils.errors import PlatformError
+from medcot_utils.machine.hardware import Gpu, installed_versions, machine_report, resolve_profile
 from medcot_utils.machine.paths import cache_dir, default_run_dir, platform_name
 
 T4 = Gpu("Tesla T4", 14.7, 14.5, (7, 5))

@@ -16,17 +16,11 @@ from pathlib import Path
 import pytest
 
 from medcot_utils.config import ConfigError, SecretsSettings, load_config
-from medcot_utils.machine import hardware, redaction
-from medcot_utils.machine.hardware import (
-    PlatformError,
-    find_secret,
-    hand_on_secrets,
-    machine_report,
-    redact,
-    require_secret,
-    secret_of,
-    secrets_found,
-)
+from medcot_utils.errors import PlatformError
+from medcot_utils.machine import hardware, redaction, secrets
+from medcot_utils.machine.hardware import machine_report
+from medcot_utils.machine.redaction import redact
+from medcot_utils.machine.secrets import find_secret, hand_on_secrets, require_secret, secret_of, secrets_found
 from medcot_utils.series import runner
 
 SECRET = "hf_verysecretvalue0123456789"
@@ -74,7 +68,7 @@ def service_modules(tmp_path, monkeypatch):
 def live_notebook(monkeypatch):
     """As in a notebook with somebody before it."""
     kernel = type("Kernel", (), {"_allow_stdin": True})()
-    monkeypatch.setattr(hardware, "_kernel", lambda: kernel)
+    monkeypatch.setattr(secrets, "_kernel", lambda: kernel)
     return kernel
 
 
@@ -161,7 +155,7 @@ def test_stand_in_colab_is_asked_in_a_live_notebook_but_not_under_papermill(monk
     asked.unlink()
     live_notebook._allow_stdin = False
     assert find_secret(["HF_TOKEN"]) is None and not asked.exists()
-    monkeypatch.setattr(hardware, "_kernel", lambda: None)
+    monkeypatch.setattr(secrets, "_kernel", lambda: None)
     assert find_secret(["HF_TOKEN"]) is None and not asked.exists(), "nor by a command, which is no notebook"
 
 
@@ -179,7 +173,7 @@ def test_in_a_kernel_under_papermill_colab_is_not_asked_and_takes_no_time(tmp_pa
     asked = service_modules("colab", "    import time; time.sleep(10.5)\n    raise TimeoutException()")
     cell = (
         "import time\nfrom medcot_utils.machine import hardware\nbegan = time.time()\n"
-        "print(hardware.has_front_end(), hardware.secrets_found(), time.time() - began < 5)"
+        "print(secrets.has_front_end(), secrets.secrets_found(), time.time() - began < 5)"
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
     nbformat.write(notebook, tmp_path / "in.ipynb")

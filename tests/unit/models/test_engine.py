@@ -12,11 +12,11 @@ from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 
 from medcot_utils.config import load_config
-from medcot_utils.machine.hardware import PlatformError
+from medcot_utils.errors import PlatformError
 from medcot_utils.models import embedded
 from medcot_utils.models.engine import get_engine
 from medcot_utils.models.merging import MergeError, load_base, load_unquantized, merge
-from medcot_utils.run.directory import sha256_of
+from medcot_utils.run.files import sha256_of
 
 pytestmark = pytest.mark.model
 

@@ -13,9 +13,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from medcot_utils.errors import MedcotError
+from medcot_utils.errors import MedcotError, PlatformError
 from medcot_utils.machine import paths
-from medcot_utils.machine.hardware import PlatformError
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.series import colab as drive
 from medcot_utils.series.setup_cell import MOST_LINES, badges, faults, repository, setup_cell, write

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from medcot_utils.config import load_config
-from medcot_utils.machine.hardware import PlatformError
+from medcot_utils.errors import PlatformError
 from medcot_utils.training import tracking
 from medcot_utils.training.tracking import TrackingError, check_usable, resolve
 

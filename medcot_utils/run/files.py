@@ -1,0 +1,79 @@
+"""Files written whole or not at all, and their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from medcot_utils.machine.disk import full_disk_told
+
+
+def sha256_of(path: Path) -> tuple[str, int]:
+    """(sha256 hex, bytes) of a file, or of a folder: over its files' relative names and hashes in sorted order."""
+    if path.is_file():
+        digest = hashlib.sha256()
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest(), path.stat().st_size
+    digest, total = hashlib.sha256(), 0
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        one, size = sha256_of(file)
+        digest.update(f"{file.relative_to(path).as_posix()}\0{one}\n".encode())
+        total += size
+    return digest.hexdigest(), total
+
+
+def fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write beside, fsync, rename: a reader sees the old file or the new one, never a part. Raises DiskError on a full disk."""
+    with full_disk_told(path.name, path.parent):
+        beside = write_beside(path, text)
+        beside.replace(path)
+        fsync(path.parent)
+
+
+def write_beside(path: Path, text: str) -> Path:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    return beside
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def take_the_place(beside: Path, final: Path) -> None:
+    old = None
+    if final.is_dir():  # a folder cannot be renamed over: move the old one aside first
+        old = final.with_name(f".{final.name}.{os.getpid()}.old")
+        remove(old)
+        final.rename(old)
+    beside.replace(final)
+    if old:
+        remove(old)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
