@@ -42,6 +42,7 @@ nbval: $(INSTALLED) ## execute the committed notebooks and compare their marked 
 lint: $(INSTALLED) ## ruff over code and notebooks, and the rules for committed notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/python -m medcot_utils.series.committed check
 
 notebooks: $(INSTALLED) ## execute the committed notebooks in place, in order, and redraw the README's figure

@@ -71,7 +71,7 @@ def cards_table(found: dict[str, Any]) -> list[str]:
 
 
 def series_table(series: dict[str, Any] | None) -> list[str]:
-    """Seconds of every notebook of whole runs, training's memory, and the most that a notebook held of the card: from the runs."""
+    """Seconds of every notebook of whole runs, training's memory, and the most that a notebook held of the GPU."""
     if series is None:
         return []
     runs = {name: run for name, run in series.items() if isinstance(run, dict)}
@@ -85,7 +85,7 @@ def series_table(series: dict[str, Any] | None) -> list[str]:
     lines.append(
         "| training: GB estimated / in use / reserved | " + " | ".join(" / ".join(map(str, m.values())) for m in memory) + " |"
     )
-    most = [[state.get("peak_card_memory_mb") for state in run["steps"].values()] for run in runs.values()]
+    most = [[state.get("peak_gpu_memory_mb") for state in run["steps"].values()] for run in runs.values()]
     reserved = [max((card["reserved"] / 1e3 for card in cards if card), default=None) for cards in most]
     lines.append(
         "| most in any notebook: GB reserved | " + " | ".join(f"{gb:.1f}" if gb else "not recorded" for gb in reserved) + " |"

@@ -56,9 +56,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """{steps: {notebook: {state, seconds, peak_memory_mb, peak_card_memory_mb}}, memory_gb, skipped_steps} as far as it went."""
+    """{steps: {notebook: {state, seconds, peak_memory_mb, peak_gpu_memory_mb}}, memory_gb, skipped_steps} as far as it went."""
     steps = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["steps"]
-    keys = ("state", "seconds", "peak_memory_mb", "peak_card_memory_mb")
+    keys = ("state", "seconds", "peak_memory_mb", "peak_gpu_memory_mb")
     found: dict[str, Any] = {"steps": {step: {key: entry.get(key) for key in keys} for step, entry in steps.items()}}
     if found["steps"].get("05_training", {}).get("state") == "done":
         log = [json.loads(line) for line in (run_dir / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -68,7 +68,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 
 
 def training_memory_gb(executed: Path) -> dict[str, float]:
-    """{estimated, in use, reserved} of training alone, as the notebook's table 5.6 says; the manifest has the whole notebook's."""
+    """{estimated, in use, reserved} of training alone, from the notebook's table 5.6; the manifest has the whole notebook's."""
     outputs = [output for cell in nbformat.read(executed, 4).cells for output in cell.get("outputs", [])]
     shown = "\n".join(output["data"].get("text/plain", "") for output in outputs if "data" in output)
     found = {name: re.search(rf"^memory, .*\b{name} \(GB\) +([\d.]+)$", shown, re.MULTILINE) for name in MEMORY}

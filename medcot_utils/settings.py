@@ -35,7 +35,7 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     max_seq_length: int = Field(2048, ge=64, description="tokens of prompt and completion together")
     gpu_memory_gib: float | None = Field(
-        None, gt=0, description="use no more of the card: rehearse a T4 with 14.5 on a larger one"
+        None, gt=0, description="use no more of the GPU: rehearse a T4 with 14.5 on a larger one"
     )
 
 
@@ -100,10 +100,10 @@ class TrainingSettings(Section):
     eval_steps: int | None = Field(None, ge=1, description="held-out loss during training, every so many steps")
     eval_rows: int = Field(8, ge=1, description="held-out rows that the loss during training is taken on")
     batch_plan: Literal["auto", "as_set"] = Field(
-        "auto", description="auto: on a card, share the effective batch out as its memory allows; as_set: as the settings say"
+        "auto", description="auto: on a GPU, share the effective batch out as its memory allows; as_set: as the settings say"
     )
     padding: Literal["auto", "padded", "padding_free"] = Field("auto", description="how rows of unequal length share a batch")
-    num_processes: int = Field(1, ge=1, description="cards to train on, one process each; the effective batch stays")
+    num_processes: int = Field(1, ge=1, description="GPUs to train on, one process each; the effective batch stays")
     max_hours: float | None = Field(
         None, gt=0, description="stop in good time before this, with a checkpoint; the next call goes on"
     )
@@ -131,10 +131,10 @@ class GenerationSettings(Section):
     temperature: float = Field(0.6, gt=0)
     top_p: float = Field(0.95, gt=0, le=1)
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="questions answered at once; auto: what the card's memory holds"
+        "auto", description="questions answered at once; auto: what the GPU's memory holds"
     )
     cache_implementation: Literal["auto", "static", "dynamic"] = Field(
-        "auto", description="static: 16-bit weights and a compiled step, for cards with room; auto: where it pays"
+        "auto", description="static: 16-bit weights and a compiled step, for GPUs with room; auto: where it pays"
     )
 
 

@@ -54,10 +54,10 @@ def run(
 @app.command()
 def train(
     run_dir: Annotated[Path, typer.Option("--run-dir", help="a run that notebooks 01 to 04 have prepared")],
-    nproc: Annotated[int, typer.Option("--nproc", min=1, help="processes, each on a card of its own")] = 1,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="processes, each on a GPU of its own")] = 1,
     settings: Settings = None,
 ) -> None:
-    """Train a prepared run (notebook 05), on several cards if asked; the effective batch stays as set.
+    """Train a prepared run (notebook 05), on several GPUs if asked; the effective batch stays as set.
 
     A stopped training goes on from its last checkpoint. On several machines, see the README."""
     from medcot_utils.run.directory import Run
@@ -155,12 +155,12 @@ def _print_status(found: dict, run_dir: Path) -> None:
 
     title = f"{run_dir} (profile {found['profile']})"
     steps = Table("step", "state", "seconds", "peak memory", title=title, title_justify="left")
-    if used_a_card := any(step["peak_card_memory_mb"] for step in found["steps"]):
-        steps.add_column("of the card")
+    if used_a_gpu := any(step["peak_gpu_memory_mb"] for step in found["steps"]):
+        steps.add_column("of the GPU")
     for step in found["steps"]:
-        card = step["peak_card_memory_mb"]
+        gpu = step["peak_gpu_memory_mb"]
         cells = ["" if step["peak_memory_mb"] is None else f"{step['peak_memory_mb']} MB"]
-        cells += ["" if card is None else f"{card['reserved']} MB"] if used_a_card else []
+        cells += ["" if gpu is None else f"{gpu['reserved']} MB"] if used_a_gpu else []
         seconds = "" if step["seconds"] is None else f"{step['seconds']:.0f}"
         steps.add_row(step["name"], step["state"] + (f": {step['error']}" if step["error"] else ""), seconds, *cells)
     console.print(steps)

@@ -1,4 +1,4 @@
-"""The memory of this process's card."""
+"""The memory of this process's GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 _before = {"allocated": 0, "reserved": 0}  # bytes: the peaks before measuring began anew
 
 
-def release_card_memory() -> None:
+def release_gpu_memory() -> None:
     """Give back what nobody uses any more. PEFT's and accelerate's wrappers hold a model in a circle: after `del model` its
     memory is still taken until the circle is found."""
     import torch
@@ -18,14 +18,14 @@ def release_card_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def free_card_memory() -> float:
-    """Bytes that this process can still take on its card, what it holds unused counted in; infinite without a card. In a
+def free_gpu_memory() -> float:
+    """Bytes that this process can still take on its GPU, what it holds unused counted in; infinite without a GPU. In a
     group of processes: the least of any."""
     import torch
 
     if not torch.cuda.is_available():
         return math.inf
-    release_card_memory()
+    release_gpu_memory()
     free, total = torch.cuda.mem_get_info()
     allowed = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
     least = min(free, allowed)
@@ -37,7 +37,7 @@ def free_card_memory() -> float:
 
 
 def measure_anew() -> None:
-    """Let torch's own peaks start from what is held now. `peak_card_memory_mb` still knows the earlier ones."""
+    """Let torch's own peaks start from what is held now. `peak_gpu_memory_mb` still knows the earlier ones."""
     import torch
 
     if torch.cuda.is_available():
@@ -45,8 +45,8 @@ def measure_anew() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak_card_memory_mb() -> dict[str, int] | None:
-    """{allocated, reserved}: the most that this process has held of its card, in MB; None if it has not used one."""
+def peak_gpu_memory_mb() -> dict[str, int] | None:
+    """{allocated, reserved}: the most that this process has held of its GPU, in MB; None if it has not used one."""
     if "torch" not in sys.modules or not sys.modules["torch"].cuda.is_initialized():
         return None
     return {kind: round(peak / 1e6) for kind, peak in _peaks().items()}

@@ -1,4 +1,4 @@
-"""What this machine has: cards, memory, secrets, versions, and which profile that allows."""
+"""What this machine has: GPUs, memory, secrets, versions, and which profile that allows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from medcot_utils.machine.paths import GIB, cache_dir, disk_free_gib, platform_n
 from medcot_utils.machine.secrets import secrets_found
 
 # Measured on the article's settings at 8B (4-bit, 2 x 4 rows of up to 2,048 tokens): 6.5 to 7.3 GiB reserved. A 12 GB
-# card ran it with batch 1 x 4 at 7.83 GB. Below this the run would end in an out-of-memory error after the download.
+# GPU ran it with batch 1 x 4 at 7.83 GB. Below this the run would end in an out-of-memory error after the download.
 ARTICLE_GPU_GIB = 8.0
 # sm_60 (P100) is not in the wheels of today's torch, although torch.cuda.is_available() says True there.
 MIN_COMPUTE_CAPABILITY = (7, 0)
@@ -61,7 +61,7 @@ class Gpu:
     capability: tuple[int, int]
 
     def problem(self) -> str | None:
-        """Why the article profile cannot run on this card, or None."""
+        """Why the article profile cannot run on this GPU, or None."""
         if self.capability < MIN_COMPUTE_CAPABILITY:
             need = ".".join(map(str, MIN_COMPUTE_CAPABILITY))
             return f"{self.name}: compute capability {'.'.join(map(str, self.capability))}, needs {need} (choose a T4)"
@@ -70,8 +70,8 @@ class Gpu:
         return None
 
 
-def gpus() -> list[Gpu]:
-    """The visible CUDA cards; an empty list without torch or without a card."""
+def visible_gpus() -> list[Gpu]:
+    """The visible CUDA GPUs; an empty list without torch or without a GPU."""
     try:
         import torch
     except ImportError:
@@ -84,28 +84,28 @@ def gpus() -> list[Gpu]:
     return found
 
 
-def resolve_profile(profile: str, cards: list[Gpu] | None = None) -> tuple[str, str]:
-    """The profile to run and one line saying why. `auto` takes `article` on a card that can hold it, else `demo`.
+def resolve_profile(profile: str, gpus: list[Gpu] | None = None) -> tuple[str, str]:
+    """The profile to run and one line saying why. `auto` takes `article` on a GPU that can hold it, else `demo`.
 
-    Raises PlatformError when an 8B profile was asked for by name and no visible card can run it."""
-    needs_card = profile in ("article", "recommended", "full")
-    if profile != "auto" and not needs_card:
+    Raises PlatformError when an 8B profile was asked for by name and no visible GPU can run it."""
+    needs_gpu = profile in ("article", "recommended", "full")
+    if profile != "auto" and not needs_gpu:
         return profile, f"profile {profile}: as asked"
-    cards = gpus() if cards is None else cards
-    fitting = [card for card in cards if card.problem() is None]
+    gpus = visible_gpus() if gpus is None else gpus
+    fitting = [gpu for gpu in gpus if gpu.problem() is None]
     if profile == "auto":
         if fitting:
             return (
                 "article",
                 f"profile article: {fitting[0].name} with {fitting[0].memory_gib:.0f} GiB can hold the 8B model",
             )
-        why = "; ".join(filter(None, (card.problem() for card in cards))) or "no CUDA card is visible"
+        why = "; ".join(filter(None, (gpu.problem() for gpu in gpus))) or "no CUDA GPU is visible"
         return "demo", f"profile demo: {why}"
     if fitting:
         return profile, f"profile {profile}: as asked, on {fitting[0].name}"
-    why = "; ".join(filter(None, (card.problem() for card in cards))) or "no CUDA card is visible"
+    why = "; ".join(filter(None, (gpu.problem() for gpu in gpus))) or "no CUDA GPU is visible"
     raise PlatformError(
-        f"profile {profile} needs a CUDA card with at least {ARTICLE_GPU_GIB:.0f} GiB: {why}. On Kaggle or Colab choose "
+        f"profile {profile} needs a CUDA GPU with at least {ARTICLE_GPU_GIB:.0f} GiB: {why}. On Kaggle or Colab choose "
         f"a T4 accelerator; on this machine use profile demo"
     )
 
@@ -117,7 +117,7 @@ def resolve_profile(profile: str, cards: list[Gpu] | None = None) -> tuple[str, 
 
 
 def machine_report(run_dir: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """What a reader must know of the machine: platform, cores, memory and disk in GiB, cards, versions, secrets by source.
+    """What a reader must know of the machine: platform, cores, memory and disk in GiB, GPUs, versions, secrets by source.
 
     Secrets are looked for under the names that `overrides` set; its other settings are not looked at. Raises ConfigError for a
     name that is none."""
@@ -132,7 +132,7 @@ def machine_report(run_dir: Path, overrides: Iterable[str] = ()) -> dict[str, An
         "memory_free_gib": round(memory.available / GIB, 1),
         "disk_free_gib": round(disk_free_gib(run_dir), 1),
         "cache_disk_free_gib": round(disk_free_gib(cache_dir()), 1),
-        "gpus": ", ".join(f"{card.name}, {card.memory_gib:.0f} GiB" for card in gpus()) or "none",
+        "gpus": ", ".join(f"{gpu.name}, {gpu.memory_gib:.0f} GiB" for gpu in visible_gpus()) or "none",
         "versions": installed_versions(),
         "secrets": secrets_found(names),
     }

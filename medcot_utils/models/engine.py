@@ -46,12 +46,12 @@ def quiet_start(seed: int = 3407) -> None:
 
 
 def local_rank() -> int:
-    """The card of this process: 0 but where torchrun started several."""
+    """The GPU of this process: 0 but where torchrun started several."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def compute_dtype(settings: ModelSettings) -> torch.dtype:
-    """The dtype of activations: as set, or with `auto` bfloat16 on cards that have it, float16 on others, float32 on a CPU."""
+    """The dtype of activations: as set, or with `auto` bfloat16 on GPUs that have it, float16 on others, float32 on a CPU."""
     import torch
 
     if settings.dtype != "auto":
@@ -62,9 +62,9 @@ def compute_dtype(settings: ModelSettings) -> torch.dtype:
 
 
 def get_engine(settings: ModelSettings, fast_answers: bool = False) -> ModuleType:
-    """The engine module to use. `auto`: unsloth where it is installed and a CUDA card is visible, else transformers.
+    """The engine module to use. `auto`: unsloth where it is installed and a CUDA GPU is visible, else transformers.
 
-    With `fast_answers` (the notebooks that only ask) it is transformers, too, on a card with room for the 16-bit weights:
+    With `fast_answers` (the notebooks that only ask) it is transformers, too, on a GPU with room for the 16-bit weights:
     what makes its generation fast, a compiled step over a static cache, cannot run in a process that unsloth has patched.
 
     Import order is a fact of this field: unsloth patches trl, transformers and peft and must come before them, so this
@@ -72,9 +72,9 @@ def get_engine(settings: ModelSettings, fast_answers: bool = False) -> ModuleTyp
     quiet_start()
     import torch
 
-    name, has_card = settings.engine, torch.cuda.is_available()
+    name, has_gpu = settings.engine, torch.cuda.is_available()
     has_unsloth = importlib.util.find_spec("unsloth") is not None
-    if has_card:
+    if has_gpu:
         torch.cuda.set_device(local_rank())
         if settings.gpu_memory_gib:
             total = torch.cuda.get_device_properties(local_rank()).total_memory
@@ -82,9 +82,9 @@ def get_engine(settings: ModelSettings, fast_answers: bool = False) -> ModuleTyp
         fast_answers = fast_answers and torch.cuda.mem_get_info()[0] >= FAST_ANSWERS_GIB * 2**30
         fast_answers = fast_answers and (settings.gpu_memory_gib or math.inf) >= FAST_ANSWERS_GIB
     if name == "auto":
-        name = "unsloth" if has_card and has_unsloth and not fast_answers else "transformers"
-    if name == "unsloth" and not (has_card and has_unsloth):
-        missing = "a CUDA card is not visible" if has_unsloth else "the package unsloth is not installed"
+        name = "unsloth" if has_gpu and has_unsloth and not fast_answers else "transformers"
+    if name == "unsloth" and not (has_gpu and has_unsloth):
+        missing = "a CUDA GPU is not visible" if has_unsloth else "the package unsloth is not installed"
         raise PlatformError(f"model.engine unsloth: {missing}. Use --set model.engine=transformers")
     return importlib.import_module(f"medcot_utils.models.{name}_engine")
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from medcot_utils.config import GenerationSettings
 from medcot_utils.data.prompts import inference_prompt, parse_completion
 from medcot_utils.errors import MedcotError
-from medcot_utils.machine.gpu import free_card_memory
+from medcot_utils.machine.gpu import free_gpu_memory
 
-MAX_BATCH = 64  # more gains little on a card: the step is then bound by arithmetic
+MAX_BATCH = 64  # more gains little on a GPU: the step is then bound by arithmetic
 CPU_BATCH = 8
 # The compilation takes about a minute; a step of 64 answers in 4 bits about 40 ms more than a compiled one (benchmarks/).
 STEPS_WORTH_COMPILING = 1000
@@ -45,12 +45,12 @@ def resolve(
 ) -> tuple[PreTrainedModel, GenerationSettings]:
     """(model, settings) for many answers, with every `auto` decided; says what was decided.
 
-    Where a card has room and there are enough steps to repay the compilation, the cache is static: the model is dequantized
+    Where a GPU has room and there are enough steps to repay the compilation, the cache is static: the model is dequantized
     to its compute dtype, adapter merged (`engines.fast`), and each step runs compiled. Else the model stays as it is.
     `prompt_tokens`: the longest prompt's."""
     import torch
 
-    on_card, cache = torch.cuda.is_available(), settings.cache_implementation
+    on_gpu, cache = torch.cuda.is_available(), settings.cache_implementation
     size = model.config.get_text_config()
     head = getattr(size, "head_dim", None) or size.hidden_size // size.num_attention_heads
     row = 4 * size.num_hidden_layers * size.num_key_value_heads * head * (prompt_tokens + settings.max_new_tokens)
@@ -58,7 +58,7 @@ def resolve(
     if cache == "auto":
         batches = -(-questions // MAX_BATCH)
         weights = 2 * model.num_parameters()
-        room = on_card and free_card_memory() > 1.3 * weights + 1.5 * row * min(questions, MAX_BATCH)
+        room = on_gpu and free_gpu_memory() > 1.3 * weights + 1.5 * row * min(questions, MAX_BATCH)
         long = batches * settings.max_new_tokens >= STEPS_WORTH_COMPILING
         cache = "static" if room and long and not patched else "dynamic"
     if cache == "static":
@@ -74,10 +74,10 @@ def resolve(
     batch_size = settings.batch_size
     if batch_size == "auto":
         # A cache that grows is copied as it does; one of fixed size is there once.
-        fits = int(free_card_memory() / (row * (1.2 if cache == "static" else 2.5))) if on_card else CPU_BATCH
+        fits = int(free_gpu_memory() / (row * (1.2 if cache == "static" else 2.5))) if on_gpu else CPU_BATCH
         batches = -(-questions // max(1, min(MAX_BATCH, fits, questions)))
         batch_size = -(-questions // batches)
-    static = "a static cache, weights dequantized" + (", compiled steps" if on_card else "")
+    static = "a static cache, weights dequantized" + (", compiled steps" if on_gpu else "")
     how = static if cache == "static" else "a cache that grows, weights as loaded"
     print(f"{questions} questions in batches of {batch_size}: {how}")
     return model, settings.model_copy(update={"batch_size": batch_size, "cache_implementation": cache})
@@ -98,7 +98,7 @@ def answer_questions(
     one question of notebook 02). A record: id, sample (0: greedy), prompt, completion, thinking, answer, completion_tokens,
     thinking_tokens, answer_tokens, closed (`</think>` tags), well_formed (closed once, text on both sides), finished (ended
     by EOS, not cut at max_new_tokens), seconds (its share of its batch's time). The model may be used up (see `resolve`); a
-    batch that the card's memory does not hold is halved. Raises GenerationError for a static cache in a process that
+    batch that the GPU's memory does not hold is halved. Raises GenerationError for a static cache in a process that
     unsloth has patched."""
     import torch
 

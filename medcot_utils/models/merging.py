@@ -12,7 +12,7 @@ from psutil import virtual_memory
 
 from medcot_utils.config import ModelSettings
 from medcot_utils.errors import MedcotError
-from medcot_utils.machine.gpu import free_card_memory
+from medcot_utils.machine.gpu import free_gpu_memory
 from medcot_utils.models.embedded import load_tokenizer, model_source
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ class MergeError(MedcotError):
 
 
 def load_unquantized(source: str | Path, dtype: str, revision: str | None = None, adapter: Path | None = None):
-    """(model, tokenizer) in `dtype`, never quantized, with a PEFT adapter where one is named; on the card where it has room,
+    """(model, tokenizer) in `dtype`, never quantized, with a PEFT adapter where one is named; on the GPU where it has room,
     and a quarter more for what is computed.
 
-    On a smaller card, as much of it as leaves that quarter free: the rest waits in the machine's memory and accelerate moves
-    it to the card when its turn comes. An 8B model in 16 bits takes 15 GiB, and a T4 has 14.6."""
+    On a smaller GPU, as much of it as leaves that quarter free: the rest waits in the machine's memory and accelerate moves
+    it to the GPU when its turn comes. An 8B model in 16 bits takes 15 GiB, and a T4 has 14.6."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -51,7 +51,7 @@ def _placement(source: str | Path, kind: torch.dtype, revision: str | None) -> d
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, revision=revision))
     weights = kind.itemsize * sum(parameter.numel() for parameter in shapes.parameters())
-    free = free_card_memory()
+    free = free_gpu_memory()
     if free > 1.25 * weights:
         return {"device_map": {"": 0}}
     room = {0: max(0, int(free - 0.25 * weights)), "cpu": virtual_memory().available}
@@ -71,7 +71,7 @@ def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str) -> None
     model and tokenizer to `out` as safetensors in `dtype`.
 
     The weights pass through the machine's memory one file (4 GB) at a time: an 8B model is merged in less memory than a free
-    Colab machine has, and needs no card. A sum is made in float32 and rounded once. Raises MergeError for a base without
+    Colab machine has, and needs no GPU. A sum is made in float32 and rounded once. Raises MergeError for a base without
     safetensors, or an adapter of another model."""
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards

@@ -1,4 +1,4 @@
-"""What makes many answers fast on a card with room: 16-bit weights, and attention that reads a static cache once.
+"""What makes many answers fast on a GPU with room: 16-bit weights, and attention that reads a static cache once.
 
 A compiled step over a static cache needs weights that no kernel has to unpack, so the 4-bit weights are dequantized, once,
 to the very values the 4-bit layers compute with; the adapter is added to them. Nothing here is used with Unsloth's patches."""

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
-from medcot_utils.machine.gpu import release_card_memory
+from medcot_utils.machine.gpu import release_gpu_memory
 from medcot_utils.models.embedded import load_tokenizer, model_source
 from medcot_utils.models.engine import compute_dtype, local_rank
 from medcot_utils.models.merging import merge
@@ -22,7 +22,7 @@ WHOLE_LOGITS = True  # TRL's loss keeps the logits of a whole micro-batch
 
 def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model, 4-bit nf4 with double quantization if asked, and its tokenizer; with the trained adapter on it if given."""
-    release_card_memory()
+    release_gpu_memory()
     source, dtype = model_source(settings.name), compute_dtype(settings)
     quantization = None
     if settings.load_in_4bit:

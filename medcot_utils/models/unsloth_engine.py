@@ -1,4 +1,4 @@
-"""The fast engine: Unsloth's kernels on a CUDA card. Imported before trl, transformers and peft."""
+"""The fast engine: Unsloth's kernels on a CUDA GPU. Imported before trl, transformers and peft."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unsloth import FastLanguageModel
 
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
-from medcot_utils.machine.gpu import release_card_memory
+from medcot_utils.machine.gpu import release_gpu_memory
 from medcot_utils.models.embedded import model_source
 from medcot_utils.models.engine import local_rank
 from medcot_utils.models.merging import merge
@@ -28,7 +28,7 @@ _PADDED_FROM = (9, 0)
 
 def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As the article: `FastLanguageModel.from_pretrained`, from the pinned pre-quantized copy where there is one."""
-    release_card_memory()
+    release_gpu_memory()
     quantized = settings.load_in_4bit and settings.quantized_name is not None
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=settings.quantized_name if quantized else model_source(settings.name),

@@ -25,7 +25,7 @@ from medcot_utils.config import ConfigError, RunConfig, config_from_dict
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine import paths
 from medcot_utils.machine.disk import full_disk_told
-from medcot_utils.machine.gpu import peak_card_memory_mb
+from medcot_utils.machine.gpu import peak_gpu_memory_mb
 from medcot_utils.run.artifacts import ARTIFACTS, SHIPPED_CASES, STEPS, Artifact
 from medcot_utils.run.files import fsync, remove, sha256_of, take_the_place, to_json, write_atomic, write_beside
 
@@ -38,9 +38,9 @@ class RunError(MedcotError):
 
 def describe_costs(entry: dict[str, Any]) -> str:
     """A done step's seconds and memory, from its entry in the manifest."""
-    card = entry.get("peak_card_memory_mb")
-    of_the_card = f", {card['reserved']} MB of the card" if card else ""
-    return f"{entry['seconds']} s, peak memory {entry['peak_memory_mb']} MB{of_the_card}"
+    gpu = entry.get("peak_gpu_memory_mb")
+    of_the_gpu = f", {gpu['reserved']} MB of the GPU" if gpu else ""
+    return f"{entry['seconds']} s, peak memory {entry['peak_memory_mb']} MB{of_the_gpu}"
 
 
 class Run:
@@ -109,6 +109,9 @@ class Run:
             manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
             if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
                 raise ValueError(f"not a manifest of format {FORMAT}")
+            for step in manifest["steps"].values():  # its name until 0.1
+                if "peak_card_memory_mb" in step:
+                    step["peak_gpu_memory_mb"] = step.pop("peak_card_memory_mb")
             return manifest
         except (OSError, ValueError) as error:
             raise RunError(f"{self.path.name}/{MANIFEST} cannot be read ({error}): run notebook 01_setup again") from error
@@ -302,11 +305,11 @@ class Run:
 
     def finish(self, step: str, since: float | None = None) -> dict[str, Any]:
         """Record the step as done, with seconds since `since` (a `time.time()`; `begin` if None) and the most that this process
-        has held of the machine's memory and of its card's, in MB."""
+        has held of the machine's memory and of its GPU's, in MB."""
         began = since or self.manifest()["steps"][step]["started"]
         # Linux reports kilobytes.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        memory = {"peak_memory_mb": round(peak), "peak_card_memory_mb": peak_card_memory_mb()}
+        memory = {"peak_memory_mb": round(peak), "peak_gpu_memory_mb": peak_gpu_memory_mb()}
         entry = {"state": "done", "seconds": round(time.time() - began, 1)} | memory
         self.record_step(step, **entry)
         return entry

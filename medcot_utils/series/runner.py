@@ -57,7 +57,7 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
     """The configuration of this call and a line saying where it comes from, with everything checked that needs no model.
 
     A named profile starts from that profile; without one, an existing run's stored settings are kept and the overrides
-    laid over them. Raises a MedcotError for an unknown profile or setting, a missing card or key, or data that cannot be used."""
+    laid over them. Raises a MedcotError for an unknown profile or setting, a missing GPU or key, or data that cannot be used."""
     overrides = list(overrides)
     if profile is None and (run_dir / CONFIG).exists():
         stored = Run.open(run_dir).config
@@ -224,12 +224,12 @@ def _register_engine(name: str, report: Report) -> None:
 def status(run: Run) -> dict[str, Any]:
     """What `medcot status --json` prints: {run_dir, profile, steps, metrics}.
 
-    A step: {name, state, seconds, peak_memory_mb, peak_card_memory_mb, error}, the card's as {allocated, reserved}, None without
+    A step: {name, state, seconds, peak_memory_mb, peak_gpu_memory_mb, error}, the GPU's as {allocated, reserved}, None without
     one. metrics holds the headline ones, each {base, tuned, difference: {value, low, high, n}}; empty before notebook 06."""
     recorded = run.manifest()["steps"]
     steps = [
         {"name": name, "state": run.step_state(name, deep=False)}
-        | {key: recorded.get(name, {}).get(key) for key in ("seconds", "peak_memory_mb", "peak_card_memory_mb", "error")}
+        | {key: recorded.get(name, {}).get(key) for key in ("seconds", "peak_memory_mb", "peak_gpu_memory_mb", "error")}
         for name in NOTEBOOKS
     ]
     metrics = {}

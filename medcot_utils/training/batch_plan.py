@@ -27,7 +27,7 @@ _HEADROOM = 0.9
 
 
 class PlanError(MedcotError):
-    """The effective batch cannot be trained on this card; the message says what is needed, what is free and what to do."""
+    """The effective batch cannot be trained on this GPU; the message says what is needed, what is free and what to do."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def batch_plans(
     lengths: Sequence[int],
     whole_logits: bool,
     num_processes: int = 1,
-    on_card: bool | None = None,
+    on_gpu: bool | None = None,
 ) -> list[BatchPlan]:
     """Every way to share out the effective batch of the settings, fastest first by `relative_cost`; what memory allows is
     not asked here. One plan only, as set, with `training.batch_plan: as_set` and on a CPU, where larger micro-batches gain
@@ -112,8 +112,8 @@ def batch_plans(
     if t.effective_batch_size % num_processes:
         raise PlanError(f"{num_processes} processes cannot evenly share an effective batch of {t.effective_batch_size} rows")
     share = t.effective_batch_size // num_processes
-    on_card = torch.cuda.is_available() if on_card is None else on_card
-    if t.batch_plan == "as_set" or not on_card:
+    on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
+    if t.batch_plan == "as_set" or not on_gpu:
         per_device = min(t.per_device_train_batch_size, share)
         choices = [(per_device if share % per_device == 0 else math.gcd(per_device, share), asked)]
     else:
@@ -122,7 +122,7 @@ def batch_plans(
     plans = []
     for size, checkpointing in choices:
         parts = memory_parts(model, config, size * max(lengths), checkpointing, whole_logits)
-        # The weights lie on the card already when the plan is made.
+        # The weights lie on the GPU already when the plan is made.
         need = parts["total"] - parts["base weights"] - parts["LoRA weights (float32)"]
         tokens = padded_tokens(lengths, size) * (_RECOMPUTE if checkpointing else 1) + _MICRO_BATCH_TOKENS
         plans.append(BatchPlan(size, share // size, num_processes, checkpointing, round(need, 1), round(tokens * share / size)))
@@ -138,7 +138,7 @@ def choose(plans: Sequence[BatchPlan], free: float) -> list[BatchPlan]:
         raise PlanError(
             f"a training step needs {smallest.memory_mb / 1e3:.1f} GB beside the weights even as {smallest}; "
             f"{free / 1e9:.1f} GB are free. Lower model.max_seq_length or lora.r, switch on lora.use_gradient_checkpointing, "
-            f"or use a larger card"
+            f"or use a larger GPU"
         )
     chosen = [fitting[0]]
     for plan in sorted(plans, key=lambda plan: -plan.memory_mb):
@@ -166,7 +166,7 @@ def plans_table(plans: Sequence[BatchPlan], chosen: BatchPlan, weights_mb: float
 
 
 def measured_memory_gb() -> dict[str, float]:
-    """The most this process has held of its card since training began, by name (GB); empty without a card."""
+    """The most this process has held of its GPU since training began, by name (GB); empty without a GPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -105,7 +105,7 @@ class SkippedSteps(TrainerCallback):
             raise SkippedStepsError(
                 f"{skipped} of {state.global_step} optimizer steps were skipped because gradients overflowed in float16 (up to "
                 f"{MAX_SKIPPED_STEPS} at the start are usual): lower training.learning_rate, look for rows with odd text, or "
-                f"use a card with bfloat16"
+                f"use a GPU with bfloat16"
             )
 
 

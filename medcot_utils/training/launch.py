@@ -28,11 +28,11 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def train_in_processes(run: Run, num_processes: int) -> None:
-    """Train the run to its last step in `num_processes` processes, one to a card; the last checkpoint is left to be taken up.
+    """Train the run to its last step in `num_processes` processes, one to a GPU; the last checkpoint is left to be taken up.
 
     A process that runs out of memory ends them all, and the next batch plan goes on from the last checkpoint. Raises
     TrainingError with the first failing process's message, or TimeBudgetReached where training.max_hours ended it in time."""
-    check_cards(num_processes)
+    check_gpus(num_processes)
     output_dir = run.checkpoint_dir("adapter")
     for skip_plans in itertools.count():
         progress = output_dir / PROGRESS
@@ -49,15 +49,15 @@ def train_in_processes(run: Run, num_processes: int) -> None:
         print(f"out of memory: going on with the next smaller batch plan from {checkpoint.name if checkpoint else 'the start'}")
 
 
-def check_cards(num_processes: int) -> None:
-    """Raises TrainingError if there are cards, but fewer than processes."""
+def check_gpus(num_processes: int) -> None:
+    """Raises TrainingError if there are GPUs, but fewer than processes."""
     import torch
 
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if 0 < cards < num_processes:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if 0 < gpus < num_processes:
         raise TrainingError(
-            f"training.num_processes is {num_processes}, but only {cards} can be seen: each process needs a card of its own. "
-            f"Set training.num_processes={cards}"
+            f"training.num_processes is {num_processes}, but only {gpus} can be seen: each process needs a GPU of its own. "
+            f"Set training.num_processes={gpus}"
         )
 
 

@@ -35,7 +35,7 @@ def band() -> dict[int, tuple[float, float]]:
     """{step: (lowest, highest loss)} over the public runs, widened to twice its width on either side and at least by 0.05.
 
     Five runs of two library versions are too few for a quantile; 0.05 is about what another library version, another
-    version of the data or another card changed in the runs that are not in the band."""
+    version of the data or another GPU changed in the runs that are not in the band."""
     known = reference()
     bounds = {}
     for index, step in enumerate(known["steps"]):

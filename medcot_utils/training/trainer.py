@@ -16,7 +16,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 from medcot_utils.config import RunConfig
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.disk import full_disk_told
-from medcot_utils.machine.gpu import free_card_memory, measure_anew, release_card_memory
+from medcot_utils.machine.gpu import free_gpu_memory, measure_anew, release_gpu_memory
 from medcot_utils.models.engine import compute_dtype
 from medcot_utils.training.batch_plan import BatchPlan, batch_plans, choose
 from medcot_utils.training.callbacks import LossFigure, ProgressFile, SkippedSteps, TimeBudget, TimeBudgetReached, TqdmProgress
@@ -39,7 +39,7 @@ def sft_arguments(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
     """The keyword arguments of `trl.SFTConfig` (but for output_dir), all that differ from its defaults or matter here."""
     import torch
 
-    t, on_card = config.training, torch.cuda.is_available()
+    t, on_gpu = config.training, torch.cuda.is_available()
     dtype = compute_dtype(config.model)
     return {
         "per_device_train_batch_size": plan.per_device_train_batch_size,
@@ -60,12 +60,12 @@ def sft_arguments(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
         "eval_steps": t.eval_steps,
         "seed": config.seed,
         "data_seed": config.seed,
-        "bf16": on_card and dtype == torch.bfloat16,
-        "fp16": on_card and dtype == torch.float16,
+        "bf16": on_gpu and dtype == torch.bfloat16,
+        "fp16": on_gpu and dtype == torch.float16,
         # TRL's default would put it back on.
         "gradient_checkpointing": bool(plan.gradient_checkpointing),
-        "use_cpu": not on_card,
-        "dataloader_pin_memory": on_card,
+        "use_cpu": not on_gpu,
+        "dataloader_pin_memory": on_gpu,
         "ddp_find_unused_parameters": False if plan.num_processes > 1 else None,
         "report_to": "none",
     }
@@ -116,11 +116,11 @@ def train(
 ) -> SFTTrainer:
     """Train to the end from the last good checkpoint in the trainer's output_dir, or from the start; says which.
 
-    `make_trainer(plan)` gives a trainer for a plan, as notebook 05 shows. When the card's memory runs out, the finished
+    `make_trainer(plan)` gives a trainer for a plan, as notebook 05 shows. When the GPU's memory runs out, the finished
     steps are saved and the next plan, which needs less, goes on from there. Each trainer gets the `callbacks`, as those of
     `tracking.callbacks`. Returns the trainer that finished.
 
-    Raises DiskError where a checkpoint finds no room (the one before stays whole), the card's own error if the last plan runs
+    Raises DiskError where a checkpoint finds no room (the one before stays whole), the GPU's own error if the last plan runs
     out of memory too, TimeBudgetReached where training.max_hours ended it in time (a checkpoint is there), and TrainingError
     for an effective batch other than the configured one."""
     from accelerate.utils.memory import should_reduce_batch_size
@@ -179,7 +179,7 @@ def _take_up(trainer: SFTTrainer, checkpoint: Path, state: TrainerState) -> None
 
 
 def _keep_finished_steps(trainer: SFTTrainer) -> None:
-    """Save the state after the last finished step and give back what the trainer holds on the card. A step that ran out of
+    """Save the state after the last finished step and give back what the trainer holds on the GPU. A step that ran out of
     memory has changed neither weights nor optimizer, so nothing of it needs undoing."""
     trainer.model.zero_grad(set_to_none=True)
     saved = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
@@ -187,11 +187,11 @@ def _keep_finished_steps(trainer: SFTTrainer) -> None:
         trainer._save_checkpoint(trainer.model, trial=None)
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
-    release_card_memory()
+    release_gpu_memory()
 
 
-def keep_to_one_card(trainer: SFTTrainer) -> None:
-    """One process trains on one card, also where it sees several. Left alone the Trainer would give each card a whole
+def keep_to_one_gpu(trainer: SFTTrainer) -> None:
+    """One process trains on one GPU, also where it sees several. Left alone the Trainer would give each GPU a whole
     per-device batch (DataParallel): with two, twice the effective batch, without a word."""
     if trainer.args.n_gpu > 1:
         trainer.args._n_gpu = 1
@@ -204,7 +204,7 @@ def check_effective_batch(trainer: SFTTrainer, config: RunConfig) -> int:
     actual = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
     if actual != planned:
         raise TrainingError(
-            f"each step would train on {actual} rows where {planned} were asked for ({trainer.args.n_gpu} cards visible): "
+            f"each step would train on {actual} rows where {planned} were asked for ({trainer.args.n_gpu} GPUs visible): "
             f"set CUDA_VISIBLE_DEVICES=0"
         )
     return actual
@@ -213,7 +213,7 @@ def check_effective_batch(trainer: SFTTrainer, config: RunConfig) -> int:
 def keep_lora_float32(trainer: SFTTrainer) -> None:
     """Undo TRL's cast of the LoRA matrices to bfloat16.
 
-    SFTTrainer casts them when the base is quantized. Steps of 1e-3 and less are then rounded to 8 bits of mantissa, a card
+    SFTTrainer casts them when the base is quantized. Steps of 1e-3 and less are then rounded to 8 bits of mantissa, a GPU
     without bfloat16 (T4) cannot scale such gradients, and the article's engine, Unsloth, keeps them in float32."""
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
@@ -224,10 +224,10 @@ def keep_lora_float32(trainer: SFTTrainer) -> None:
 
 
 def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
-    """The trainer made ready: kept to one card, effective batch checked, LoRA matrices in float32, skipped steps counted, the
+    """The trainer made ready: kept to one GPU, effective batch checked, LoRA matrices in float32, skipped steps counted, the
     time budget watched, and a progress bar and a live loss figure in place of its printed dictionaries. Raises TrainingError
     if the effective batch is not the configured one."""
-    keep_to_one_card(trainer)
+    keep_to_one_gpu(trainer)
     rows = check_effective_batch(trainer, config)
     keep_lora_float32(trainer)
     for kind in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
@@ -250,9 +250,9 @@ def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
 def plan_training(
     engine: ModuleType, model: PreTrainedModel, config: RunConfig, rows: Dataset, processes: int = 1
 ) -> list[BatchPlan]:
-    """The batch plans to try in turn for tokenized rows, by this card's free memory. Raises PlanError if none fits."""
+    """The batch plans to try in turn for tokenized rows, by this GPU's free memory. Raises PlanError if none fits."""
     lengths = [len(ids) for ids in rows["input_ids"]]
-    return choose(batch_plans(model, config, lengths, engine.WHOLE_LOGITS, processes), free_card_memory())
+    return choose(batch_plans(model, config, lengths, engine.WHOLE_LOGITS, processes), free_gpu_memory())
 
 
 def make_sft_trainer(

@@ -1,6 +1,6 @@
-"""One of several training processes: `torchrun --nproc-per-node 4 -m medcot_utils.training.worker RUN_DIR`; alone without torchrun.
+"""One of several training processes: `torchrun --nproc-per-node 4 -m medcot_utils.training.worker RUN_DIR`; also runs alone.
 
-Each process holds a whole model on its own card and takes its share of every batch; the first one writes checkpoints and
+Each process holds a whole model on its own GPU and takes its share of every batch; the first one writes checkpoints and
 progress. It leaves the checkpoint of the last step, which notebook 05 takes up."""
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     train_rows, held_out_rows = run.read("train_rows"), run.read("held_out_rows")
     plans = plan_training(engine, model, config, train_rows, int(os.environ.get("WORLD_SIZE", 1)))
     if options.skip_plans >= len(plans):
-        raise TrainingError(f"memory ran out with each of the {len(plans)} batch plans: use a larger card or shorter rows")
+        raise TrainingError(f"memory ran out with each of the {len(plans)} batch plans: use a larger GPU or shorter rows")
     output_dir = run.checkpoint_dir("adapter")
 
     def make_trainer(plan):

@@ -1,4 +1,4 @@
-"""Tests that need a CUDA card: skipped with that reason elsewhere. A model of random weights, wide enough for real kernels."""
+"""Tests that need a CUDA GPU: skipped with that reason elsewhere. A model of random weights, wide enough for real kernels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if GPU_TESTS in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason="no CUDA card is visible"))
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU is visible"))
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,7 @@ def copy_untrained(one, tmp_path_factory):
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
-    """For what this process trains itself: no card, here and in the processes it starts."""
+    """For what this process trains itself: no GPU, here and in the processes it starts."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 

@@ -127,7 +127,7 @@ def test_without_a_name_of_ones_own_the_signed_in_user_owns_the_kernel(medcot, s
     assert "its owner is set by medcot kaggle push" in succeed(medcot("build", "--profile", "demo"))
     assert f"pushed {USER}/medcot-series" in succeed(medcot("push"))
     assert server.saved[0]["slug"] == f"{USER}/medcot-series" and "your-name" not in server.saved[0]["text"]
-    assert server.saved[0]["enableGpu"] is False, "the embedded default needs no card, and takes no quota"
+    assert server.saved[0]["enableGpu"] is False, "the embedded default needs no GPU, and takes no quota"
     assert json.loads((tmp_path / "here" / "kernel-metadata.json").read_text())["id"] == f"{USER}/medcot-series"
 
 

@@ -36,7 +36,7 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-# Rows of the Hub's data sets in the usual shape, by the columns that lm-eval's own tasks read; PubMedQA's by its card.
+# Rows of the Hub's data sets in the usual shape, by the columns that lm-eval's own tasks read; PubMedQA's by its data card.
 SHAPES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "usual": dict,
     "medqa": lambda row: {

@@ -238,7 +238,7 @@ def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
         return pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
 
     class CountedHFLM(HFLM):
-        """lm-eval's own, with a progress bar that says whose answers these are; a batch too large for the card is halved."""
+        """lm-eval's own, with a progress bar that says whose answers these are; a batch too large for the GPU is halved."""
 
         def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
             sequences = in_halves(super()._model_generate, context, args, kwargs)

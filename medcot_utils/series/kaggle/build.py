@@ -34,7 +34,7 @@ MOST_BYTES = 1_000_000  # Kaggle refuses a larger notebook
 PLACEHOLDER_OWNER = "your-name"
 # Kaggle ends a session after 12 hours; the rest is for answers, merge and packing after the training has paused.
 MAX_HOURS = 10
-_ON_A_CARD = ("article", "recommended", "full", "auto")
+_ON_A_GPU = ("article", "recommended", "full", "auto")
 _CARRIED = ("pyproject.toml", "requirements.txt", "requirements-cpu.txt", "requirements-nodeps.txt", "LICENSE")
 _SOURCE = r"[A-Za-z0-9][\w-]*/[\w-]+"
 
@@ -102,9 +102,9 @@ class KernelMetadata(BaseModel):
         if not self.enable_internet:
             raise ValueError("enable_internet is false, but the session must install its pinned stack")
         if self.enable_tpu:
-            raise ValueError("enable_tpu is true, but the series runs on a CUDA card or the CPU: set it to false")
+            raise ValueError("enable_tpu is true, but the series runs on a CUDA GPU or the CPU: set it to false")
         if self.machine_shape == "NvidiaTeslaP100":
-            raise ValueError("machine_shape NvidiaTeslaP100: today's torch has nothing for that card, choose NvidiaTeslaT4")
+            raise ValueError("machine_shape NvidiaTeslaP100: today's torch has nothing for that GPU, choose NvidiaTeslaT4")
         if self.enable_gpu != bool(self.machine_shape):
             raise ValueError(f"enable_gpu is {self.enable_gpu}, but machine_shape is {self.machine_shape!r}")
         return self
@@ -161,7 +161,7 @@ def build(
     settings = _checked_settings(profile, list(settings))
     kernel = kernel or held.get("id", f"{PLACEHOLDER_OWNER}/medcot-series")
     slug = kernel.rpartition("/")[2]
-    card = profile in _ON_A_CARD
+    gpu = profile in _ON_A_GPU
     kept = {name: held.get(name) for name in ("docker_image", "keywords", "enable_tpu")}
     if kernel == held.get("id"):  # the number goes before the name: another kernel's would be overwritten
         kept["id_no"] = held.get("id_no")
@@ -170,8 +170,8 @@ def build(
         "title": slug.replace("-", " "),
         "code_file": f"build/kaggle/{slug}.ipynb",
         "is_private": held.get("is_private", True) if public is None else not public,
-        "enable_gpu": card,
-        "machine_shape": "NvidiaTeslaT4" if card else "",
+        "enable_gpu": gpu,
+        "machine_shape": "NvidiaTeslaT4" if gpu else "",
         "dataset_sources": _joined(held.get("dataset_sources", []), datasets),
         "competition_sources": held.get("competition_sources", []),
         "kernel_sources": _joined(held.get("kernel_sources", []), continue_from),
@@ -227,7 +227,7 @@ def _checked_settings(profile: str, settings: list[str]) -> list[str]:
             f"dataset.path {config.dataset.path} is a file of this machine: make it a data set on Kaggle, add that with "
             f"--dataset owner/slug, and give its path there, below /kaggle/input/"
         )
-    if profile in _ON_A_CARD and config.training.max_hours is None:
+    if profile in _ON_A_GPU and config.training.max_hours is None:
         settings = [*settings, f"training.max_hours={MAX_HOURS}"]
     return settings
 
@@ -260,9 +260,9 @@ def _package_files() -> list[Path]:
             listed = subprocess.run([*git, "ls-files", "-z", "medcot_utils"], capture_output=True, text=True, check=True).stdout
             return [HOME / name for name in listed.split("\0") if name and (HOME / name).is_file()]
     tool = tomllib.loads((HOME / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    code = [path for name in tool["packages"] for path in (HOME / name.replace(".", "/")).glob("*.py")]
-    data = [path for name, globs in tool["package-data"].items() for one in globs for path in (HOME / name).glob(one)]
-    return [path for path in [*code, *data] if path.is_file()]
+    folders = {name: HOME / name.replace(".", "/") for name in tool["package-data"]}
+    data = [path for name, globs in tool["package-data"].items() for one in globs for path in folders[name].glob(one)]
+    return [*(HOME / "medcot_utils").rglob("*.py"), *data]
 
 
 def _refuse_secrets(files: dict[str, bytes], settings: list[str]) -> None:

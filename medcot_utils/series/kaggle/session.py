@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from medcot_utils.errors import MedcotError
-from medcot_utils.machine.paths import HOME
+from medcot_utils.machine.installing import HOME
 
 RUN_NAME = "medcot-run"
 EX_PAUSED = 75
@@ -65,7 +65,7 @@ def read_secrets(profile: str, settings: Iterable[str] = ()) -> None:
 
 
 def resolved_profile(profile: str) -> str:
-    """The profile that `auto` means here. In a process of its own: asking a card for its memory would hold some of it."""
+    """The profile that `auto` means here. In a process of its own: asking a GPU for its memory would hold some of it."""
     if profile != "auto":
         return profile
     code = "from medcot_utils.machine.hardware import resolve_profile as r; print(r('auto')[0])"

@@ -72,7 +72,7 @@ BAD_ARGUMENTS = {
     "wrong type": (["--set", "training.max_steps=many"], ["training.max_steps is 'many'", "integer"]),
     "out of range": (["--set", "training.learning_rate=-1"], ["training.learning_rate is -1", "greater than 0"]),
     "from after to": (["--from", "6", "--to", "5"], ["--from 6 is after --to 5"]),
-    "article without a card": (["--profile", "article"], ["profile article needs a CUDA card", "use profile demo"]),
+    "article without a GPU": (["--profile", "article"], ["profile article needs a CUDA GPU", "use profile demo"]),
     "unknown parameter": (["--parameter", "QUESTON=Why?"], ["unknown notebook parameter 'QUESTON'", "QUESTION"]),
     "parameter without a value": (["--parameter", "QUESTION"], ["--parameter QUESTION: expected NAME=VALUE"]),
     "parameter that is an option": (["--parameter", "RUN_DIR=x"], ["--parameter RUN_DIR: use --run-dir"]),
@@ -170,7 +170,7 @@ def test_status_as_json_has_every_step_and_no_metrics_before_the_comparison(tmp_
     assert set(found) == {"run_dir", "profile", "steps", "metrics"}
     assert (found["profile"], found["metrics"]) == ("smoke", {})
     assert [step["name"] for step in found["steps"]] == list(STEPS)
-    keys = {"name", "state", "seconds", "peak_memory_mb", "peak_card_memory_mb", "error"}
+    keys = {"name", "state", "seconds", "peak_memory_mb", "peak_gpu_memory_mb", "error"}
     assert all(set(step) == keys for step in found["steps"])
     first, second, *rest = found["steps"]
     assert first["state"] == "done" and first["peak_memory_mb"] > 10 and first["error"] is None
@@ -178,10 +178,10 @@ def test_status_as_json_has_every_step_and_no_metrics_before_the_comparison(tmp_
     assert {step["state"] for step in rest} == {"not run"}
     shown = medcot("status", tmp_path / "run").stdout
     assert "failed: ValueError: no" in shown and "07_export" in shown
-    assert "of the card" not in shown
-    run.record_step("01_setup", peak_card_memory_mb={"allocated": 7700, "reserved": 8812})
+    assert "of the GPU" not in shown
+    run.record_step("01_setup", peak_gpu_memory_mb={"allocated": 7700, "reserved": 8812})
     shown = medcot("status", tmp_path / "run").stdout
-    assert "of the card" in shown and "8812 MB" in shown
+    assert "of the GPU" in shown and "8812 MB" in shown
 
 
 def test_doctor_says_of_every_profile_whether_it_can_run_here(tmp_path):
@@ -189,7 +189,7 @@ def test_doctor_says_of_every_profile_whether_it_can_run_here(tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     lines = {profile: next(line for line in result.stdout.splitlines() if profile in line) for profile in PROFILES}
     assert all(" yes " in line or " no " in line for line in lines.values())
-    assert " no " in lines["article"] and "no CUDA card is visible" in lines["article"]
+    assert " no " in lines["article"] and "no CUDA GPU is visible" in lines["article"]
     assert not (tmp_path / "run").exists(), "looking changes nothing"
 
 

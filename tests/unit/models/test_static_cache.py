@@ -25,7 +25,7 @@ from medcot_utils.models.generation import (
 )
 from medcot_utils.models.static_cache import GROUPED, _grouped_decode, dequantized, use_grouped_decode
 
-on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a card, what is decided depends on its memory")
+on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, what is decided depends on its memory")
 
 NEW_TOKENS = 12
 QUESTIONS = [
@@ -304,7 +304,7 @@ def test_a_static_cache_in_a_process_with_unsloth_simulated_is_refused_and_auto_
 
 
 def run_out_of_memory_above(limit, model, monkeypatch, message="CUDA out of memory. Tried to allocate 2.00 GiB."):
-    """Make `generate` raise as a card does for batches of more than `limit`; gives the sizes of the batches it was asked for."""
+    """Make `generate` raise as a GPU does for batches of more than `limit`; gives the sizes of the batches it was asked for."""
     generate, asked = model.generate, []
 
     def generate_or_raise(**arguments):

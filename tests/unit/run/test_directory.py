@@ -236,15 +236,15 @@ def test_a_step_goes_from_not_run_over_running_to_done(run_factory):
     entry = run.finish("01_setup")
     assert [*states, run.step_state("01_setup")] == ["not run", "running", "done"]
     assert entry["seconds"] >= 0 and entry["peak_memory_mb"] > 10
-    assert "peak_card_memory_mb" in entry
+    assert "peak_gpu_memory_mb" in entry
 
 
-def test_costs_name_the_card_only_where_there_was_one():
+def test_costs_name_the_gpu_only_where_there_was_one():
     entry = {"seconds": 93.0, "peak_memory_mb": 16808}
     assert describe_costs(entry) == "93.0 s, peak memory 16808 MB"
-    assert describe_costs(entry | {"peak_card_memory_mb": None}) == "93.0 s, peak memory 16808 MB"
-    on_a_card = entry | {"peak_card_memory_mb": {"allocated": 7700, "reserved": 8812}}
-    assert describe_costs(on_a_card) == "93.0 s, peak memory 16808 MB, 8812 MB of the card"
+    assert describe_costs(entry | {"peak_gpu_memory_mb": None}) == "93.0 s, peak memory 16808 MB"
+    on_a_gpu = entry | {"peak_gpu_memory_mb": {"allocated": 7700, "reserved": 8812}}
+    assert describe_costs(on_a_gpu) == "93.0 s, peak memory 16808 MB, 8812 MB of the GPU"
 
 
 def test_a_step_whose_process_is_gone_is_interrupted(run_factory):

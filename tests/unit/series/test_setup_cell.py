@@ -113,7 +113,8 @@ def test_a_setup_cell_changed_by_hand_is_a_fault(checkout):
     path = checkout / "notebooks" / "03_dataset_prep.ipynb"
     path.write_text(path.read_text().replace("find_spec", "find_specs", 1))
     assert faults(checkout) == [
-        "03_dataset_prep.ipynb: badges or setup cell differ from the template: python -m medcot_utils.series.committed setup-cells"
+        "03_dataset_prep.ipynb: badges or setup cell differ from the template: "
+        "python -m medcot_utils.series.committed setup-cells"
     ]
 
 

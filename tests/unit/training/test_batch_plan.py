@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medcot_utils.config import load_config
-from medcot_utils.machine.gpu import free_card_memory
+from medcot_utils.machine.gpu import free_gpu_memory
 from medcot_utils.models.engine import get_engine
 from medcot_utils.training.batch_plan import (
     BatchPlan,
@@ -53,8 +53,8 @@ def eight_b():
         return get_peft_model(LlamaForCausalLM(shape).to(torch.bfloat16), lora)
 
 
-def plans_on_a_card(model, config=CONFIG, lengths=LENGTHS, whole_logits=True, num_processes=1):
-    return batch_plans(model, config, lengths, whole_logits, num_processes, on_card=True)
+def plans_on_a_gpu(model, config=CONFIG, lengths=LENGTHS, whole_logits=True, num_processes=1):
+    return batch_plans(model, config, lengths, whole_logits, num_processes, on_gpu=True)
 
 
 def shapes(plans):
@@ -78,10 +78,10 @@ def beside_the_weights(parts):
         (["training.per_device_train_batch_size=7", "training.gradient_accumulation_steps=1"], [1, 7]),
     ],
 )
-def test_on_a_card_every_divisor_of_the_effective_batch_is_a_plan_with_and_without_checkpointing(tiny, overrides, sizes):
+def test_on_a_gpu_every_divisor_of_the_effective_batch_is_a_plan_with_and_without_checkpointing(tiny, overrides, sizes):
     config = load_config("smoke", ["lora.use_gradient_checkpointing=unsloth", *overrides])
     rows = config.training.effective_batch_size
-    plans = plans_on_a_card(tiny, config)
+    plans = plans_on_a_gpu(tiny, config)
     assert shapes(plans) == {(size, rows // size, checkpointing) for size in sizes for checkpointing in (False, "unsloth")}
     assert len(plans) == 2 * len(sizes), "none twice"
     assert {plan.effective_batch_size for plan in plans} == {rows}
@@ -91,16 +91,16 @@ def test_on_a_card_every_divisor_of_the_effective_batch_is_a_plan_with_and_witho
 
 @pytest.mark.model
 def test_where_no_checkpointing_is_asked_for_no_plan_has_it(tiny):
-    plans = plans_on_a_card(tiny, load_config("smoke", ["lora.use_gradient_checkpointing=false"]))
+    plans = plans_on_a_gpu(tiny, load_config("smoke", ["lora.use_gradient_checkpointing=false"]))
     assert shapes(plans) == {(1, 4, False), (2, 2, False), (4, 1, False)}
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("asked", ["unsloth", "true", "false"])
-@pytest.mark.parametrize(("on_card", "batch_plan"), [(True, "as_set"), (False, "as_set"), (False, "auto")])
-def test_as_set_and_on_a_cpu_the_one_plan_is_the_settings_own(tiny, asked, on_card, batch_plan):
+@pytest.mark.parametrize(("on_gpu", "batch_plan"), [(True, "as_set"), (False, "as_set"), (False, "auto")])
+def test_as_set_and_on_a_cpu_the_one_plan_is_the_settings_own(tiny, asked, on_gpu, batch_plan):
     config = load_config("smoke", [f"lora.use_gradient_checkpointing={asked}", f"training.batch_plan={batch_plan}"])
-    (plan,) = batch_plans(tiny, config, LENGTHS, True, on_card=on_card)
+    (plan,) = batch_plans(tiny, config, LENGTHS, True, on_gpu=on_gpu)
     assert (plan.per_device_train_batch_size, plan.gradient_accumulation_steps, plan.num_processes) == (2, 2, 1)
     assert plan.gradient_checkpointing == config.lora.use_gradient_checkpointing
 
@@ -109,7 +109,7 @@ def test_as_set_and_on_a_cpu_the_one_plan_is_the_settings_own(tiny, asked, on_ca
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
 @pytest.mark.parametrize("batch_plan", ["auto", "as_set"])
 def test_processes_share_the_effective_batch_evenly(tiny, num_processes, batch_plan):
-    plans = plans_on_a_card(tiny, load_config("smoke", [f"training.batch_plan={batch_plan}"]), num_processes=num_processes)
+    plans = plans_on_a_gpu(tiny, load_config("smoke", [f"training.batch_plan={batch_plan}"]), num_processes=num_processes)
     assert plans and {plan.effective_batch_size for plan in plans} == {4}
     assert {plan.per_device_train_batch_size * plan.gradient_accumulation_steps for plan in plans} == {4 // num_processes}
     assert {plan.num_processes for plan in plans} == {num_processes}
@@ -123,7 +123,7 @@ def test_as_set_keeps_the_set_rows_at_once_where_a_processes_share_allows_it(tin
             f"training.per_device_train_batch_size={per_device}",
             f"training.gradient_accumulation_steps={accumulation}",
         ]
-        (plan,) = plans_on_a_card(tiny, load_config("smoke", settings), num_processes=processes)
+        (plan,) = plans_on_a_gpu(tiny, load_config("smoke", settings), num_processes=processes)
         return plan.per_device_train_batch_size, plan.gradient_accumulation_steps
 
     assert rows_at_once(2, 4, 2) == (2, 2)
@@ -134,7 +134,7 @@ def test_as_set_keeps_the_set_rows_at_once_where_a_processes_share_allows_it(tin
 @pytest.mark.model
 def test_processes_that_cannot_share_the_batch_are_refused(tiny):
     with pytest.raises(PlanError, match="3 processes cannot evenly share an effective batch of 4 rows"):
-        plans_on_a_card(tiny, num_processes=3)
+        plans_on_a_gpu(tiny, num_processes=3)
 
 
 def test_a_plan_says_its_shape_in_words():
@@ -198,7 +198,7 @@ def test_an_8_bit_optimizer_takes_a_quarter_of_the_others_states(eight_b):
 
 
 def test_a_plans_memory_is_what_its_largest_micro_batch_needs_beside_the_weights(eight_b):
-    for plan in plans_on_a_card(eight_b, ARTICLE, whole_logits=True):
+    for plan in plans_on_a_gpu(eight_b, ARTICLE, whole_logits=True):
         tokens = plan.per_device_train_batch_size * max(LENGTHS)
         parts = memory_parts(eight_b, ARTICLE, tokens, plan.gradient_checkpointing, True)
         assert plan.memory_mb == pytest.approx(beside_the_weights(parts), abs=0.5)
@@ -209,7 +209,7 @@ def test_a_plans_memory_is_what_its_largest_micro_batch_needs_beside_the_weights
 
 @pytest.fixture(scope="module", params=[True, False], ids=["whole logits", "loss in pieces"])
 def article_plans(eight_b, request):
-    return plans_on_a_card(eight_b, ARTICLE, whole_logits=request.param)
+    return plans_on_a_gpu(eight_b, ARTICLE, whole_logits=request.param)
 
 
 def test_more_memory_never_chooses_a_slower_plan_and_what_is_chosen_fits(article_plans):
@@ -255,9 +255,9 @@ def test_too_little_memory_is_refused_with_what_is_needed_and_what_is_free(artic
     assert "Lower model.max_seq_length or lora.r" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a card")
-def test_without_a_card_memory_is_no_limit(article_plans):
-    assert choose(article_plans, free_card_memory())[0] == article_plans[0]
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_memory_is_no_limit(article_plans):
+    assert choose(article_plans, free_gpu_memory())[0] == article_plans[0]
 
 
 def test_the_table_has_a_line_for_each_plan_and_marks_the_chosen_one(article_plans):
@@ -282,7 +282,7 @@ def test_the_8b_shape_has_the_articles_trainable_parameters(eight_b):
 
 
 def test_the_estimate_for_8_rows_without_checkpointing_is_within_a_quarter_of_the_measured_step(eight_b):
-    # Measured on a card with the unsloth engine: 38.8 GiB reserved, 5.7 of them the 4-bit weights. (Here the weights would
+    # Measured on a GPU with the unsloth engine: 38.8 GiB reserved, 5.7 of them the 4-bit weights. (Here the weights would
     # count 16 bits each, so the parts beside them are compared.)
     parts = memory_parts(eight_b, ARTICLE, 8 * 1097, False, whole_logits=False)
     estimated = (parts["total"] - parts["base weights"]) * 1e6 / GIB
@@ -290,17 +290,17 @@ def test_the_estimate_for_8_rows_without_checkpointing_is_within_a_quarter_of_th
 
 
 @pytest.mark.parametrize("whole_logits", [True, False])
-def test_on_a_t4_the_article_is_trained_with_checkpointing_and_on_a_large_card_8_rows_without(eight_b, whole_logits):
+def test_on_a_t4_the_article_is_trained_with_checkpointing_and_on_a_large_gpu_8_rows_without(eight_b, whole_logits):
     lengths = [300 + 37 * index % 801 for index in range(500)]
     assert max(lengths) == 1100
-    plans = plans_on_a_card(eight_b, ARTICLE, lengths, whole_logits)
-    on_a_t4, on_a_large_card = choose(plans, 8.5 * GIB)[0], choose(plans, 130 * GIB)[0]
+    plans = plans_on_a_gpu(eight_b, ARTICLE, lengths, whole_logits)
+    on_a_t4, on_a_large_gpu = choose(plans, 8.5 * GIB)[0], choose(plans, 130 * GIB)[0]
     assert on_a_t4.gradient_checkpointing == "unsloth"
-    assert shapes([on_a_large_card]) == {(8, 1, False)}
+    assert shapes([on_a_large_gpu]) == {(8, 1, False)}
 
 
-def test_two_cards_take_four_rows_each_and_need_half_the_activations(eight_b):
-    alone = choose(plans_on_a_card(eight_b, ARTICLE), 130 * GIB)[0]
-    shared = choose(plans_on_a_card(eight_b, ARTICLE, num_processes=2), 130 * GIB)[0]
+def test_two_gpus_take_four_rows_each_and_need_half_the_activations(eight_b):
+    alone = choose(plans_on_a_gpu(eight_b, ARTICLE), 130 * GIB)[0]
+    shared = choose(plans_on_a_gpu(eight_b, ARTICLE, num_processes=2), 130 * GIB)[0]
     assert (shared.per_device_train_batch_size, shared.gradient_accumulation_steps, shared.num_processes) == (4, 1, 2)
     assert shared.memory_mb < 0.6 * alone.memory_mb

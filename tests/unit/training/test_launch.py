@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from medcot_utils.training import launch
 from medcot_utils.training.callbacks import TimeBudgetReached
-from medcot_utils.training.launch import _first_failure, check_cards, train_in_processes
+from medcot_utils.training.launch import _first_failure, check_gpus, train_in_processes
 from medcot_utils.training.trainer import TrainingError
 
 OUT_OF_MEMORY = ("process 1: OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity")
@@ -70,15 +70,15 @@ def test_a_simulated_launch_that_stopped_in_time_is_a_pause_and_no_failure(prepa
         train_in_processes(prepared, 2)
 
 
-@pytest.mark.parametrize(("cards", "refused"), [(0, False), (1, True), (2, False), (4, False)])
-def test_fewer_simulated_cards_than_processes_are_refused_and_none_at_all_is_the_cpu(cards, refused, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: cards > 0)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: cards)
+@pytest.mark.parametrize(("gpus", "refused"), [(0, False), (1, True), (2, False), (4, False)])
+def test_fewer_simulated_gpus_than_processes_are_refused_and_none_at_all_is_the_cpu(gpus, refused, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     if refused:
         with pytest.raises(TrainingError, match=r"num_processes is 2, but only 1 can be seen.*training\.num_processes=1"):
-            check_cards(2)
+            check_gpus(2)
     else:
-        check_cards(2)
+        check_gpus(2)
 
 
 # --- which failure is told -----------------------------------------------------------------------------------------

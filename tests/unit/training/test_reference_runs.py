@@ -94,7 +94,7 @@ def test_the_bands_bounds_by_hand():
     assert band()[60] == pytest.approx((1.3140 - 0.05, 1.3212 + 0.05))
 
 
-def test_the_runs_on_another_card_and_batch_are_not_all_inside():
+def test_the_runs_on_another_gpu_and_batch_are_not_all_inside():
     outside = [
         loss
         for run in reference()["other_runs"]

@@ -86,11 +86,11 @@ def test_an_effective_batch_that_differs_is_refused(tmp_path):
 
 
 @pytest.mark.model
-def test_with_two_cards_visible_stood_in_for_by_their_count_one_is_used_and_the_batch_stays(tmp_path):
+def test_with_two_gpus_visible_stood_in_for_by_their_count_one_is_used_and_the_batch_stays(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.args._n_gpu = 2  # what the Trainer counts, and what it then makes of its batch
     trainer._train_batch_size = trainer.args.train_batch_size
-    with pytest.raises(TrainingError, match=r"8 rows where 4 were asked for \(2 cards visible\)"):
+    with pytest.raises(TrainingError, match=r"8 rows where 4 were asked for \(2 GPUs visible\)"):
         check_effective_batch(trainer, CONFIG)
     assert trainer.get_train_dataloader().batch_sampler.batch_size == 4
     prepare_trainer(trainer, CONFIG)

@@ -35,7 +35,7 @@ pytest_plugins = ("training_fixtures",)
 
 
 class SimulatedOutOfMemory(TrainerCallback):
-    """Raises within a step, as a card would: after its first micro-batch, when gradients are there and no weight has moved."""
+    """Raises within a step, as a GPU would: after its first micro-batch, when gradients are there and no weight has moved."""
 
     def __init__(self, step, error):
         self.step, self.error = step, error
@@ -47,7 +47,7 @@ class SimulatedOutOfMemory(TrainerCallback):
     on_substep_end = on_pre_optimizer_step = raise_within_the_step  # a step of a single micro-batch has no substep
 
 
-# A card's own words; accelerate knows them by " out of memory.".
+# A GPU's own words; accelerate knows them by " out of memory.".
 OUT_OF_MEMORY = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.56 GiB of which 1.1 GiB is free."
 )
@@ -99,7 +99,7 @@ def test_memory_that_runs_out_twice_simulated_goes_down_two_plans(uninterrupted,
 
 
 @pytest.mark.model
-def test_the_last_plan_that_runs_out_of_memory_simulated_raises_the_cards_own_error(tmp_path):
+def test_the_last_plan_that_runs_out_of_memory_simulated_raises_the_gpus_own_error(tmp_path):
     with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\. Tried to allocate"):
         trained(tmp_path, plans=[plan(2, 2), plan(1, 4)], change=failing([3, 3]))
     assert last_good_checkpoint(tmp_path).name == "checkpoint-2", "what was finished is kept"
@@ -188,7 +188,7 @@ def test_the_budget_leaves_time_for_two_more_steps_and_a_minute_to_save(tmp_path
 
 
 class ScriptedAccelerator:
-    """Stands in for accelerate's, of which only one with a float16 card skips steps: it says whether each step was skipped."""
+    """Stands in for accelerate's, of which only one with a float16 GPU skips steps: it says whether each step was skipped."""
 
     def __init__(self, script):
         self.script = iter(script)

@@ -1,4 +1,4 @@
-"""Two models' multiple-choice answers side by side: questions seen in training set apart, and a card that is too small."""
+"""Two models' multiple-choice answers side by side: questions seen in training set apart, and a GPU that is too small."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_where_every_question_was_seen_nothing_is_compared():
 
 
 @pytest.mark.model
-def test_a_batch_that_a_simulated_card_cannot_hold_is_halved_and_the_answers_stay(monkeypatch, capsys):
+def test_a_batch_that_a_simulated_gpu_cannot_hold_is_halved_and_the_answers_stay(monkeypatch, capsys):
     import torch
 
     from medcot_utils.models.engine import get_engine
@@ -58,13 +58,13 @@ def test_a_batch_that_a_simulated_card_cannot_hold_is_halved_and_the_answers_sta
 
     generate, sizes = model.generate, []
 
-    def on_a_small_card(**arguments):
+    def on_a_small_gpu(**arguments):
         sizes.append(len(arguments["input_ids"]))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return generate(**arguments)
 
-    monkeypatch.setattr(model, "generate", on_a_small_card, raising=False)
+    monkeypatch.setattr(model, "generate", on_a_small_gpu, raising=False)
     found = run_mcq(model, tokenizer, "shipped", batch_size=5, **how)
     assert sizes == [5, 2, 3, 1, 2]
     assert [record["completion"] for record in found] == [record["completion"] for record in expected]

@@ -300,5 +300,6 @@ def test_smollm2_is_asked_with_one_bos_and_its_records_hold_together(spy, capsys
 def test_the_module_imports_without_lm_eval_torch_or_pandas():
     import subprocess
 
-    code = "import sys, medcot_utils.evaluation.mcq.run; print([m for m in ('lm_eval', 'torch', 'pandas', 'datasets') if m in sys.modules])"
+    heavy = ("lm_eval", "torch", "pandas", "datasets")
+    code = f"import sys, medcot_utils.evaluation.mcq.run; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

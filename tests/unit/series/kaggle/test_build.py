@@ -235,11 +235,11 @@ FAULTS = {
     "title": ({"title": "another name"}, "title 'another name' makes the slug 'another-name', but id says 'medcot-series'"),
     "short title": ({"title": "med"}, "title: String should have at least 5 characters"),
     "internet": ({"enable_internet": False}, "the session must install its pinned stack"),
-    "card": ({"machine_shape": "NvidiaTeslaP100"}, "choose NvidiaTeslaT4"),
-    "no card": ({"machine_shape": ""}, "enable_gpu is True, but machine_shape is ''"),
+    "gpu": ({"machine_shape": "NvidiaTeslaP100"}, "choose NvidiaTeslaT4"),
+    "no GPU": ({"machine_shape": ""}, "enable_gpu is True, but machine_shape is ''"),
     "language": ({"language": "r"}, "language: Input should be 'python'"),
     "unknown field": ({"enable_gpus": True}, "enable_gpus: Extra inputs are not permitted"),
-    "TPU": ({"enable_tpu": True}, "enable_tpu is true, but the series runs on a CUDA card or the CPU"),
+    "TPU": ({"enable_tpu": True}, "enable_tpu is true, but the series runs on a CUDA GPU or the CPU"),
     "model": ({"model_sources": ["a/b/c"]}, "is not owner/model/framework/variation/VERSION"),
 }
 

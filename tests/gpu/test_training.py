@@ -1,4 +1,4 @@
-"""Training with Unsloth on a real card: plans that agree, memory that was estimated, out of memory, float16."""
+"""Training with Unsloth on a real GPU: plans that agree, memory that was estimated, out of memory, float16."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from medcot_utils.training.callbacks import skipped_steps
 
 @pytest.fixture
 def run_training(make_config, tokenized, tmp_path):
-    """`run_training(config, plans)`: (losses by step, trainer); plans None: those that the card's memory chooses."""
+    """`run_training(config, plans)`: (losses by step, trainer); plans None: those that the GPU's memory chooses."""
 
     def run(config, plans=None, folder="checkpoints"):
         from medcot_utils.models.engine import get_engine
@@ -49,7 +49,7 @@ def one_plan(config, rows_at_once, checkpointing):
     return chosen
 
 
-def test_the_engine_is_unsloth_and_a_large_card_takes_all_rows_at_once(make_config, run_training):
+def test_the_engine_is_unsloth_and_a_large_gpu_takes_all_rows_at_once(make_config, run_training):
     import sys
 
     losses, trainer = run_training(make_config())

@@ -1,4 +1,4 @@
-"""Fast answers on a real card, each in a process of its own: Unsloth's patches must not reach the static cache."""
+"""Fast answers on a real GPU, each in a process of its own: Unsloth's patches must not reach the static cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training process on a card, killed by SIGKILL at a random step, ends with the losses of one that was left alone."""
+"""A training process on a GPU, killed by SIGKILL at a random step, ends with the losses of one that was left alone."""
 
 from __future__ import annotations
 

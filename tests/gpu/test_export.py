@@ -1,4 +1,4 @@
-"""The merge and its check where the 16-bit model is larger than the card: on a T4 an 8B model is."""
+"""The merge and its check where the 16-bit model is larger than the GPU: on a T4 an 8B model is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def adapter(wide_llama, tmp_path) -> Path:
 
 
 @pytest.fixture
-def small_card(wide_llama):
+def small_gpu(wide_llama):
     """The process may use 0.7 of what the 16-bit weights take."""
     import torch
 
@@ -34,7 +34,7 @@ def small_card(wide_llama):
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_a_model_larger_than_the_card_is_merged_as_on_a_large_one(wide_llama, adapter, tmp_path, small_card, make_config):
+def test_a_model_larger_than_the_gpu_is_merged_as_on_a_large_one(wide_llama, adapter, tmp_path, small_gpu, make_config):
     import torch
     from safetensors.torch import load_file
 
@@ -68,7 +68,7 @@ def test_a_model_larger_than_the_card_is_merged_as_on_a_large_one(wide_llama, ad
         assert torch.allclose(small[name].float(), tensor.float(), rtol=0.01, atol=1e-3), name
 
 
-def test_a_model_that_filled_the_card_makes_room_for_the_next(wide_llama, adapter, small_card, make_config):
+def test_a_model_that_filled_the_gpu_makes_room_for_the_next(wide_llama, adapter, small_gpu, make_config):
     import torch
 
     from medcot_utils.models.engine import get_engine
