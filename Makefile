@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN_DIR ?= runs/demo
-# The committed notebooks are those of the embedded default, on a machine with a card too.
+FILE ?= requirements-cpu.txt
+# The committed notebooks are those of the embedded default, on a machine with a GPU too.
 ON_CPU := CUDA_VISIBLE_DEVICES=
 
 # Said before anything is installed.
@@ -13,7 +14,7 @@ ifneq ($(filter kaggle,$(MAKECMDGOALS)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick nbval lint notebooks kaggle badges chromium clean
+.PHONY: help demo test quick nbval lint notebooks kaggle badges pins chromium clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,11 +40,12 @@ nbval: $(INSTALLED) ## execute the committed notebooks and compare their marked 
 	  $(BIN)/python -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 \
 	  --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider
 
-lint: $(INSTALLED) ## ruff over code and notebooks, and the rules for committed notebooks
+lint: $(INSTALLED) ## ruff over code and notebooks, the import contract, the rules for committed notebooks, the workflow
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/python -m medcot_utils.series.committed check
+	$(BIN)/actionlint .github/workflows/*.yml
 
 notebooks: $(INSTALLED) ## execute the committed notebooks in place, in order, and redraw the README's figure
 	$(ON_CPU) $(BIN)/python -m medcot_utils.series.committed execute
@@ -54,10 +56,13 @@ kaggle: $(INSTALLED) ## ID=NAME/slug [PROFILE=article]: install, then build the 
 badges: $(INSTALLED) ## REPO=owner/name: where the project lies on GitHub; badges and setup cells follow
 	$(BIN)/python -m medcot_utils.series.committed setup-cells "$(REPO)"
 
+pins: $(INSTALLED) ## [FILE=requirements-cpu.txt] [ONLY="ruff pytest"] [WRITE=1]: show which pins could move, or move them
+	$(BIN)/python .ci/pins.py "$(FILE)" $(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write)
+
 chromium: ## install the browser that the tests of report, grading and chat page need (Debian, as root), if there is none
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	  { apt-get -q -o Acquire::Retries=1 update && apt-get -qy install --no-install-recommends chromium; }
 
 clean: ## remove the environment, runs and caches
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,7 +19,7 @@ MULTIPLIED_WEIGHTS = 8.03e9 - 128256 * 4096
 
 
 def share_of_ceiling(tokens_per_second: float, found: dict[str, Any]) -> float:
-    """Needed operations per second over the card's measured bf16 matrix product."""
+    """Needed operations per second over the GPU's measured bf16 matrix product."""
     return tokens_per_second * OPERATIONS * MULTIPLIED_WEIGHTS / (found["ceiling"]["matrix_product_tflops"] * 1e12)
 
 
@@ -62,7 +62,7 @@ def cards_table(found: dict[str, Any]) -> list[str]:
     names = [name for name in ("cards 1", "cards 2", "cards 4") if name in found and "error" not in found[name]]
     if not names:
         return []
-    lines = ["", "| cards, 32 rows a step | how | tokens/s | beside one |", "| --- | --- | --- | --- |"]
+    lines = ["", "| GPUs, 32 rows a step | how | tokens/s | beside one |", "| --- | --- | --- | --- |"]
     for name in names:
         result = found[name]
         ratio = result["tokens_per_second"] / found["cards 1"]["tokens_per_second"]
@@ -75,7 +75,12 @@ def series_table(series: dict[str, Any] | None) -> list[str]:
     if series is None:
         return []
     runs = {name: run for name, run in series.items() if isinstance(run, dict)}
-    lines = ["", f"{series['what']}, on one {series['card']}, seconds:", "", "| notebook | " + " | ".join(runs) + " |"]
+    lines = [
+        "",
+        f"{series['what']}, on one {series['card']}, seconds:",
+        "",
+        "| notebook | " + " | ".join(map(_shown, runs)) + " |",
+    ]
     lines.append("| --- |" + " --- |" * len(runs))
     for step in next(iter(runs.values()))["steps"]:
         states = [run["steps"][step] for run in runs.values()]
@@ -94,6 +99,10 @@ def series_table(series: dict[str, Any] | None) -> list[str]:
     return lines
 
 
+def _shown(name: str) -> str:
+    return name.replace("card", "GPU")  # as the first results files have it
+
+
 def sentences(found: dict[str, Any]) -> list[str]:
     a, b, c = (found[f"training {variant}"] for variant in "abc")
     ceiling, profile = found["ceiling"], c["profile_seconds_per_step"]
@@ -104,7 +113,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
     shares = ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in busy.items())
     versions = found["environment"]["versions"]
     return [
-        f"Card: {found['environment']['cards'][0]}; torch {versions['torch']}, unsloth {versions['unsloth']}, "
+        f"GPU: {found['environment']['cards'][0]}; torch {versions['torch']}, unsloth {versions['unsloth']}, "
         f"trl {versions['trl']}. Its own ceiling: {ceiling['matrix_product_tflops']:.0f} TFLOP/s in a bf16 matrix product "
         f"({ceiling['mlp_shape_tflops']:.0f} in one of the model's shape), {ceiling['copy_gb_per_second']:,.0f} GB/s in a copy.",
         "",
@@ -117,7 +126,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
         f"{worst_loss_difference(bfloat16, c):.2%} of c; all in float32, within {worst_loss_difference(float32, a):.2%} of "
         f"itself as above, and c in float16 is within {worst_loss_difference(t4, float32):.2%} of that.",
         "",
-        f"Where the time of c's step goes on the card: {shares} ({profile['wall']:.2f} s by the clock, profiled).",
+        f"Where the time of c's step goes on the GPU: {shares} ({profile['wall']:.2f} s by the clock, profiled).",
         "",
         f"Rehearsal of a T4 (float16, 14.5 GiB allowed, unpadded batches; not a T4's speed): {t4['what']}, "
         f"{t4['peak_reserved_gib']:.1f} GiB reserved at most, {t4['skipped_steps']} steps skipped by GradScaler, "
@@ -154,7 +163,7 @@ def main() -> None:
     found = json.loads(options.results.read_text(encoding="utf-8"))
     series = json.loads(options.series.read_text(encoding="utf-8")) if options.series else None
     made = [
-        "![Tokens per second in training and in answering](benchmarks.png)",
+        "![Tokens per second in training and in generating answers](benchmarks.png)",
         "",
         *training_table(found),
         "",

@@ -14,6 +14,7 @@ from medcot_utils.cli import push
 from medcot_utils.cli.chat import chat
 from medcot_utils.cli.kaggle import app as kaggle_app
 from medcot_utils.errors import MedcotError
+from medcot_utils.machine.installing import check_system
 
 app = typer.Typer(
     add_completion=False,
@@ -241,6 +242,7 @@ app.command("push")(push.push)
 def main() -> None:
     """Entry point: one line for an error the user can mend, exit code 1; 75 (EX_TEMPFAIL: try again) for a paused training."""
     try:
+        check_system()
         app()
     except MedcotError as error:
         if type(error).__name__ == "SeriesPaused":  # its module is heavy to import, and this one must be light

@@ -35,6 +35,14 @@ class RestartNeeded(InstallError):
     """The install succeeded, but this kernel had loaded other versions before; the message asks for a restart."""
 
 
+def check_system() -> None:
+    """Raise InstallError unless this is Linux; the run directory and the training processes rely on it."""
+    if sys.platform != "linux":
+        raise InstallError(
+            f"medcot runs on Linux, and this is {sys.platform}: on Windows use WSL, elsewhere a Linux container, Kaggle or Colab"
+        )
+
+
 def has_gpu() -> bool:
     """Whether an NVIDIA GPU answers, found out without torch."""
     if shutil.which("nvidia-smi") is None:
@@ -154,6 +162,7 @@ def ensure(home: Path = HOME, say: Callable[[str], None] = print) -> None:
     Raises InstallError saying what is missing and what to do, RestartNeeded where the kernel must be started anew."""
     from medcot_utils.machine.paths import platform_name
 
+    check_system()
     if platform_name() == "local":
         if lacking := [name for name in _LOOKED_FOR if importlib.util.find_spec(name) is None]:
             raise InstallError(

@@ -17,7 +17,7 @@ from medcot_utils.data import rows
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine import hardware, redaction
 from medcot_utils.machine.disk import full_disk_told
-from medcot_utils.machine.paths import HOME
+from medcot_utils.machine.paths import HOME, PACKAGE
 from medcot_utils.models.engine import quiet_start
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.run.directory import CONFIG, Run, describe_costs
@@ -41,8 +41,11 @@ class SeriesPaused(MedcotError):
 
 
 def notebooks_dir() -> Path:
-    """The folder of the seven notebooks: MEDCOT_NOTEBOOKS, beside the package, or in the working directory."""
-    candidates = [HOME / "notebooks", Path.cwd() / "notebooks", Path.cwd()]
+    """Return the folder of the seven notebooks: MEDCOT_NOTEBOOKS, else beside the package (a checkout), inside it (an
+    installed wheel), or in the working directory.
+
+    Raises SeriesError if none of them holds all seven."""
+    candidates = [HOME / "notebooks", PACKAGE / "notebooks", Path.cwd() / "notebooks", Path.cwd()]
     if chosen := os.environ.get("MEDCOT_NOTEBOOKS"):
         candidates = [Path(chosen)]
     for folder in candidates:
