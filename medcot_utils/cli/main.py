@@ -60,7 +60,7 @@ def train(
 ) -> None:
     """Train a prepared run (notebook 05), on several GPUs if asked; the effective batch stays as set.
 
-    A stopped training goes on from its last checkpoint. On several machines, see the README."""
+    A stopped training goes on from its last checkpoint. On several machines, see docs/gpu.md."""
     from medcot_utils.run.directory import Run
 
     Run.open(run_dir)  # must be there: train prepares nothing

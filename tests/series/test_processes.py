@@ -190,7 +190,7 @@ def test_the_executed_notebook_shows_bar_and_loss_figure_of_the_processes(one, t
 
 def test_a_short_last_step_of_an_epoch_is_filled_up_with_its_first_rows_and_nothing_before_it_is(copy_untrained, on_the_cpu):
     # 12 rows, 8 to a step: the second step has 4, one process's share. accelerate gives the other the epoch's first rows, as
-    # the README says: the weights after it are others, and the loss of the third step shows it.
+    # docs/gpu.md says: the weights after it are others, and the loss of the third step shows it.
     settings = ["training.per_device_train_batch_size=4", "training.max_steps=4", "training.eval_steps=null"]
     alone = changed(copy_untrained(), *settings)
     together = changed(copy_untrained(), *settings, "training.num_processes=2")
@@ -198,7 +198,7 @@ def test_a_short_last_step_of_an_epoch_is_filled_up_with_its_first_rows_and_noth
     train_in_processes(Run.open(together), 2)
     expected, found = logged(alone), logged(together)
     assert found["loss", 1] == pytest.approx(expected["loss", 1], abs=1e-5)
-    assert found["loss", 3] != pytest.approx(expected["loss", 3], abs=1e-5), "no longer filled up: say so in the README"
+    assert found["loss", 3] != pytest.approx(expected["loss", 3], abs=1e-5), "no longer filled up: say so in docs/gpu.md"
 
 
 # --- a process that fails ------------------------------------------------------------------------------------------
