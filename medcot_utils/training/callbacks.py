@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from medcot_utils.errors import MedcotError
+
+if TYPE_CHECKING:
+    from medcot_utils.training.tracking import Session
 
 SESSION_STARTED = "MEDCOT_SESSION_STARTED"  # seconds since the epoch, set where a session of several notebooks begins
 MAX_SKIPPED_STEPS = 5
@@ -24,6 +28,22 @@ class TimeBudgetReached(MedcotError):
 
 class SkippedStepsError(MedcotError):
     """GradScaler threw away more steps than a healthy start does."""
+
+
+class LogEntry(TypedDict, total=False):
+    """One entry of the trainer's log (`TrainerState.log_history`), stored in a run as a line of training_log.jsonl.
+
+    Every entry has a step, and the numbers of one kind beside it; there may be others, as TRL and Trainer log them."""
+
+    step: int  # optimizer steps taken so far
+    epoch: float
+    loss: float  # of the training rows since the entry before, nats per token
+    learning_rate: float
+    grad_norm: float
+    eval_loss: float  # of the held-out rows, nats per token
+    skipped_step: int  # 1 if GradScaler skipped the step
+    train_loss: float  # at the end: mean over all steps, nats per token
+    train_runtime: float  # at the end: seconds
 
 
 class TqdmProgress(TrainerCallback):
@@ -52,7 +72,7 @@ class LossFigure(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         self.draw(state.log_history)
 
-    def draw(self, log_history: list[dict[str, Any]]) -> None:
+    def draw(self, log_history: Sequence[LogEntry]) -> None:
         """Show or update the figure; nothing to show without a logged loss."""
         from IPython.display import display
 
@@ -109,9 +129,35 @@ class SkippedSteps(TrainerCallback):
             )
 
 
-def skipped_steps(log_history: list[dict[str, Any]]) -> int:
-    """How many optimizer steps GradScaler skipped, by the trainer's log."""
+def skipped_steps(log_history: Sequence[LogEntry]) -> int:
+    """Return how many optimizer steps GradScaler skipped, by the trainer's log."""
     return sum(entry.get("skipped_step", 0) for entry in log_history)
+
+
+class TrackLog(TrainerCallback):
+    """Send the trainer's log to a tracker as it grows, from the first process only.
+
+    `open_session` opens the session when training begins. It stays open when another trainer takes over after one that ran
+    out of memory."""
+
+    def __init__(self, open_session: Callable[[], Session]) -> None:
+        self.open_session = open_session
+        self.session: Session | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and self.session is None:
+            self.session = self.open_session()
+        self.on_log(args, state, control)
+
+    def on_log(self, args, state, control, **kwargs):
+        if self.session:
+            self.session.send_log(state.log_history)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.on_log(args, state, control)
+        if self.session:
+            self.session.close()
+            self.session = None
 
 
 class TimeBudget(TrainerCallback):
