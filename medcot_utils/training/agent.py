@@ -53,12 +53,9 @@ def _describe(rank: int, failure: ProcessFailure, logs: Path) -> tuple[int, floa
         kind, _, message = text.partition(": ")
         return order, failure.timestamp, Failure(process, kind, message)
     if failure.exitcode > 0:
-        said = [read_last_line(path) for path in logs.glob(f"*/attempt_*/{failure.local_rank}/stderr.log")]
-        return (
-            1,
-            failure.timestamp,
-            Failure(process, "", ": ".join([f"ended with exit code {failure.exitcode}", *filter(None, said)])),
-        )
+        last_words = [read_last_line(path) for path in logs.glob(f"*/attempt_*/{failure.local_rank}/stderr.log")]
+        message = ": ".join([f"ended with exit code {failure.exitcode}", *filter(None, last_words)])
+        return 1, failure.timestamp, Failure(process, "", message)
     number = -failure.exitcode
     why = ", as a machine out of main memory does" if number == signal.SIGKILL else ""
     order = {signal.SIGABRT: 2, signal.SIGTERM: 4}.get(number, 0)

@@ -1,4 +1,4 @@
-"""Trainer callbacks: what the reader sees, steps that did not count, and stopping in good time."""
+"""Trainer callbacks: progress, skipped steps, tracking, and stopping in time."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from medcot_utils.errors import MedcotError
 if TYPE_CHECKING:
     from medcot_utils.training.tracking import Session
 
-SESSION_STARTED = "MEDCOT_SESSION_STARTED"  # seconds since the epoch, set where a session of several notebooks begins
+SESSION_STARTED = (
+    "MEDCOT_SESSION_STARTED"  # environment variable: seconds since the epoch, set when a session of several notebooks begins
+)
 MAX_SKIPPED_STEPS = 5
 _RESERVE_SECONDS = 60  # to save the checkpoint and end in peace
 
 
 class TimeBudgetReached(MedcotError):
-    """Training stopped before training.max_hours with a checkpoint; nothing failed, and the same command goes on."""
+    """Training stopped before training.max_hours with a checkpoint; nothing failed, and the same command resumes it."""
 
 
 class SkippedStepsError(MedcotError):
-    """GradScaler threw away more steps than a healthy start does."""
+    """GradScaler skipped more steps than is usual at the start."""
 
 
 class LogEntry(TypedDict, total=False):
@@ -47,7 +49,7 @@ class LogEntry(TypedDict, total=False):
 
 
 class TqdmProgress(TrainerCallback):
-    """One progress bar over optimizer steps with the last loss beside it."""
+    """Show one progress bar over optimizer steps with the last loss beside it."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
@@ -64,7 +66,7 @@ class TqdmProgress(TrainerCallback):
 
 
 class LossFigure(TrainerCallback):
-    """The loss curve, drawn anew in the same place of the notebook at every logged step."""
+    """Show the loss curve, redrawn in the same place of the notebook at every logged step."""
 
     def __init__(self) -> None:
         self.handle = None
@@ -73,7 +75,7 @@ class LossFigure(TrainerCallback):
         self.draw(state.log_history)
 
     def draw(self, log_history: Sequence[LogEntry]) -> None:
-        """Show or update the figure; nothing to show without a logged loss."""
+        """Show or update the figure; do nothing without a logged loss."""
         from IPython.display import display
 
         from medcot_utils.plots import loss_figure
@@ -88,7 +90,7 @@ class LossFigure(TrainerCallback):
 
 
 class ProgressFile(TrainerCallback):
-    """Step and log of the first process as lines of JSON, for the notebook that waits for several processes."""
+    """Write step and log of the first process as lines of JSON, for the notebook that waits for several processes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -111,8 +113,8 @@ class ProgressFile(TrainerCallback):
 class SkippedSteps(TrainerCallback):
     """Count the optimizer steps that GradScaler skipped, which happens in float16 until its scale has come down.
 
-    Each leaves an entry `skipped_step` in the log, which checkpoints keep. Raises SkippedStepsError at the sixth: a run
-    that goes on so trains on far fewer steps than it says."""
+    Each leaves an entry `skipped_step` in the log, which checkpoints keep. The sixth raises SkippedStepsError: such a run would
+    train on far fewer steps than it says."""
 
     def __init__(self, accelerator) -> None:
         self.accelerator = accelerator
@@ -163,7 +165,7 @@ class TrackLog(TrainerCallback):
 class TimeBudget(TrainerCallback):
     """Stop with a checkpoint while there is still time to save it: `max_hours` after the session began.
 
-    A session begins where `medcot run` or, without it, this callback did. At least one step is taken."""
+    A session begins when `medcot run` or, without it, this callback begins. At least one step is taken."""
 
     def __init__(self, max_hours: float) -> None:
         self.deadline = float(os.environ.get(SESSION_STARTED) or time.time()) + 3600 * max_hours
@@ -181,7 +183,7 @@ class TimeBudget(TrainerCallback):
 
 
 def _any_process(flag: bool, device) -> bool:
-    # All processes stop at the same step, or the next one waits for ever.
+    # All processes stop at the same step, or the next one waits forever.
     import torch
 
     if not torch.distributed.is_initialized():

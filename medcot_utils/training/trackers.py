@@ -213,7 +213,7 @@ class TensorBoard(_Log):
         from torch.utils.tensorboard import SummaryWriter
 
         home = folder / "tensorboard"
-        self.older = [path for path in home.glob(f"{tracked['name']}-*") if path.is_dir()]
+        self.older = [path for path in home.glob("*") if path.name.startswith(f"{tracked['name']}-")]
         number = max((int(path.name.rpartition("-")[2]) for path in self.older), default=0) + 1
         self.writer = SummaryWriter(log_dir=str(home / f"{tracked['name']}-{number}"))
         self.writer.add_text("configuration", "\n".join(f"    {name}: {value}" for name, value in config.items()))

@@ -1,7 +1,7 @@
 """One of several training processes: `torchrun --nproc-per-node 4 -m medcot_utils.training.worker RUN_DIR`; also runs alone.
 
 Each process holds a whole model on its own GPU and takes its share of every batch; the first one writes checkpoints and
-progress. It leaves the checkpoint of the last step, which notebook 05 takes up."""
+progress. It leaves the checkpoint of the last step, from which notebook 05 resumes."""
 
 from __future__ import annotations
 
