@@ -199,6 +199,9 @@ def _keep_finished_steps(trainer: SFTTrainer) -> None:
     release_gpu_memory()
 
 
+# --- prepare -------------------------------------------------------------------------------------------------------
+
+
 def keep_to_one_gpu(trainer: SFTTrainer) -> None:
     """Make the trainer use one GPU even if it sees several.
 
@@ -228,9 +231,6 @@ def keep_lora_float32(trainer: SFTTrainer) -> None:
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-# --- prepare -------------------------------------------------------------------------------------------------------
 
 
 def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
