@@ -5,13 +5,24 @@ from __future__ import annotations
 import gc
 import math
 import sys
+from typing import TypedDict
 
-_before = {"allocated": 0, "reserved": 0}  # bytes: the peaks before measuring began anew
+
+class PeakMemory(TypedDict):
+    """The most GPU memory that a process has held; in a run's manifest in MB."""
+
+    allocated: int  # by tensors
+    reserved: int  # by torch, with what it keeps for later tensors
+
+
+_before: PeakMemory = {"allocated": 0, "reserved": 0}  # bytes: the peaks before torch's own were reset
 
 
 def release_gpu_memory() -> None:
-    """Give back what nobody uses any more. PEFT's and accelerate's wrappers hold a model in a circle: after `del model` its
-    memory is still taken until the circle is found."""
+    """Release the GPU memory that nothing uses anymore.
+
+    PEFT's and accelerate's wrappers hold a model in a reference cycle: after `del model` its memory stays taken until the
+    garbage collector finds the cycle."""
     import torch
 
     gc.collect()
@@ -19,8 +30,9 @@ def release_gpu_memory() -> None:
 
 
 def free_gpu_memory() -> float:
-    """Bytes that this process can still take on its GPU, what it holds unused counted in; infinite without a GPU. In a
-    group of processes: the least of any."""
+    """Return the bytes that this process can still take on its GPU, including those it holds unused; infinite without a GPU.
+
+    In a group of processes, return the least of any."""
     import torch
 
     if not torch.cuda.is_available():
@@ -36,8 +48,8 @@ def free_gpu_memory() -> float:
     return least
 
 
-def measure_anew() -> None:
-    """Let torch's own peaks start from what is held now. `peak_gpu_memory_mb` still knows the earlier ones."""
+def reset_peak_gpu_memory() -> None:
+    """Let torch's own peaks start from what is held now; `peak_gpu_memory_mb` remembers the earlier ones."""
     import torch
 
     if torch.cuda.is_available():
@@ -45,14 +57,14 @@ def measure_anew() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak_gpu_memory_mb() -> dict[str, int] | None:
-    """{allocated, reserved}: the most that this process has held of its GPU, in MB; None if it has not used one."""
+def peak_gpu_memory_mb() -> PeakMemory | None:
+    """Return the most GPU memory that this process has held, in MB; None if it has not used a GPU."""
     if "torch" not in sys.modules or not sys.modules["torch"].cuda.is_initialized():
         return None
     return {kind: round(peak / 1e6) for kind, peak in _peaks().items()}
 
 
-def _peaks() -> dict[str, int]:
+def _peaks() -> PeakMemory:
     import torch
 
     now = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}

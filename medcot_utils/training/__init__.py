@@ -9,5 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "batch_plan": ["memory_parts", "batch_plans", "choose", "plans_table", "measured_memory_gb"],
         "callbacks": ["skipped_steps"],
         "launch": ["train_in_processes"],
+        "reference_runs": ["reference_differences", "reference_band", "compare_with_reference"],
+        "tracking": ["make_tracking_callbacks", "record_comparison", "describe_tracking"],
     },
 )

@@ -1,4 +1,4 @@
-"""The batch plan: how an effective batch is shared out over micro-batches and processes, and the memory that takes."""
+"""The batch plan: how an effective batch is split into micro-batches and processes, and the memory that takes."""
 
 from __future__ import annotations
 
@@ -32,21 +32,18 @@ class PlanError(MedcotError):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One way to take an optimizer step: the same rows in the same order, in micro-batches that differ.
+    """One way to take an optimizer step. All plans of a run take the same rows in the same order."""
 
-    memory_mb: what the step needs beside the weights (MB, estimate). relative_cost: tokens' worth of time per step, for
-    ranking only."""
-
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
+    per_device_train_batch_size: int  # rows of one micro-batch
+    gradient_accumulation_steps: int  # micro-batches of one process per step
     num_processes: int
     gradient_checkpointing: Literal["unsloth"] | bool
-    memory_mb: float
-    relative_cost: float
+    memory_mb: float  # estimate of what a step needs beside the weights
+    relative_cost: float  # tokens' worth of time per step; only ranks plans
 
     @property
     def effective_batch_size(self) -> int:
-        """Rows per optimizer step over all processes."""
+        """Return the rows per optimizer step over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_processes
 
     def __str__(self) -> str:
@@ -59,12 +56,15 @@ class BatchPlan:
 def memory_parts(
     model: PreTrainedModel, config: RunConfig, tokens: int, checkpointing: Literal["unsloth"] | bool, whole_logits: bool
 ) -> dict[str, float]:
-    """MB that one training step needs, by part, when its largest micro-batch has `tokens` tokens, padding counted.
+    """Return the MB that one training step needs, by part and in total.
 
-    Activations without checkpointing: 34 bytes x tokens x hidden size x layers at 16 bits (Korthikanti et al. 2022, eq. 2),
-    doubled at float32. With checkpointing those of one layer twice (recomputed, and their gradients), and the input of every
-    layer ("unsloth" keeps those in main memory). Logits: three float32 copies (the logits, their softmax, their gradient),
-    unless the loss is taken in pieces."""
+    Activations without checkpointing take 34 bytes x tokens x hidden size x layers at 16 bits (Korthikanti et al. 2022, eq. 2)
+    and twice that at float32. With checkpointing they take one layer's twice (recomputed, and their gradients) and the input of
+    every layer, which "unsloth" keeps in RAM. The logits take three float32 copies: themselves, their softmax, their gradient.
+
+    Args:
+        tokens: tokens of the largest micro-batch, padding included.
+        whole_logits: whether the engine computes the loss from all logits at once."""
     import torch
 
     sizes = model.config.get_text_config()
@@ -90,7 +90,7 @@ def memory_parts(
 
 
 def padded_tokens(lengths: Sequence[int], rows: int) -> float:
-    """Mean tokens of a micro-batch of `rows` rows padded to its longest, over the rows in their given order."""
+    """Return the mean tokens of a micro-batch of `rows` rows, each padded to its longest, over the rows in their order."""
     batches = [lengths[start : start + rows] for start in range(0, len(lengths) - rows + 1, rows)] or [lengths]
     return sum(len(batch) * max(batch) for batch in batches) / len(batches)
 
@@ -103,9 +103,17 @@ def batch_plans(
     num_processes: int = 1,
     on_gpu: bool | None = None,
 ) -> list[BatchPlan]:
-    """Every way to share out the effective batch of the settings, fastest first by `relative_cost`; what memory allows is
-    not asked here. One plan only, as set, with `training.batch_plan: as_set` and on a CPU, where larger micro-batches gain
-    nothing. Raises PlanError if the processes cannot share the batch evenly."""
+    """Return every way to split the effective batch of the settings, fastest first; whether memory allows it is not checked.
+
+    There is one plan, as set, with `training.batch_plan: as_set` and on a CPU, where larger micro-batches gain nothing.
+
+    Args:
+        lengths: tokens of each training row.
+        whole_logits: whether the engine computes the loss from all logits at once.
+        on_gpu: whether it trains on a GPU; by default, whether there is one.
+
+    Raises:
+        PlanError: if the processes cannot share the batch evenly."""
     import torch
 
     t, asked = config.training, config.lora.use_gradient_checkpointing
@@ -130,8 +138,10 @@ def batch_plans(
 
 
 def choose(plans: Sequence[BatchPlan], free: float) -> list[BatchPlan]:
-    """The plans to try in turn: the fastest that `free` bytes hold with a tenth to spare, then those that need less and
-    less. Raises PlanError if none fits."""
+    """Return the plans to try in turn: the fastest that fits in `free` bytes with a tenth to spare, then ever smaller ones.
+
+    Raises:
+        PlanError: if none fits."""
     fitting = [plan for plan in plans if plan.memory_mb * 1e6 <= _HEADROOM * free]
     if not fitting:
         smallest = min(plans, key=lambda plan: plan.memory_mb)
@@ -148,7 +158,7 @@ def choose(plans: Sequence[BatchPlan], free: float) -> list[BatchPlan]:
 
 
 def plans_table(plans: Sequence[BatchPlan], chosen: BatchPlan, weights_mb: float) -> pd.DataFrame:
-    """One line per plan: its shape, the memory it is estimated to need in all (GB), its cost beside the chosen one's."""
+    """Return a table of the plans: shape, estimated memory with weights of `weights_mb` (GB), time relative to the chosen one."""
     import pandas as pd
 
     lines = [
@@ -166,7 +176,7 @@ def plans_table(plans: Sequence[BatchPlan], chosen: BatchPlan, weights_mb: float
 
 
 def measured_memory_gb() -> dict[str, float]:
-    """The most this process has held of its GPU since training began, by name (GB); empty without a GPU."""
+    """Return the most GPU memory that this process has held since training began, in GB by kind; empty without a GPU."""
     import torch
 
     if not torch.cuda.is_available():

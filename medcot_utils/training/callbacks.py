@@ -1,33 +1,55 @@
-"""Trainer callbacks: what the reader sees, steps that did not count, and stopping in good time."""
+"""Trainer callbacks: progress, skipped steps, tracking, and stopping in time."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from medcot_utils.errors import MedcotError
 
-SESSION_STARTED = "MEDCOT_SESSION_STARTED"  # seconds since the epoch, set where a session of several notebooks begins
+if TYPE_CHECKING:
+    from medcot_utils.training.tracking import Session
+
+SESSION_STARTED = (
+    "MEDCOT_SESSION_STARTED"  # environment variable: seconds since the epoch, set when a session of several notebooks begins
+)
 MAX_SKIPPED_STEPS = 5
 _RESERVE_SECONDS = 60  # to save the checkpoint and end in peace
 
 
 class TimeBudgetReached(MedcotError):
-    """Training stopped before training.max_hours with a checkpoint; nothing failed, and the same command goes on."""
+    """Training stopped before training.max_hours with a checkpoint; nothing failed, and the same command resumes it."""
 
 
 class SkippedStepsError(MedcotError):
-    """GradScaler threw away more steps than a healthy start does."""
+    """GradScaler skipped more steps than is usual at the start."""
+
+
+class LogEntry(TypedDict, total=False):
+    """One entry of the trainer's log (`TrainerState.log_history`), stored in a run as a line of training_log.jsonl.
+
+    Every entry has a step, and the numbers of one kind beside it; there may be others, as TRL and Trainer log them."""
+
+    step: int  # optimizer steps taken so far
+    epoch: float
+    loss: float  # of the training rows since the entry before, nats per token
+    learning_rate: float
+    grad_norm: float
+    eval_loss: float  # of the held-out rows, nats per token
+    skipped_step: int  # 1 if GradScaler skipped the step
+    train_loss: float  # at the end: mean over all steps, nats per token
+    train_runtime: float  # at the end: seconds
 
 
 class TqdmProgress(TrainerCallback):
-    """One progress bar over optimizer steps with the last loss beside it."""
+    """Show one progress bar over optimizer steps with the last loss beside it."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
@@ -44,7 +66,7 @@ class TqdmProgress(TrainerCallback):
 
 
 class LossFigure(TrainerCallback):
-    """The loss curve, drawn anew in the same place of the notebook at every logged step."""
+    """Show the loss curve, redrawn in the same place of the notebook at every logged step."""
 
     def __init__(self) -> None:
         self.handle = None
@@ -52,8 +74,8 @@ class LossFigure(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         self.draw(state.log_history)
 
-    def draw(self, log_history: list[dict[str, Any]]) -> None:
-        """Show or update the figure; nothing to show without a logged loss."""
+    def draw(self, log_history: Sequence[LogEntry]) -> None:
+        """Show or update the figure; do nothing without a logged loss."""
         from IPython.display import display
 
         from medcot_utils.plots import loss_figure
@@ -68,7 +90,7 @@ class LossFigure(TrainerCallback):
 
 
 class ProgressFile(TrainerCallback):
-    """Step and log of the first process as lines of JSON, for the notebook that waits for several processes."""
+    """Write step and log of the first process as lines of JSON, for the notebook that waits for several processes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -91,8 +113,8 @@ class ProgressFile(TrainerCallback):
 class SkippedSteps(TrainerCallback):
     """Count the optimizer steps that GradScaler skipped, which happens in float16 until its scale has come down.
 
-    Each leaves an entry `skipped_step` in the log, which checkpoints keep. Raises SkippedStepsError at the sixth: a run
-    that goes on so trains on far fewer steps than it says."""
+    Each leaves an entry `skipped_step` in the log, which checkpoints keep. The sixth raises SkippedStepsError: such a run would
+    train on far fewer steps than it says."""
 
     def __init__(self, accelerator) -> None:
         self.accelerator = accelerator
@@ -109,15 +131,41 @@ class SkippedSteps(TrainerCallback):
             )
 
 
-def skipped_steps(log_history: list[dict[str, Any]]) -> int:
-    """How many optimizer steps GradScaler skipped, by the trainer's log."""
+def skipped_steps(log_history: Sequence[LogEntry]) -> int:
+    """Return how many optimizer steps GradScaler skipped, by the trainer's log."""
     return sum(entry.get("skipped_step", 0) for entry in log_history)
+
+
+class TrackLog(TrainerCallback):
+    """Send the trainer's log to a tracker as it grows, from the first process only.
+
+    `open_session` opens the session when training begins. It stays open when another trainer takes over after one that ran
+    out of memory."""
+
+    def __init__(self, open_session: Callable[[], Session]) -> None:
+        self.open_session = open_session
+        self.session: Session | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and self.session is None:
+            self.session = self.open_session()
+        self.on_log(args, state, control)
+
+    def on_log(self, args, state, control, **kwargs):
+        if self.session:
+            self.session.send_log(state.log_history)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.on_log(args, state, control)
+        if self.session:
+            self.session.close()
+            self.session = None
 
 
 class TimeBudget(TrainerCallback):
     """Stop with a checkpoint while there is still time to save it: `max_hours` after the session began.
 
-    A session begins where `medcot run` or, without it, this callback did. At least one step is taken."""
+    A session begins when `medcot run` or, without it, this callback begins. At least one step is taken."""
 
     def __init__(self, max_hours: float) -> None:
         self.deadline = float(os.environ.get(SESSION_STARTED) or time.time()) + 3600 * max_hours
@@ -135,7 +183,7 @@ class TimeBudget(TrainerCallback):
 
 
 def _any_process(flag: bool, device) -> bool:
-    # All processes stop at the same step, or the next one waits for ever.
+    # All processes stop at the same step, or the next one waits forever.
     import torch
 
     if not torch.distributed.is_initialized():

@@ -1,4 +1,8 @@
-"""The three trackers behind `tracking`, each with the same six calls. All of them may raise whatever their libraries do."""
+"""The three trackers behind `tracking`. Their calls raise whatever the libraries raise; `tracking.Session` catches it.
+
+Each logs as the callbacks of `transformers.integrations` do: names from their `rewrite_logs`, steps as `train/global_step`.
+The callbacks themselves are not used: after a kill they log the repeated steps twice, offline they begin another run at each
+resume, and an error of theirs ends the training."""
 
 from __future__ import annotations
 
@@ -10,102 +14,138 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from medcot_utils.config import TrackingSettings
-from medcot_utils.machine import redaction
+from medcot_utils.machine.redaction import redact
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from medcot_utils.training.callbacks import LogEntry
+
 # A server that does not answer must not hold up what is worth more than the tracking; what was not sent stays on disk.
 _ANSWER_SECONDS, _INIT_SECONDS, _FINISH_SECONDS = 10, 30, 120
+# The entries that one step may have in the trainer's log, by a name in them after `rewrite_logs`; any other is "train".
+_KINDS = {"eval/loss": "eval", "train/train_runtime": "end", "train/skipped_step": "skipped"}
 
 
-class Tracker:
-    """What the trackers have in common. `open` completes `state` with `folder` (below the run directory) and `url`."""
+class TrackedRun(TypedDict):
+    """What identifies the tracked run of a run directory; stored there as tracking.json."""
+
+    backend: str  # "wandb", "trackio" or "tensorboard"
+    mode: str  # "online" or "offline" for wandb, else empty
+    project: str
+    fingerprint: str  # of the adapter: another training gets another tracked run
+    id: str
+    name: str
+    folder: str  # with the tracker's files, relative to the run directory
+    url: str  # empty if the run is on this machine only
+
+
+def describe_error(error: Exception) -> str:
+    """Return an error's type and text in one line without secrets."""
+    return redact(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def _kind(values: Mapping[str, Any]) -> str:
+    return next((kind for name, kind in _KINDS.items() if name in values), "train")
+
+
+class _Log:
+    """The log of a tracked run, in which each entry of the trainer's log appears once.
+
+    seen: the entries that the tracked run has, as (kind, step). last: the last step among them."""
 
     def __init__(self) -> None:
         self.seen: set[tuple[str, int]] = set()
         self.last = 0
 
-    def open(self, folder: Path, state: dict[str, str], settings: TrackingSettings, config: Mapping[str, Any]) -> None:
-        raise NotImplementedError
-
-    def log_once(self, entry: Mapping[str, Any]) -> None:
-        """Log an entry of the trainer's log, unless the tracked run has it from an earlier session."""
+    def log_once(self, entry: LogEntry) -> None:
+        """Log an entry of the trainer's log, unless the tracked run has it already."""
         from transformers.integrations.integration_utils import rewrite_logs
 
-        step, values = int(entry["step"]), {key: value for key, value in entry.items() if key != "step"}
-        kind = "eval" if any(key.startswith("eval_") for key in values) else "end" if "train_runtime" in values else "train"
-        if (kind, step) not in self.seen:
-            numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float | str)}
-            self.log(rewrite_logs(numbers), step)
-        self.seen.add((kind, step))
+        step = int(entry["step"])
+        numbers = {key: float(value) for key, value in entry.items() if key != "step" and isinstance(value, int | float | str)}
+        values = rewrite_logs(numbers)
+        if (_kind(values), step) not in self.seen:
+            self.log(values, step)
+        self.seen.add((_kind(values), step))
         self.last = max(self.last, step)
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        raise NotImplementedError
-
     def summary(self, values: Mapping[str, float]) -> None:
-        raise NotImplementedError
+        """Add single numbers of the whole run."""
+        self.log(dict(values), self.last)
+
+
+class _WandbInterface(_Log):
+    """wandb's interface, which trackio copies. `library` is the module, `run` what its `init` returned, `id` the run's."""
+
+    library: ModuleType
+    run: Any
+    id: str
+
+    def send(self, values: Mapping[str, Any], step: int) -> None:
+        self.run.log(dict(values))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.send({**values, "train/global_step": step}, step)
 
     def table(self, name: str, table: pd.DataFrame) -> None:
-        raise NotImplementedError
+        self.send({name: self.library.Table(dataframe=table.reset_index().astype(str))}, self.last)
 
     def files(self, name: str, paths: Sequence[Path]) -> None:
-        raise NotImplementedError
+        artifact = self.library.Artifact(f"{name}-{self.id}", type=name)
+        for path in paths:
+            artifact.add_file(str(path))
+        self.run.log_artifact(artifact)
 
-    def close(self) -> None:
-        raise NotImplementedError
 
-
-class Wandb(Tracker):
+class Wandb(_WandbInterface):
     """Weights & Biases. Online, a later session adds to the run; offline, it writes the run whole, under the same id."""
 
-    def open(self, folder, state, settings, config):
+    def open(self, folder: Path, tracked: TrackedRun, settings: TrackingSettings, config: Mapping[str, Any]) -> TrackedRun:
         home = folder / "wandb"
         home.mkdir(exist_ok=True)
         # Artifacts wait there for the upload, which offline may be another day's.
         os.environ.setdefault("WANDB_DATA_DIR", str(home / "data"))
         os.environ.setdefault("WANDB_CACHE_DIR", str(home / "cache"))
-        self.home, self.state = home, state
-        mode = state["mode"]
+        import wandb
+
+        self.library, self.id, mode = wandb, tracked["id"], tracked["mode"]
         try:
             if mode == "online":
                 _ask_server()
-            self._init(mode, settings, config)
+            self._init(mode, home, tracked, settings, config)
         except Exception as error:
             if mode != "online":
                 raise
-            why = redaction.redact(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
+            why = describe_error(error)[:200]
             print(f"tracking: W&B cannot be used online ({why}); this session is tracked offline, to be uploaded with wandb sync")
-            state["mode"] = "offline"
-            import wandb
-
             wandb.teardown()  # it holds the id as one in use
-            self._init("offline", settings, config)
-        self.older = [path for path in self.home.glob(f"wandb/offline-run-*-{state['id']}") if path != self.folder]
-        state["folder"] = self.folder.relative_to(folder.parent).as_posix()
-        state["url"] = (self.run.url or "") if state["mode"] == "online" else ""
-        if state["mode"] == "online" and (before := self.run.summary.get("train/global_step")):
-            self.seen = {(kind, step) for kind in ("train", "eval", "end") for step in range(int(before) + 1)}
+            mode = "offline"
+            self._init(mode, home, tracked, settings, config)
+        self.folder = Path(self.run.dir).parent
+        self.older = [path for path in home.glob(f"wandb/offline-run-*-{self.id}") if path != self.folder]
+        if mode == "online" and (before := self.run.summary.get("train/global_step")):
+            self.seen = {(kind, step) for kind in ("train", *_KINDS.values()) for step in range(int(before) + 1)}
+        url = (self.run.url or "") if mode == "online" else ""
+        return tracked | {"mode": mode, "url": url, "folder": self.folder.relative_to(folder.parent).as_posix()}
 
-    def _init(self, mode: str, settings: TrackingSettings, config: Mapping[str, Any]) -> None:
-        import wandb
-
-        self.run = wandb.init(
+    def _init(self, mode: str, home: Path, tracked: TrackedRun, settings: TrackingSettings, config: Mapping[str, Any]) -> None:
+        self.run = self.library.init(
             project=settings.project,
             entity=settings.entity,
             job_type=settings.job_type,
-            name=self.state["name"],
-            id=self.state["id"],
+            name=tracked["name"],
+            id=tracked["id"],
             resume="allow" if mode == "online" else None,
-            dir=str(self.home),
+            dir=str(home),
             mode=mode,
             config=dict(config),
             reinit="create_new",
-            settings=wandb.Settings(
+            settings=self.library.Settings(
                 silent=True,
                 console="off",
                 save_code=False,
@@ -115,31 +155,14 @@ class Wandb(Tracker):
                 finish_timeout_raises=True,
             ),
         )
-        self.folder = Path(self.run.dir).parent
         self.run.define_metric("train/global_step")
         for part in ("train/*", "eval/*"):
             self.run.define_metric(part, step_metric="train/global_step")
 
-    def log(self, values, step):
-        self.run.log({**values, "train/global_step": step})
-
-    def summary(self, values):
+    def summary(self, values: Mapping[str, float]) -> None:
         self.run.summary.update(dict(values))
 
-    def table(self, name, table):
-        import wandb
-
-        self.run.log({name: wandb.Table(dataframe=table.reset_index().astype(str))})
-
-    def files(self, name, paths):
-        import wandb
-
-        artifact = wandb.Artifact(f"{name}-{self.state['id']}", type=name)
-        for path in paths:
-            artifact.add_file(str(path))
-        self.run.log_artifact(artifact)
-
-    def close(self):
+    def close(self) -> None:
         try:
             self.run.finish()
         except TimeoutError as error:
@@ -151,95 +174,69 @@ class Wandb(Tracker):
 
 
 def _ask_server() -> None:
-    """Raises URLError where nothing answers at W&B's address: `wandb.init` would try for half a minute."""
+    """Raise URLError if nothing answers at W&B's address; `wandb.init` would try for half a minute."""
     address = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
     with contextlib.suppress(urllib.error.HTTPError):  # an answer all the same
         urllib.request.urlopen(address, timeout=_ANSWER_SECONDS).close()
 
 
-class Trackio(Tracker):
+class Trackio(_WandbInterface):
     """trackio: a SQLite file in the run directory (or in TRACKIO_DIR), to which later sessions add."""
 
-    def open(self, folder, state, settings, config):
+    def open(self, folder: Path, tracked: TrackedRun, settings: TrackingSettings, config: Mapping[str, Any]) -> TrackedRun:
         home = Path(os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio")))  # read by trackio when it is imported
         import trackio
         from trackio.sqlite_storage import SQLiteStorage
 
-        before = []
-        with contextlib.redirect_stdout(io.StringIO()):  # notes on a dashboard; `where` says how to start it
-            if SQLiteStorage.get_project_db_path(state["project"]).exists():
-                before = SQLiteStorage.get_logs(state["project"], state["name"])
+        self.library, self.id = trackio, tracked["id"]
+        project, name = tracked["project"], tracked["name"]
+        with contextlib.redirect_stdout(io.StringIO()):  # notes on a dashboard; `describe_tracking` says how to start it
+            before = SQLiteStorage.get_logs(project, name) if SQLiteStorage.get_project_db_path(project).exists() else []
             self.run = trackio.init(
-                project=state["project"], name=state["name"], config=dict(config), resume="allow", embed=False, auto_log_cpu=False
+                project=project, name=name, config=dict(config), resume="allow", embed=False, auto_log_cpu=False
             )
-        for entry in before:
-            kind = (
-                "eval" if any(key.startswith("eval/") for key in entry) else "end" if "train/train_runtime" in entry else "train"
-            )
-            self.seen.add((kind, int(entry.get("train/global_step", -1))))
-        state["folder"] = os.path.relpath(home, folder.parent)
+        self.seen = {(_kind(entry), int(entry.get("train/global_step", -1))) for entry in before}
+        return tracked | {"folder": os.path.relpath(home, folder.parent)}
 
-    def log(self, values, step):
-        self.run.log({**values, "train/global_step": step}, step=step)
+    def send(self, values: Mapping[str, Any], step: int) -> None:
+        self.run.log(dict(values), step=step)
 
-    def summary(self, values):
-        self.run.log(dict(values), step=self.last)
-
-    def table(self, name, table):
-        import trackio
-
-        self.run.log({name: trackio.Table(dataframe=table.reset_index().astype(str))}, step=self.last)
-
-    def files(self, name, paths):
-        import trackio
-
-        artifact = trackio.Artifact(name, type=name)
-        for path in paths:
-            artifact.add_file(str(path))
-        self.run.log_artifact(artifact)
-
-    def close(self):
-        import trackio
-
+    def close(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            trackio.finish()
+            self.library.finish()
 
 
-class TensorBoard(Tracker):
+class TensorBoard(_Log):
     """TensorBoard's event files: each session writes the run whole into a folder of its own, which replaces those before."""
 
-    def open(self, folder, state, settings, config):
+    def open(self, folder: Path, tracked: TrackedRun, settings: TrackingSettings, config: Mapping[str, Any]) -> TrackedRun:
         from torch.utils.tensorboard import SummaryWriter
 
         home = folder / "tensorboard"
-        self.older = [path for path in home.glob("*") if path.is_dir()]
-        numbers = [int(path.name.rpartition("-")[2]) for path in self.older if path.name.startswith(state["name"])]
-        self.writer = SummaryWriter(log_dir=str(home / f"{state['name']}-{max(numbers, default=0) + 1}"))
-        self.older = [path for path in self.older if path.name.startswith(state["name"])]
-        lines = "\n".join(f"    {name}: {value}" for name, value in config.items())
-        self.writer.add_text("configuration", lines)
-        state["folder"] = home.relative_to(folder.parent).as_posix()
+        self.older = [path for path in home.glob("*") if path.name.startswith(f"{tracked['name']}-")]
+        number = max((int(path.name.rpartition("-")[2]) for path in self.older), default=0) + 1
+        self.writer = SummaryWriter(log_dir=str(home / f"{tracked['name']}-{number}"))
+        self.writer.add_text("configuration", "\n".join(f"    {name}: {value}" for name, value in config.items()))
+        return tracked | {"folder": home.relative_to(folder.parent).as_posix()}
 
-    def log(self, values, step):
+    def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
-    def summary(self, values):
-        self.log(dict(values), self.last)
-
-    def table(self, name, table):
+    def table(self, name: str, table: pd.DataFrame) -> None:
         columns = [table.index.name or "", *table.columns]
         lines = [columns, ["---"] * len(columns), *([index, *row] for index, row in zip(table.index, table.values, strict=True))]
         self.writer.add_text(name, "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines), self.last)
 
-    def files(self, name, paths):
+    def files(self, name: str, paths: Sequence[Path]) -> None:
         self.writer.add_text(name, "in the run directory: " + ", ".join(path.name for path in paths), self.last)
 
-    def close(self):
+    def close(self) -> None:
         self.writer.close()
         for path in self.older:
             shutil.rmtree(path)
 
 
+Tracker = Wandb | Trackio | TensorBoard
 TRACKERS: dict[str, type[Tracker]] = {"wandb": Wandb, "trackio": Trackio, "tensorboard": TensorBoard}

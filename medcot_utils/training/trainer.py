@@ -1,4 +1,4 @@
-"""The SFT trainer: its arguments, resume from the last good checkpoint, and going on with less memory."""
+"""The SFT trainer: its arguments, resuming from the last good checkpoint, and falling back to plans that need less memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.utils.notebook import NotebookProgressCallback
@@ -16,7 +16,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 from medcot_utils.config import RunConfig
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.disk import full_disk_told
-from medcot_utils.machine.gpu import free_gpu_memory, measure_anew, release_gpu_memory
+from medcot_utils.machine.gpu import free_gpu_memory, release_gpu_memory, reset_peak_gpu_memory
 from medcot_utils.models.engine import compute_dtype
 from medcot_utils.training.batch_plan import BatchPlan, batch_plans, choose
 from medcot_utils.training.callbacks import LossFigure, ProgressFile, SkippedSteps, TimeBudget, TimeBudgetReached, TqdmProgress
@@ -32,11 +32,11 @@ PROGRESS = "progress.jsonl"
 
 
 class TrainingError(MedcotError):
-    """Training cannot go on as planned; the message says what differs and what to do."""
+    """Training cannot continue as planned; the message says what differs and what to do."""
 
 
 def sft_arguments(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
-    """The keyword arguments of `trl.SFTConfig` (but for output_dir), all that differ from its defaults or matter here."""
+    """Return the keyword arguments of `trl.SFTConfig` that differ from its defaults or matter here, except output_dir."""
     import torch
 
     t, on_gpu = config.training, torch.cuda.is_available()
@@ -62,7 +62,7 @@ def sft_arguments(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
         "data_seed": config.seed,
         "bf16": on_gpu and dtype == torch.bfloat16,
         "fp16": on_gpu and dtype == torch.float16,
-        # TRL's default would put it back on.
+        # TRL's default would switch it back on.
         "gradient_checkpointing": bool(plan.gradient_checkpointing),
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
@@ -75,7 +75,7 @@ def sft_arguments(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
 
 
 def last_good_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole, or None. One cut off in the middle of being written is set aside."""
+    """Return the newest checkpoint that is whole, or None; set aside one that was cut off while it was written."""
     checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         fault = checkpoint_fault(path)
@@ -90,7 +90,7 @@ def last_good_checkpoint(output_dir: Path) -> Path | None:
 
 
 def checkpoint_fault(path: Path) -> str | None:
-    """Why a trainer checkpoint with an adapter cannot be resumed from, or None if each of its files reads to the end."""
+    """Return why a trainer checkpoint with an adapter cannot be resumed from, or None if each of its files can be read whole."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -114,28 +114,36 @@ def train(
     config: RunConfig,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> SFTTrainer:
-    """Train to the end from the last good checkpoint in the trainer's output_dir, or from the start; says which.
+    """Train to the end from the last good checkpoint in the trainer's output_dir, or from the start, and say which.
 
-    `make_trainer(plan)` gives a trainer for a plan, as notebook 05 shows. When the GPU's memory runs out, the finished
-    steps are saved and the next plan, which needs less, goes on from there. Each trainer gets the `callbacks`, as those of
-    `tracking.callbacks`. Returns the trainer that finished.
+    If the GPU's memory runs out, the finished steps are saved, and training resumes with the next plan, which needs less.
 
-    Raises DiskError where a checkpoint finds no room (the one before stays whole), the GPU's own error if the last plan runs
-    out of memory too, TimeBudgetReached where training.max_hours ended it in time (a checkpoint is there), and TrainingError
-    for an effective batch other than the configured one."""
+    Args:
+        make_trainer: makes a trainer for a plan, as notebook 05 shows.
+        plans: the batch plans to try in turn.
+        callbacks: added to each trainer, such as those of `make_tracking_callbacks`.
+
+    Returns:
+        The trainer that finished.
+
+    Raises:
+        DiskError: if there is no room for a checkpoint; the one before stays whole.
+        TimeBudgetReached: if training.max_hours ended the training in time, with a checkpoint.
+        TrainingError: if the effective batch is not the configured one.
+        RuntimeError: the GPU's own, if the last plan runs out of memory too."""
     from accelerate.utils.memory import should_reduce_batch_size
 
     for plan, smaller in zip(plans, [*plans[1:], None], strict=True):
         trainer = prepare_trainer(make_trainer(plan), config)
         for callback in callbacks:
             trainer.add_callback(callback)
-        measure_anew()
+        reset_peak_gpu_memory()
         try:
             with full_disk_told("a checkpoint", Path(trainer.args.output_dir)):
                 _train_or_resume(trainer)
             return trainer
         except RuntimeError as error:
-            # Of several processes only one may have run out: all end, and whoever started them goes on with a smaller plan.
+            # Only one of several processes may have run out: all end, and whoever started them resumes with a smaller plan.
             if smaller is None or trainer.args.world_size > 1 or not should_reduce_batch_size(error):
                 raise
         # Out of the except block: its traceback would keep the activations alive.
@@ -158,7 +166,7 @@ def _train_or_resume(trainer: SFTTrainer) -> None:
         if trainer.is_world_process_zero():
             print(f"resuming after step {state.global_step} of {state.max_steps} ({checkpoint.name})")
         if state.global_step >= state.max_steps:
-            _take_up(trainer, checkpoint, state)
+            _restore_finished(trainer, checkpoint, state)
             return
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     budgets = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TimeBudget)]
@@ -169,8 +177,8 @@ def _train_or_resume(trainer: SFTTrainer) -> None:
         )
 
 
-def _take_up(trainer: SFTTrainer, checkpoint: Path, state: TrainerState) -> None:
-    # The Trainer itself would take one more step before it saw that there was none left.
+def _restore_finished(trainer: SFTTrainer, checkpoint: Path, state: TrainerState) -> None:
+    # The Trainer itself would take one more step before it noticed that there was none left.
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = state
     for callback in trainer.callback_handler.callbacks:
@@ -179,8 +187,9 @@ def _take_up(trainer: SFTTrainer, checkpoint: Path, state: TrainerState) -> None
 
 
 def _keep_finished_steps(trainer: SFTTrainer) -> None:
-    """Save the state after the last finished step and give back what the trainer holds on the GPU. A step that ran out of
-    memory has changed neither weights nor optimizer, so nothing of it needs undoing."""
+    """Save the state after the last finished step and release what the trainer holds on the GPU.
+
+    A step that ran out of memory has changed neither weights nor optimizer, so nothing needs to be undone."""
     trainer.model.zero_grad(set_to_none=True)
     saved = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
     if trainer.state.global_step > 0 and checkpoint_fault(saved) is not None:
@@ -190,16 +199,20 @@ def _keep_finished_steps(trainer: SFTTrainer) -> None:
     release_gpu_memory()
 
 
+# --- prepare -------------------------------------------------------------------------------------------------------
+
+
 def keep_to_one_gpu(trainer: SFTTrainer) -> None:
-    """One process trains on one GPU, also where it sees several. Left alone the Trainer would give each GPU a whole
-    per-device batch (DataParallel): with two, twice the effective batch, without a word."""
+    """Make the trainer use one GPU even if it sees several.
+
+    By default the Trainer gives each GPU a whole per-device batch (DataParallel): two GPUs silently double the batch."""
     if trainer.args.n_gpu > 1:
         trainer.args._n_gpu = 1
         trainer._train_batch_size = trainer.args.train_batch_size
 
 
 def check_effective_batch(trainer: SFTTrainer, config: RunConfig) -> int:
-    """Rows per optimizer step. Raises TrainingError if it is not per-device batch x accumulation as configured."""
+    """Return the rows per optimizer step; raise TrainingError if they are not the configured effective batch."""
     planned = config.training.effective_batch_size
     actual = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
     if actual != planned:
@@ -220,13 +233,14 @@ def keep_lora_float32(trainer: SFTTrainer) -> None:
             parameter.data = parameter.data.float()
 
 
-# --- made ready ----------------------------------------------------------------------------------------------------
-
-
 def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
-    """The trainer made ready: kept to one GPU, effective batch checked, LoRA matrices in float32, skipped steps counted, the
-    time budget watched, and a progress bar and a live loss figure in place of its printed dictionaries. Raises TrainingError
-    if the effective batch is not the configured one."""
+    """Prepare a trainer in place, and return it.
+
+    It is kept to one GPU, with LoRA matrices in float32, a check of skipped steps and time, and a progress bar and a live loss
+    figure instead of printed dictionaries.
+
+    Raises:
+        TrainingError: if the effective batch is not the configured one."""
     keep_to_one_gpu(trainer)
     rows = check_effective_batch(trainer, config)
     keep_lora_float32(trainer)
@@ -250,7 +264,7 @@ def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
 def plan_training(
     engine: ModuleType, model: PreTrainedModel, config: RunConfig, rows: Dataset, processes: int = 1
 ) -> list[BatchPlan]:
-    """The batch plans to try in turn for tokenized rows, by this GPU's free memory. Raises PlanError if none fits."""
+    """Return the batch plans to try in turn for tokenized rows, by the free GPU memory; raise PlanError if none fits."""
     lengths = [len(ids) for ids in rows["input_ids"]]
     return choose(batch_plans(model, config, lengths, engine.WHOLE_LOGITS, processes), free_gpu_memory())
 
@@ -265,7 +279,7 @@ def make_sft_trainer(
     held_out_rows: Dataset,
     output_dir: Path,
 ) -> SFTTrainer:
-    """TRL's trainer for a plan, over tokenized and labelled rows; held-out rows only as far as training looks at them."""
+    """Return TRL's trainer for a plan, over tokenized and labeled rows and the `training.eval_rows` first held-out rows."""
     from trl import SFTConfig, SFTTrainer
 
     engine.set_checkpointing(model, plan.gradient_checkpointing)
@@ -283,8 +297,17 @@ def make_sft_trainer(
 # --- plan ----------------------------------------------------------------------------------------------------------
 
 
-def step_plan(config: RunConfig, rows: int) -> dict[str, Any]:
-    """{rows, effective_batch, steps, epochs}: optimizer steps and how often they pass over the rows."""
+class StepPlan(TypedDict):
+    """How long a run trains; part of its plan.json."""
+
+    rows: int  # training rows
+    effective_batch: int  # rows per optimizer step
+    steps: int  # optimizer steps
+    epochs: float  # passes over the rows
+
+
+def step_plan(config: RunConfig, rows: int) -> StepPlan:
+    """Return the optimizer steps of a configuration for so many training rows."""
     t = config.training
     steps_per_epoch = math.ceil(rows / t.effective_batch_size)
     steps = t.max_steps if t.max_steps > 0 else math.ceil(t.num_train_epochs * steps_per_epoch)

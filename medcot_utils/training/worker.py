@@ -1,7 +1,7 @@
 """One of several training processes: `torchrun --nproc-per-node 4 -m medcot_utils.training.worker RUN_DIR`; also runs alone.
 
 Each process holds a whole model on its own GPU and takes its share of every batch; the first one writes checkpoints and
-progress. It leaves the checkpoint of the last step, which notebook 05 takes up."""
+progress. It leaves the checkpoint of the last step, from which notebook 05 resumes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main() -> None:
 
     # Joins the group, in which the free memory for the plan is agreed on.
     PartialState(cpu=not torch.cuda.is_available())
-    from medcot_utils.training.tracking import callbacks
+    from medcot_utils.training.tracking import make_tracking_callbacks
     from medcot_utils.training.trainer import TrainingError, make_sft_trainer, plan_training, train
 
     model, tokenizer = engine.load(config.model)
@@ -44,7 +44,7 @@ def main() -> None:
     def make_trainer(plan):
         return make_sft_trainer(engine, model, tokenizer, config, plan, train_rows, held_out_rows, output_dir)
 
-    train(make_trainer, plans[options.skip_plans :], config, callbacks(run))
+    train(make_trainer, plans[options.skip_plans :], config, make_tracking_callbacks(run))
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def train_tracked() -> Callable[..., None]:
     def train(run: Run, begin: int, end: int, first: bool = True, ends: bool | None = None) -> None:
         log = [entry for entry in LOG if entry["step"] <= begin]
         state = TrainerState(global_step=begin, log_history=log, is_world_process_zero=first)
-        for callback in tracking.callbacks(run):
+        for callback in tracking.make_tracking_callbacks(run):
             callback.on_train_begin(None, state, None)
             for entry in LOG:
                 if begin < entry["step"] <= end:

@@ -36,7 +36,10 @@ def killed_resumed_compared(run, train_tracked, in_child):
     said.append(in_child(lambda: train_tracked(run, 2, 6)))
     said.append(
         in_child(
-            lambda: (tracking.record_comparison(run, metrics_table(run.read("metrics")["metrics"])), print(tracking.where(run)))
+            lambda: (
+                tracking.record_comparison(run, metrics_table(run.read("metrics")["metrics"])),
+                print(tracking.describe_tracking(run)),
+            )
         )
     )
     last = json.loads((run.path / "tracking.json").read_text())
@@ -124,7 +127,7 @@ def test_the_printed_path_leads_there_from_where_one_is_and_is_never_absolute(
     in_child(lambda: train_tracked(run, 0, 6))
     (tmp_path / here).mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(tmp_path / here)
-    assert tracking.where(run).endswith(f"to see it{place}: tensorboard --logdir {prefix}tracking/tensorboard")
+    assert tracking.describe_tracking(run).endswith(f"to see it{place}: tensorboard --logdir {prefix}tracking/tensorboard")
     assert ((run.path if place else Path()) / prefix / "tracking" / "tensorboard").is_dir()
 
 
@@ -211,7 +214,7 @@ def test_wandb_without_its_server_is_tracked_offline_in_reasonable_time(
         monkeypatch.setattr("medcot_utils.training.trackers._INIT_SECONDS", 4)
         run = trained("tracking.backend=auto")
         began = time.monotonic()
-        said = in_child(lambda: (train_tracked(run, 0, 6), print(tracking.where(run))))
+        said = in_child(lambda: (train_tracked(run, 0, 6), print(tracking.describe_tracking(run))))
     assert time.monotonic() - began < 45
     assert said.count("tracking: W&B cannot be used online") == 1 and "0123456789" not in said
     assert "to upload it: wandb sync run/tracking/wandb" in said

@@ -99,7 +99,10 @@ def test_online_run_killed_resumed_and_compared_is_one_run_on_the_server(server,
     state = json.loads((run.path / "tracking.json").read_text())
     said += in_child(lambda: train_tracked(run, 2, 6))
     said += in_child(
-        lambda: (tracking.record_comparison(run, metrics_table(run.read("metrics")["metrics"])), print(tracking.where(run)))
+        lambda: (
+            tracking.record_comparison(run, metrics_table(run.read("metrics")["metrics"])),
+            print(tracking.describe_tracking(run)),
+        )
     )
     last = json.loads((run.path / "tracking.json").read_text())
     assert (state["id"], state["url"]) == (last["id"], last["url"])
@@ -113,7 +116,10 @@ def test_an_offline_run_is_uploaded_by_the_printed_command(server, trained, trai
     run = trained("tracking.backend=wandb", "training.max_steps=6")
     in_child(lambda: train_tracked(run, 0, 6))
     said = in_child(
-        lambda: (tracking.record_comparison(run, metrics_table(run.read("metrics")["metrics"])), print(tracking.where(run)))
+        lambda: (
+            tracking.record_comparison(run, metrics_table(run.read("metrics")["metrics"])),
+            print(tracking.describe_tracking(run)),
+        )
     )
     command = said.strip().rpartition("to upload it: ")[2].split()
     assert command[:2] == ["wandb", "sync"]

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, ProcessFailure
 
 from medcot_utils.training import launch
+from medcot_utils.training.agent import Failure, find_first_failure
 from medcot_utils.training.callbacks import TimeBudgetReached
-from medcot_utils.training.launch import _first_failure, check_gpus, train_in_processes
+from medcot_utils.training.launch import check_gpus, train_in_processes
 from medcot_utils.training.trainer import TrainingError
 
-OUT_OF_MEMORY = ("process 1: OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity")
+OUT_OF_MEMORY = Failure(
+    "process 1", "OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity"
+)
 
 
 @pytest.fixture
@@ -58,14 +63,21 @@ def test_memory_that_runs_out_in_a_simulated_launch_is_followed_by_one_with_the_
 
 
 def test_another_failure_of_a_simulated_launch_is_raised_with_the_process_and_its_message(prepared, ending):
-    skipped = ending(("process 0: ValueError", "no such column"))
+    skipped = ending(Failure("process 0", "ValueError", "no such column"))
     with pytest.raises(TrainingError, match=r"training in 2 processes failed: process 0: ValueError: no such column"):
         train_in_processes(prepared, 2)
     assert skipped == [0]
 
 
+def test_a_secret_in_the_message_is_redacted(prepared, ending, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "a1B2" * 9)
+    ending(Failure("process 0", "HfHubHTTPError", f"401 for hf_{'a1B2' * 9}"))
+    with pytest.raises(TrainingError, match=r"process 0: HfHubHTTPError: 401 for \*+$"):
+        train_in_processes(prepared, 2)
+
+
 def test_a_simulated_launch_that_stopped_in_time_is_a_pause_and_no_failure(prepared, ending):
-    ending(("TimeBudgetReached", "stopped after step 3 of 6"))
+    ending(Failure("process 1", "TimeBudgetReached", "stopped after step 3 of 6"))
     with pytest.raises(TimeBudgetReached, match=r"^stopped after step 3 of 6$"):
         train_in_processes(prepared, 2)
 
@@ -85,77 +97,114 @@ def test_fewer_simulated_gpus_than_processes_are_refused_and_none_at_all_is_the_
 
 
 @pytest.fixture
-def leave(tmp_path):
-    """`leave(rank, message, timestamp)`: the file that a failing process leaves, as torchrun's `record` writes it."""
+def end(tmp_path, monkeypatch):
+    """`end({rank: exit code}, {rank: (error, time)})`: the failure found when processes ended so, in that order of torchrun's
+    notice; those with an error left the file that torchrun's own handler writes, at that time (now if None)."""
 
-    def write(rank, message, timestamp):
-        folder = tmp_path / "none_abc" / "attempt_0" / str(rank)
-        folder.mkdir(parents=True)
-        error = {"message": message, "extraInfo": {"py_callstack": "Traceback ...", "timestamp": str(timestamp)}}
-        (folder / "error.json").write_text(json.dumps({"message": error}))
-
-    return write
-
-
-def test_the_process_that_failed_first_is_told(leave, tmp_path):
-    leave(0, "RuntimeError: [gloo] Connection closed by peer", 1700000009)
-    leave(1, "ValueError: row 7: no labels", 1700000002)
-    leave(2, "DistBackendError: NCCL error", 1700000005)
-    assert _first_failure(tmp_path) == ("process 1: ValueError", "row 7: no labels")
-
-
-def test_time_that_was_over_is_told_without_a_process(leave, tmp_path):
-    leave(1, "TimeBudgetReached: stopped after step 3 of 6", 1700000002)
-    assert _first_failure(tmp_path) == ("TimeBudgetReached", "stopped after step 3 of 6")
-
-
-def test_of_failures_in_the_same_second_memory_that_ran_out_is_told_before_what_followed_from_it(leave, tmp_path):
-    leave(0, "DistBackendError: NCCL error: remote process exited", 1700000002)
-    leave(1, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", 1700000002)
-    assert _first_failure(tmp_path)[0] == "process 1: OutOfMemoryError"
-
-
-@pytest.fixture
-def torchrun_ends(tmp_path):
-    """`torchrun_ends({rank: exit code})`: the log that torchrun itself makes of processes that ended so, in that order."""
-
-    def write(exit_codes):
+    def find(exit_codes, errors=None):
+        for rank, (error, moment) in (errors or {}).items():
+            file = tmp_path / "none_abc" / "attempt_0" / str(rank) / "error.json"
+            file.parent.mkdir(parents=True)
+            monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+            with monkeypatch.context() as at:
+                if moment is not None:
+                    at.setattr("time.time", lambda moment=moment: moment)
+                ErrorHandler().record_exception(error)
+        folder = tmp_path / "none_abc" / "attempt_0"
         failures = {
-            rank: ProcessFailure(rank, 4000 + rank, code, str(tmp_path / "none_abc" / "attempt_0" / str(rank) / "error.json"))
+            rank: ProcessFailure(rank, 4000 + rank, code, str(folder / str(rank) / "error.json"))
             for rank, code in exit_codes.items()
         }
-        (tmp_path / "torchrun.log").write_text(f"W1123 before it\n{ChildFailedError('medcot_utils.training.worker', failures)}\n")
+        return find_first_failure(failures, tmp_path)
 
-    return write
+    return find
+
+
+class DistBackendError(RuntimeError):
+    """Named as torch's own, which no process can raise at will."""
+
+
+LOST = RuntimeError("[gloo] Connection closed by peer")
+NO_LABELS = Failure("process 1", "ValueError", "row 7: no labels")
+
+
+def test_the_process_that_failed_first_is_told(end):
+    errors = {0: (LOST, 1700000009), 1: (ValueError("row 7: no labels"), 1700000002), 2: (DistBackendError("NCCL"), 1700000001)}
+    assert end({0: 1, 1: 1, 2: 1}, errors) == NO_LABELS
+    assert str(NO_LABELS) == "process 1: ValueError: row 7: no labels"
+
+
+def test_the_earlier_of_two_errors_is_told(end):
+    errors = {0: (KeyError("b"), 1700000009), 1: (ValueError("row 7: no labels"), 1700000002)}
+    assert end({0: 1, 1: 1}, errors) == NO_LABELS
+
+
+def test_time_that_was_over_is_told_without_a_process(end):
+    found = end({1: 1}, {1: (TimeBudgetReached("stopped after step 3 of 6"), 1700000002)})
+    assert (found.kind, found.message) == ("TimeBudgetReached", "stopped after step 3 of 6")
+
+
+def test_out_of_memory_is_told_before_what_followed_in_the_same_second(end):
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    memory = OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    errors = {0: (DistBackendError("NCCL error: remote process exited"), 1700000002), 1: (memory, 1700000002)}
+    assert end({0: 1, 1: 1}, errors) == Failure("process 1", "OutOfMemoryError", str(memory))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
 @pytest.mark.parametrize("later", [-60, 60])
-def test_a_killed_process_is_told_and_not_one_whose_connection_it_took_with_it(order, later, leave, torchrun_ends, tmp_path):
-    # torchrun lists the one that it saw first as the root cause, last; a file's time is before or after its own look.
-    leave(0, "RuntimeError: [gloo] Connection closed by peer", int(time.time()) + later)
+def test_a_killed_process_is_told_and_not_one_whose_connection_it_took_with_it(order, later, end):
+    # torchrun takes the earliest as the root cause; a file's time is before or after its own look.
     codes = {0: 1, 1: -signal.SIGKILL, 2: -signal.SIGTERM}
-    torchrun_ends({rank: codes[rank] for rank in order})
-    assert _first_failure(tmp_path) == ("process 1", "killed by signal 9, as a machine out of main memory does")
+    found = end({rank: codes[rank] for rank in order}, {0: (LOST, time.time() + later)})
+    assert str(found) == "process 1: killed by signal 9, as a machine out of main memory does"
 
 
-def test_a_crash_is_not_told_as_a_lack_of_memory(torchrun_ends, tmp_path):
-    torchrun_ends({0: -signal.SIGTERM, 1: -signal.SIGSEGV})
-    assert _first_failure(tmp_path) == ("process 1", "killed by signal 11")
+def test_a_crash_is_not_told_as_a_lack_of_memory(end):
+    assert str(end({0: -signal.SIGTERM, 1: -signal.SIGSEGV})) == "process 1: killed by signal 11"
 
 
-def test_an_error_is_told_before_the_abort_of_a_process_that_waited_for_the_one_that_had_it(leave, torchrun_ends, tmp_path):
-    leave(1, "ValueError: row 7: no labels", 1700000002)
-    torchrun_ends({0: -signal.SIGABRT, 1: 1})
-    assert _first_failure(tmp_path) == ("process 1: ValueError", "row 7: no labels")
+def test_an_error_is_told_before_the_abort_of_a_process_that_waited_for_the_one_that_had_it(end):
+    assert end({0: -signal.SIGABRT, 1: 1}, {1: (ValueError("row 7: no labels"), 1700000002)}) == NO_LABELS
 
 
-def test_a_process_that_aborted_is_told_before_one_that_lost_its_connection_to_it(leave, torchrun_ends, tmp_path):
-    leave(0, "RuntimeError: [gloo] Connection closed by peer", 1700000002)
-    torchrun_ends({0: 1, 1: -signal.SIGABRT})
-    assert _first_failure(tmp_path) == ("process 1", "killed by signal 6")
+def test_a_process_that_aborted_is_told_before_one_that_lost_its_connection_to_it(end):
+    assert str(end({0: 1, 1: -signal.SIGABRT}, {0: (LOST, 1700000002)})) == "process 1: killed by signal 6"
 
 
-def test_processes_that_leave_no_file_were_killed(tmp_path):
-    kind, _ = _first_failure(tmp_path)
-    assert kind == "a process was killed"
+def test_an_error_of_several_lines_is_told_in_one(end):
+    assert end({1: 1}, {1: (ValueError("row 7:\nno labels"), None)}) == NO_LABELS
+
+
+def test_processes_that_leave_no_file_are_told_by_their_last_line(end, tmp_path):
+    folder = tmp_path / "none_abc" / "attempt_0" / "1"
+    folder.mkdir(parents=True)
+    (folder / "stderr.log").write_text("Traceback\nImportError: no torch\n")
+    assert str(end({0: -signal.SIGTERM, 1: 3})) == "process 1: ended with exit code 3: ImportError: no torch"
+
+
+def test_a_process_that_was_only_ended_is_told_if_there_is_no_other(end):
+    assert str(end({1: -signal.SIGTERM})) == "process 1: killed by signal 15"
+
+
+# --- the agent -----------------------------------------------------------------------------------------------------
+
+# The real torchrun over processes that raise or are killed is in tests/series/test_processes.py.
+WORKER = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    sys.exit("no torch here")
+time.sleep(60)
+"""
+
+
+def test_the_real_torchrun_leaves_the_failure_in_a_file(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    report = tmp_path / "failure.json"
+    command = [sys.executable, "-m", "medcot_utils.training.agent", report, "--standalone", "--nproc-per-node=2"]
+    command += [f"--log-dir={tmp_path}", "--redirects=3", tmp_path / "worker.py"]
+    assert subprocess.run(list(map(str, command)), capture_output=True, timeout=120).returncode == 1
+    failure = Failure(**json.loads(report.read_text()))
+    assert str(failure) == "process 1: ended with exit code 1: no torch here"

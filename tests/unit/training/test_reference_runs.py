@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from medcot_utils.config import load_config, setting_names
-from medcot_utils.training.reference_runs import band, differences, place, reference
+from medcot_utils.training.reference_runs import compare_with_reference, read_reference, reference_band, reference_differences
 
 ARTICLE = load_config("article")
 FOUR_RUNS = [1.9189, 1.4615, 1.4023, 1.3088, 1.3443, 1.3140]
@@ -20,11 +20,11 @@ def log(losses, steps=STEPS):
 
 
 def test_the_article_profile_meets_every_condition():
-    assert differences(ARTICLE) == {}
+    assert reference_differences(ARTICLE) == {}
 
 
 def test_every_condition_is_a_setting_of_this_project_or_the_effective_batch():
-    names = set(reference()["conditions"])
+    names = set(read_reference()["conditions"])
     assert names - set(setting_names()) == {"effective_batch_size"}
 
 
@@ -40,7 +40,7 @@ def test_every_condition_is_a_setting_of_this_project_or_the_effective_batch():
     ],
 )
 def test_one_changed_setting_is_named_with_both_values_and_nothing_else_is(override, name, theirs, ours):
-    assert differences(load_config("article", [override])) == {name: (theirs, ours)}
+    assert reference_differences(load_config("article", [override])) == {name: (theirs, ours)}
 
 
 @pytest.mark.parametrize(
@@ -55,18 +55,18 @@ def test_one_changed_setting_is_named_with_both_values_and_nothing_else_is(overr
     ],
 )
 def test_how_the_same_steps_are_taken_forbids_no_comparison(overrides):
-    assert differences(load_config("article", overrides)) == {}
+    assert reference_differences(load_config("article", overrides)) == {}
 
 
 @pytest.mark.parametrize("profile", ["demo", "smoke", "recommended", "full"])
 def test_another_profile_is_not_placed_and_the_table_says_what_differs(profile):
-    table = place(load_config(profile), log(FOUR_RUNS))
+    table = compare_with_reference(load_config(profile), log(FOUR_RUNS))
     assert list(table.columns) == ["public T4 runs", "this run"]
-    assert set(table.index) == set(differences(load_config(profile))) != set()
+    assert set(table.index) == set(reference_differences(load_config(profile))) != set()
 
 
 def test_the_demos_table_names_its_model():
-    table = place(load_config("demo"), [])
+    table = compare_with_reference(load_config("demo"), [])
     assert table.loc["model.name", "public T4 runs"] == "unsloth/DeepSeek-R1-Distill-Llama-8B"
     assert table.loc["model.name", "this run"] == "embedded:smollm2-135m-instruct"
 
@@ -75,14 +75,14 @@ def test_the_demos_table_names_its_model():
 
 
 def test_the_curve_of_four_runs_stands_in_the_file():
-    (four,) = [run for run in reference()["runs"] if run["count"] == 4]
-    assert four["losses"] == FOUR_RUNS and reference()["steps"] == STEPS
+    (four,) = [run for run in read_reference()["runs"] if run["count"] == 4]
+    assert four["losses"] == FOUR_RUNS and read_reference()["steps"] == STEPS
 
 
 def test_the_band_holds_every_run_it_is_made_of_with_room_on_both_sides():
-    bounds = band()
+    bounds = reference_band()
     assert list(bounds) == STEPS
-    for run in reference()["runs"]:
+    for run in read_reference()["runs"]:
         for loss, (low, high) in zip(run["losses"], bounds.values(), strict=True):
             assert low + 0.05 <= loss <= high - 0.05
     widths = [high - low for low, high in bounds.values()]
@@ -91,14 +91,14 @@ def test_the_band_holds_every_run_it_is_made_of_with_room_on_both_sides():
 
 def test_the_bands_bounds_by_hand():
     # Step 60: 1.3140 and 1.3212 lie 0.0072 apart; twice that is less than 0.05.
-    assert band()[60] == pytest.approx((1.3140 - 0.05, 1.3212 + 0.05))
+    assert reference_band()[60] == pytest.approx((1.3140 - 0.05, 1.3212 + 0.05))
 
 
 def test_the_runs_on_another_gpu_and_batch_are_not_all_inside():
     outside = [
         loss
-        for run in reference()["other_runs"]
-        for loss, (low, high) in zip(run["losses"], band().values(), strict=True)
+        for run in read_reference()["other_runs"]
+        for loss, (low, high) in zip(run["losses"], reference_band().values(), strict=True)
         if not low <= loss <= high
     ]
     assert outside, "the band tells another recipe from this one"
@@ -108,7 +108,7 @@ def test_the_runs_on_another_gpu_and_batch_are_not_all_inside():
 
 
 def test_the_public_curve_itself_is_inside_at_every_step():
-    table = place(ARTICLE, log(FOUR_RUNS))
+    table = compare_with_reference(ARTICLE, log(FOUR_RUNS))
     assert list(table.index) == STEPS and list(table["this run"]) == FOUR_RUNS
     assert list(table["inside"]) == [True] * 6
 
@@ -116,7 +116,7 @@ def test_the_public_curve_itself_is_inside_at_every_step():
 def test_losses_outside_are_marked_on_either_side():
     losses = [*FOUR_RUNS]
     losses[1], losses[4] = 1.30, 1.60
-    table = place(ARTICLE, log(losses))
+    table = compare_with_reference(ARTICLE, log(losses))
     assert list(table["inside"]) == [True, False, True, True, False, True]
     assert table.loc[20, "this run"] < table.loc[20, "band low"] and table.loc[50, "this run"] > table.loc[50, "band high"]
 
@@ -129,5 +129,5 @@ def test_only_steps_of_the_band_that_were_logged_are_placed():
         {"step": 30, "skipped_step": 1},
         {"step": 70, "loss": 1.2},
     ]
-    table = place(ARTICLE, history)
+    table = compare_with_reference(ARTICLE, history)
     assert list(table.index) == [10, 30] and list(table["inside"]) == [True, True]

@@ -7,13 +7,19 @@ import pytest
 from medcot_utils.config import load_config
 from medcot_utils.errors import PlatformError
 from medcot_utils.training import tracking
-from medcot_utils.training.tracking import TrackingError, check_usable, resolve
+from medcot_utils.training.tracking import TrackingError, check_usable, choose_tracker
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
 def config(*overrides, backend="auto"):
     return load_config("smoke", [f"tracking.backend={backend}", *overrides])
+
+
+def mode_of(backend):
+    choice = choose_tracker(config())
+    assert choice.backend == backend
+    return choice.mode
 
 
 @pytest.fixture
@@ -27,14 +33,14 @@ def without(monkeypatch):
 
 
 def test_auto_takes_wandb_with_a_key_else_trackio_else_none(monkeypatch, without):
-    assert resolve(config())[0] == "trackio"
+    assert choose_tracker(config()).backend == "trackio"
     without("trackio")
-    assert resolve(config())[0] == "none" and "trackio is not installed" in check_usable(config())
+    assert choose_tracker(config()).backend == "none" and "trackio is not installed" in check_usable(config())
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert resolve(config())[:2] == ("wandb", "online")
+    assert mode_of("wandb") == "online"
     assert check_usable(config()) == "tracking: wandb, online (key from environment WANDB_API_KEY), project medcot"
     without("wandb", "trackio")
-    assert resolve(config())[0] == "none"
+    assert choose_tracker(config()).backend == "none"
 
 
 def test_wandb_without_a_key_is_offline_in_one_line_and_online_by_name_an_error():
@@ -46,15 +52,15 @@ def test_wandb_without_a_key_is_offline_in_one_line_and_online_by_name_an_error(
 def test_wandbs_own_switch_is_obeyed(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert resolve(config())[:2] == ("wandb", "offline")
+    assert mode_of("wandb") == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert resolve(config(backend="wandb"))[0] == "none"
+    assert choose_tracker(config(backend="wandb")).backend == "none"
 
 
 def test_auto_with_wandb_switched_off_is_not_wandb(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert resolve(config())[0] == "trackio"
+    assert choose_tracker(config()).backend == "trackio"
 
 
 @pytest.mark.parametrize("backend", ["wandb", "trackio", "tensorboard"])
@@ -68,4 +74,4 @@ def test_the_articles_project_and_job_type_are_its_own_and_smoke_is_not_tracked(
     article = load_config("article").tracking
     assert article.project == "Fine-tune-DeepSeek-R1-Distill-Llama-8B on Medical COT Dataset"
     assert article.job_type == "training" and article.backend == "auto"
-    assert resolve(load_config("smoke"))[0] == "none"
+    assert choose_tracker(load_config("smoke")).backend == "none"

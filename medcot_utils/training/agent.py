@@ -1,0 +1,87 @@
+"""torchrun, which also writes the failure that ended its processes to a file: `python -m medcot_utils.training.agent FILE ...`.
+
+torchrun's own `main` copies the error file of the earliest failure. A killed process leaves no such file, and the others may
+fail before torchrun sees it; so this calls the same `run` and reads every process's exit code from the ChildFailedError."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+_FOLLOWS_FROM_ANOTHER = ("DistBackendError", "DistNetworkError", "Connection", "NCCL", "gloo")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The failure that ended training in several processes.
+
+    process: who failed, as `process 1` (by rank) or `torchrun`. kind: the exception's type, empty if there was none.
+    message: the exception's text, or how the process ended; one line."""
+
+    process: str
+    kind: str
+    message: str
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.process, self.kind, self.message)))
+
+
+def find_first_failure(failures: Mapping[int, ProcessFailure], logs: Path) -> Failure:
+    """Return the failure that the others follow from.
+
+    A killed process comes first, then the earliest error, then a process that aborted (NCCL aborts one that waited in vain for
+    another), then a lost connection, and last the processes that torchrun ended itself.
+
+    Args:
+        failures: torchrun's failures by rank, from its ChildFailedError.
+        logs: torchrun's log directory, for the last words of a process that left no error file."""
+    return min((_describe(rank, failure, logs) for rank, failure in failures.items()), key=lambda found: found[:2])[2]
+
+
+def _describe(rank: int, failure: ProcessFailure, logs: Path) -> tuple[int, float, Failure]:
+    """Return the order in which a failure is considered, its time (seconds since the epoch), and the failure in words."""
+    process = f"process {rank}"
+    if isinstance(failure.message, dict):  # the process's own error file, as `record` writes it
+        text = " ".join(failure.message["message"].split())
+        order = 3 if any(word in text for word in _FOLLOWS_FROM_ANOTHER) else 1
+        kind, _, message = text.partition(": ")
+        return order, failure.timestamp, Failure(process, kind, message)
+    if failure.exitcode > 0:
+        last_words = [read_last_line(path) for path in logs.glob(f"*/attempt_*/{failure.local_rank}/stderr.log")]
+        message = ": ".join([f"ended with exit code {failure.exitcode}", *filter(None, last_words)])
+        return 1, failure.timestamp, Failure(process, "", message)
+    number = -failure.exitcode
+    why = ", as a machine out of main memory does" if number == signal.SIGKILL else ""
+    order = {signal.SIGABRT: 2, signal.SIGTERM: 4}.get(number, 0)
+    return order, failure.timestamp, Failure(process, "", f"killed by signal {number}{why}")
+
+
+def read_last_line(path: Path) -> str:
+    """Return the end of the last line of a log (at most 300 characters); empty if there is none."""
+    text = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    return text.rpartition("\n")[2][-300:]
+
+
+def main() -> None:
+    from torch.distributed.run import parse_args, run
+
+    file, arguments = Path(sys.argv[1]), parse_args(sys.argv[2:])
+    try:
+        run(arguments)
+        return
+    except ChildFailedError as error:
+        failure = find_first_failure(error.failures, Path(arguments.log_dir))
+    except Exception as error:  # noqa: BLE001 - told by the process that waits for this one
+        failure = Failure("torchrun", type(error).__name__, " ".join(str(error).split()))
+    file.write_text(json.dumps(asdict(failure)), encoding="utf-8")
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""What the trackers share: each entry of the trainer's log once."""
+
+from __future__ import annotations
+
+import pytest
+
+from medcot_utils.training.trackers import _Log
+
+
+class SimulatedTracker(_Log):
+    """Keeps what it is given to log, in place of a library."""
+
+    def __init__(self):
+        super().__init__()
+        self.logged = []
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+
+LOSS = {"step": 3, "loss": 2.5, "epoch": 0.5}
+
+
+@pytest.mark.parametrize("other", [{"eval_loss": 1.5}, {"train_runtime": 9.0, "train_loss": 2.0}, {"skipped_step": 1}])
+def test_an_entry_is_logged_once_and_hides_no_other_of_its_step(other):
+    tracker = SimulatedTracker()
+    for entry in [{"step": 3} | other, LOSS, LOSS]:
+        tracker.log_once(entry)
+    assert len(tracker.logged) == 2 and tracker.logged[1] == (3, {"train/loss": 2.5, "train/epoch": 0.5})
+
+
+def test_what_is_no_number_is_not_logged():
+    tracker = SimulatedTracker()
+    tracker.log_once(LOSS | {"loss": "2.5", "rates": [1, 2]})
+    assert tracker.logged == [(3, {"train/loss": 2.5, "train/epoch": 0.5})]
