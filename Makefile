@@ -7,7 +7,7 @@ RUN_DIR ?= runs/demo
 # The committed notebooks are those of the embedded default, on a machine with a GPU too.
 ON_CPU := CUDA_VISIBLE_DEVICES=
 # Two workers take whole files, in the order that tests/conftest.py gives them: the slowest first.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -p no:nbval -n 2 --dist loadfile --no-loadscope-reorder
 LIGHT := not (model or embedded or series or server or browser or gpu)
 
 # Said before anything is installed.
