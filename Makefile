@@ -4,11 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN_DIR ?= runs/demo
-# The committed notebooks are those of the embedded default, on a machine with a GPU too.
+# The committed notebooks are those of the embedded default, on a machine with a card too.
 ON_CPU := CUDA_VISIBLE_DEVICES=
-# Two workers take whole files, in the order that tests/conftest.py gives them: the slowest first.
-PYTEST := $(BIN)/python -m pytest -p no:nbval -n 2 --dist loadfile --no-loadscope-reorder
-LIGHT := not (model or embedded or series or server or browser or gpu)
 
 # Said before anything is installed.
 ifneq ($(filter kaggle,$(MAKECMDGOALS)),)
@@ -16,7 +13,7 @@ ifneq ($(filter kaggle,$(MAKECMDGOALS)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick suite nbval lint notebooks kaggle badges chromium clean
+.PHONY: help demo test quick nbval lint notebooks kaggle badges chromium clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +31,10 @@ demo: $(INSTALLED) ## install, then run the seven notebooks on the embedded defa
 
 # Tiers of tests (tests/README.md). A tier of its own gets a target of its own here, so that quick and test keep their limits:
 # 2 and 25 minutes on two cores.
+.PHONY: suite
+# Two workers take whole files, in the order that tests/conftest.py gives them: the slowest first.
+PYTEST := $(BIN)/python -m pytest -p no:nbval -n 2 --dist loadfile --no-loadscope-reorder
+LIGHT := not (model or embedded or series or server or browser or gpu)
 quick: lint ## lint, then every test that loads no model and starts no notebook, server or browser (2 minutes)
 	$(PYTEST) tests/unit -m "$(LIGHT)"
 
