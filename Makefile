@@ -30,10 +30,19 @@ $(INSTALLED): requirements-cpu.txt requirements-nodeps.txt pyproject.toml
 demo: $(INSTALLED) ## install, then run the seven notebooks on the embedded default, offline
 	$(BIN)/medcot run --profile demo --run-dir $(RUN_DIR)
 
-test: quick nbval ## install, then run every test: units, the smoke series, the committed notebooks
+# Tiers of tests (tests/README.md). A tier of its own gets a target of its own here, so that quick and test keep their limits:
+# 2 and 25 minutes on two cores.
+.PHONY: suite
+# Two workers take whole files, in the order that tests/conftest.py gives them: the slowest first.
+PYTEST := $(BIN)/python -m pytest -p no:nbval -n 2 --dist loadfile --no-loadscope-reorder
+LIGHT := not (model or embedded or series or server or browser or gpu)
+quick: lint ## lint, then every test that loads no model and starts no notebook, server or browser (2 minutes)
+	$(PYTEST) tests/unit -m "$(LIGHT)"
 
-quick: $(INSTALLED) ## units, services and the smoke series (minutes), two files at a time
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+test: suite nbval ## everything that needs no GPU: all tests, then the committed notebooks (25 minutes)
+
+suite: $(INSTALLED) ## all tests under tests/, two files at a time
+	$(PYTEST) tests
 
 nbval: $(INSTALLED) ## execute the committed notebooks and compare their marked outputs
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(ON_CPU) MEDCOT_RUN_DIR="$$folder/notebooks" \

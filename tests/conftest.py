@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from medcot_utils.config import RunConfig, load_config
 from medcot_utils.machine.secrets import SECRET_NAMES
-from medcot_utils.run.artifacts import ARTIFACTS
+from medcot_utils.run.artifacts import ARTIFACTS, STEPS
 from medcot_utils.run.directory import Run
+from medcot_utils.run.files import remove
 
 # Tiny models gain nothing from a second thread, and two waiting threads beside a busy process make the tests five times
 # slower. Set before torch is imported; the processes that tests start inherit it.
@@ -38,12 +43,47 @@ _SESSION = [
 ]
 
 
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark by folder what starts a server, a browser or notebooks, and begin with the files that take longest.
+
+    xdist hands out whole files in this order (`--dist loadfile --no-loadscope-reorder`), so that no long one comes last."""
+    for item in items:
+        tier = item.path.relative_to(TESTS).parts[0]
+        if tier in ("series", "gpu"):
+            item.add_marker(tier)
+        elif tier == "services":
+            item.add_marker("server")
+            if any(hasattr(item.module, name) for name in ("CHROMIUM", "Browser")):
+                item.add_marker("browser")
+    slow = [item.path for item in items if item.get_closest_marker("series") and item.path.parent.name in ("series", "services")]
+    first = {path: rank for rank, path in enumerate(sorted(set(slow), key=_longest_first))}
+    heavy = {item.path for item in items if item.get_closest_marker("model") or item.get_closest_marker("embedded")}
+    items.sort(key=lambda item: (first.get(item.path, len(first)), item.path not in heavy))
+
+
+def _longest_first(path: Path) -> tuple[int, Path]:
+    longest = ["test_kaggle_sessions.py", "test_series.py", "test_no_secret.py", "test_processes.py"]
+    return (longest.index(path.name) if path.name in longest else len(longest), path)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A temporary folder of the whole test session, the same one in every xdist worker."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _model_cache(shared_folder: Path) -> Iterator[None]:
     """Converted models go to a folder of this session, unless MEDCOT_CACHE names one that is kept."""
     with pytest.MonkeyPatch.context() as patch:
         if not os.environ.get("MEDCOT_CACHE"):
-            patch.setenv("MEDCOT_CACHE", str(tmp_path_factory.mktemp("cache")))
+            patch.setenv("MEDCOT_CACHE", str(shared_folder / "cache"))
         yield
 
 
@@ -55,6 +95,45 @@ def _bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
         monkeypatch.delenv(name)
     for name in ("NETRC", "HF_TOKEN_PATH"):  # nor the token files of whoever runs them
         monkeypatch.setenv(name, str(tmp_path_factory.getbasetemp() / "no such file"))
+
+
+@pytest.fixture(scope="session")
+def smoke_series(shared_folder: Path) -> Path:
+    """The folder of the seven notebooks on profile smoke, run once a session: `run/`, and `stdout` and `stderr` of the command.
+
+    To be copied, never changed."""
+    folder = shared_folder / "series"
+    with FileLock(shared_folder / "series.lock"):
+        if not (folder / "exit").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            medcot = Path(sys.executable).with_name("medcot")
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+            command = [str(medcot), "run", "--profile", "smoke", "--run-dir", str(folder / "run")]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200, check=False)
+            (folder / "stdout").write_text(done.stdout, encoding="utf-8")
+            (folder / "stderr").write_text(done.stderr, encoding="utf-8")
+            (folder / "exit").write_text(str(done.returncode))
+    said = (folder / "stdout").read_text(encoding="utf-8") + (folder / "stderr").read_text(encoding="utf-8")
+    assert (folder / "exit").read_text() == "0", said
+    return folder
+
+
+@pytest.fixture(scope="session")
+def copy_before_training(smoke_series: Path) -> Callable[[Path], Path]:
+    """`copy_before_training(run_dir)`: the session's series copied there as it was after notebook 04."""
+
+    def copy(run_dir: Path) -> Path:
+        shutil.copytree(smoke_series / "run", run_dir)
+        run = Run.open(run_dir)
+        for step in ("05_training", "06_comparison", "07_export"):
+            for name in STEPS[step].makes:
+                remove(run_dir / ARTIFACTS[name].file)
+            run.forget(step)
+            remove(run_dir / "notebooks" / f"{step}.ipynb")
+        return run_dir
+
+    return copy
 
 
 @pytest.fixture

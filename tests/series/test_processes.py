@@ -114,10 +114,11 @@ def wait_until_gone(run_dir, seconds):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    """The series up to its training in one process."""
-    run_dir = tmp_path_factory.mktemp("processes") / "run"
-    succeed("run", "--profile", "smoke", "--run-dir", run_dir, "--to", "5", *sets(*SETTINGS))
+def one(copy_before_training, tmp_path_factory):
+    """The session's series with other training settings, up to its training in one process."""
+    run_dir = copy_before_training(tmp_path_factory.mktemp("processes") / "run")
+    output = succeed("run", "--run-dir", run_dir, "--to", "5", *sets(*SETTINGS))
+    assert output.count("done before") == 2, "02 and 03: the plan of 04 follows the training settings"
     return run_dir
 
 

@@ -52,10 +52,10 @@ def manifest(run_dir):
 
 
 @pytest.fixture(scope="module")
-def first_call(tmp_path_factory):
+def first_call(smoke_series):
     """(run directory, result) of the whole series on smoke."""
-    run_dir = tmp_path_factory.mktemp("series") / "run"
-    return run_dir, succeed("run", "--profile", "smoke", "--run-dir", run_dir)
+    said = [(smoke_series / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
+    return smoke_series / "run", subprocess.CompletedProcess([], 0, *said)
 
 
 @pytest.fixture
@@ -113,11 +113,24 @@ def test_a_second_call_does_nothing_again(done):
 # --- what is redone, and what is not -------------------------------------------------------------------------------
 
 
-def test_other_answers_are_not_another_training(done):
-    before, adapter = notebook_times(done), (done / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+@pytest.fixture(scope="module")
+def with_other_answers(first_call, tmp_path_factory):
+    """(run directory, notebook times and adapter time before, the refused call, times after it) of a copy whose answers got
+    another length: first asked of notebook 06 alone, then of the whole series."""
+    run_dir = shutil.copytree(first_call[0], tmp_path_factory.mktemp("answers") / "run")
+    before, adapter = notebook_times(run_dir), (run_dir / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    changed = ("--set", "generation.max_new_tokens=20")
+    refused = medcot("run", "--run-dir", run_dir, "--from", "6", "--to", "6", *changed)
+    between = notebook_times(run_dir)
     # No profile: the run's own settings are kept under the changed one.
-    succeed("run", "--run-dir", done, "--set", "generation.max_new_tokens=20")
-    assert redone(before, done) == ["01_setup", "02_baseline_inference", "06_comparison", "07_export"]
+    succeed("run", "--run-dir", run_dir, *changed)
+    return run_dir, before, adapter, refused, between
+
+
+def test_other_answers_are_not_another_training(with_other_answers):
+    done, before, adapter, _, between = with_other_answers
+    assert redone(between, done) == ["01_setup", "02_baseline_inference", "06_comparison", "07_export"]
+    assert not {"03_dataset_prep", "04_lora_config", "05_training"} & set(redone(before, done))
     assert (done / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == adapter
     answers = [json.loads(line) for line in (done / "tuned_answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {record["completion_tokens"] for record in answers} == {20}
@@ -176,8 +189,8 @@ def test_a_missing_artifact_is_made_again(done):
     (done / "report.html").unlink()
     assert states(done)["06_comparison"] == "stale"
     before = notebook_times(done)
-    succeed("run", "--run-dir", done)
-    assert "06_comparison" in redone(before, done) and "05_training" not in redone(before, done)
+    succeed("run", "--run-dir", done, "--to", "6")
+    assert redone(before, done) == ["06_comparison"]
     assert (done / "report.html").exists()
 
 
@@ -217,14 +230,14 @@ def test_a_notebook_before_the_one_it_reads_from_names_that_one(tmp_path):
     assert "03_dataset_prep failed" in result.stderr and "run notebook 02_baseline_inference first" in result.stderr
 
 
-def test_a_notebook_on_inputs_of_other_settings_names_the_one_to_run_again(done):
-    before = notebook_times(done)
-    result = medcot("run", "--run-dir", done, "--from", "6", "--to", "6", "--set", "generation.max_new_tokens=19")
-    assert result.returncode == 1
-    assert "base_answers.jsonl in run/ was made with other settings" in result.stderr
-    assert "run notebook 02_baseline_inference again" in result.stderr
-    assert redone(before, done) == ["06_comparison"], "tried, and stopped before any model"
-    succeed("run", "--run-dir", done)
+def test_a_notebook_on_inputs_of_other_settings_names_the_one_to_run_again(with_other_answers):
+    done, before, _, refused, between = with_other_answers
+    assert refused.returncode == 1
+    assert "base_answers.jsonl in run/ was made with other settings" in refused.stderr
+    assert "run notebook 02_baseline_inference again" in refused.stderr
+    tried = sorted(name for name, time in between.items() if before.get(name) != time)
+    assert tried == ["06_comparison"], "tried, and stopped before any model"
+    assert states(done)["06_comparison"] == "done", "the whole series then does what was missing"
 
 
 def test_a_second_run_in_the_same_directory_is_refused(done):

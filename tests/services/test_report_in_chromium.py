@@ -73,9 +73,17 @@ def run(run_factory, write_all):
     return run
 
 
+@pytest.fixture(scope="module")
+def pages():
+    return {}
+
+
 @pytest.fixture
-def page(run):
-    return build_report(run)
+def page(pages, request):
+    """The report of `run`, made once: no test changes its text."""
+    if not pages:
+        pages["page"] = build_report(request.getfixturevalue("run"))
+    return pages["page"]
 
 
 TOOLS = """

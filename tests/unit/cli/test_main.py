@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from medcot_utils.cli import main
 from medcot_utils.cli.main import _parse_parameters
 from medcot_utils.config import PROFILES, load_config, setting_names
 from medcot_utils.errors import MedcotError
@@ -23,6 +24,25 @@ def medcot(*arguments, cwd=None):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [str(MEDCOT), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, check=False)
+
+
+@pytest.fixture
+def medcot_here(monkeypatch, capfd):
+    """`medcot_here("run", …)`: the command as its entry point runs it, in this process, which has its libraries by now."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments, cwd=None):
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["medcot", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main.main()
+        said = capfd.readouterr()
+        return subprocess.CompletedProcess(sys.argv, ended.value.code or 0, said.out, said.err)
+
+    return call
 
 
 def the_one_line(result):
@@ -61,6 +81,8 @@ def test_python_m_is_the_same_command():
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
+# These in a process of their own, with what importing prints; the others after the same imports.
+IN_A_PROCESS = ("unknown profile", "unknown setting", "article without a GPU", "missing", "unusable rows")
 BAD_ARGUMENTS = {
     "unknown profile": (["--profile", "smoek"], ["unknown profile 'smoek'", "smoke, demo, article", "did you mean smoke?"]),
     "unknown setting": (
@@ -84,10 +106,11 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
-def test_a_bad_argument_is_one_line_that_says_what_to_do(case, tmp_path):
+def test_a_bad_argument_is_one_line_that_says_what_to_do(case, medcot_here, tmp_path):
     arguments, expected = BAD_ARGUMENTS[case]
     profile = [] if "--profile" in arguments else ["--profile", "smoke"]
-    line = the_one_line(medcot("run", *profile, "--run-dir", tmp_path / "run", *arguments))
+    call = medcot if case in IN_A_PROCESS else medcot_here
+    line = the_one_line(call("run", *profile, "--run-dir", tmp_path / "run", *arguments))
     assert all(part in line for part in expected), line
     assert not (tmp_path / "run").exists(), "nothing is begun with a bad argument"
 
@@ -112,39 +135,41 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_data_that_cannot_be_used_is_told_before_anything_runs(case, tmp_path):
+def test_data_that_cannot_be_used_is_told_before_anything_runs(case, medcot_here, tmp_path):
     name, content, expected = BAD_DATA[case]
     if content is not None:
         (tmp_path / name).write_text(content, encoding="utf-8")
     few = ("--set", "dataset.held_out_rows=5") if case == "too few questions" else ()
     arguments = ("--profile", "smoke", "--run-dir", "run", "--set", f"dataset.path={name}", *few)
-    line = the_one_line(medcot("run", *arguments, cwd=tmp_path))
+    call = medcot if case in IN_A_PROCESS else medcot_here
+    line = the_one_line(call("run", *arguments, cwd=tmp_path))
     assert name in line or "no usable row" in line or "too few" in case, line
     assert expected in line
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_directory_that_cannot_be_written_is_named(tmp_path):
+def test_a_run_directory_that_cannot_be_written_is_named(medcot_here, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    line = the_one_line(medcot("run", "--profile", "smoke", "--run-dir", tmp_path / "file" / "run"))
+    line = the_one_line(medcot_here("run", "--profile", "smoke", "--run-dir", tmp_path / "file" / "run"))
     assert "cannot be written" in line and "--run-dir" in line
 
 
-def test_a_folder_that_holds_something_else_is_not_taken(tmp_path):
+def test_a_folder_that_holds_something_else_is_not_taken(medcot_here, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    line = the_one_line(medcot("run", "--profile", "smoke", "--run-dir", tmp_path))
+    line = the_one_line(medcot_here("run", "--profile", "smoke", "--run-dir", tmp_path))
     assert "is not empty and holds no run" in line
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_run_of_another_profile_is_not_overwritten(tmp_path):
+def test_a_run_of_another_profile_is_not_overwritten(medcot_here, tmp_path):
     Run.create(tmp_path / "run", load_config("smoke"))
     before = (tmp_path / "run" / "config.json").read_text()
-    line = the_one_line(medcot("run", "--profile", "demo", "--run-dir", tmp_path / "run"))
+    line = the_one_line(medcot_here("run", "--profile", "demo", "--run-dir", tmp_path / "run"))
     assert "holds a run of profile 'smoke', not 'demo'" in line and "--force" in line
     assert (tmp_path / "run" / "config.json").read_text() == before
 
 
+@pytest.mark.series
 def test_a_notebook_before_its_predecessor_names_the_one_to_run(tmp_path):
     line = the_one_line(medcot("run", "--profile", "smoke", "--run-dir", tmp_path / "run", "--from", "5"))
     assert "05_training failed" in line and "run notebook 03_dataset_prep first" in line

@@ -14,6 +14,8 @@ from medcot_utils.evaluation.intervals import format_interval
 from medcot_utils.evaluation.report import build_report
 from medcot_utils.run.directory import Run
 
+pytestmark = pytest.mark.usefixtures("undrawn_figures")
+
 SCORED = [question["id"] for question in QUESTIONS if question["scored"]]
 NONE = "There is no such question: none was asked and scored in all runs"
 

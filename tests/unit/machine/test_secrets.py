@@ -167,6 +167,7 @@ def test_stand_in_colab_without_an_answer_is_asked_once(monkeypatch, service_mod
     assert asked.read_text().split() == ["HF_TOKEN", "WANDB_API_KEY"]
 
 
+@pytest.mark.series
 def test_in_a_kernel_under_papermill_colab_is_not_asked_and_takes_no_time(tmp_path, monkeypatch, service_modules):
     import nbformat
     import papermill
@@ -335,6 +336,7 @@ display([token], HTML("<b>" + html.escape(page) + "</b>"), JSON({token: [page]})
 """
 
 
+@pytest.mark.series
 def test_what_cells_put_out_is_written_without_secrets_in_every_form_while_they_run_and_when_one_fails(monkeypatch, tmp_path):
     import nbformat
     import papermill

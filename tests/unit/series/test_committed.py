@@ -185,8 +185,11 @@ def test_the_setup_cell_that_is_compared_is_the_one_that_starts_a_notebook():
 
 
 def test_every_test_is_collected_by_a_make_target():
-    quick = re.search(r"^quick:.*\n\t(.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert quick and quick.group(1).partition(" -m ")[2].startswith("pytest tests -n"), "`make quick` takes the whole folder"
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"^test: suite nbval\b", makefile, re.MULTILINE)
+    assert re.search(r"^suite:.*\n\t\$\(PYTEST\) tests\n\n", makefile, re.MULTILINE), "`make test` takes the whole folder"
+    pytest_command = re.search(r"^PYTEST := \$\(BIN\)/python -m pytest (.+)$", makefile, re.MULTILINE)[1]
+    assert not re.search(r"(?:^| )-[mk] |--ignore|--deselect", pytest_command), "and selects nothing there"
     folders = [ROOT / name for name in ("tests", "medcot_utils", "notebooks", "benchmarks")]
     files = [path for folder in folders for path in folder.rglob("*.py")]
     with_tests = [path for path in files if re.search(r"^\s*(?:async )?def test_", path.read_text(encoding="utf-8"), re.M)]
