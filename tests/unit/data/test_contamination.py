@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from medcot_utils.config import load_config
-from medcot_utils.data.contamination import contaminated, find_repeats, normalize, repeats_table
+from medcot_utils.data.contamination import contaminated, find_repeats, normalize, tabulate_repeats
 from medcot_utils.data.prompts import ARTICLE_QUESTION
 from medcot_utils.data.rows import choose_questions, drop_repeats
 
@@ -194,10 +194,10 @@ def test_questions_that_were_trained_on_are_contaminated_and_where_the_rows_were
 
 def test_the_table_shows_the_question_beside_the_row_that_repeats_it():
     asked, train = questions(OTHER, ASKED), rows({"Question": REWORDED})
-    (line,) = repeats_table(find_repeats(train, asked, settings()), asked).to_dict("records")
+    (line,) = tabulate_repeats(find_repeats(train, asked, settings()), asked).to_dict("records")
     assert line["question"] == f"q-1: {ASKED}" and line["training row"] == f"r0: {REWORDED}"
     assert 85 <= line["similarity"] < 100 and not line["exact"]
-    assert repeats_table([], asked).empty
+    assert tabulate_repeats([], asked).empty
 
 
 def test_questions_whose_rows_have_numbers_for_ids_are_contaminated_too():

@@ -186,7 +186,7 @@ def test_shipped_cases_go_through_the_whole_path_without_a_loss(tokenizer):
     train, held_out = split_rows(rows, config.dataset, config.seed)
     train, lengths = tokenized(tokenizer, rows=train.to_list())
     checks = check_labels(train, tokenizer, lengths.truncated)
-    report = data.report(validation, lengths, checks, [], True)
+    report = data.summarize_preparation(validation, lengths, checks, [], True)
     assert (len(train), len(held_out), validation.dropped, lengths.dropped) == (120, 40, {}, 0)
     assert report == json.loads(json.dumps(report))
     assert report["tokens"]["max"] <= 1024 and report["prompt_is_prefix"] == 120

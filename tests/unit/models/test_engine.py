@@ -88,7 +88,7 @@ def test_the_tiny_model_has_the_same_weights_and_tokenizer_when_made_twice(tmp_p
     for name in ("one", "two"):
         monkeypatch.setenv("MEDCOT_CACHE", str(tmp_path / name))
         torch.manual_seed(len(made))  # the caller's random state must not matter
-        made.append(embedded.model_source(TINY))
+        made.append(embedded.find_model_source(TINY))
     assert made[0] != made[1]
     assert sha256_of(tmp_path / "one")[0] == sha256_of(tmp_path / "two")[0]
     assert len(list((tmp_path / "one").glob("*/model.safetensors"))) == 1
@@ -104,11 +104,11 @@ def test_the_tiny_tokenizer_has_one_bos_and_whole_think_tags(engine):
 
 def test_an_unknown_embedded_model_is_named_with_the_known_ones():
     with pytest.raises(PlatformError, match=r"embedded:nope.*smollm2-135m-instruct or embedded:tiny-random-llama"):
-        embedded.model_source("embedded:nope")
+        embedded.find_model_source("embedded:nope")
 
 
 def test_a_hub_name_is_left_as_it_is():
-    assert embedded.model_source("someone/some-model") == "someone/some-model"
+    assert embedded.find_model_source("someone/some-model") == "someone/some-model"
 
 
 @pytest.mark.skipif(
