@@ -102,11 +102,11 @@ class Terminal:
         return True
 
     def _ask(self, question: str) -> None:
-        from medcot_utils.models.chat import sides
+        from medcot_utils.models.chat import choose_sides
 
         self.last = {}
         try:
-            for who in sides(self.base_too):
+            for who in choose_sides(self.base_too):
                 with contextlib.closing(self.chat.stream(question, who)) as growing:
                     if self.base_too:
                         self.console.print(f"[{who}]", style="bold")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from medcot_utils.cli import web
-from medcot_utils.models.chat import NO_ANSWER, WARNING, Answer, Chat, ChatError, Who, sides
+from medcot_utils.models.chat import NO_ANSWER, WARNING, Answer, Chat, ChatError, Who, choose_sides
 from medcot_utils.run.directory import Run
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CSS = ".message { white-space: pre-wrap; overflow-wrap: anywhere; }"
 
 
-def column_of(question: str, answer: Answer) -> list[gradio.ChatMessage]:
+def build_column(question: str, answer: Answer) -> list[gradio.ChatMessage]:
     """Return the messages of one model's column: the question, the thinking in a fold of its own, and the answer.
 
     Texts are escaped, because gradio renders HTML tags even with Markdown off."""
@@ -42,9 +42,9 @@ def build_page(chat: Chat, base_too: bool) -> gradio.Blocks:
     def ask(question: str, with_base: bool) -> Iterator[list[list]]:
         columns: dict[Who, list] = {"base": [], "tuned": []}
         try:
-            for who in sides(with_base):
+            for who in choose_sides(with_base):
                 for answer in chat.stream(question, who):
-                    columns[who] = column_of(question, answer)
+                    columns[who] = build_column(question, answer)
                     yield list(columns.values())
         except ChatError as error:
             raise gr.Error(str(error), print_exception=False) from error

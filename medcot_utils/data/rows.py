@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -197,14 +197,14 @@ def _map_columns(rows: Dataset, settings: DatasetSettings) -> Dataset:
 # --- validate ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class ValidationReport:
     """Count the rows that came in and were kept, and those dropped by reason; `examples` has each reason's first row id."""
 
     rows_in: int
     rows_kept: int
-    dropped: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, int]
+    examples: dict[str, str]
 
     def table(self) -> pd.DataFrame:
         """Return one line per reason, with the first row it applied to."""
@@ -295,18 +295,12 @@ def choose_questions(held_out: Dataset, count: int) -> list[Question]:
         Complex_CoT="",
         Response=ARTICLE_ANSWER,
     )
-    rows = [
-        Question(
-            id=str(row["id"]),
-            scored=True,
-            specialty=row.get("specialty") or "",
-            Question=row["Question"],
-            Complex_CoT=row["Complex_CoT"],
-            Response=row["Response"],
-        )
-        for row in held_out.select(range(count))
-    ]
-    return [article, *rows]
+    return [article, *map(_as_question, held_out.select(range(count)))]
+
+
+def _as_question(row: Row) -> Question:
+    texts = {column: row[column] for column in TEXT_COLUMNS}
+    return Question(id=str(row["id"]), scored=True, specialty=row.get("specialty") or "", **texts)
 
 
 def drop_repeats(train: Dataset, repeats: Sequence[Repeat]) -> Dataset:

@@ -29,7 +29,7 @@ Who = Literal["tuned", "base"]
 _CUT_TAG = re.compile(r"</?[think]{0,5}$")
 
 
-def sides(base_too: bool) -> tuple[Who, ...]:
+def choose_sides(base_too: bool) -> tuple[Who, ...]:
     """Return whose answers to ask for, in the order in which they are shown."""
     return ("base", "tuned") if base_too else ("tuned",)
 

@@ -70,7 +70,7 @@ def quiet_start(seed: int = 3407) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def local_rank() -> int:
+def get_local_rank() -> int:
     """Return the index of this process's GPU: 0, unless torchrun started several processes."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
@@ -100,9 +100,9 @@ def get_engine(settings: ModelSettings, fast_answers: bool = False) -> Engine:
     name, has_gpu = settings.engine, torch.cuda.is_available()
     has_unsloth = importlib.util.find_spec("unsloth") is not None
     if has_gpu:
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(get_local_rank())
         if settings.gpu_memory_gib:
-            total = torch.cuda.get_device_properties(local_rank()).total_memory
+            total = torch.cuda.get_device_properties(get_local_rank()).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gib * 2**30 / total))
         fast_answers = fast_answers and torch.cuda.mem_get_info()[0] >= FAST_ANSWERS_GIB * 2**30
         fast_answers = fast_answers and (settings.gpu_memory_gib or math.inf) >= FAST_ANSWERS_GIB

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.machine.gpu import release_gpu_memory
 from medcot_utils.models.embedded import find_model_source, load_tokenizer_from
-from medcot_utils.models.engine import TrainerArguments, compute_dtype, local_rank
+from medcot_utils.models.engine import TrainerArguments, compute_dtype, get_local_rank
 from medcot_utils.models.merging import merge
 
-__all__ = ["add_lora", "for_inference", "load", "merge", "set_checkpointing", "trainer_arguments"]
+__all__ = ["WHOLE_LOGITS", "add_lora", "for_inference", "load", "merge", "set_checkpointing", "trainer_arguments"]
 
 WHOLE_LOGITS = True  # TRL's loss keeps the logits of a whole micro-batch
 
@@ -34,7 +34,7 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
         revision=settings.revision,
         dtype=dtype,
         quantization_config=quantization,
-        device_map={"": local_rank()} if torch.cuda.is_available() else None,
+        device_map={"": get_local_rank()} if torch.cuda.is_available() else None,
     )
     tokenizer = load_tokenizer_from(source, settings.revision)
     cpu_packing(model, allowed=False)

@@ -14,10 +14,10 @@ from unsloth import FastLanguageModel
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.machine.gpu import release_gpu_memory
 from medcot_utils.models.embedded import find_model_source
-from medcot_utils.models.engine import TrainerArguments, local_rank
+from medcot_utils.models.engine import TrainerArguments, get_local_rank
 from medcot_utils.models.merging import merge
 
-__all__ = ["add_lora", "for_inference", "load", "merge", "set_checkpointing", "trainer_arguments"]
+__all__ = ["WHOLE_LOGITS", "add_lora", "for_inference", "load", "merge", "set_checkpointing", "trainer_arguments"]
 
 WHOLE_LOGITS = False  # its loss is taken in pieces
 
@@ -37,7 +37,7 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
         dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
         load_in_4bit=settings.load_in_4bit,
         use_exact_model_name=True,
-        device_map={"": local_rank()},
+        device_map={"": get_local_rank()},
     )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))

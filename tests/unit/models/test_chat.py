@@ -76,14 +76,11 @@ def trained(tmp_path_factory):
     model, tokenizer = engine.load(config.model.model_copy(update={"load_in_4bit": False}))
     tuned = engine.add_lora(model, config.lora)
     ids = tokenizer(training_text(QUESTION, THINKING, ANSWER, tokenizer.eos_token), return_tensors="pt")["input_ids"]
-    optimizer = torch.optim.AdamW([weight for weight in tuned.parameters() if weight.requires_grad], lr=1e-2)
-    for _ in range(300):
-        loss = tuned(input_ids=ids, labels=ids).loss
-        loss.backward()
+    optimizer = torch.optim.AdamW([weight for weight in tuned.parameters() if weight.requires_grad], lr=3e-3)
+    for _ in range(120):  # its loss stops at 5.8, as random frozen output weights bound the logits: the largest one is right
+        tuned(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if loss.item() < 0.02:
-            break
     run.write("adapter", lambda folder: save_adapter(tuned, tokenizer, config, folder))
     return run
 
@@ -97,7 +94,6 @@ def medcot(*arguments, given=""):
 def test_a_piped_question_is_answered_with_its_thinking_folded(trained):
     done = medcot("chat", trained.path, given=f"{QUESTION}\n/show\n")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 4, done.stdout
     warning, folded, answer, thinking = done.stdout.strip().splitlines()
     assert warning == WARNING and re.fullmatch(r"\(thinking: 6 words, \d+\.\d s; /show\)", folded)
     assert (answer, thinking) == (ANSWER, f"[tuned] {THINKING}")
