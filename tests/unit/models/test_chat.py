@@ -87,7 +87,7 @@ def trained(tmp_path_factory):
 
 def medcot(*arguments, given=""):
     command = [sys.executable, "-m", "medcot_utils", *map(str, arguments)]
-    return subprocess.run(command, input=given, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, input=given, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.model
