@@ -55,7 +55,7 @@ def test_ctrl_c_stops_the_answers_to_one_question_only(capsys):
     assert chat.asked == ["base"]
 
 
-def test_a_question_given_as_an_option_that_cannot_be_asked_is_an_error():
+def test_an_empty_question_given_as_an_option_is_an_error():
     with pytest.raises(ChatError, match="is empty"):
         Terminal(Scripted(), False).talk(iter([""]))
 

@@ -79,7 +79,7 @@ def test_full_labels_are_the_tokens_themselves(tokenizer):
 
 
 @pytest.mark.parametrize(("newline", "count"), [(True, 2), (False, 3)])
-def test_rows_whose_tokens_begin_with_the_inference_prompts_are_counted(newline_merging_tokenizer, newline, count):
+def test_rows_that_begin_with_the_prompts_tokens_are_counted(newline_merging_tokenizer, newline, count):
     # The third CoT begins with newlines, which become one token with the template's own: another than the prompt ends in.
     _, lengths = tokenized(newline_merging_tokenizer, newline=newline)
     assert lengths.prompt_is_prefix == count

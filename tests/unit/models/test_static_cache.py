@@ -150,7 +150,7 @@ def test_the_merged_model_computes_what_base_and_adapter_do(name, tolerance, loa
 
 @pytest.mark.model
 @pytest.mark.parametrize("overrides", [["lora.use_rslora=true"], ["lora.lora_alpha=32", "lora.target_modules=[q_proj, up_proj]"]])
-def test_the_adapters_scale_and_its_choice_of_projections_are_merged_too(overrides, load_tuned):
+def test_the_adapters_scale_and_projections_are_merged_too(overrides, load_tuned):
     tuned, tokenizer = load_tuned("embedded:tiny-random-llama", *overrides)
     ids = prompt_ids(tokenizer)
     adapter_on = logits(tuned, ids)
@@ -206,7 +206,7 @@ def test_grouped_attention_of_one_new_token_is_that_of_sdpa(unquantized, form, s
 
 @pytest.mark.model
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["growing", "static"])
-def test_grouped_decoding_gives_sdpas_tokens_for_a_batch_padded_on_the_left(unquantized, cache):
+def test_grouped_decoding_gives_sdpas_tokens_for_a_padded_batch(unquantized, cache):
     model, tokenizer = unquantized
     batch = _pad_left(tokenizer, [inference_prompt(question["Question"]) for question in QUESTIONS])
     assert (batch["attention_mask"][:, 0] == 0).sum() == len(QUESTIONS) - 1
@@ -229,7 +229,7 @@ def test_grouped_decoding_gives_sdpas_tokens_for_a_batch_padded_on_the_left(unqu
 
 @pytest.mark.model
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 9])
-def test_a_static_cache_gives_the_records_of_one_that_grows_whatever_the_last_batch(unquantized, expected, batch_size):
+def test_caches_agree_whatever_the_last_batch_holds(unquantized, expected, batch_size):
     # 5 questions: the last batch is full with 1 and 5, and filled up with 2, 4 and 9.
     records = answers(*unquantized, cache_implementation="static", batch_size=batch_size)
     assert untimed(records) == expected
@@ -237,7 +237,7 @@ def test_a_static_cache_gives_the_records_of_one_that_grows_whatever_the_last_ba
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_with_4_bits_and_adapter_a_static_cache_gives_the_records_of_one_that_grows(name, load_tuned):
+def test_caches_agree_with_4_bits_and_an_adapter(name, load_tuned):
     tuned, tokenizer = load_tuned(name)
     few = QUESTIONS[2:]
     with tuned.disable_adapter():
@@ -249,7 +249,7 @@ def test_with_4_bits_and_adapter_a_static_cache_gives_the_records_of_one_that_gr
 @pytest.mark.model
 @on_the_cpu
 @pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes packs weights only on CPUs with AVX512-BF16")
-def test_a_static_cache_gives_the_same_records_after_a_streamed_answer_has_packed_the_weights():
+def test_a_static_cache_gives_the_same_records_from_packed_weights():
     def records(streamed):
         model, tokenizer = load()
         model = get_engine(config().model).for_inference(model)
