@@ -116,9 +116,9 @@ class Terminal:
 
     def _show(self, who: Who, growing: Iterator[Answer]) -> None:
         """Print one answer as it comes. The thinking streams in a live region that folds into one line when it ends."""
-        from medcot_utils.models.chat import NO_ANSWER
+        from medcot_utils.models.chat import NO_ANSWER, Answer
 
-        printed = 0
+        printed, self.last[who] = 0, Answer()
         # Off a terminal rich prints nothing of a transient region.
         with Live(console=self.console, transient=True, refresh_per_second=8) as fold:
             for answer in growing:

@@ -55,6 +55,16 @@ def test_ctrl_c_stops_the_answers_to_one_question_only(capsys):
     assert chat.asked == ["base"]
 
 
+def test_show_names_a_model_that_was_stopped_before_its_first_word():
+    def interrupted():
+        raise KeyboardInterrupt
+        yield
+
+    terminal = Terminal(Scripted(base=interrupted()), True)
+    terminal.talk(iter(["Why?"]))
+    assert terminal.last == {"base": Answer()}
+
+
 def test_an_empty_question_given_as_an_option_is_an_error():
     with pytest.raises(ChatError, match="is empty"):
         Terminal(Scripted(), False).talk(iter([""]))
