@@ -1,1 +1,1 @@
-"""What a person starts: the commands of `medcot`, and the pages that they serve."""
+"""Start here: the commands of `medcot`, and the pages that they serve."""

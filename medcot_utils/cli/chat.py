@@ -1,4 +1,4 @@
-"""`medcot chat`: the tuned model in the terminal, or on a page of this machine."""
+"""Run `medcot chat`: the tuned model in the terminal, or on a page of this machine."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def chat(
 
 
 class Terminal:
-    """The conversation on standard input and output; colours, and thinking that folds away, only where a person watches."""
+    """Hold the conversation on standard input and output. Colors and folding thinking appear only on a terminal."""
 
     def __init__(self, chat: Chat, base_too: bool):
         self.chat, self.base_too = chat, base_too
@@ -53,7 +53,7 @@ class Terminal:
         self.last: dict[Who, Answer] = {}
 
     def talk(self, questions: Iterator[str] | None) -> None:
-        """Answer the questions given, or those that are typed, until they end."""
+        """Answer the given questions, or those that are typed, until they end."""
         from medcot_utils.models.chat import WARNING, ChatError
 
         typed = questions is None
@@ -86,7 +86,7 @@ class Terminal:
                 yield line
 
     def _command(self, line: str) -> bool:
-        """Obey a line that begins with a slash; False where it ends the chat."""
+        """Obey a line that begins with a slash. Returns False if it ends the chat."""
         if line in ("/exit", "/quit"):
             return False
         if line == "/base":
@@ -94,7 +94,7 @@ class Terminal:
             self.console.print("the base model answers too" if self.base_too else "the tuned model alone", style="dim")
         elif line == "/show":
             for who, answer in self.last.items():
-                self.console.print(f"[{who}] {answer.thinking.strip()}", style="dim")
+                self.console.print(f"[{who}] {answer.thinking}", style="dim")
             if not self.last:
                 self.console.print("nothing has been asked yet", style="dim")
         else:
@@ -102,46 +102,38 @@ class Terminal:
         return True
 
     def _ask(self, question: str) -> None:
+        from medcot_utils.models.chat import choose_sides
+
         self.last = {}
-        sides: tuple[Who, ...] = ("base", "tuned") if self.base_too else ("tuned",)
-        for who in sides:
-            if not self._answer(question, who):
-                return
-
-    def _answer(self, question: str, who: Who) -> bool:
-        """One model's answer as it comes; False if Ctrl-C stopped it."""
-        from medcot_utils.models.chat import Answer
-
-        pieces, answer = self.chat.stream(question, who), Answer()
-        self.last[who] = answer
         try:
-            if self.base_too:
-                self.console.print(f"[{who}]", style="bold")
-            watched = self.console.is_terminal
-            with (
-                Live(console=self.console, transient=True, refresh_per_second=8) if watched else contextlib.nullcontext() as fold
-            ):
-                for part, text in pieces:
-                    answer.add(part, text)
-                    if part == "answer":
-                        break
-                    if watched:
-                        fold.update(self._end_of(answer.thinking))
-            self.console.print(f"({answer.folded()}; /show)", style="dim")
-            self.console.print(answer.answer.lstrip(), end="")
-            for part, text in pieces:
-                # Blanks before the answer's first word are left out, also those of a later piece.
-                self.console.print(text if answer.answer.strip() else text.lstrip(), end="")
-                answer.add(part, text)
+            for who in choose_sides(self.base_too):
+                with contextlib.closing(self.chat.stream(question, who)) as growing:
+                    if self.base_too:
+                        self.console.print(f"[{who}]", style="bold")
+                    self._show(who, growing)
         except KeyboardInterrupt:
             self.console.print("\n(stopped)", style="dim")
-            return False
-        finally:
-            pieces.close()
-        self.console.print("" if answer.answer.strip() else "(no answer after the thinking)")
-        return True
+
+    def _show(self, who: Who, growing: Iterator[Answer]) -> None:
+        """Print one answer as it comes. The thinking streams in a live region that folds into one line when it ends."""
+        from medcot_utils.models.chat import NO_ANSWER, Answer
+
+        printed, self.last[who] = 0, Answer()
+        # Off a terminal rich prints nothing of a transient region.
+        with Live(console=self.console, transient=True, refresh_per_second=8) as fold:
+            for answer in growing:
+                self.last[who] = answer
+                if fold.is_started:
+                    fold.update(self._end_of(answer.thinking))
+                    if answer.seconds_thinking is None and not answer.done:
+                        continue
+                    fold.stop()
+                    self.console.print(f"({answer.summarize_thinking()}; /show)", style="dim")
+                self.console.print(answer.text[printed:], end="")
+                printed = len(answer.text)
+        self.console.print("" if printed else NO_ANSWER)
 
     def _end_of(self, thinking: str) -> Text:
-        """As much of the thinking's end as the screen holds, dim."""
-        lines = Text(thinking.strip(), style="dim").wrap(self.console, max(20, self.console.width - 1))
+        """Return as much of the thinking's end as fits the screen, dim."""
+        lines = Text(thinking, style="dim").wrap(self.console, max(20, self.console.width - 1))
         return Text("\n").join(list(lines)[-max(3, self.console.height - 4) :])

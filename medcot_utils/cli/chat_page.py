@@ -1,13 +1,15 @@
-"""The chat as a page of this machine: tuned and base model side by side, thinking folded, everything shown as plain text."""
+"""Show the chat on a page of this machine: tuned and base model side by side, thinking folded, everything as plain text.
+
+gradio's ChatInterface has one column, and Chatbot's `reasoning_tags` a fold that cannot say how long the thinking took."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medcot_utils.cli import web
-from medcot_utils.models.chat import WARNING, Answer, Chat, ChatError, Who
+from medcot_utils.models.chat import NO_ANSWER, WARNING, Answer, Chat, ChatError, Who, choose_sides
 from medcot_utils.run.directory import Run
 
 if TYPE_CHECKING:
@@ -16,41 +18,36 @@ if TYPE_CHECKING:
 CSS = ".message { white-space: pre-wrap; overflow-wrap: anywhere; }"
 
 
-def shown(question: str, answer: Answer, done: bool) -> list[dict[str, Any]]:
-    """What a column shows of one answer: the question, the thinking in a fold of its own, the answer; as HTML that shows each
-    text as it is, since gradio takes tags for tags without Markdown too."""
-    thinking = answer.thinking.strip() or "..."
-    folded = {
-        "title": answer.folded() if done or answer.answer else "thinking",
-        "status": "done" if done or answer.answer else "pending",
-    }
+def build_column(question: str, answer: Answer) -> list[gradio.ChatMessage]:
+    """Return the messages of one model's column: the question, the thinking in a fold of its own, and the answer.
+
+    Texts are escaped, because gradio renders HTML tags even with Markdown off."""
+    from gradio import ChatMessage
+
+    ended = answer.done or answer.seconds_thinking is not None
+    fold = {"title": answer.summarize_thinking(), "status": "done"} if ended else {"title": "thinking", "status": "pending"}
     messages = [
-        {"role": "user", "content": html.escape(question)},
-        {"role": "assistant", "content": html.escape(thinking), "metadata": folded},
+        ChatMessage(html.escape(question), role="user"),
+        ChatMessage(html.escape(answer.thinking or "..."), metadata=fold),
     ]
-    if answer.answer.strip() or done:
-        text = answer.answer.strip() or "(no answer after the thinking)"
-        messages.append({"role": "assistant", "content": html.escape(text)})
+    if answer.text or answer.done:
+        messages.append(ChatMessage(html.escape(answer.text or NO_ANSWER)))
     return messages
 
 
 def build_page(chat: Chat, base_too: bool) -> gradio.Blocks:
-    """The page over a chat. Each question stands alone, so that each answer replaces the one before."""
+    """Build the page over a chat. Each question stands alone, so each answer replaces the one before."""
     import gradio as gr
 
-    def ask(question: str, with_base: bool) -> Iterator[list[Any]]:
-        columns: dict[Who, list[dict[str, Any]]] = {"base": [], "tuned": []}
-        for who in ("base", "tuned") if with_base else ("tuned",):
-            answer = Answer()
-            try:
-                for part, text in chat.stream(question, who):
-                    answer.add(part, text)
-                    columns[who] = shown(question, answer, done=False)
-                    yield [columns["base"], columns["tuned"]]
-            except ChatError as error:
-                raise gr.Error(str(error), print_exception=False) from error
-            columns[who] = shown(question, answer, done=True)
-            yield [columns["base"], columns["tuned"]]
+    def ask(question: str, with_base: bool) -> Iterator[list[list]]:
+        columns: dict[Who, list] = {"base": [], "tuned": []}
+        try:
+            for who in choose_sides(with_base):
+                for answer in chat.stream(question, who):
+                    columns[who] = build_column(question, answer)
+                    yield list(columns.values())
+        except ChatError as error:
+            raise gr.Error(str(error), print_exception=False) from error
 
     with gr.Blocks(title="medcot chat", analytics_enabled=False) as page:
         gr.HTML(f"<p><b>{WARNING}</b> Each question stands alone.</p>")
@@ -63,7 +60,7 @@ def build_page(chat: Chat, base_too: bool) -> gradio.Blocks:
             send, stop = gr.Button("Ask", variant="primary"), gr.Button("Stop")
         both = gr.Checkbox(label="The base model too", value=base_too)
         both.change(lambda on: gr.Chatbot(visible=on), both, base, api_name=False, queue=False)
-        # One answer at a time: the adapter is on or off for all who ask.
+        # One answer at a time: the adapter is on or off for everyone.
         asked = send.click(ask, [question, both], [base, tuned], api_name="ask", concurrency_limit=1)
         stop.click(None, cancels=[asked], api_name=False)
     return page

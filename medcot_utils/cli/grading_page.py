@@ -1,4 +1,4 @@
-"""The page for blind grading, served to this machine only; which model is shown as A never reaches it."""
+"""Serve the page for blind grading to this machine only. It never learns which model is shown as A."""
 
 from __future__ import annotations
 
@@ -21,14 +21,12 @@ CSS = """
 .question { font-size: 1.1rem; font-weight: 600; }
 .tag { border: 1px solid #8888; border-radius: 1em; padding: 0 .6em; margin-left: .4em; display: inline-block; }
 """
-
-
 CHOICES = {"a": "A better", "b": "B better", "tie": "Tie", "both_wrong": "Both wrong"}
 
 
 class Desk:
-    """One grader's session. The page holds nothing but a pair's token, so a click means the pair it was made on, also after
-    a restart; all else comes from the file."""
+    """Hold one grader's session. The page knows only a pair's token, so a click means the pair on which it was made, even
+    after a restart. Everything else comes from the file."""
 
     def __init__(self, run: Run, grader: str):
         self.run, self.grader, self.pairs = run, grader, read_pairs(run)
@@ -38,18 +36,18 @@ class Desk:
         self._lock = threading.Lock()  # gradio calls from several threads
 
     def next_pair(self, after: Pair | None = None) -> Pair | None:
-        """The first ungraded pair behind `after`, then from the beginning; None if all are graded."""
+        """Return the first ungraded pair after `after`, then from the beginning; None if all are graded."""
         at = self.pairs.index(after) + 1 if after else 0
         return next((pair for pair in self.pairs[at:] + self.pairs[:at] if pair.id not in self.judged), None)
 
     def previous_pair(self, shown: Pair | None) -> Pair | None:
-        """The pair judged before the one shown, or the last judged if that is not judged yet; None if there is none."""
+        """Return the pair judged before the one shown, or the last judged one if that is not judged yet; None if none is."""
         names = list(self.judged)
         before = names[: names.index(shown.id)] if shown and shown.id in names else names
         return next((pair for pair in self.pairs if pair.id in before[-1:]), None)
 
     def judge(self, pair: Pair, choice: str, note: str) -> None:
-        """Keep a judgement; `choice` is one of CHOICES. Raises OSError if it cannot be written."""
+        """Record a judgement; `choice` is one of CHOICES. Raises OSError if it cannot be written."""
         now = datetime.now(UTC).replace(microsecond=0)
         verdict = dict(zip("ab", pair.shown, strict=True)).get(choice, choice)
         kept = {"note": note.strip(), "shown_as_a": pair.shown[0], "grader": self.grader, "at": now, "answers": pair.digest}
@@ -60,7 +58,7 @@ class Desk:
             self.judged[pair.id] = grade
 
     def heading(self, pair: Pair | None) -> str:
-        """Progress, specialty, and what this grader said of the pair before, as HTML."""
+        """Return progress, specialty and this grader's earlier judgement of the pair, as HTML."""
         progress = f"{len(self.judged)} of {len(self.pairs)} judged"
         if pair is None:
             return f"<p>{progress}. That was the last one: this page can be closed.</p>"
@@ -73,13 +71,13 @@ class Desk:
 
 
 def _plain(text: str, kind: str = "", missing: str = "") -> str:
-    """HTML that shows a text as it is. The marks of gradio's own templates ($, {, }) are escaped too."""
+    """Return HTML that shows a text as it is. The marks of gradio's own templates ($, {, }) are escaped too."""
     escaped = html.escape(text).translate({ord(mark): f"&#{ord(mark)};" for mark in "${}"})
     return f'<div class="text {kind}">{escaped}</div>' if text.strip() else f'<div class="missing">{missing}</div>'
 
 
 def build_page(desk: Desk) -> gradio.Blocks:
-    """The page over a desk. Every click gives the whole view anew, so nothing of the last question stays behind."""
+    """Build the page over a desk. Every click replaces the whole view, so nothing of the last question remains."""
     import gradio as gr
 
     def view(pair: Pair | None, say: str = "") -> list[Any]:
@@ -140,10 +138,10 @@ def build_page(desk: Desk) -> gradio.Blocks:
 
 
 def serve(run: Run, port: int = 0, open_browser: bool = False, grader: str = "grader") -> None:
-    """Serve the grading page on 127.0.0.1 until interrupted, going on at this grader's first ungraded question.
+    """Serve the grading page on 127.0.0.1 until interrupted, from this grader's first ungraded question on.
 
-    `port` 0: any free one; the address is printed. Raises RunError or GradingError, in one line, if the run has no answers or
-    no question, the name is empty or the port is taken."""
+    `port` 0 means any free one; the address is printed. Raises RunError or GradingError, in one line, if the run has no
+    answers or no question, the name is empty or the port is taken."""
     if not grader.strip():
         raise GradingError("the grader needs a name: give one with --grader, or leave it out")
     desk = Desk(run, grader.strip())

@@ -181,7 +181,7 @@ def report(
     run_dirs: Annotated[list[Path], typer.Argument(help="one or more runs that notebook 06 has compared")],
     out: Annotated[Path | None, typer.Option(help="the HTML file; report.html in the first run if not given")] = None,
 ) -> None:
-    """Make the HTML report anew; with several runs, one that sets them side by side."""
+    """Make the HTML report again; with several runs, one that compares them side by side."""
     from medcot_utils.evaluation.report import build_report
     from medcot_utils.run.directory import Run
     from medcot_utils.run.files import write_atomic
@@ -226,7 +226,7 @@ def doctor(run_dir: RunDir = None) -> None:
 
 @app.command("settings")
 def list_settings(profile: Annotated[str, typer.Argument(help="a profile")] = "demo") -> None:
-    """Every setting with its value in a profile: the names that --set takes."""
+    """List every setting with its value in a profile: the names that --set takes."""
     from medcot_utils.config import load_config, setting_names
 
     config = load_config(profile)
@@ -240,7 +240,7 @@ app.command("push")(push.push)
 
 
 def main() -> None:
-    """Entry point: one line for an error the user can mend, exit code 1; 75 (EX_TEMPFAIL: try again) for a paused training."""
+    """Run a command. An error the user can fix is one line and exit code 1; a paused training is 75 (EX_TEMPFAIL)."""
     try:
         check_system()
         app()

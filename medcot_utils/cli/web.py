@@ -1,4 +1,4 @@
-"""A page of this machine: what the grading page and the chat page share. Served on 127.0.0.1 only, nothing from elsewhere."""
+"""Serve a page on 127.0.0.1 only, with nothing loaded from elsewhere: the grading page and the chat page."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     import gradio
 
 HOST = "127.0.0.1"
-# The browser itself refuses whatever lies elsewhere, also if a later gradio asks for it. Its templates need inline and eval.
+# The browser itself refuses anything from elsewhere, even if a later gradio asks for it. Its templates need inline and eval.
 CONTENT_POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'"
 
 
 def listen(port: int, error_class: type[MedcotError]) -> socket.socket:
-    """A listening socket of this machine, `port` 0 for any free one. Raises `error_class`, in one line, if it is taken."""
+    """Return a listening socket on 127.0.0.1; `port` 0 means any free one. Raises `error_class`, in one line, if it is taken."""
     try:
         return socket.create_server((HOST, port))
     except OSError as error:
@@ -28,17 +28,17 @@ def listen(port: int, error_class: type[MedcotError]) -> socket.socket:
 
 
 def serve(page: gradio.Blocks, listener: socket.socket, what: str, css: str, keep_out: Path, open_browser: bool) -> None:
-    """Serve a page until interrupted; its address is printed. No file below `keep_out` can be fetched through it."""
+    """Serve a page until interrupted, and print its address. No file below `keep_out` can be fetched through it."""
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
 
-    # Mounted, not launched: launch() takes host, sharing and proxies from the environment, and asks its own address through them.
+    # Mounted, not launched: launch() takes host, sharing and proxies from the environment, and asks its own address there.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     hidden = {"footer_links": [], "run_history": False, "blocked_paths": [str(keep_out.absolute())], "enable_monitoring": False}
     plain = {"ssr_mode": False, "mcp_server": False, "theme": theme, "css": css}
     app = gr.mount_gradio_app(FastAPI(), page, "/", **hidden, **plain)
-    # An open page holds a connection for ever: do not wait for it.
+    # An open page holds a connection forever: do not wait for it.
     headers = [("Content-Security-Policy", CONTENT_POLICY)]
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", headers=headers, timeout_graceful_shutdown=1))
     address = f"http://{HOST}:{listener.getsockname()[1]}/"

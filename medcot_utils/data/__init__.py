@@ -1,4 +1,4 @@
-"""Rows, prompts, tokens; and the shipped files."""
+"""Prepare rows, prompts and tokens; the shipped files lie here too."""
 
 import lazy_loader
 
@@ -6,8 +6,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "rows": ["load_rows", "validate_rows", "split_rows", "choose_questions", "drop_repeats", "check_usable"],
-        "tokens": ["add_text_column", "tokenize_rows", "check_labels", "report"],
-        "contamination": ["find_repeats", "repeats_table", "contaminated"],
+        "tokens": ["add_text_column", "tokenize_rows", "check_labels", "summarize_preparation"],
+        "contamination": ["find_repeats", "tabulate_repeats", "contaminated"],
         "prompts": ["ARTICLE_QUESTION", "INFERENCE_TEMPLATE", "TRAINING_TEMPLATE"],
     },
 )

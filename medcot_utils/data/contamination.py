@@ -1,17 +1,20 @@
-"""Evaluation questions that training rows repeat: exactly, nearly, or in pieces."""
+"""Find evaluation questions that training rows repeat: exactly, nearly, or in pieces."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     from datasets import Dataset
 
     from medcot_utils.config import DatasetSettings
+    from medcot_utils.data.rows import AskedQuestion
+    from medcot_utils.data.tokens import DataReport
 
 # Words in a sequence. Language-model papers look for 8 (PaLM) to 13 (GPT-3); a question here has 34 on average.
 NGRAM_WORDS = 8
@@ -20,21 +23,34 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\s\u3040-\u30ff
 TEXTS = ("Question", "Complex_CoT", "Response")
 
 
+class Repeat(TypedDict):
+    """Hold one training row that repeats one evaluation question.
+
+    `similarity`: rapidfuzz's normalized Indel similarity of the two questions, 0 to 100. `overlap`: the share of the
+    question's 8-word sequences found anywhere in the row, 0 to 1. `exact`: the two are equal after `normalize`."""
+
+    train_id: str
+    question_id: str
+    train_question: str
+    similarity: float
+    overlap: float
+    exact: bool
+
+
 def normalize(text: str) -> str:
-    """Lower case, letters with their marks and digits (of any script) only, single spaces: what two questions are compared
-    by. Unicode's NFKC form, so that an accent written apart is the same letter."""
+    """Return the form in which questions are compared: lower case, letters and digits of any script, single spaces.
+
+    Unicode's NFKC form makes an accent that is written apart the same letter."""
     characters = unicodedata.normalize("NFKC", text.lower())
     return " ".join("".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in characters).split())
 
 
-def find_repeats(train: Dataset, questions: Sequence[dict[str, Any]], settings: DatasetSettings) -> list[dict[str, Any]]:
-    """Training rows that repeat an evaluation question. One record per pair: train_id, question_id, train_question,
-    similarity, overlap, exact.
+def find_repeats(train: Dataset, questions: Sequence[AskedQuestion], settings: DatasetSettings) -> list[Repeat]:
+    """Return the pairs of a training row and an evaluation question that it repeats.
 
-    similarity: rapidfuzz's normalized Indel similarity of the two questions, 0 to 100, found from
-    `near_repeat_similarity` on; exact: equal after `normalize`. overlap: the share of the question's 8-word sequences that
-    stand anywhere in the row (question, chain of thought or response), found from `ngram_overlap` on: so a question that
-    was lengthened, or moved into an answer, is found too."""
+    A pair counts from a similarity of `near_repeat_similarity`, or from an overlap of `ngram_overlap`. The overlap looks at
+    the row's question, chain of thought and response: it also finds a question that was lengthened or moved into an
+    answer."""
     from rapidfuzz import fuzz, process
 
     ours = [normalize(text) for text in train["Question"]]
@@ -45,15 +61,21 @@ def find_repeats(train: Dataset, questions: Sequence[dict[str, Any]], settings: 
     ids = train["id"]
     found = []
     for i, j in zip(*((scores > 0) | (overlaps >= settings.ngram_overlap)).nonzero(), strict=True):
-        similarity = float(scores[i, j]) or fuzz.ratio(theirs[i], ours[j])
-        record = {"train_id": str(ids[j]), "question_id": str(questions[i]["id"]), "train_question": train[int(j)]["Question"]}
-        shares = {"similarity": round(similarity, 1), "overlap": round(float(overlaps[i, j]), 2)}
-        found.append(record | shares | {"exact": theirs[i] == ours[j]})
+        found.append(
+            Repeat(
+                train_id=str(ids[j]),
+                question_id=str(questions[i]["id"]),
+                train_question=train[int(j)]["Question"],
+                similarity=round(float(scores[i, j]) or fuzz.ratio(theirs[i], ours[j]), 1),
+                overlap=round(float(overlaps[i, j]), 2),
+                exact=theirs[i] == ours[j],
+            )
+        )
     return found
 
 
-def repeats_table(repeats: Sequence[dict[str, Any]], questions: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """What `find_repeats` found, a line each: the question beside the training row's, and how alike they are."""
+def tabulate_repeats(repeats: Sequence[Repeat], questions: Sequence[AskedQuestion]) -> pd.DataFrame:
+    """Return one line per repeat: the question beside the training row's, and how similar they are."""
     import pandas as pd
 
     texts = {str(question["id"]): question["Question"] for question in questions}
@@ -70,8 +92,8 @@ def repeats_table(repeats: Sequence[dict[str, Any]], questions: Sequence[dict[st
     return pd.DataFrame(lines, columns=["question", "training row", "similarity", "8-word overlap", "exact"])
 
 
-def _overlaps(questions: list[str], rows: list[str]) -> Any:
-    """(questions, rows): the share of each question's word sequences that each row holds; 0 for a shorter question."""
+def _overlaps(questions: list[str], rows: list[str]) -> np.ndarray:
+    """Return the share of each question's word sequences in each row, shape (questions, rows); 0 for a shorter question."""
     import numpy as np
     from sklearn.feature_extraction.text import CountVectorizer
 
@@ -89,7 +111,8 @@ def _overlaps(questions: list[str], rows: list[str]) -> Any:
     return np.asarray((asked @ held.T).todense()) / np.asarray(totals).reshape(-1, 1)
 
 
-def contaminated(data_report: dict[str, Any]) -> set[str]:
-    """The ids, as text, of questions and held-out rows that a row the model was trained on repeats: none where such rows
-    were dropped."""
+def contaminated(data_report: DataReport) -> set[str]:
+    """Return the ids, as text, of the questions and held-out rows that a row in training repeats.
+
+    There are none if such rows were dropped."""
     return set() if data_report["repeats_dropped"] else {str(repeat["question_id"]) for repeat in data_report["repeats"]}

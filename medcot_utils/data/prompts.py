@@ -1,4 +1,4 @@
-"""The article's two prompt templates, the one place where prompt and completion are joined, and the `<think>` parser."""
+"""Hold the article's two prompt templates, join prompt and completion, and parse `<think>`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Please answer the following medical question.
 ### Response:
 """
 
-# As in the article. The inference prompt stops at `<think>`, the training text goes on with a newline, which
-# some tokenizers join to the tag's `>`: then it ends in tokens that training never showed. `newline_after_think` mends it.
+# As in the article. The inference prompt stops at `<think>`; the training text continues with a newline. Some tokenizers join
+# it to the tag's `>`, so that the prompt ends in tokens that training never showed. `newline_after_think` fixes that.
 INFERENCE_TEMPLATE = INSTRUCTION + "<think>{}"
 TRAINING_TEMPLATE = INSTRUCTION + "<think>\n{}\n</think>\n{}"
 
@@ -30,23 +30,23 @@ ARTICLE_QUESTION = (
     "leakage at night undergoes a gynecological exam and Q-tip test. Based on these findings, what would cystometry most "
     "likely reveal about her residual volume and detrusor contractions?"
 )
-# What the data set's own row says (row 0 of train[0:500] in the article's day).
+# The data set's own answer (row 0 of train[0:500] in the article's day).
 ARTICLE_ANSWER = "Normal residual volume and no involuntary detrusor contractions."
 
 
 def inference_prompt(question: str, newline_after_think: bool = True) -> str:
-    """The text a model is asked to go on from. It ends inside the opened `<think>`."""
+    """Return the text that a model continues. It ends inside the opened `<think>`."""
     return INFERENCE_TEMPLATE.format(question, "\n" if newline_after_think else "")
 
 
 def training_text(question: str, complex_cot: str, response: str, eos_token: str) -> str:
-    """One training example: prompt, reasoning, answer, and the EOS token that teaches the model to stop."""
+    """Return one training example: prompt, reasoning, answer, and the EOS token that teaches the model to stop."""
     return TRAINING_TEMPLATE.format(question, complex_cot, response) + eos_token
 
 
 @dataclass(frozen=True)
 class ParsedCompletion:
-    """A completion taken apart. `closed` counts the `</think>` tags; thinking and answer are stripped."""
+    """Hold a completion taken apart. `closed` counts the `</think>` tags; thinking and answer are stripped."""
 
     thinking: str
     answer: str
@@ -54,7 +54,7 @@ class ParsedCompletion:
 
     @property
     def well_formed(self) -> bool:
-        """The tag is closed exactly once, and something stands on both sides of it."""
+        """Return whether the tag is closed exactly once, with text on both sides of it."""
         return self.closed == 1 and bool(self.thinking) and bool(self.answer)
 
 
@@ -62,11 +62,11 @@ _TAG = re.compile(r"</?think>")
 
 
 def parse_completion(completion: str, opened: bool = True) -> ParsedCompletion:
-    """Split a completion into thinking and answer. `opened`: the prompt had opened the tag already.
+    """Split a completion into thinking and answer. `opened`: the prompt has opened the tag already.
 
-    Never closed: all of it is thinking, there is no answer. Closed without ever being opened: what stands before the
-    tag is thinking. Neither opened nor closed: all answer. Doubled tags: the first `</think>` ends the thinking; other
-    tags are removed from the text, and every closing one is counted."""
+    If the tag is never closed, everything is thinking. If it is closed but never opened, the text before it is thinking. If
+    it is neither, everything is the answer. The first `</think>` ends the thinking; other tags are removed from the text, and
+    every closing one is counted."""
     closed, preface, body = completion.count("</think>"), "", completion
     if not opened and "<think>" in completion:
         preface, _, body = completion.partition("<think>")

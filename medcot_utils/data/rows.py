@@ -1,16 +1,16 @@
-"""Rows to train on and questions to judge by: load, validate, split, decontaminate, tokenize with labels."""
+"""Load, validate and split the rows to train on, and choose the questions to judge by."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from medcot_utils.config import DatasetSettings, RunConfig
-from medcot_utils.data.contamination import normalize
+from medcot_utils.data.contamination import Repeat, normalize
 from medcot_utils.data.prompts import ARTICLE_ANSWER, ARTICLE_QUESTION
 from medcot_utils.errors import MedcotError
 from medcot_utils.run.artifacts import SHIPPED_CASES
@@ -24,17 +24,46 @@ _SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 class DataError(MedcotError):
-    """The data cannot be used; the message names file, row or column, what was expected and what to do."""
+    """Say why the data cannot be used: the file, row or column, what was expected and what to do."""
+
+
+class Row(TypedDict):
+    """Hold one row of the data set, as `load_rows` gives it. `split` is train, or anything else for a held-out row."""
+
+    id: str | int
+    Question: str
+    Complex_CoT: str
+    Response: str
+    specialty: NotRequired[str | None]
+    split: NotRequired[str]
+
+
+class AskedQuestion(TypedDict):
+    """Hold what a model is asked."""
+
+    id: str
+    Question: str
+
+
+class Question(AskedQuestion):
+    """Hold one evaluation question: a record of questions.json.
+
+    `scored` is false for the article's own question, which is only shown. `specialty` is empty if the data set has none.
+    `Complex_CoT` and `Response` are the references: the data set's chain of thought (empty for the article's) and answer."""
+
+    scored: bool
+    specialty: str
+    Complex_CoT: str
+    Response: str
 
 
 # --- load ----------------------------------------------------------------------------------------------------------
 
 
 def load_rows(settings: DatasetSettings) -> Dataset:
-    """All rows with columns Question, Complex_CoT, Response, plus `id` and, where the source has them, `specialty`, `split`.
+    """Return all rows (see `Row`) of `settings.path`, of the shipped cases, or of the Hub at the pinned revision.
 
-    From `settings.path` (json, jsonl, csv, parquet), the shipped cases, or the Hub at the pinned revision. Raises
-    DataError if the file is missing, empty, unreadable or lacks a column, or is another than `settings.sha256` says."""
+    Raises DataError if the file is missing, empty, unreadable, lacks a column or does not match `settings.sha256`."""
     if settings.path:
         rows = _read_file(Path(settings.path))
     elif settings.name == "shipped":
@@ -43,7 +72,7 @@ def load_rows(settings: DatasetSettings) -> Dataset:
         rows = _load_from_hub(settings)
     rows = _map_columns(rows, settings)
     if "id" in rows.column_names and len(set(rows["id"])) < len(rows):
-        rows = rows.remove_columns("id")  # answers and losses are told apart by it
+        rows = rows.remove_columns("id")  # ids must tell answers and losses apart
     if "id" not in rows.column_names:
         rows = rows.add_column("id", [f"row-{index}" for index in range(len(rows))])
     return rows
@@ -67,8 +96,10 @@ def _load_from_hub(settings: DatasetSettings) -> Dataset:
 
 
 def _check_digest(settings: DatasetSettings, urls: Sequence[str]) -> None:
-    """Compare the data set's one file, as it is downloaded, with the digest that the settings expect. A difference is
-    believed only after a second download: the cached copy may be damaged. Raises DataError naming both digests."""
+    """Compare the data set's one file, as downloaded, with the digest that the settings expect.
+
+    The cached copy may be damaged, so a difference counts only after a second download. Raises DataError naming both
+    digests."""
     from datasets import DownloadConfig, DownloadManager
 
     from medcot_utils.run.files import sha256_of
@@ -95,9 +126,9 @@ def _check_digest(settings: DatasetSettings, urls: Sequence[str]) -> None:
 
 
 def check_usable(config: RunConfig) -> tuple[int, int]:
-    """(rows to train on, rows held out) that the configuration's data would give, before any model is loaded.
+    """Return (training rows, held-out rows) that the configuration's data would give, before any model is loaded.
 
-    Raises DataError for whatever would stop notebooks 02 and 03: a file, column, split or number of questions that fails."""
+    Raises DataError for a file, column, split or number of questions that would stop notebooks 02 and 03."""
     rows, _ = validate_rows(load_rows(config.dataset))
     train, held_out = split_rows(rows, config.dataset, config.seed)
     choose_questions(held_out, config.evaluation.num_questions)
@@ -166,36 +197,33 @@ def _map_columns(rows: Dataset, settings: DatasetSettings) -> Dataset:
 # --- validate ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class ValidationReport:
-    """How many rows came in, were kept, and why the others were dropped."""
+    """Count the rows that came in and were kept, and those dropped by reason; `examples` has each reason's first row id."""
 
     rows_in: int
     rows_kept: int
-    dropped: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, int]
+    examples: dict[str, str]
 
     def table(self) -> pd.DataFrame:
-        """One line per reason, with the first row it was seen in."""
+        """Return one line per reason, with the first row it applied to."""
         import pandas as pd
 
-        lines = [{"what": reason, "rows": count, "first": self.examples[reason]} for reason, count in self.dropped.items()]
-        ends = [
-            {"what": "rows read", "rows": self.rows_in, "first": ""},
-            {"what": "rows kept", "rows": self.rows_kept, "first": ""},
-        ]
-        return pd.DataFrame([ends[0], *lines, ends[1]]).set_index("what")
+        lines = [(reason, count, self.examples[reason]) for reason, count in self.dropped.items()]
+        lines = [("rows read", self.rows_in, ""), *lines, ("rows kept", self.rows_kept, "")]
+        return pd.DataFrame(lines, columns=["what", "rows", "first"]).set_index("what")
 
 
 def validate_rows(rows: Dataset, special_tokens: Sequence[str] = ()) -> tuple[Dataset, ValidationReport]:
-    """Leave out rows that would train the wrong thing, and count them by reason.
+    """Return the rows without those that would train the wrong thing, and a count of these by reason.
 
-    Reasons: a text is not a string, is empty, holds a `<think>` tag or one of the tokenizer's special tokens (it would
-    be read as a control token), or a question stands there twice. Raises DataError when no row is left."""
+    A row is dropped if a text is not a string, is empty, or holds a `<think>` tag or one of the tokenizer's special tokens
+    (it would be read as a control token), or if its question came before. Raises DataError if no row is left."""
     forbidden = ("<think>", "</think>", *special_tokens)
     dropped, examples, kept, seen = Counter(), {}, [], set()
     for index, row in enumerate(rows):
-        reason = _fault(row, forbidden) or ("duplicate question" if normalize(row["Question"]) in seen else None)
+        reason = _find_fault(row, forbidden) or ("duplicate question" if normalize(row["Question"]) in seen else None)
         if reason is None:
             kept.append(index)
             seen.add(normalize(row["Question"]))
@@ -207,7 +235,7 @@ def validate_rows(rows: Dataset, special_tokens: Sequence[str] = ()) -> tuple[Da
     return rows.select(kept), ValidationReport(len(rows), len(kept), dict(dropped), examples)
 
 
-def _fault(row: dict[str, Any], forbidden: Sequence[str]) -> str | None:
+def _find_fault(row: Row, forbidden: Sequence[str]) -> str | None:
     for column in TEXT_COLUMNS:
         value = row[column]
         if not isinstance(value, str) or value.startswith("\0"):
@@ -224,7 +252,7 @@ def _fault(row: dict[str, Any], forbidden: Sequence[str]) -> str | None:
 
 
 def split_rows(rows: Dataset, settings: DatasetSettings, seed: int) -> tuple[Dataset, Dataset]:
-    """(train, held out). By the `split` column where there is one, else the first `num_rows` and the rows after them.
+    """Return (train, held out): by the `split` column if there is one, else the first `num_rows` and the rows after them.
 
     Raises DataError if one side would be empty."""
     if settings.shuffle:
@@ -238,10 +266,8 @@ def split_rows(rows: Dataset, settings: DatasetSettings, seed: int) -> tuple[Dat
     else:
         most = len(rows) - settings.held_out_rows
         n_train = max(0, min(settings.num_rows or most, most))
-        train, held_out = (
-            rows.select(range(n_train)),
-            rows.select(range(n_train, min(n_train + settings.held_out_rows, len(rows)))),
-        )
+        train = rows.select(range(n_train))
+        held_out = rows.select(range(n_train, min(n_train + settings.held_out_rows, len(rows))))
     if (not len(train) or not len(held_out)) and "split" in rows.column_names:
         raise DataError(
             f"the column `split` holds {', '.join(sorted(map(str, set(rows['split']))))}: rows to train on must say "
@@ -255,27 +281,32 @@ def split_rows(rows: Dataset, settings: DatasetSettings, seed: int) -> tuple[Dat
     return train, held_out
 
 
-def choose_questions(held_out: Dataset, count: int) -> list[dict[str, Any]]:
-    """The evaluation questions: the article's own, shown but not scored, and the first `count` held-out rows.
+def choose_questions(held_out: Dataset, count: int) -> list[Question]:
+    """Return the evaluation questions: the article's own, which is not scored, and the first `count` held-out rows.
 
-    Each: id, scored, specialty, Question, Complex_CoT, Response (the reference). Raises DataError if there are fewer."""
+    Raises DataError if there are fewer rows."""
     if len(held_out) < count:
         raise DataError(f"evaluation.num_questions is {count}, but only {len(held_out)} rows are held out: lower it")
-    article = {"id": "article", "scored": False, "specialty": "the article's question", "Question": ARTICLE_QUESTION}
-    chosen = [article | {"Complex_CoT": "", "Response": ARTICLE_ANSWER}]
-    for row in held_out.select(range(count)):
-        record = {"id": str(row["id"]), "scored": True, "specialty": row.get("specialty") or ""}
-        chosen.append(record | {column: row[column] for column in TEXT_COLUMNS})
-    return chosen
+    article = Question(
+        id="article",
+        scored=False,
+        specialty="the article's question",
+        Question=ARTICLE_QUESTION,
+        Complex_CoT="",
+        Response=ARTICLE_ANSWER,
+    )
+    return [article, *map(_as_question, held_out.select(range(count)))]
 
 
-def drop_repeats(train: Dataset, repeats: Sequence[dict[str, Any]]) -> Dataset:
-    """The training rows without those that `contamination.find_repeats` found. Raises DataError if none is left."""
+def _as_question(row: Row) -> Question:
+    texts = {column: row[column] for column in TEXT_COLUMNS}
+    return Question(id=str(row["id"]), scored=True, specialty=row.get("specialty") or "", **texts)
+
+
+def drop_repeats(train: Dataset, repeats: Sequence[Repeat]) -> Dataset:
+    """Return the training rows without those that `find_repeats` found. Raises DataError if none is left."""
     repeated = {repeat["train_id"] for repeat in repeats}
     kept = train.select([index for index, row_id in enumerate(train["id"]) if str(row_id) not in repeated])
     if not len(kept):
         raise DataError("every training row repeats an evaluation question: check that the held-out rows are other rows")
     return kept
-
-
-# --- text and tokens -----------------------------------------------------------------------------------------------

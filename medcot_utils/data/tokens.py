@@ -1,24 +1,59 @@
-"""The `text` column, tokens and labels, and the checks that must hold before a step is trained."""
+"""Make the `text` column, tokens and labels, and check what must hold before a step is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from medcot_utils.config import DatasetSettings
+from medcot_utils.data.contamination import Repeat
 from medcot_utils.data.prompts import inference_prompt, training_text
-from medcot_utils.data.rows import DataError, ValidationReport
+from medcot_utils.data.rows import DataError, Row, ValidationReport
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
-def add_text_column(rows: Dataset, eos_token: str) -> Dataset:
-    """The article's `text` column: the training template filled in, with the EOS token at its end."""
+class LabelChecks(TypedDict):
+    """Count the rows, and those among them with exactly one BOS, with EOS as the last label, and with the CoT in the labels."""
 
-    def fill(row: dict[str, Any]) -> dict[str, str]:
+    rows: int
+    one_bos: int
+    eos_in_labels: int
+    cot_in_labels: int
+
+
+class TokenCounts(TypedDict):
+    """Hold the mean, the maximum and the sum of the rows' tokens before any cut."""
+
+    mean: float
+    max: int
+    all: int
+
+
+class DataReport(TypedDict):
+    """Hold what notebook 03 did to the training rows: data_report.json.
+
+    `dropped` counts invalid rows by reason. `repeats_dropped`: rows in `repeats` were left out of training.
+    `prompt_is_prefix` counts the rows whose tokens begin with exactly the inference prompt's tokens."""
+
+    rows_read: int
+    dropped: dict[str, int]
+    repeats: list[Repeat]
+    repeats_dropped: bool
+    tokens: TokenCounts
+    overlong_dropped: int
+    truncated: int
+    prompt_is_prefix: int
+    checks: LabelChecks
+
+
+def add_text_column(rows: Dataset, eos_token: str) -> Dataset:
+    """Return the rows with the article's `text` column: the training template filled in, with the EOS token at its end."""
+
+    def fill(row: Row) -> dict[str, str]:
         return {"text": training_text(row["Question"], row["Complex_CoT"], row["Response"], eos_token)}
 
     return rows.map(fill, desc="text column")
@@ -26,8 +61,9 @@ def add_text_column(rows: Dataset, eos_token: str) -> Dataset:
 
 @dataclass(frozen=True)
 class LengthReport:
-    """What tokenizing did: tokens per row before any cut, rows dropped or truncated, and how often the inference
-    prompt's tokens are exactly the beginning of the training row's."""
+    """Say what tokenizing did: tokens per row before any cut, and how many rows were dropped or truncated.
+
+    `prompt_is_prefix` counts the rows whose tokens begin with exactly the inference prompt's tokens."""
 
     tokens: list[int]
     dropped: int
@@ -38,10 +74,10 @@ class LengthReport:
 def tokenize_rows(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DatasetSettings, max_seq_length: int, newline_after_think: bool
 ) -> tuple[Dataset, LengthReport]:
-    """input_ids and labels for the `text` column: labels are the ids themselves (`loss_on: full`) or -100 on the prompt.
+    """Return the rows with input_ids and labels, and what tokenizing did.
 
-    Over-long rows are dropped, truncated (the answer's end and the EOS are lost, and counted) or, with `error`, raise
-    DataError. Raises DataError too when nothing is left."""
+    Labels are the ids themselves (`loss_on: full`), or -100 on the prompt. Overlong rows are dropped or truncated (which
+    loses the answer's end and the EOS), or raise DataError with `overlong: error`. Raises DataError if no row is left."""
     kept, tokens, truncated, prefixes = [], [], 0, 0
     for index, row in enumerate(rows):
         prompt = inference_prompt(row["Question"], newline_after_think)
@@ -49,7 +85,7 @@ def tokenize_rows(
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         prompt_ids = tokenizer(prompt)["input_ids"]
         tokens.append(len(ids))
-        # A token that reaches over the prompt's end belongs to the completion: it is the model's to produce.
+        # A token that crosses the prompt's end belongs to the completion: the model has to produce it.
         labels = ids if settings.loss_on == "full" else _mask_prompt(ids, offsets, len(prompt))
         if len(ids) > max_seq_length:
             if settings.overlong == "error":
@@ -76,13 +112,13 @@ def _mask_prompt(ids: Sequence[int], offsets: Sequence[tuple[int, int]], prompt_
     return [-100 if end <= prompt_chars else token for token, (_, end) in zip(ids, offsets, strict=True)]
 
 
-def check_labels(rows: Dataset, tokenizer: PreTrainedTokenizerBase, truncated: int = 0) -> dict[str, int]:
-    """Counts that must hold before a step is trained: rows with one BOS, EOS as last label, CoT and answer in the labels.
+def check_labels(rows: Dataset, tokenizer: PreTrainedTokenizerBase, truncated: int = 0) -> LabelChecks:
+    """Return the counts that must hold before a step is trained; `truncated` rows may lack their EOS.
 
     Raises DataError for two BOS tokens, labels that are all -100, a CoT missing from the labels, or an EOS missing
     from a row that was not truncated."""
     adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id and tokenizer.bos_token_id is not None
-    counts = {"rows": len(rows), "one_bos": 0, "eos_in_labels": 0, "cot_in_labels": 0}
+    counts = LabelChecks(rows=len(rows), one_bos=0, eos_in_labels=0, cot_in_labels=0)
     for row in rows:
         ids, labels = row["input_ids"], [token for token in row["labels"] if token != -100]
         if not labels:
@@ -103,22 +139,19 @@ def check_labels(rows: Dataset, tokenizer: PreTrainedTokenizerBase, truncated: i
     return counts
 
 
-def report(
-    validation: ValidationReport,
-    lengths: LengthReport,
-    checks: dict[str, int],
-    repeats: list[dict[str, Any]],
-    dropped_repeats: bool,
-) -> dict[str, Any]:
-    """What notebook 03 found, as one JSON-ready record."""
-    return {
-        "rows_read": validation.rows_in,
-        "dropped": validation.dropped,
-        "repeats": repeats,
-        "repeats_dropped": dropped_repeats,
-        "tokens": {"mean": sum(lengths.tokens) / len(lengths.tokens), "max": max(lengths.tokens), "all": sum(lengths.tokens)},
-        "overlong_dropped": lengths.dropped,
-        "truncated": lengths.truncated,
-        "prompt_is_prefix": lengths.prompt_is_prefix,
-        "checks": checks,
-    }
+def summarize_preparation(
+    validation: ValidationReport, lengths: LengthReport, checks: LabelChecks, repeats: list[Repeat], repeats_dropped: bool
+) -> DataReport:
+    """Return what notebook 03 found, as one record."""
+    tokens = lengths.tokens
+    return DataReport(
+        rows_read=validation.rows_in,
+        dropped=validation.dropped,
+        repeats=repeats,
+        repeats_dropped=repeats_dropped,
+        tokens=TokenCounts(mean=sum(tokens) / len(tokens), max=max(tokens), all=sum(tokens)),
+        overlong_dropped=lengths.dropped,
+        truncated=lengths.truncated,
+        prompt_is_prefix=lengths.prompt_is_prefix,
+        checks=checks,
+    )

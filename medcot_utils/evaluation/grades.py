@@ -1,7 +1,6 @@
 """Blind grading: a person says which answer is better without being told which model wrote it.
 
-Judgements go to grades.jsonl in the run directory, one line a click. The page is served to this machine only and never
-receives a label: which model is shown as A stays in this process and in the file."""
+Judgements go to grades.jsonl in the run directory, one line a click; `cli/grading_page.py` shows the page."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import AwareDatetime, BaseModel
 
@@ -22,9 +21,6 @@ from medcot_utils.evaluation.intervals import format_interval
 from medcot_utils.models.generation import by_sample
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import write_atomic
-
-if TYPE_CHECKING:
-    pass
 
 GRADES = "grades.jsonl"
 
@@ -209,6 +205,3 @@ def describe(graded: Mapping[str, Any] | None) -> str:
     if graded["stale"]:
         lines.append(f"not counted: {graded['stale']} judgement(s) of answers that have changed since")
     return "\n".join(lines)
-
-
-# --- the page --------------------------------------------------------------------------------------------------------

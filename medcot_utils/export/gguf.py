@@ -117,7 +117,7 @@ def save_gguf(run: Run) -> Path | None:
     export.gguf is null; made again only if something changed.
 
     Raises GgufError or DiskError, before a weight is read, when a program or disk room is missing."""
-    from medcot_utils.models.embedded import load_tokenizer
+    from medcot_utils.models.embedded import load_tokenizer_from
 
     kind, line = run.config.export.gguf, check_usable(run.config)
     if kind is None:
@@ -132,7 +132,7 @@ def save_gguf(run: Run) -> Path | None:
     def fill(folder: Path) -> None:
         file = folder / f"model.{kind}.gguf"
         write_gguf(merged, file, kind, run.config)
-        text = modelfile(run.config, load_tokenizer(merged), file.name)
+        text = modelfile(run.config, load_tokenizer_from(merged), file.name)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
 
     return run.get_or_make("gguf", lambda: fill)
@@ -217,12 +217,12 @@ def verify_gguf(run: Run) -> dict[str, Any] | None:
 
 
 def _verify(run: Run) -> dict[str, Any]:
-    from medcot_utils.models.embedded import load_tokenizer
+    from medcot_utils.models.embedded import load_tokenizer_from
 
     began, config, merged, folder = time.perf_counter(), run.config, run.require("merged"), run.require("gguf")
     kind = config.export.gguf
     file = folder / f"model.{kind}.gguf"
-    tokens, weights = special_tokens(file, load_tokenizer(merged)), compare_weights(file, merged)
+    tokens, weights = special_tokens(file, load_tokenizer_from(merged)), compare_weights(file, merged)
     check = {
         "type": kind,
         "file": f"{folder.name}/{file.name}",

@@ -15,11 +15,10 @@ from medcot_utils.models.losses import row_losses
 from medcot_utils.models.merging import load_base, load_unquantized
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
+    from medcot_utils.models.engine import Engine
     from medcot_utils.run.directory import Run
 
 
@@ -41,7 +40,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: R
     (folder / "README.md").unlink(missing_ok=True)  # an empty template; the run's own card comes in notebook 07
 
 
-def save_merged(engine: ModuleType, run: Run) -> Path:
+def save_merged(engine: Engine, run: Run) -> Path:
     """Merge the run's adapter into its 16-bit base as the artifact `merged`; made again only if something changed.
 
     Raises DiskError before anything is downloaded or loaded when a disk has too little room for the merged model, the GGUF
@@ -63,7 +62,7 @@ def save_merged(engine: ModuleType, run: Run) -> Path:
 # --- verify --------------------------------------------------------------------------------------------------------
 
 
-def verify_export(engine: ModuleType, run: Run) -> dict[str, Any]:
+def verify_export(engine: Engine, run: Run) -> dict[str, Any]:
     """Reload three models one after the other and compare them on the first held-out questions: the merged one, the
     16-bit base + adapter it must equal, and the 4-bit base + adapter that was trained.
 

@@ -10,7 +10,7 @@ from medcot_utils.config import RunConfig
 from medcot_utils.evaluation.comparison import verdict
 from medcot_utils.evaluation.intervals import format_interval
 from medcot_utils.evaluation.metrics import METRICS
-from medcot_utils.models.embedded import PREFIX, describe, hub_address
+from medcot_utils.models.embedded import PREFIX, describe_model, find_hub_address
 
 if TYPE_CHECKING:
     from medcot_utils.run.directory import Run
@@ -28,7 +28,7 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
     if addresses is None:
         pushed = [name for name in config.hub.artifacts if name != "gguf" or config.export.gguf] if config.hub.repo_id else []
         addresses = config.hub.addresses(pushed, config.hub.repo_id)
-    base = hub_address(config.model.name)
+    base = find_hub_address(config.model.name)
     if kind == "gguf":
         base = addresses.get("merged", base)
     trained_name = check["pairs"][1]["b"]
@@ -42,7 +42,7 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         base_model_relation={"adapter": "adapter", "gguf": "quantized"}.get(kind, "finetune") if base else None,
         datasets=None if config.dataset.path or config.dataset.name == "shipped" else [config.dataset.name],
         tags=["medical", "chain-of-thought", "reasoning", "lora", "sft", *(["gguf"] if "gguf" in (kind, *addresses) else [])],
-        model_name=addresses.get(kind, next(iter(addresses.values()), f"{describe(config.model.name)}, tuned")),
+        model_name=addresses.get(kind, next(iter(addresses.values()), f"{describe_model(config.model.name)}, tuned")),
         eval_results=_eval_results(config, measured, trained_name),
     )
     lines = [
@@ -54,7 +54,7 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         data,
         template_path=str(Path(__file__).with_name("model_card.md.j2")),
         config=config,
-        base=describe(config.model.name),
+        base=describe_model(config.model.name),
         licence=licence.get("license_name", licence["license"]),
         source=_data_source(config),
         metrics=lines,
@@ -80,7 +80,7 @@ def _licence(config: RunConfig) -> dict[str, str]:
         return {"license": "apache-2.0"}
     if name.lower().endswith("deepseek-r1-distill-llama-8b"):
         return {"license": "llama3.1"}  # DeepSeek's model card: derived from Llama 3.1 8B, under its licence
-    where = hub_address(name)
+    where = find_hub_address(name)
     link = {"license_link": f"https://huggingface.co/{where}"} if where else {}
     return {"license": "other", "license_name": "as-the-base-model"} | link
 

@@ -1,4 +1,7 @@
-"""Talking with a run's tuned model: one answer at a time, streamed, the thinking told from the answer as it comes."""
+"""Talk with a run's tuned model: one answer at a time, streamed, the thinking apart from the answer as it comes.
+
+The terminal and the page of `medcot chat` both show what `Chat.stream` yields. transformers' TextIteratorStreamer makes the
+pieces. It has no way to stop a generation and passes no error on, so this module adds both."""
 
 from __future__ import annotations
 
@@ -7,60 +10,80 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from medcot_utils.data.prompts import inference_prompt
+from medcot_utils.data.prompts import inference_prompt, parse_completion
 from medcot_utils.errors import MedcotError
 from medcot_utils.models.generation import generate_arguments
 from medcot_utils.run.directory import Run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 WARNING = "Not for clinical use: this model was tuned to study form and style, and its medicine can be wrong in every way."
+NO_ANSWER = "(no answer after the thinking)"
 Who = Literal["tuned", "base"]
-Part = Literal["thinking", "answer"]
-_TAG = re.compile(r"</?think>")
+_CUT_TAG = re.compile(r"</?[think]{0,5}$")
+
+
+def choose_sides(base_too: bool) -> tuple[Who, ...]:
+    """Return whose answers to ask for, in the order in which they are shown."""
+    return ("base", "tuned") if base_too else ("tuned",)
 
 
 class ChatError(MedcotError):
-    """A question cannot be answered as asked; the message says why. The chat itself goes on."""
+    """Say why a question cannot be answered as asked. The chat itself continues."""
 
 
-def split_thinking(pieces: Iterable[str]) -> Iterator[tuple[Part, str]]:
-    """Pieces of a completion whose `<think>` the prompt has opened, each with what it is a piece of, as soon as that is certain.
+@dataclass(frozen=True)
+class Answer:
+    """Hold what has come of an answer so far.
 
-    As `parse_completion` does it: the first `</think>` ends the thinking, other tags are left out."""
-    part: Part = "thinking"
-    held = ""
+    `seconds_thinking` is None until the thinking has ended; `done` is true once nothing more will come."""
+
+    thinking: str = ""
+    text: str = ""
+    seconds_thinking: float | None = None
+    done: bool = False
+
+    def summarize_thinking(self) -> str:
+        """Return the thinking as one line: its length, and how long it took or that it never ended."""
+        words = len(self.thinking.split())
+        if self.seconds_thinking is None:
+            return f"thinking, not finished: {words} words"
+        return f"thinking: {words} words, {self.seconds_thinking:.1f} s"
+
+
+def grow_answer(pieces: Iterable[str]) -> Iterator[Answer]:
+    """Yield the answer after each piece of a completion whose `<think>` the prompt has opened; the last one is `done`.
+
+    `parse_completion` takes it apart, as it does scored answers. The start of a tag is held back until the next piece."""
+    began, completion, answer = time.perf_counter(), "", Answer()
     for piece in pieces:
-        held += piece
-        while tag := _TAG.search(held):
-            if before := held[: tag.start()]:
-                yield part, before
-            held = held[tag.end() :]
-            if tag[0] == "</think>":
-                part = "answer"
-        # What may yet become a tag waits for the next piece.
-        keep = next((n for n in range(7, 0, -1) if "</think>".startswith(held[-n:]) or "<think>".startswith(held[-n:])), 0)
-        keep = min(keep, len(held))
-        if ready := held[: len(held) - keep]:
-            yield part, ready
-        held = held[len(held) - keep :]
-    if held:
-        yield part, held
+        completion += piece
+        parsed = parse_completion(_CUT_TAG.sub("", completion))
+        seconds = answer.seconds_thinking
+        if parsed.closed and seconds is None:
+            seconds = time.perf_counter() - began
+        answer = Answer(parsed.thinking, parsed.answer, seconds)
+        yield answer
+    parsed = parse_completion(completion)
+    yield replace(answer, thinking=parsed.thinking, text=parsed.answer, done=True)
 
 
 class Chat:
-    """A run's tuned model, loaded once. The base model is the same one with its adapter switched off."""
+    """Answer questions with a run's tuned model, loaded once. The base model is the same one with its adapter switched off."""
 
     def __init__(self, run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.run, self.model, self.tokenizer = run, model, tokenizer
-        self._busy = threading.Lock()  # one answer at a time: the adapter is on or off for all
+        self._busy = threading.Lock()  # one answer at a time: the adapter is on or off for everyone
 
     @classmethod
     def open(cls, run: Run) -> Chat:
-        """Load base and adapter as the run's engine does. Raises RunError naming the notebook if there is no adapter."""
+        """Load base and adapter with the run's engine. Raises RunError naming the notebook if there is no adapter."""
         from medcot_utils.models.engine import get_engine
 
         adapter = run.require("adapter")
@@ -68,18 +91,18 @@ class Chat:
         model, tokenizer = engine.load(run.config.model, adapter)
         return cls(run, engine.for_inference(model), tokenizer)
 
-    def stream(self, question: str, who: Who = "tuned") -> Iterator[tuple[Part, str]]:
-        """The answer to one question, piece by piece, as ("thinking" | "answer", text); the run's prompt and generation settings.
+    def stream(self, question: str, who: Who = "tuned") -> Iterator[Answer]:
+        """Yield the growing answer to one question, made with the run's prompt and generation settings.
 
         Closing the iterator stops the generation. Raises ChatError, before the model is asked, for an empty question or one
-        that leaves no room for an answer; what fails within the generation is raised here too."""
-        return self._stream(self._inputs(question), who)
+        that leaves no room for an answer. Errors of the generation are raised here too."""
+        return self._stream(self._encode(question), who)
 
-    def _stream(self, inputs: Any, who: Who) -> Iterator[tuple[Part, str]]:
+    def _stream(self, inputs: BatchEncoding, who: Who) -> Iterator[Answer]:
         with contextlib.closing(self._pieces(inputs, who)) as pieces:
-            yield from split_thinking(pieces)
+            yield from grow_answer(pieces)
 
-    def _inputs(self, question: str) -> Any:
+    def _encode(self, question: str) -> BatchEncoding:
         if not question.strip():
             raise ChatError("the question is empty")
         config = self.run.config
@@ -90,11 +113,11 @@ class Chat:
             raise ChatError(f"the question is too long: with the prompt {length} tokens, and model.max_seq_length is {room}")
         return inputs.to(self.model.device)
 
-    def _pieces(self, inputs: Any, who: Who) -> Iterator[str]:
+    def _pieces(self, inputs: BatchEncoding, who: Who) -> Iterator[str]:
         import torch
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-        stopped, failed = threading.Event(), []
+        stopped = threading.Event()
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         arguments = generate_arguments(self.run.config.generation, self.tokenizer)
         room = self.model.config.get_text_config().max_position_embeddings - inputs["input_ids"].shape[1]
@@ -104,50 +127,16 @@ class Chat:
             return torch.full((ids.shape[0],), stopped.is_set(), device=ids.device)
 
         def generate() -> None:
-            try:
-                torch.manual_seed(self.run.config.seed)
-                with torch.inference_mode():
-                    self.model.generate(
-                        **inputs, **arguments, streamer=streamer, stopping_criteria=StoppingCriteriaList([enough])
-                    )
-            except BaseException as error:  # noqa: BLE001 - handed to the thread that reads, and raised there
-                failed.append(error)
-                streamer.end()
+            torch.manual_seed(self.run.config.seed)
+            with torch.inference_mode():
+                self.model.generate(**inputs, **arguments, streamer=streamer, stopping_criteria=StoppingCriteriaList([enough]))
 
-        with self._busy, self._as(who):
-            worker = threading.Thread(target=generate, daemon=True)
-            worker.start()
+        adapter = self.model.disable_adapter() if who == "base" else contextlib.nullcontext()
+        with self._busy, adapter, ThreadPoolExecutor(1) as pool:
+            made = pool.submit(generate)
+            made.add_done_callback(lambda _: streamer.end())  # a failed generation leaves the stream open
             try:
                 yield from streamer
             finally:
                 stopped.set()
-                worker.join()
-        if failed:
-            raise failed[0]
-
-    def _as(self, who: Who) -> Any:
-        return self.model.disable_adapter() if who == "base" else contextlib.nullcontext()
-
-
-class Answer:
-    """What has come of an answer so far: thinking, answer, and seconds since it was asked."""
-
-    def __init__(self) -> None:
-        self.thinking = self.answer = ""
-        self.began = time.perf_counter()
-        self.thought_for: float | None = None
-
-    def add(self, part: Part, text: str) -> None:
-        """Append a piece of `Chat.stream`."""
-        if part == "thinking":
-            self.thinking += text
-        else:
-            self.thought_for = self.thought_for or time.perf_counter() - self.began
-            self.answer += text
-
-    def folded(self) -> str:
-        """The thinking as one line: its length, and how long it took; what to say where it never ended."""
-        words = len(self.thinking.split())
-        if self.thought_for is None:
-            return f"thinking, not finished: {words} words"
-        return f"thinking: {words} words, {self.thought_for:.1f} s"
+            made.result()

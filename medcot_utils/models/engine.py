@@ -1,14 +1,6 @@
-"""Two engines with one interface.
+"""Choose between two engines that load and train a model, `transformers` and `unsloth`, with the one interface `Engine`.
 
-    load(settings, adapter=None)           -> (model, tokenizer)   4-bit or not; with a trained adapter on it if given
-    add_lora(model, settings)              -> PeftModel            fresh LoRA matrices, ready to train
-    set_checkpointing(model, checkpointing)-> None                 gradient checkpointing as a batch plan asks
-    trainer_arguments(settings)            -> dict                 what the engine adds to the trainer's arguments
-    for_inference(model)                   -> model                cache on, checkpointing off, eval mode
-    merge(settings, adapter, out, dtype)   -> None                 16-bit base + adapter, saved as safetensors
-    WHOLE_LOGITS                              bool                 whether training keeps all logits of a micro-batch
-
-Nothing outside this package asks which engine runs."""
+Nothing outside this room asks which engine runs."""
 
 from __future__ import annotations
 
@@ -17,22 +9,55 @@ import importlib.util
 import logging
 import math
 import os
-from types import ModuleType
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, cast
 
-from medcot_utils.config import ModelSettings
+from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.errors import PlatformError
 
 if TYPE_CHECKING:
     import torch
-
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The 8B model in 16 bits (16 GB), the cache of 64 answers of 1,200 tokens (12 GB), and room to work.
 FAST_ANSWERS_GIB = 36
 
 
+class TrainerArguments(TypedDict, total=False):
+    """Hold what an engine adds to the arguments of trl's SFTConfig, so that the rows of notebook 03 stay as they are."""
+
+    dataset_kwargs: dict[str, bool]
+    max_length: int | None
+    padding_free: bool | None
+
+
+class Engine(Protocol):
+    """Name what every engine module has. `WHOLE_LOGITS`: training keeps all logits of a micro-batch in memory."""
+
+    WHOLE_LOGITS: bool
+
+    def load(self, settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Return the model, in 4 bits if set, and its tokenizer; with a trained adapter on it if one is given."""
+
+    def add_lora(self, model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
+        """Return the model with fresh LoRA matrices, ready to train."""
+
+    def set_checkpointing(self, model: PreTrainedModel, checkpointing: Literal["unsloth"] | bool) -> None:
+        """Switch gradient checkpointing on or off, as a batch plan asks."""
+
+    def trainer_arguments(self, settings: TrainingSettings) -> TrainerArguments:
+        """Return what the engine adds to the trainer's arguments."""
+
+    def for_inference(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return the model in eval mode, with the key-value cache on and checkpointing off."""
+
+    def merge(self, settings: ModelSettings, adapter: Path, out: Path, dtype: str) -> None:
+        """Save the 16-bit base with the adapter added to `out`, as safetensors."""
+
+
 def quiet_start(seed: int = 3407) -> None:
-    """What must happen before torch and transformers are imported: determinism switches, and less chatter in a notebook."""
+    """Set what torch and transformers read when they are imported: determinism switches, and less chatter in a notebook."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("PYTHONHASHSEED", str(seed))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -45,13 +70,13 @@ def quiet_start(seed: int = 3407) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def local_rank() -> int:
-    """The GPU of this process: 0 but where torchrun started several."""
+def get_local_rank() -> int:
+    """Return the index of this process's GPU: 0, unless torchrun started several processes."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def compute_dtype(settings: ModelSettings) -> torch.dtype:
-    """The dtype of activations: as set, or with `auto` bfloat16 on GPUs that have it, float16 on others, float32 on a CPU."""
+    """Return the dtype of activations. `auto`: bfloat16 on GPUs that have it, float16 on others, float32 on a CPU."""
     import torch
 
     if settings.dtype != "auto":
@@ -61,23 +86,23 @@ def compute_dtype(settings: ModelSettings) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def get_engine(settings: ModelSettings, fast_answers: bool = False) -> ModuleType:
-    """The engine module to use. `auto`: unsloth where it is installed and a CUDA GPU is visible, else transformers.
+def get_engine(settings: ModelSettings, fast_answers: bool = False) -> Engine:
+    """Return the engine module to use. `auto` means unsloth if it is installed and a CUDA GPU is visible, else transformers.
 
-    With `fast_answers` (the notebooks that only ask) it is transformers, too, on a GPU with room for the 16-bit weights:
-    what makes its generation fast, a compiled step over a static cache, cannot run in a process that unsloth has patched.
+    With `fast_answers` (the notebooks that only ask), `auto` also means transformers on a GPU with room for 16-bit weights.
+    Its fast generation, a compiled step over a static cache, cannot run in a process that unsloth has patched.
 
-    Import order is a fact of this field: unsloth patches trl, transformers and peft and must come before them, so this
-    call comes first in a notebook. Raises PlatformError if unsloth is asked for and cannot run."""
+    Call this first in a notebook: unsloth patches trl, transformers and peft, and must be imported before them. Raises
+    PlatformError if unsloth is set and cannot run."""
     quiet_start()
     import torch
 
     name, has_gpu = settings.engine, torch.cuda.is_available()
     has_unsloth = importlib.util.find_spec("unsloth") is not None
     if has_gpu:
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(get_local_rank())
         if settings.gpu_memory_gib:
-            total = torch.cuda.get_device_properties(local_rank()).total_memory
+            total = torch.cuda.get_device_properties(get_local_rank()).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gib * 2**30 / total))
         fast_answers = fast_answers and torch.cuda.mem_get_info()[0] >= FAST_ANSWERS_GIB * 2**30
         fast_answers = fast_answers and (settings.gpu_memory_gib or math.inf) >= FAST_ANSWERS_GIB
@@ -86,11 +111,11 @@ def get_engine(settings: ModelSettings, fast_answers: bool = False) -> ModuleTyp
     if name == "unsloth" and not (has_gpu and has_unsloth):
         missing = "a CUDA GPU is not visible" if has_unsloth else "the package unsloth is not installed"
         raise PlatformError(f"model.engine unsloth: {missing}. Use --set model.engine=transformers")
-    return importlib.import_module(f"medcot_utils.models.{name}_engine")
+    return cast(Engine, importlib.import_module(f"medcot_utils.models.{name}_engine"))
 
 
-def load_tokenizer(settings: ModelSettings):
-    """The model's tokenizer alone, for notebooks that need no weights."""
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer alone, for notebooks that need no weights."""
     from medcot_utils.models import embedded
 
-    return embedded.load_tokenizer(embedded.model_source(settings.name), settings.revision)
+    return embedded.load_tokenizer_from(embedded.find_model_source(settings.name), settings.revision)

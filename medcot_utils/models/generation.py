@@ -1,11 +1,12 @@
-"""Answers: batched for scoring, streamed for reading. Each answer is one record."""
+"""Answer questions: in batches for scoring, streamed for reading. Each answer is one record."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from medcot_utils.config import GenerationSettings
 from medcot_utils.data.prompts import inference_prompt, parse_completion
@@ -14,20 +15,22 @@ from medcot_utils.machine.gpu import free_gpu_memory
 
 MAX_BATCH = 64  # more gains little on a GPU: the step is then bound by arithmetic
 CPU_BATCH = 8
-# The compilation takes about a minute; a step of 64 answers in 4 bits about 40 ms more than a compiled one (benchmarks/).
+# Compiling takes about a minute; a step of 64 answers in 4 bits about 40 ms more than a compiled one (benchmarks/).
 STEPS_WORTH_COMPILING = 1000
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from medcot_utils.data.rows import AskedQuestion
+
 
 class GenerationError(MedcotError):
-    """Answers cannot be made as asked; the message says why and what to set."""
+    """Say why answers cannot be made as asked, and what to set."""
 
 
 def generate_arguments(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The keyword arguments of `model.generate`. Sampling settings are passed only when sampling is on."""
+    """Return the keyword arguments of `model.generate`. Sampling settings are passed only if sampling is on."""
     arguments = {
         "max_new_tokens": settings.max_new_tokens,
         "do_sample": settings.do_sample,
@@ -40,71 +43,86 @@ def generate_arguments(settings: GenerationSettings, tokenizer: PreTrainedTokeni
     return arguments | {"temperature": None, "top_p": None} | sampling
 
 
-def resolve(
+def choose_cache(
     model: PreTrainedModel, settings: GenerationSettings, questions: int, prompt_tokens: int
-) -> tuple[PreTrainedModel, GenerationSettings]:
-    """(model, settings) for many answers, with every `auto` decided; says what was decided.
+) -> Literal["static", "dynamic"]:
+    """Return the kind of key-value cache for many answers: as set, or with `auto` the one that is faster here.
 
-    Where a GPU has room and there are enough steps to repay the compilation, the cache is static: the model is dequantized
-    to its compute dtype, adapter merged (`engines.fast`), and each step runs compiled. Else the model stays as it is.
-    `prompt_tokens`: the longest prompt's."""
-    import torch
+    A static cache needs a GPU with room for 16-bit weights and enough steps to repay the compilation. `prompt_tokens` is the
+    length of the longest prompt. Raises GenerationError for a static cache in a process that unsloth has patched."""
+    patched = "unsloth" in sys.modules
+    if settings.cache_implementation == "static" and patched:
+        raise GenerationError(
+            "generation.cache_implementation static: Unsloth's patches allow no static cache. Set model.engine=transformers, "
+            "or leave the cache to auto"
+        )
+    if settings.cache_implementation != "auto":
+        return settings.cache_implementation
+    steps = -(-questions // MAX_BATCH) * settings.max_new_tokens
+    if patched or steps < STEPS_WORTH_COMPILING or math.isinf(free := free_gpu_memory()):
+        return "dynamic"
+    weights, row = 2 * model.num_parameters(), _cache_bytes(model, prompt_tokens + settings.max_new_tokens)
+    return "static" if free > 1.3 * weights + 1.5 * row * min(questions, MAX_BATCH) else "dynamic"
 
-    on_gpu, cache = torch.cuda.is_available(), settings.cache_implementation
+
+def choose_batch_size(model: PreTrainedModel, settings: GenerationSettings, questions: int, prompt_tokens: int) -> int:
+    """Return how many questions to answer at once: as set, or with `auto` what the GPU's free memory holds, in even batches.
+
+    `settings.cache_implementation` is decided already, and the model converted for it (see `convert_for_static_cache`)."""
+    if settings.batch_size != "auto":
+        return settings.batch_size
+    # A cache that grows is copied when it does. One of fixed size exists once.
+    copies = 1.2 if settings.cache_implementation == "static" else 2.5
+    row, free = _cache_bytes(model, prompt_tokens + settings.max_new_tokens), free_gpu_memory()
+    fits = CPU_BATCH if math.isinf(free) else int(free / (row * copies))
+    batches = -(-questions // max(1, min(MAX_BATCH, fits, questions)))
+    return -(-questions // batches)
+
+
+def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Return the bytes of one answer's keys and values, in 16 bits."""
     size = model.config.get_text_config()
     head = getattr(size, "head_dim", None) or size.hidden_size // size.num_attention_heads
-    row = 4 * size.num_hidden_layers * size.num_key_value_heads * head * (prompt_tokens + settings.max_new_tokens)
-    patched = "unsloth" in sys.modules
-    if cache == "auto":
-        batches = -(-questions // MAX_BATCH)
-        weights = 2 * model.num_parameters()
-        room = on_gpu and free_gpu_memory() > 1.3 * weights + 1.5 * row * min(questions, MAX_BATCH)
-        long = batches * settings.max_new_tokens >= STEPS_WORTH_COMPILING
-        cache = "static" if room and long and not patched else "dynamic"
-    if cache == "static":
-        if patched:
-            raise GenerationError(
-                "generation.cache_implementation static: Unsloth's patches allow no static cache. Set model.engine=transformers, "
-                "or leave the cache to auto"
-            )
-        from medcot_utils.models.static_cache import dequantized, use_grouped_decode
+    return 4 * size.num_hidden_layers * size.num_key_value_heads * head * tokens
 
-        model = dequantized(model)
-        use_grouped_decode(model)
-    batch_size = settings.batch_size
-    if batch_size == "auto":
-        # A cache that grows is copied as it does; one of fixed size is there once.
-        fits = int(free_gpu_memory() / (row * (1.2 if cache == "static" else 2.5))) if on_gpu else CPU_BATCH
-        batches = -(-questions // max(1, min(MAX_BATCH, fits, questions)))
-        batch_size = -(-questions // batches)
-    static = "a static cache, weights dequantized" + (", compiled steps" if on_gpu else "")
-    how = static if cache == "static" else "a cache that grows, weights as loaded"
-    print(f"{questions} questions in batches of {batch_size}: {how}")
-    return model, settings.model_copy(update={"batch_size": batch_size, "cache_implementation": cache})
+
+def describe_batches(settings: GenerationSettings, questions: int) -> str:
+    """Return one line that says how many questions are answered at once, and how."""
+    import torch
+
+    how = "a cache that grows, weights as loaded"
+    if settings.cache_implementation == "static":
+        how = "a static cache, weights dequantized" + (", compiled steps" if torch.cuda.is_available() else "")
+    return f"{questions} questions in batches of {settings.batch_size}: {how}"
 
 
 def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[dict[str, Any]],
+    questions: Sequence[AskedQuestion],
     settings: GenerationSettings,
     newline_after_think: bool,
     seed: int,
     n_samples: int = 0,
 ) -> list[dict[str, Any]]:
-    """One greedy record per question, in the questions' order, then `n_samples` times one sampled record per question.
+    """Return one greedy record per question, in the questions' order, then `n_samples` times one sampled record per question.
 
-    Sampling is at the settings' temperature and top_p, sample k from seed + k, whatever `do_sample` says (that is for the
+    Sampling takes the settings' temperature and top_p, and seed + k for sample k, whatever `do_sample` says (that is for the
     one question of notebook 02). A record: id, sample (0: greedy), prompt, completion, thinking, answer, completion_tokens,
     thinking_tokens, answer_tokens, closed (`</think>` tags), well_formed (closed once, text on both sides), finished (ended
-    by EOS, not cut at max_new_tokens), seconds (its share of its batch's time). The model may be used up (see `resolve`); a
-    batch that the GPU's memory does not hold is halved. Raises GenerationError for a static cache in a process that
-    unsloth has patched."""
+    by EOS, not cut at max_new_tokens), seconds (its share of its batch's time). A static cache converts the given model (see
+    `convert_for_static_cache`). A batch that runs out of memory is halved. Raises GenerationError as `choose_cache` does."""
     import torch
 
     prompts = [inference_prompt(question["Question"], newline_after_think) for question in questions]
     longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
-    model, settings = resolve(model, settings, len(prompts), longest)
+    settings = settings.model_copy(update={"cache_implementation": choose_cache(model, settings, len(prompts), longest)})
+    if settings.cache_implementation == "static":
+        from medcot_utils.models.static_cache import convert_for_static_cache
+
+        model = convert_for_static_cache(model)
+    settings = settings.model_copy(update={"batch_size": choose_batch_size(model, settings, len(prompts), longest)})
+    print(describe_batches(settings, len(prompts)))
     records = []
     for sample in range(n_samples + 1):
         torch.manual_seed(seed + sample)
@@ -133,7 +151,7 @@ def _answer_all(
     longest: int,
     label: str,
 ) -> list[tuple[list[int], float]]:
-    """(token ids, seconds) for each prompt, longest prompts first so that a batch has little padding."""
+    """Return (token ids, seconds) for each prompt. The longest come first, so that a batch has little padding."""
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
     from tqdm.auto import tqdm
@@ -171,8 +189,10 @@ def complete(
     batch_size: int | None = None,
     longest: int | None = None,
 ) -> list[list[int]]:
-    """Token ids after each prompt, all answered in one batch. A static cache needs `batch_size` and `longest` (tokens of the
-    longest prompt of any batch): the one shape that it is compiled for."""
+    """Return the token ids after each prompt, all answered in one batch.
+
+    A static cache is compiled for one shape: it needs `batch_size`, and `longest`, the tokens of the longest prompt of any
+    batch."""
     import torch
 
     arguments, length = generate_arguments(settings, tokenizer), None
@@ -230,7 +250,7 @@ def stream_answer(
     newline_after_think: bool,
     seed: int,
 ) -> dict[str, Any]:
-    """Answer one question, printing the text as it is made; returns its record (without `id`)."""
+    """Answer one question and print the text as it is made. Returns its record, without `id`."""
     import torch
     from transformers import TextStreamer
 

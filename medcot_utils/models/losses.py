@@ -1,12 +1,13 @@
-"""The held-out loss, one number a row."""
+"""Measure the held-out loss, row by row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 _LOGITS_BYTES = 2e9
@@ -14,26 +15,42 @@ _LOGITS_BYTES = 2e9
 _BYTES_PER_LOGIT = 6
 
 
-def row_losses(model: PreTrainedModel, rows: Dataset, batch_size: int, label: str) -> list[dict[str, Any]]:
-    """Negative log-likelihood of each row's labels: one record {model, id, nll (nats, summed), tokens} per row.
+class RowLoss(TypedDict):
+    """Hold one model's loss on one row. `nll`: the labels' negative log-likelihoods in nats, summed; `tokens`: how many."""
 
-    Rows carry input_ids and labels (-100 where no loss is taken), as notebook 03 makes them. A batch has at most `batch_size`
-    rows, and fewer where its logits would take more than 2 GB (two rows of 1,018 tokens with Llama 3's 128,256 words)."""
+    model: str
+    id: str
+    nll: float
+    tokens: int
+
+
+class TokenizedRow(TypedDict):
+    """Hold the token ids of a row, and its labels: the same ids, or -100 where no loss is taken."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def row_losses(model: PreTrainedModel, rows: Dataset, batch_size: int, label: str) -> list[RowLoss]:
+    """Return the loss of each tokenized row (see `TokenizedRow`), in the rows' order; `label` names the model.
+
+    A batch has at most `batch_size` rows, and fewer if its logits would take more than 2 GB (two rows of 1,018 tokens with
+    Llama 3's 128,256 words)."""
     from tqdm.auto import tqdm
 
     model.eval()
     lengths = [len(ids) for ids in rows["input_ids"]]
     batches = _batches(lengths, batch_size, model.config.vocab_size)
-    records: list[Any] = [None] * len(rows)
+    records: dict[int, RowLoss] = {}
     for chosen in tqdm(batches, desc=f"held-out loss, {label}", unit="batch"):
         found = _batch_losses(model, [rows[i] for i in chosen])
         for i, (nll, tokens) in zip(chosen, found, strict=True):
-            records[i] = {"model": label, "id": str(rows[i]["id"]), "nll": nll, "tokens": tokens}
-    return records
+            records[i] = RowLoss(model=label, id=str(rows[i]["id"]), nll=nll, tokens=tokens)
+    return [records[i] for i in range(len(rows))]
 
 
 def _batches(lengths: Sequence[int], batch_size: int, vocab_size: int) -> list[list[int]]:
-    """The rows' indices, longest first, in batches of `batch_size`; of fewer where their logits would take too much."""
+    """Return the rows' indices, longest first, in batches of at most `batch_size` whose logits fit."""
     left = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     batches = []
     while left:
@@ -44,8 +61,8 @@ def _batches(lengths: Sequence[int], batch_size: int, vocab_size: int) -> list[l
     return batches
 
 
-def _batch_losses(model: PreTrainedModel, batch: Sequence[dict[str, Any]]) -> list[tuple[float, int]]:
-    """(nll in nats, labels) of each row. A function, so that its logits are given back before the next batch makes its own."""
+def _batch_losses(model: PreTrainedModel, batch: Sequence[TokenizedRow]) -> list[tuple[float, int]]:
+    """Return (nll, labels) of each row. As a function it frees its logits before the next batch makes its own."""
     import torch
 
     ids, labels, mask = (tensor.to(model.device) for tensor in _pad_right(batch))
@@ -61,7 +78,7 @@ def _batch_losses(model: PreTrainedModel, batch: Sequence[dict[str, Any]]) -> li
     return found
 
 
-def _pad_right(batch: Sequence[dict[str, Any]]) -> tuple[Any, Any, Any]:
+def _pad_right(batch: Sequence[TokenizedRow]) -> tuple[Tensor, Tensor, Tensor]:
     from torch import tensor
     from torch.nn.utils.rnn import pad_sequence
 

@@ -1,4 +1,4 @@
-"""Merge an adapter into its 16-bit base, and load what is not quantized: the same for both engines."""
+"""Merge an adapter into its 16-bit base, and load models that are not quantized: the same for both engines."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from psutil import virtual_memory
 from medcot_utils.config import ModelSettings
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.gpu import free_gpu_memory
-from medcot_utils.models.embedded import load_tokenizer, model_source
+from medcot_utils.models.embedded import find_model_source, load_tokenizer_from
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 class MergeError(MedcotError):
-    """The adapter and the base do not fit together; the message says where."""
+    """Say where the adapter and the base do not fit together."""
 
 
-def load_unquantized(source: str | Path, dtype: str, revision: str | None = None, adapter: Path | None = None):
-    """(model, tokenizer) in `dtype`, never quantized, with a PEFT adapter where one is named; on the GPU where it has room,
-    and a quarter more for what is computed.
+def load_unquantized(source: str | Path, dtype: str, revision: str | None = None, adapter: Path | None = None) -> Loaded:
+    """Return (model, tokenizer) in `dtype`, never quantized, with the PEFT adapter if one is given.
 
-    On a smaller GPU, as much of it as leaves that quarter free: the rest waits in the machine's memory and accelerate moves
-    it to the GPU when its turn comes. An 8B model in 16 bits takes 15 GiB, and a T4 has 14.6."""
+    The model is on the GPU if its weights and a quarter more for computing fit. On a smaller GPU that quarter stays free,
+    and weights that don't fit stay in RAM: accelerate copies them when they are needed. An 8B model in 16 bits takes
+    15 GiB, and a T4 has 14.6."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -38,11 +41,11 @@ def load_unquantized(source: str | Path, dtype: str, revision: str | None = None
     model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=kind, **placed)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter), **placed)
-    return model, load_tokenizer(source, revision)
+    return model, load_tokenizer_from(source, revision)
 
 
 def _placement(source: str | Path, kind: torch.dtype, revision: str | None) -> dict[str, Any]:
-    """What `from_pretrained` is told of where the weights go; PEFT places them anew, so it is told the same."""
+    """Return the arguments that tell `from_pretrained` where the weights go. PEFT places them again, and needs the same."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -58,20 +61,20 @@ def _placement(source: str | Path, kind: torch.dtype, revision: str | None) -> d
     return {"device_map": "auto", "max_memory": room}
 
 
-def load_base(settings: ModelSettings, dtype: str, adapter: Path | None = None):
-    """(base model, tokenizer) of a configuration, not quantized, with the adapter where one is named."""
-    return load_unquantized(model_source(settings.name), dtype, settings.revision, adapter)
+def load_base(settings: ModelSettings, dtype: str, adapter: Path | None = None) -> Loaded:
+    """Return (base model, tokenizer) of a configuration, not quantized, with the adapter if one is given."""
+    return load_unquantized(find_model_source(settings.name), dtype, settings.revision, adapter)
 
 
 # --- merge ---------------------------------------------------------------------------------------------------------
 
 
 def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str) -> None:
-    """Add the adapter to the 16-bit base (not to the dequantized 4-bit one, whose rounding would be baked in) and save
-    model and tokenizer to `out` as safetensors in `dtype`.
+    """Save the 16-bit base with the adapter added, and its tokenizer, to `out` as safetensors in `dtype`.
 
-    The weights pass through the machine's memory one file (4 GB) at a time: an 8B model is merged in less memory than a free
-    Colab machine has, and needs no GPU. A sum is made in float32 and rounded once. Raises MergeError for a base without
+    The base is not the dequantized 4-bit one, whose rounding would stay in the weights. One file (4 GB) is in memory at a
+    time, so an 8B model is merged without a GPU and in less memory than a free Colab machine has. PEFT's merge_and_unload
+    needs the whole model in memory. Sums are made in float32 and rounded once. Raises MergeError for a base without
     safetensors, or an adapter of another model."""
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -81,8 +84,8 @@ def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str) -> None
 
     kind, folder = getattr(torch, dtype), _weights_folder(settings)
     config = AutoConfig.from_pretrained(folder)
-    slices = _tensor_slices(folder)
-    changes = _changes(adapter)
+    slices = _open_weights(folder)
+    changes = _read_changes(adapter)
     if strange := sorted(changes.keys() - slices.keys()):
         raise MergeError(f"the adapter changes {strange[0]}, which {settings.name} does not have: it is another model's adapter")
 
@@ -99,7 +102,7 @@ def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str) -> None
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer_from(folder)
     config.dtype = kind
     config.save_pretrained(out)
     named = (folder / "generation_config.json").exists()
@@ -110,7 +113,7 @@ def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str) -> None
 
 
 def _weights_folder(settings: ModelSettings) -> Path:
-    source = model_source(settings.name)
+    source = find_model_source(settings.name)
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
@@ -118,8 +121,8 @@ def _weights_folder(settings: ModelSettings) -> Path:
     return Path(snapshot_download(source, revision=settings.revision, allow_patterns=["*.safetensors", "*.json"]))
 
 
-def _tensor_slices(folder: Path) -> dict[str, Any]:
-    """{name: safetensors' lazy slice} of every weight of a model's folder; `slice[:]` reads it."""
+def _open_weights(folder: Path) -> dict[str, Any]:
+    """Return a lazy slice for every weight in a model's folder; `slice[:]` reads it."""
     from safetensors import safe_open
 
     files = sorted(folder.glob("*.safetensors"))
@@ -129,9 +132,11 @@ def _tensor_slices(folder: Path) -> dict[str, Any]:
     return {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118 - it is no dict
 
 
-def _changes(adapter: Path) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """{weight's name: what makes the merged weight of it, float32}: W + scaling B A, Hu et al. 2021, section 4.1 (with rsLoRA
-    scaling is alpha over the root of r, Kalajdzievski 2023); a bias that was trained takes its old one's place."""
+def _read_changes(adapter: Path) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Return for each changed weight's name the function that makes the merged weight, in float32.
+
+    It is W + scaling B A (Hu et al. 2021, section 4.1). With rsLoRA the scaling is alpha over the root of r (Kalajdzievski
+    2023). A trained bias replaces the old one."""
     from peft import PeftConfig
     from peft.utils import load_peft_weights
 

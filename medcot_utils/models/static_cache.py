@@ -1,7 +1,7 @@
-"""What makes many answers fast on a GPU with room: 16-bit weights, and attention that reads a static cache once.
+"""Make many answers fast on a GPU with room: 16-bit weights, and attention that reads a static cache once.
 
-A compiled step over a static cache needs weights that no kernel has to unpack, so the 4-bit weights are dequantized, once,
-to the very values the 4-bit layers compute with; the adapter is added to them. Nothing here is used with Unsloth's patches."""
+A compiled step over a static cache needs weights that no kernel has to unpack. The 4-bit weights are therefore dequantized
+once, to the very values the 4-bit layers compute with, and the adapter is added. Unsloth's patches allow none of this."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ from medcot_utils.models.transformers_engine import cpu_packing
 GROUPED = "grouped_decode"
 
 
-def dequantized(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with plain linear layers in its compute dtype: 4-bit weights dequantized, a LoRA adapter (PeftModel) merged.
+def convert_for_static_cache(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model dequantized, with attention that reads the cache once per step. The given model is used up."""
+    model = dequantize(model)
+    use_grouped_decode(model)
+    return model
 
-    W + (alpha/r) B A is summed in float32 and rounded once. The given model is used up."""
+
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model with plain linear layers in its compute dtype: 4-bit weights dequantized, a LoRA adapter merged.
+
+    W + (alpha/r) B A is summed in float32 and rounded once. The given model (a PeftModel has an adapter) is used up."""
     deltas = {}
     if hasattr(model, "peft_config"):
         from peft.tuners.lora import LoraLayer

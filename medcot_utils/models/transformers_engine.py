@@ -1,9 +1,9 @@
-"""The engine that runs anywhere: transformers, bitsandbytes 4-bit (on a CPU too) and PEFT."""
+"""Run anywhere: transformers, bitsandbytes 4-bit (on a CPU too) and PEFT."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -11,19 +11,19 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.machine.gpu import release_gpu_memory
-from medcot_utils.models.embedded import load_tokenizer, model_source
-from medcot_utils.models.engine import compute_dtype, local_rank
+from medcot_utils.models.embedded import find_model_source, load_tokenizer_from
+from medcot_utils.models.engine import TrainerArguments, compute_dtype, get_local_rank
 from medcot_utils.models.merging import merge
 
-__all__ = ["add_lora", "for_inference", "load", "merge", "set_checkpointing", "trainer_arguments"]
+__all__ = ["WHOLE_LOGITS", "add_lora", "for_inference", "load", "merge", "set_checkpointing", "trainer_arguments"]
 
 WHOLE_LOGITS = True  # TRL's loss keeps the logits of a whole micro-batch
 
 
 def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model, 4-bit nf4 with double quantization if asked, and its tokenizer; with the trained adapter on it if given."""
+    """Return the base model, 4-bit nf4 with double quantization if set, and its tokenizer; with the adapter on it if given."""
     release_gpu_memory()
-    source, dtype = model_source(settings.name), compute_dtype(settings)
+    source, dtype = find_model_source(settings.name), compute_dtype(settings)
     quantization = None
     if settings.load_in_4bit:
         quantization = BitsAndBytesConfig(
@@ -34,9 +34,9 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
         revision=settings.revision,
         dtype=dtype,
         quantization_config=quantization,
-        device_map={"": local_rank()} if torch.cuda.is_available() else None,
+        device_map={"": get_local_rank()} if torch.cuda.is_available() else None,
     )
-    tokenizer = load_tokenizer(source, settings.revision)
+    tokenizer = load_tokenizer_from(source, settings.revision)
     cpu_packing(model, allowed=False)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
@@ -44,7 +44,7 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
-    """Fresh LoRA matrices on the named projections; the base stays frozen. `random_state` seeds the matrices A."""
+    """Return the model with fresh LoRA matrices on the set projections, its base frozen. `random_state` seeds the matrices A."""
     checkpointing = bool(settings.use_gradient_checkpointing)
     cpu_packing(model, allowed=False)
     if getattr(model, "is_loaded_in_4bit", False):
@@ -75,8 +75,8 @@ def set_checkpointing(model: PreTrainedModel, checkpointing: Literal["unsloth"] 
         model.gradient_checkpointing_disable()
 
 
-def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
-    """What this engine adds to the trainer's arguments: the rows of notebook 03 are left as they are, and padded."""
+def trainer_arguments(settings: TrainingSettings) -> TrainerArguments:
+    """Return what leaves the rows of notebook 03 as they are, and pads them."""
     return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
 
 
@@ -91,11 +91,11 @@ def for_inference(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def cpu_packing(model: PreTrainedModel, allowed: bool) -> None:
-    """Allow or undo bitsandbytes' packed 4-bit weights, a CPU layout that triples generation and has no backward pass.
+    """Allow or undo bitsandbytes' packed 4-bit weights, a CPU layout that triples generation speed and has no backward pass.
 
-    On processors with AVX512-BF16, bitsandbytes 0.50 packs each layer at its first forward in eval mode and never unpacks
-    it: an evaluation before or during training would leave the base without gradients to the layers below, and the
-    loss would fall slowly for no visible reason. So packing is off until `for_inference`."""
+    On processors with AVX512-BF16, bitsandbytes 0.50 packs each layer at its first forward pass in eval mode and never
+    unpacks it. An evaluation before or during training would then cut off the gradients of the layers below, and the loss
+    would fall slowly for no visible reason. Packing is therefore off until `for_inference`."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, has_avx512bf16
     from bitsandbytes.nn import Linear4bit
 

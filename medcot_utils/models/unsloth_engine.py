@@ -1,9 +1,9 @@
-"""The fast engine: Unsloth's kernels on a CUDA GPU. Imported before trl, transformers and peft."""
+"""Run fast: Unsloth's kernels on a CUDA GPU. Import this before trl, transformers and peft."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import unsloth  # noqa: F401 - patches the libraries below, so it comes first
@@ -13,11 +13,11 @@ from unsloth import FastLanguageModel
 
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.machine.gpu import release_gpu_memory
-from medcot_utils.models.embedded import model_source
-from medcot_utils.models.engine import local_rank
+from medcot_utils.models.embedded import find_model_source
+from medcot_utils.models.engine import TrainerArguments, get_local_rank
 from medcot_utils.models.merging import merge
 
-__all__ = ["add_lora", "for_inference", "load", "merge", "set_checkpointing", "trainer_arguments"]
+__all__ = ["WHOLE_LOGITS", "add_lora", "for_inference", "load", "merge", "set_checkpointing", "trainer_arguments"]
 
 WHOLE_LOGITS = False  # its loss is taken in pieces
 
@@ -27,17 +27,17 @@ _PADDED_FROM = (9, 0)
 
 
 def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As the article: `FastLanguageModel.from_pretrained`, from the pinned pre-quantized copy where there is one."""
+    """Load as the article does: `FastLanguageModel.from_pretrained`, from the pinned pre-quantized copy if there is one."""
     release_gpu_memory()
     quantized = settings.load_in_4bit and settings.quantized_name is not None
     model, tokenizer = FastLanguageModel.from_pretrained(
-        model_name=settings.quantized_name if quantized else model_source(settings.name),
+        model_name=settings.quantized_name if quantized else find_model_source(settings.name),
         revision=settings.quantized_revision if quantized else settings.revision,
         max_seq_length=settings.max_seq_length,
         dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
         load_in_4bit=settings.load_in_4bit,
         use_exact_model_name=True,
-        device_map={"": local_rank()},
+        device_map={"": get_local_rank()},
     )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
@@ -45,7 +45,7 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
-    """As the article: `FastLanguageModel.get_peft_model` with all its arguments."""
+    """Add LoRA as the article does: `FastLanguageModel.get_peft_model` with all its arguments."""
     return FastLanguageModel.get_peft_model(
         model,
         r=settings.r,
@@ -61,15 +61,15 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
 
 
 def set_checkpointing(model: PreTrainedModel, checkpointing: Literal["unsloth"] | bool) -> None:
-    """Switch gradient checkpointing on or off, as a batch plan asks, before a trainer is made."""
+    """Switch gradient checkpointing on or off, as a batch plan asks. Call it before a trainer is made."""
     model._unsloth_gradient_checkpointing = checkpointing  # what its trainer looks at
     FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpointing)
 
 
-def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
-    """What this engine adds to the trainer's arguments: how rows of unequal length share a batch.
+def trainer_arguments(settings: TrainingSettings) -> TrainerArguments:
+    """Return how rows of unequal length share a batch: padded, or joined without padding.
 
-    Unpadded batches need Unsloth's look at the rows' lengths, which `skip_prepare_dataset` would suppress."""
+    Joined rows need Unsloth's look at their lengths, which `skip_prepare_dataset` would suppress."""
     padding = settings.padding
     if padding == "auto":
         padding = "padded" if torch.cuda.get_device_capability() >= _PADDED_FROM else None
@@ -79,5 +79,5 @@ def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
 
 
 def for_inference(model: PreTrainedModel) -> PreTrainedModel:
-    """Unsloth's own switch to its fast generation."""
+    """Switch to Unsloth's fast generation."""
     return FastLanguageModel.for_inference(model)

@@ -22,11 +22,11 @@ from medcot_utils.training.batch_plan import BatchPlan, batch_plans, choose
 from medcot_utils.training.callbacks import LossFigure, ProgressFile, SkippedSteps, TimeBudget, TimeBudgetReached, TqdmProgress
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTTrainer
+
+    from medcot_utils.models.engine import Engine
 
 PROGRESS = "progress.jsonl"
 
@@ -262,7 +262,7 @@ def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
 
 
 def plan_training(
-    engine: ModuleType, model: PreTrainedModel, config: RunConfig, rows: Dataset, processes: int = 1
+    engine: Engine, model: PreTrainedModel, config: RunConfig, rows: Dataset, processes: int = 1
 ) -> list[BatchPlan]:
     """Return the batch plans to try in turn for tokenized rows, by the free GPU memory; raise PlanError if none fits."""
     lengths = [len(ids) for ids in rows["input_ids"]]
@@ -270,7 +270,7 @@ def plan_training(
 
 
 def make_sft_trainer(
-    engine: ModuleType,
+    engine: Engine,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,

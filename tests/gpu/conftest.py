@@ -27,10 +27,10 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from medcot_utils.models.embedded import load_tokenizer, model_source
+    from medcot_utils.models.embedded import find_model_source, load_tokenizer_from
 
     folder = tmp_path_factory.mktemp("wide-llama")
-    tokenizer = load_tokenizer(model_source("embedded:tiny-random-llama"))
+    tokenizer = load_tokenizer_from(find_model_source("embedded:tiny-random-llama"))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

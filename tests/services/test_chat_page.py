@@ -62,7 +62,7 @@ def serving(run, *arguments):
 
 
 @pytest.mark.model
-def test_the_page_streams_both_models_with_the_thinking_in_a_fold_of_its_own(untrained):
+def test_the_page_streams_both_models_with_folded_thinking(untrained):
     from gradio_client import Client
 
     with serving(untrained) as address:

@@ -154,7 +154,7 @@ def test_clicks_are_kept_corrected_and_counted(tmp_path):
     assert win_rate(run)["counts"] == {"base": 0, "tuned": 0, "tie": 1, "both_wrong": 1, "split": 0} | {b: 1}
 
 
-def test_a_kill_between_two_clicks_loses_nothing_and_the_next_start_goes_on(tmp_path):
+def test_a_kill_between_two_clicks_loses_nothing(tmp_path):
     run = fill(tmp_path / "run")
     with serving(run) as server:
         click = client(server)
@@ -204,7 +204,7 @@ def received(server):
     return re.sub(r'"app_id":\s*\d+', "", text).replace(server.address.rstrip("/"), "")
 
 
-def test_nothing_that_the_page_receives_depends_on_which_model_is_which(tmp_path):
+def test_the_page_cannot_tell_which_model_is_which(tmp_path):
     """Two runs whose texts are exchanged between the models, and every coin with them: the page must be the same one."""
     run = fill(tmp_path / "one" / "run")
     sides = [pair.shown[0] for pair in read_pairs(run)]

@@ -112,9 +112,9 @@ def loaded(tmp_path_factory):
     import torch
     from safetensors.torch import load_file, save, save_file
 
-    from medcot_utils.models.embedded import load_tokenizer, model_source
+    from medcot_utils.models.embedded import find_model_source, load_tokenizer_from
 
-    folder, tiny = tmp_path_factory.mktemp("models"), Path(model_source("embedded:tiny-random-llama"))
+    folder, tiny = tmp_path_factory.mktemp("models"), Path(find_model_source("embedded:tiny-random-llama"))
     weights = load_file(tiny / "model.safetensors")
     files = {path.name: path.read_bytes() for path in tiny.iterdir()}
     run = make_run(folder)
@@ -140,7 +140,7 @@ def loaded(tmp_path_factory):
         (tag,) = hub.repos["model", "doctor/cot"]["tags"]
         (line,) = python(hub, folder, LOAD_MODELS, f"'{first}'", tag)
     value = float(weights["model.embed_tokens.weight"].float()[7, 3])
-    return json.loads(line.removeprefix("FOUND ")), value, load_tokenizer(tiny)("fever")["input_ids"]
+    return json.loads(line.removeprefix("FOUND ")), value, load_tokenizer_from(tiny)("fever")["input_ids"]
 
 
 @pytest.mark.model

@@ -183,7 +183,7 @@ def test_status_of_a_folder_without_a_run_names_the_first_notebook(tmp_path):
     assert "run notebook 01_setup first" in the_one_line(medcot("status", tmp_path))
 
 
-def test_status_as_json_has_every_step_and_no_metrics_before_the_comparison(tmp_path):
+def test_status_as_json_has_no_metrics_before_the_comparison(tmp_path):
     run = Run.create(tmp_path / "run", load_config("smoke"))
     run.begin("01_setup")
     run.write("machine", {"cpu_cores": 2})

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from medcot_utils.config import load_config
-from medcot_utils.data.contamination import contaminated, find_repeats, normalize, repeats_table
+from medcot_utils.data.contamination import contaminated, find_repeats, normalize, tabulate_repeats
 from medcot_utils.data.prompts import ARTICLE_QUESTION
 from medcot_utils.data.rows import choose_questions, drop_repeats
 
@@ -51,14 +51,14 @@ def pairs(found: list[dict]) -> list[tuple[str, str]]:
     ],
     ids=["same", "same but for case and signs", "reworded", "embedded in a longer one", "another"],
 )
-def test_a_repeated_question_is_found_exactly_nearly_in_a_longer_one_or_not_at_all(text, exact):
+def test_exact_near_and_lengthened_repeats_are_found(text, exact):
     found = find_repeats(rows({}, {"Question": text}), questions("unlike everything else here", ASKED), settings())
     assert [(one["train_id"], one["question_id"], one["exact"]) for one in found] == (
         [] if exact is None else [("r1", "q-1", exact)]
     )
 
 
-def test_a_record_says_how_like_the_questions_are_and_how_much_of_one_the_row_holds():
+def test_a_repeat_has_similarity_and_overlap():
     near, longer, same = find_repeats(
         rows({"Question": REWORDED}, {"Question": LONG_WAY_ROUND}, {"Question": ASKED}), questions(ASKED), settings()
     )
@@ -76,7 +76,7 @@ def test_a_question_that_was_moved_into_another_column_is_found(column):
     assert found["train_question"] == "What comes to your mind?"
 
 
-def test_rows_without_the_other_columns_are_searched_by_their_questions():
+def test_rows_with_questions_only_are_searched_by_them():
     train = Dataset.from_dict({"id": ["r0", "r1"], "Question": [OTHER, LONG_WAY_ROUND]})
     assert pairs(find_repeats(train, questions(ASKED), settings())) == [("r1", "q-0")]
 
@@ -99,7 +99,7 @@ def test_a_question_of_no_words_among_others_stops_nothing():
     assert find_repeats(rows({"Question": ASKED}), questions("", ASKED), settings())[0]["question_id"] == "q-1"
 
 
-def test_the_articles_question_is_found_when_it_stands_in_the_training_rows():
+def test_the_articles_question_is_found_in_the_training_rows():
     asked = choose_questions(rows({}, {}, {}), 2)
     train = rows({}, {}, {"Question": ARTICLE_QUESTION.lower()})
     assert pairs(find_repeats(train, asked[:1], settings())) == [("r2", "article")]
@@ -116,7 +116,7 @@ def test_the_similarity_from_which_two_questions_repeat_is_respected():
     assert find_repeats(near, questions(ASKED), settings(near_repeat_similarity=score + 1, **only_similar)) == []
 
 
-def test_the_share_of_sequences_from_which_a_row_repeats_a_question_is_respected():
+def test_the_overlap_from_which_a_row_repeats_is_respected():
     # The first 13 of 19 words hold 6 of the question's 12 sequences.
     train = rows({"Question": OTHER, "Response": " ".join(normalize(ASKED).split()[:13])})
     (found,) = find_repeats(train, questions(ASKED), settings(ngram_overlap=0.5))
@@ -173,7 +173,7 @@ def test_normalize_tells_words_apart_that_differ_in_a_vowel_sign(one, other):
     assert normalize(one) != normalize(other)
 
 
-def test_normalize_takes_a_letter_and_its_accent_for_the_letter_with_the_accent():
+def test_normalize_joins_a_letter_and_its_accent():
     assert normalize("cafe\u0301") == normalize("café")
 
 
@@ -184,7 +184,7 @@ def data_report(repeats: list[dict], dropped: bool) -> dict:
     return {"repeats": repeats, "repeats_dropped": dropped}
 
 
-def test_questions_that_were_trained_on_are_contaminated_and_where_the_rows_were_dropped_none_is():
+def test_questions_are_contaminated_unless_their_rows_were_dropped():
     asked, train = questions(OTHER, ASKED, "Why?"), rows({"Question": REWORDED}, {"Question": ASKED}, {})
     repeats = find_repeats(train, asked, settings())
     assert contaminated(data_report(repeats, dropped=False)) == {"q-1"}
@@ -194,13 +194,13 @@ def test_questions_that_were_trained_on_are_contaminated_and_where_the_rows_were
 
 def test_the_table_shows_the_question_beside_the_row_that_repeats_it():
     asked, train = questions(OTHER, ASKED), rows({"Question": REWORDED})
-    (line,) = repeats_table(find_repeats(train, asked, settings()), asked).to_dict("records")
+    (line,) = tabulate_repeats(find_repeats(train, asked, settings()), asked).to_dict("records")
     assert line["question"] == f"q-1: {ASKED}" and line["training row"] == f"r0: {REWORDED}"
     assert 85 <= line["similarity"] < 100 and not line["exact"]
-    assert repeats_table([], asked).empty
+    assert tabulate_repeats([], asked).empty
 
 
-def test_questions_whose_rows_have_numbers_for_ids_are_contaminated_too():
+def test_questions_with_numeric_row_ids_are_contaminated_too():
     held_out = rows({"id": 41, "Question": ASKED}, {"id": 42, "Question": OTHER})
     asked = choose_questions(held_out, 2)
     # As notebook 03 looks for them: the article's question and the held-out rows themselves.

@@ -170,14 +170,14 @@ def test_split_column_is_followed_and_the_counts_are_upper_limits():
     ("num_rows", "held_out_rows", "for_training", "for_judging"),
     [(3, 2, [0, 1, 2], [3, 4]), ("null", 4, [0, 1], [2, 3, 4, 5]), (9, 5, [0], [1, 2, 3, 4, 5])],
 )
-def test_without_a_split_column_the_held_out_rows_follow_the_training_rows(num_rows, held_out_rows, for_training, for_judging):
+def test_without_a_split_column_held_out_rows_follow_training_rows(num_rows, held_out_rows, for_training, for_judging):
     chosen = settings(None, f"dataset.num_rows={num_rows}", f"dataset.held_out_rows={held_out_rows}")
     train, held_out = split_rows(dataset(*[{}] * 6), chosen, 0)
     assert train["id"] == [f"r{i}" for i in for_training]
     assert held_out["id"] == [f"r{i}" for i in for_judging]
 
 
-def test_shuffling_is_the_same_for_the_same_seed_and_keeps_the_sides_apart():
+def test_shuffling_depends_on_the_seed_and_keeps_the_sides_apart():
     rows, chosen = dataset(*[{}] * 30), settings(None, "dataset.shuffle=true", "dataset.num_rows=20", "dataset.held_out_rows=10")
     (one, held_out), (again, _), (other, _) = (split_rows(rows, chosen, seed) for seed in (1, 1, 2))
     assert one["id"] == again["id"] != other["id"]

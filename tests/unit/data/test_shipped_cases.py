@@ -34,7 +34,7 @@ def test_every_case_has_just_the_columns_of_the_schema_as_texts():
     assert {type(text) for case in CASES for text in case.values()} == {str}
 
 
-def test_at_least_160_cases_of_which_120_are_for_training_and_40_held_out():
+def test_at_least_120_cases_train_and_40_are_held_out():
     assert len(CASES) >= 160
     assert Counter(case["split"] for case in CASES) == {"train": 120, "held_out": 40}
 

@@ -79,7 +79,7 @@ def test_full_labels_are_the_tokens_themselves(tokenizer):
 
 
 @pytest.mark.parametrize(("newline", "count"), [(True, 2), (False, 3)])
-def test_rows_whose_tokens_begin_with_the_inference_prompts_are_counted(newline_merging_tokenizer, newline, count):
+def test_rows_that_begin_with_the_prompts_tokens_are_counted(newline_merging_tokenizer, newline, count):
     # The third CoT begins with newlines, which become one token with the template's own: another than the prompt ends in.
     _, lengths = tokenized(newline_merging_tokenizer, newline=newline)
     assert lengths.prompt_is_prefix == count
@@ -186,7 +186,7 @@ def test_shipped_cases_go_through_the_whole_path_without_a_loss(tokenizer):
     train, held_out = split_rows(rows, config.dataset, config.seed)
     train, lengths = tokenized(tokenizer, rows=train.to_list())
     checks = check_labels(train, tokenizer, lengths.truncated)
-    report = data.report(validation, lengths, checks, [], True)
+    report = data.summarize_preparation(validation, lengths, checks, [], True)
     assert (len(train), len(held_out), validation.dropped, lengths.dropped) == (120, 40, {}, 0)
     assert report == json.loads(json.dumps(report))
     assert report["tokens"]["max"] <= 1024 and report["prompt_is_prefix"] == 120

@@ -193,9 +193,9 @@ def test_of_several_samples_each_question_has_its_mean():
 def test_likeness_of_meaning_is_the_cosine_of_the_models_own_embeddings_and_0_without_an_answer():
     from sentence_transformers import SentenceTransformer
 
-    from medcot_utils.models.embedded import model_source
+    from medcot_utils.models.embedded import find_model_source
 
-    folder = model_source("embedded:tiny-random-llama")
+    folder = find_model_source("embedded:tiny-random-llama")
     answers, references = ["Normal residual volume.", "  ", REFERENCE], [REFERENCE, REFERENCE, REFERENCE]
     found = embedding_similarity(answers, references, folder)
     a, b = SentenceTransformer(folder).encode([answers[0], REFERENCE])

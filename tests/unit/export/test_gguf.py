@@ -265,7 +265,7 @@ def merge_smollm2(folder):
     """(the base's folder, `folder/merged`): SmolLM2 with a LoRA of random weights on all seven projections, merged in float16."""
     from peft import LoraConfig, get_peft_model
 
-    from medcot_utils.models.embedded import model_source
+    from medcot_utils.models.embedded import find_model_source
     from medcot_utils.models.merging import load_base, merge
 
     settings = config(profile="demo").model
@@ -275,7 +275,7 @@ def merge_smollm2(folder):
     lora = LoraConfig(r=8, lora_alpha=1, target_modules=projections, init_lora_weights=False)
     get_peft_model(base, lora).save_pretrained(folder / "adapter")
     merge(settings, folder / "adapter", folder / "merged", "float16")
-    return Path(model_source(settings.name)), folder / "merged"
+    return Path(find_model_source(settings.name)), folder / "merged"
 
 
 def greedy_of_transformers(folder, prompts):
@@ -299,12 +299,14 @@ def greedy_of_llama_cpp(file):
 @pytest.mark.embedded
 def test_a_merged_smollm2_answers_in_llama_cpp_at_16_bits_as_in_transformers(tmp_path):
     """As transformers saved its tokenizer, the converter alone makes a SentencePiece vocabulary, on which llama.cpp fails."""
-    from medcot_utils.models.embedded import load_tokenizer
+    from medcot_utils.models.embedded import load_tokenizer_from
 
     settings = config("export.dtype=float16", profile="demo")
     base, merged = merge_smollm2(tmp_path)
     write_gguf(merged, tmp_path / "model.f16.gguf", "f16", settings)
-    assert all(ours == theirs for ours, theirs in special_tokens(tmp_path / "model.f16.gguf", load_tokenizer(merged)).values())
+    assert all(
+        ours == theirs for ours, theirs in special_tokens(tmp_path / "model.f16.gguf", load_tokenizer_from(merged)).values()
+    )
     assert compare_weights(tmp_path / "model.f16.gguf", merged)["max_difference"] == 0
     expected, lengths = greedy_of_transformers(merged, PROMPTS)
     assert greedy_of_llama_cpp(tmp_path / "model.f16.gguf") == (expected, lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pty
 import random
@@ -16,17 +17,10 @@ import pytest
 
 from medcot_utils.config import load_config
 from medcot_utils.data.prompts import parse_completion, training_text
-from medcot_utils.models.chat import WARNING, Answer, Chat, ChatError, split_thinking
+from medcot_utils.models.chat import WARNING, Chat, ChatError, grow_answer
 from medcot_utils.run.directory import Run
 
 QUESTION, THINKING, ANSWER = "Why is he dizzy?", "First the pulse. Then the rhythm.", "Rest and fluids."
-
-
-def joined(pieces):
-    parts = {"thinking": "", "answer": ""}
-    for part, text in split_thinking(pieces):
-        parts[part] += text
-    return parts
 
 
 @pytest.mark.parametrize(
@@ -40,29 +34,26 @@ def joined(pieces):
         "",
     ],
 )
-def test_however_a_text_is_cut_thinking_and_answer_are_those_of_the_scored_answers(completion):
+def test_a_streamed_answer_ends_as_a_scored_one_however_it_is_cut(completion):
     expected, dice = parse_completion(completion), random.Random(1)
     for _ in range(60):
         cuts = sorted(dice.randrange(len(completion) + 1) for _ in range(dice.randrange(6)))
-        pieces = [completion[a:b] for a, b in zip([0, *cuts], [*cuts, len(completion)], strict=True)]
-        found = joined(pieces)
-        assert (found["thinking"].strip(), found["answer"].strip()) == (expected.thinking, expected.answer)
+        states = list(grow_answer(completion[a:b] for a, b in zip([0, *cuts], [*cuts, len(completion)], strict=True)))
+        assert (states[-1].thinking, states[-1].text) == (expected.thinking, expected.answer)
+        assert [state.done for state in states] == [False] * (len(states) - 1) + [True]
+        for earlier, later in itertools.pairwise(states):  # what was shown is never taken back
+            assert later.thinking.startswith(earlier.thinking) and later.text.startswith(earlier.text)
 
 
 def test_a_piece_is_shown_at_once_unless_it_may_become_a_tag():
-    assert list(split_thinking(["one <", "two </th", "ink>three"])) == [
-        ("thinking", "one "),
-        ("thinking", "<two "),
-        ("answer", "three"),
-    ]
+    shown = [(answer.thinking, answer.text) for answer in grow_answer(["one <", "two </th", "ink>three"])]
+    assert shown == [("one", ""), ("one <two", ""), ("one <two", "three"), ("one <two", "three")]
 
 
 def test_the_fold_says_how_long_the_thinking_was_and_whether_it_ended():
-    answer = Answer()
-    answer.add("thinking", "three words here")
-    assert answer.folded() == "thinking, not finished: 3 words"
-    answer.add("answer", "x")
-    assert re.fullmatch(r"thinking: 3 words, \d+\.\d s", answer.folded())
+    thinking, answered, _ = grow_answer(["three words here", "</think>x"])
+    assert thinking.summarize_thinking() == "thinking, not finished: 3 words"
+    assert re.fullmatch(r"thinking: 3 words, \d+\.\d s", answered.summarize_thinking())
 
 
 # --- a real model ------------------------------------------------------------------------------------------------------
@@ -85,21 +76,18 @@ def trained(tmp_path_factory):
     model, tokenizer = engine.load(config.model.model_copy(update={"load_in_4bit": False}))
     tuned = engine.add_lora(model, config.lora)
     ids = tokenizer(training_text(QUESTION, THINKING, ANSWER, tokenizer.eos_token), return_tensors="pt")["input_ids"]
-    optimizer = torch.optim.AdamW([weight for weight in tuned.parameters() if weight.requires_grad], lr=1e-2)
-    for _ in range(300):
-        loss = tuned(input_ids=ids, labels=ids).loss
-        loss.backward()
+    optimizer = torch.optim.AdamW([weight for weight in tuned.parameters() if weight.requires_grad], lr=3e-3)
+    for _ in range(120):  # its loss stops at 5.8, as random frozen output weights bound the logits: the largest one is right
+        tuned(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if loss.item() < 0.02:
-            break
     run.write("adapter", lambda folder: save_adapter(tuned, tokenizer, config, folder))
     return run
 
 
 def medcot(*arguments, given=""):
     command = [sys.executable, "-m", "medcot_utils", *map(str, arguments)]
-    return subprocess.run(command, input=given, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, input=given, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.model
@@ -113,19 +101,17 @@ def test_a_piped_question_is_answered_with_its_thinking_folded(trained):
 
 
 @pytest.mark.model
-def test_asked_for_the_base_model_answers_too_and_not_as_the_tuned_one(trained):
+def test_the_base_model_answers_too_and_differently(trained):
     run = Run(trained.path, load_config("smoke", ["generation.max_new_tokens=40"]))
     chat = Chat.open(run)
-    texts = {who: joined_stream(chat, QUESTION, who) for who in ("tuned", "base", "tuned ")}
-    assert texts["tuned"] == texts["tuned "] == {"thinking": f"\n{THINKING}\n".lstrip(), "answer": f"\n{ANSWER}"}
-    assert ANSWER not in "".join(texts["base"].values())
+    first, base, again = (last_of(chat.stream(QUESTION, who)) for who in ("tuned", "base", "tuned"))
+    assert (first.thinking, first.text) == (again.thinking, again.text) == (THINKING, ANSWER)
+    assert base.done and ANSWER not in base.thinking + base.text
 
 
-def joined_stream(chat, question, who):
-    parts = {"thinking": "", "answer": ""}
-    for part, text in chat.stream(question, who.strip()):
-        parts[part] += text
-    return parts
+def last_of(growing):
+    *_, last = growing
+    return last
 
 
 @pytest.mark.model
@@ -137,7 +123,7 @@ def test_a_question_that_cannot_be_asked_is_one_error(trained):
 
 
 @pytest.mark.model
-def test_what_fails_within_the_generation_is_raised_where_the_answer_is_read(trained, monkeypatch):
+def test_an_error_of_the_generation_is_raised_to_the_reader(trained, monkeypatch):
     chat = Chat.open(trained)
     monkeypatch.setattr(chat.model, "generate", lambda **arguments: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -154,7 +140,7 @@ def test_closing_the_stream_ends_the_generation(trained, monkeypatch):
     pieces.close()
     assert made[0].shape[1] < 600, "not the 700 tokens that it would make at least"
     monkeypatch.undo()
-    assert joined_stream(chat, QUESTION, "tuned")["answer"].strip() == ANSWER
+    assert last_of(chat.stream(QUESTION, "tuned")).text == ANSWER
 
 
 def test_a_run_without_an_adapter_is_one_error_that_names_the_notebook(run_factory):
@@ -191,7 +177,7 @@ class Typist:
 
 
 @pytest.mark.model
-def test_on_a_terminal_thinking_streams_and_folds_and_ctrl_c_stops_the_answer_not_the_chat(trained):
+def test_on_a_terminal_thinking_folds_and_ctrl_c_stops_one_answer(trained):
     typist = Typist(trained.path)
     try:
         assert WARNING.split(":")[0] in typist.until("question> ")

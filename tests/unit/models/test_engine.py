@@ -83,12 +83,12 @@ def test_what_another_process_made_meanwhile_is_taken(own_cache):
     assert [path.name for path in own_cache.iterdir()] == ["thing"]
 
 
-def test_the_tiny_model_has_the_same_weights_and_tokenizer_when_made_twice(tmp_path, monkeypatch):
+def test_the_tiny_model_is_the_same_when_made_twice(tmp_path, monkeypatch):
     made = []
     for name in ("one", "two"):
         monkeypatch.setenv("MEDCOT_CACHE", str(tmp_path / name))
         torch.manual_seed(len(made))  # the caller's random state must not matter
-        made.append(embedded.model_source(TINY))
+        made.append(embedded.find_model_source(TINY))
     assert made[0] != made[1]
     assert sha256_of(tmp_path / "one")[0] == sha256_of(tmp_path / "two")[0]
     assert len(list((tmp_path / "one").glob("*/model.safetensors"))) == 1
@@ -104,11 +104,11 @@ def test_the_tiny_tokenizer_has_one_bos_and_whole_think_tags(engine):
 
 def test_an_unknown_embedded_model_is_named_with_the_known_ones():
     with pytest.raises(PlatformError, match=r"embedded:nope.*smollm2-135m-instruct or embedded:tiny-random-llama"):
-        embedded.model_source("embedded:nope")
+        embedded.find_model_source("embedded:nope")
 
 
 def test_a_hub_name_is_left_as_it_is():
-    assert embedded.model_source("someone/some-model") == "someone/some-model"
+    assert embedded.find_model_source("someone/some-model") == "someone/some-model"
 
 
 @pytest.mark.skipif(
@@ -167,7 +167,7 @@ def test_random_state_decides_the_matrices_a(engine):
 # --- merge ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_merge_adds_the_adapter_to_the_16_bit_base_not_to_the_4_bit_one(engine, tmp_path):
+def test_the_merge_adds_to_the_16_bit_base_not_the_4_bit_one(engine, tmp_path):
     from bitsandbytes.functional import dequantize_4bit
     from transformers import AutoModelForCausalLM
 
@@ -238,7 +238,7 @@ def test_the_merge_is_pefts_own_in_float32_and_its_files_are_split(monkeypatch, 
     assert all(torch.equal(reloaded[name], weight) for name, weight in found.items())
 
 
-def test_an_adapter_of_another_model_is_refused_by_the_layer_it_changes(tmp_path):
+def test_another_models_adapter_is_refused_by_its_layer(tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -251,7 +251,7 @@ def test_an_adapter_of_another_model_is_refused_by_the_layer_it_changes(tmp_path
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_base_without_safetensors_and_an_adapter_that_is_not_lora_are_refused(tmp_path):
+def test_a_base_without_safetensors_or_other_adapters_are_refused(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     base, _ = load_base(CONFIG.model, "float32")
@@ -288,7 +288,7 @@ def assert_gradients_reach_the_first_layer(model):
 @pytest.mark.skipif(
     torch.cuda.is_available() or not has_avx512bf16(), reason="bitsandbytes packs weights only on CPUs with AVX512-BF16"
 )
-def test_training_after_inference_has_gradients_though_inference_packed_the_weights(engine):
+def test_training_has_gradients_after_inference_packed_the_weights(engine):
     model = engine.for_inference(engine.load(CONFIG.model)[0])
     with torch.inference_mode():
         packed_logits = model(token_ids(model)).logits

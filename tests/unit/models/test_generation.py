@@ -62,7 +62,7 @@ def test_an_answer_cut_at_the_limit_is_not_finished(loaded):
     assert [(record["finished"], record["completion_tokens"]) for record in records] == [(False, 12)] * len(QUESTIONS)
 
 
-def test_an_answer_that_ends_early_in_a_batch_is_finished_and_its_padding_is_not_counted(loaded):
+def test_an_answer_that_ends_early_is_finished_without_its_padding(loaded):
     _, tokenizer = loaded
     made = {question["id"]: greedy_ids(loaded, question) for question in QUESTIONS}
     # A token in the middle of some answers and in none of the others stands for the EOS, which random weights never give.
@@ -125,7 +125,7 @@ def test_an_eos_at_once_is_an_empty_finished_answer_of_one_token(loaded):
 # --- sampling and streaming ----------------------------------------------------------------------------------------
 
 
-def test_sampling_is_reproducible_with_a_seed_and_another_seed_samples_otherwise(loaded):
+def test_sampling_depends_on_the_seed_alone(loaded):
     def completions(seed):
         records = answer_questions(*loaded, QUESTIONS, settings(), True, seed, n_samples=2)
         assert [record["id"] for record in records] == [question["id"] for question in QUESTIONS] * 3

@@ -59,7 +59,7 @@ def test_row_losses_hold_the_logits_of_one_batch_at_a_time(model_and_rows, monke
 
 
 @pytest.mark.model
-def test_batches_of_the_held_out_loss_shrink_where_their_logits_would_take_too_much(model_and_rows, monkeypatch):
+def test_loss_batches_shrink_if_their_logits_are_too_large(model_and_rows, monkeypatch):
     model, rows = model_and_rows
     together = row_losses(model, rows, 4, "base")
     longest = max(len(ids) for ids in rows["input_ids"])

@@ -13,17 +13,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from medcot_utils.config import load_config
 from medcot_utils.data.prompts import inference_prompt
+from medcot_utils.models import generation
 from medcot_utils.models.engine import get_engine
 from medcot_utils.models.generation import (
     MAX_BATCH,
     GenerationError,
     _pad_left,
     answer_questions,
+    choose_batch_size,
+    choose_cache,
+    describe_batches,
     generate_arguments,
-    resolve,
     stream_answer,
 )
-from medcot_utils.models.static_cache import GROUPED, _grouped_decode, dequantized, use_grouped_decode
+from medcot_utils.models.static_cache import GROUPED, _grouped_decode, dequantize, use_grouped_decode
 
 on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, what is decided depends on its memory")
 
@@ -120,7 +123,7 @@ def test_the_dequantized_model_computes_what_the_4_bit_one_does(name):
     ids = prompt_ids(tokenizer)
     assert any(isinstance(layer, Linear4bit) for layer in model.modules())
     in_4_bits, dtype = logits(model, ids), model.dtype
-    plain = dequantized(model)
+    plain = dequantize(model)
     assert not any(isinstance(layer, Linear4bit) for layer in plain.modules()) and plain.dtype == dtype
     # Measured: no difference at all. The unquantized model's logits are elsewhere.
     assert torch.allclose(logits(plain, ids), in_4_bits, atol=1e-5)
@@ -138,7 +141,7 @@ def test_the_merged_model_computes_what_base_and_adapter_do(name, tolerance, loa
     adapter_on = logits(tuned, ids)
     with tuned.disable_adapter():
         base = logits(tuned, ids)
-    merged = dequantized(tuned)
+    merged = dequantize(tuned)
     assert not hasattr(merged, "peft_config")
     assert not any(isinstance(layer, Linear4bit) or "lora" in type(layer).__module__ for layer in merged.modules())
     assert (logits(merged, ids) - adapter_on).abs().max() <= tolerance
@@ -147,11 +150,11 @@ def test_the_merged_model_computes_what_base_and_adapter_do(name, tolerance, loa
 
 @pytest.mark.model
 @pytest.mark.parametrize("overrides", [["lora.use_rslora=true"], ["lora.lora_alpha=32", "lora.target_modules=[q_proj, up_proj]"]])
-def test_the_adapters_scale_and_its_choice_of_projections_are_merged_too(overrides, load_tuned):
+def test_the_adapters_scale_and_projections_are_merged_too(overrides, load_tuned):
     tuned, tokenizer = load_tuned("embedded:tiny-random-llama", *overrides)
     ids = prompt_ids(tokenizer)
     adapter_on = logits(tuned, ids)
-    assert (logits(dequantized(tuned), ids) - adapter_on).abs().max() <= 1e-5
+    assert (logits(dequantize(tuned), ids) - adapter_on).abs().max() <= 1e-5
 
 
 @pytest.mark.model
@@ -162,7 +165,7 @@ def test_at_16_bits_the_merged_model_keeps_its_dtype_and_rounds_once(dtype, load
     adapter_on = logits(tuned, ids).float()
     with tuned.disable_adapter():
         base = logits(tuned, ids).float()
-    merged = dequantized(tuned)
+    merged = dequantize(tuned)
     assert {weight.dtype for weight in merged.parameters()} == {getattr(torch, dtype)}
     # Measured: 0.006 and 0.0007; the adapter moves the logits by 0.5.
     error, moved = (logits(merged, ids).float() - adapter_on).abs().max(), (adapter_on - base).abs().max()
@@ -171,7 +174,7 @@ def test_at_16_bits_the_merged_model_keeps_its_dtype_and_rounds_once(dtype, load
 
 @pytest.mark.model
 def test_without_4_bit_and_adapter_the_model_is_left_as_it_is(unquantized):
-    assert dequantized(unquantized[0]) is unquantized[0]
+    assert dequantize(unquantized[0]) is unquantized[0]
 
 
 # --- grouped attention ---------------------------------------------------------------------------------------------
@@ -203,7 +206,7 @@ def test_grouped_attention_of_one_new_token_is_that_of_sdpa(unquantized, form, s
 
 @pytest.mark.model
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["growing", "static"])
-def test_grouped_decoding_gives_sdpas_tokens_for_a_batch_padded_on_the_left(unquantized, cache):
+def test_grouped_decoding_gives_sdpas_tokens_for_a_padded_batch(unquantized, cache):
     model, tokenizer = unquantized
     batch = _pad_left(tokenizer, [inference_prompt(question["Question"]) for question in QUESTIONS])
     assert (batch["attention_mask"][:, 0] == 0).sum() == len(QUESTIONS) - 1
@@ -226,7 +229,7 @@ def test_grouped_decoding_gives_sdpas_tokens_for_a_batch_padded_on_the_left(unqu
 
 @pytest.mark.model
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 9])
-def test_a_static_cache_gives_the_records_of_one_that_grows_whatever_the_last_batch(unquantized, expected, batch_size):
+def test_caches_agree_whatever_the_last_batch_holds(unquantized, expected, batch_size):
     # 5 questions: the last batch is full with 1 and 5, and filled up with 2, 4 and 9.
     records = answers(*unquantized, cache_implementation="static", batch_size=batch_size)
     assert untimed(records) == expected
@@ -234,7 +237,7 @@ def test_a_static_cache_gives_the_records_of_one_that_grows_whatever_the_last_ba
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_with_4_bits_and_adapter_a_static_cache_gives_the_records_of_one_that_grows(name, load_tuned):
+def test_caches_agree_with_4_bits_and_an_adapter(name, load_tuned):
     tuned, tokenizer = load_tuned(name)
     few = QUESTIONS[2:]
     with tuned.disable_adapter():
@@ -246,7 +249,7 @@ def test_with_4_bits_and_adapter_a_static_cache_gives_the_records_of_one_that_gr
 @pytest.mark.model
 @on_the_cpu
 @pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes packs weights only on CPUs with AVX512-BF16")
-def test_a_static_cache_gives_the_same_records_after_a_streamed_answer_has_packed_the_weights():
+def test_a_static_cache_gives_the_same_records_from_packed_weights():
     def records(streamed):
         model, tokenizer = load()
         model = get_engine(config().model).for_inference(model)
@@ -266,38 +269,58 @@ def test_a_static_cache_gives_the_same_records_after_a_streamed_answer_has_packe
     ("questions", "batch_size"),
     [(1, 1), (5, 5), (8, 8), (9, 5), (16, 8), (17, 6), (24, 8), (100, 8)],  # as few batches as 8 allow, and even ones
 )
-def test_on_a_cpu_auto_is_a_cache_that_grows_and_at_most_8_at_once(unquantized, questions, batch_size, capsys):
-    auto = settings(batch_size="auto", cache_implementation="auto")
-    model, resolved = resolve(unquantized[0], auto, questions, prompt_tokens=100)
-    assert model is unquantized[0]
-    assert (resolved.batch_size, resolved.cache_implementation) == (batch_size, "dynamic")
-    assert resolved.batch_size <= 8 and resolved.max_new_tokens == NEW_TOKENS
-    said = f"{questions} questions in batches of {batch_size}: a cache that grows, weights as loaded"
-    assert said in capsys.readouterr().out
+def test_on_a_cpu_auto_is_a_growing_cache_and_at_most_8_at_once(unquantized, questions, batch_size):
+    model, auto = unquantized[0], settings(batch_size="auto", cache_implementation="auto")
+    assert choose_cache(model, auto, questions, prompt_tokens=100) == "dynamic"
+    decided = settings(batch_size="auto", cache_implementation="dynamic")
+    assert choose_batch_size(model, decided, questions, prompt_tokens=100) == batch_size <= 8
 
 
 @pytest.mark.model
 @on_the_cpu
-def test_a_batch_size_as_set_is_kept(unquantized):
+def test_a_batch_size_and_a_cache_as_set_are_kept(unquantized):
     for cache in ("auto", "dynamic", "static"):
-        resolved = resolve(unquantized[0], settings(batch_size=3, cache_implementation=cache), 100, 100)[1]
-        assert (resolved.batch_size, resolved.cache_implementation) == (3, "static" if cache == "static" else "dynamic")
+        asked = settings(batch_size=3, cache_implementation=cache)
+        assert choose_cache(unquantized[0], asked, 100, 100) == ("static" if cache == "static" else "dynamic")
+        assert choose_batch_size(unquantized[0], asked, 100, 100) == 3
     assert MAX_BATCH > 8
 
 
 @pytest.mark.model
-@on_the_cpu
-def test_answers_with_both_left_to_auto_are_those_given_alone(unquantized, expected):
-    assert untimed(answers(*unquantized, batch_size="auto", cache_implementation="auto")) == expected
+@pytest.mark.parametrize(
+    ("free_gib", "new_tokens", "cache", "batch_size"),
+    # 100 answers are two batches of 64; the tiny Llama's cache takes 256 bytes a token (2 layers, 2 heads of 16).
+    [(8, 1200, "static", 50), (8, 499, "dynamic", 50), (0.02, 1200, "dynamic", 25)],
+)
+def test_a_simulated_gpu_gets_what_its_memory_holds(unquantized, monkeypatch, free_gib, new_tokens, cache, batch_size):
+    model = unquantized[0]
+    monkeypatch.setattr(generation, "free_gpu_memory", lambda: free_gib * 2**30)
+    asked = settings(batch_size="auto", cache_implementation="auto", max_new_tokens=new_tokens)
+    assert choose_cache(model, asked, 100, prompt_tokens=100) == cache
+    decided = asked.model_copy(update={"cache_implementation": cache})
+    assert choose_batch_size(model, decided, 100, prompt_tokens=100) == batch_size
+
+
+def test_how_questions_are_answered_is_said_in_one_line():
+    dynamic, static = (settings(batch_size=4, cache_implementation=cache) for cache in ("dynamic", "static"))
+    assert describe_batches(dynamic, 9) == "9 questions in batches of 4: a cache that grows, weights as loaded"
+    assert describe_batches(static, 9).startswith("9 questions in batches of 4: a static cache, weights dequantized")
 
 
 @pytest.mark.model
-def test_a_static_cache_in_a_process_with_unsloth_simulated_is_refused_and_auto_takes_the_other(unquantized, monkeypatch):
+@on_the_cpu
+def test_answers_with_both_left_to_auto_are_those_given_alone(unquantized, expected, capsys):
+    assert untimed(answers(*unquantized, batch_size="auto", cache_implementation="auto")) == expected
+    assert "5 questions in batches of 5: a cache that grows, weights as loaded" in capsys.readouterr().out
+
+
+@pytest.mark.model
+def test_a_static_cache_beside_a_simulated_unsloth_is_refused(unquantized, monkeypatch):
     monkeypatch.setitem(sys.modules, "unsloth", types.ModuleType("unsloth"))
     with pytest.raises(GenerationError, match=r"Unsloth's patches allow no static cache\. Set model\.engine=transformers"):
         answers(*unquantized, cache_implementation="static")
     assert unquantized[0].config._attn_implementation == "sdpa", "refused before anything was changed"
-    assert resolve(unquantized[0], settings(cache_implementation="auto"), 1000, 100)[1].cache_implementation == "dynamic"
+    assert choose_cache(unquantized[0], settings(cache_implementation="auto"), 1000, 100) == "dynamic"
 
 
 # --- memory that runs out ------------------------------------------------------------------------------------------

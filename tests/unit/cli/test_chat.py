@@ -1,0 +1,90 @@
+"""Both surfaces of the chat over a scripted model: what the terminal prints, and what a column of the page holds."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from medcot_utils.cli.chat import Terminal
+from medcot_utils.models.chat import NO_ANSWER, WARNING, Answer, ChatError, grow_answer
+
+
+class Scripted:
+    """A chat whose models answer with given pieces."""
+
+    def __init__(self, **pieces):
+        self.pieces, self.asked = pieces, []
+
+    def stream(self, question, who):
+        self.asked.append(who)
+        if not question:
+            raise ChatError("the question is empty")
+        return grow_answer(self.pieces[who])
+
+
+def printed(capsys, chat, *questions, base_too=False):
+    Terminal(chat, base_too).talk(iter(questions))
+    warning, *lines = capsys.readouterr().out.splitlines()
+    assert warning == WARNING
+    return [re.sub(r"\d+\.\d s", "0.0 s", line) for line in lines]
+
+
+def test_thinking_is_folded_and_the_answer_is_printed_once(capsys):
+    chat = Scripted(tuned=["First the ", "pulse.</th", "ink>\n\n", "Rest ", "", "and  [b]", "\nfluids.\n"])
+    assert printed(capsys, chat, "Why?") == ["(thinking: 3 words, 0.0 s; /show)", "Rest and  [b]", "fluids."]
+
+
+def test_an_answer_that_never_comes_is_said_to_be_missing(capsys):
+    assert printed(capsys, Scripted(tuned=["Hm."]), "Why?") == ["(thinking, not finished: 1 words; /show)", NO_ANSWER]
+
+
+def test_both_models_are_named_and_the_base_comes_first(capsys):
+    chat = Scripted(base=["a</think>no"], tuned=["b</think>yes"])
+    lines = printed(capsys, chat, "Why?", base_too=True)
+    assert [line for line in lines if "thinking" not in line] == ["[base]", "no", "[tuned]", "yes"]
+
+
+def test_ctrl_c_stops_the_answers_to_one_question_only(capsys):
+    def interrupted():
+        yield "I "
+        raise KeyboardInterrupt
+
+    chat = Scripted(base=interrupted(), tuned=["b</think>yes"])
+    assert printed(capsys, chat, "Why?", base_too=True) == ["[base]", "", "(stopped)"]
+    assert chat.asked == ["base"]
+
+
+def test_show_names_a_model_that_was_stopped_before_its_first_word():
+    def interrupted():
+        raise KeyboardInterrupt
+        yield
+
+    terminal = Terminal(Scripted(base=interrupted()), True)
+    terminal.talk(iter(["Why?"]))
+    assert terminal.last == {"base": Answer()}
+
+
+def test_an_empty_question_given_as_an_option_is_an_error():
+    with pytest.raises(ChatError, match="is empty"):
+        Terminal(Scripted(), False).talk(iter([""]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "title", "status", "texts"),
+    [
+        (Answer(), "thinking", "pending", ["..."]),
+        (Answer("a <b>"), "thinking", "pending", ["a &lt;b&gt;"]),
+        (Answer("a b", "", 1.25), "thinking: 2 words, 1.2 s", "done", ["a b"]),
+        (Answer("a b", "<i>", 1.0, done=True), "thinking: 2 words, 1.0 s", "done", ["a b", "&lt;i&gt;"]),
+        (Answer("a", done=True), "thinking, not finished: 1 words", "done", ["a", NO_ANSWER]),
+    ],
+)
+def test_a_column_holds_question_folded_thinking_and_answer(answer, title, status, texts):
+    from medcot_utils.cli.chat_page import build_column
+
+    asked, thinking, *rest = build_column("x < y?", answer)
+    assert (asked.role, asked.content) == ("user", "x &lt; y?")
+    assert thinking.metadata == {"title": title, "status": status}
+    assert [message.content for message in (thinking, *rest)] == texts
+    assert {message.role for message in (thinking, *rest)} == {"assistant"}
