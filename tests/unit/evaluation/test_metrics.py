@@ -168,7 +168,11 @@ def test_a_model_that_writes_nothing_at_all_is_measured_too():
 
 
 def test_an_answer_of_blanks_is_no_answer():
-    assert measure_answer(record(answer=" \n"), REFERENCE)["answered_rate"] == 0 < measure_answer(record(), REFERENCE)["answered_rate"]
+    assert (
+        measure_answer(record(answer=" \n"), REFERENCE)["answered_rate"]
+        == 0
+        < measure_answer(record(), REFERENCE)["answered_rate"]
+    )
 
 
 def test_columns_hold_a_value_for_each_question_in_order_against_its_own_reference():
