@@ -11,11 +11,11 @@ from medcot_utils.config import load_config
 from medcot_utils.evaluation.mcq.run import (
     TASKS,
     McqError,
+    judge_row,
     load_questions,
     prompt,
     read_answer,
     run_mcq,
-    judge_row,
 )
 
 pytest_plugins = ("mcq_fixtures",)
