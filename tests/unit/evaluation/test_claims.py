@@ -74,11 +74,12 @@ def judged(base, tuned, seed=7, samples=None):
         for index, (nll, tokens) in enumerate(side[1])
     ]
 
-    scored = all_scored([base[0]], [tuned[0]])
+    ours, theirs = samples or ([], [])
+    scored = all_scored([base[0], *ours], [tuned[0], *theirs])
     metrics = compare(scored.counted, held_out, SETTINGS, seed) | compare_mcq(base[2], tuned[2], set(), SETTINGS)
     all_answered = len(scored.answered) == len(scored.counted)
     answered = metrics if all_answered else compare(scored.answered, [], SETTINGS, seed)
-    sampled = {} if samples is None else compare_sampled(all_scored(*samples).counted, SETTINGS, seed)
+    sampled = compare_sampled(scored.counted, SETTINGS, seed)
     verdicts = {record["claim"]: record["verdict"] for record in judge(metrics, answered, sampled)}
     return {metric: verdicts[text] for metric, text in BY_METRIC.items()}
 
