@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,24 +20,6 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\s\u3040-\u30ff
 TEXTS = ("Question", "Complex_CoT", "Response")
 
 
-class Repeat(TypedDict):
-    """A training row and an evaluation question (or held-out row) that it repeats; `find_repeats` says when."""
-
-    train_id: str
-    question_id: str
-    train_question: str
-    similarity: float  # of the two questions, 0 to 100
-    overlap: float  # the share of the question's 8-word sequences that stand anywhere in the row
-    exact: bool
-
-
-class DataReport(TypedDict):
-    """What data_report.json says of repeats; notebook 03 writes its other entries for the reader."""
-
-    repeats: list[Repeat]
-    repeats_dropped: bool  # whether their training rows were left out of training
-
-
 def normalize(text: str) -> str:
     """Lower case, letters with their marks and digits (of any script) only, single spaces: what two questions are compared
     by. Unicode's NFKC form, so that an accent written apart is the same letter."""
@@ -45,7 +27,7 @@ def normalize(text: str) -> str:
     return " ".join("".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in characters).split())
 
 
-def find_repeats(train: Dataset, questions: Sequence[dict[str, Any]], settings: DatasetSettings) -> list[Repeat]:
+def find_repeats(train: Dataset, questions: Sequence[dict[str, Any]], settings: DatasetSettings) -> list[dict[str, Any]]:
     """Training rows that repeat an evaluation question. One record per pair: train_id, question_id, train_question,
     similarity, overlap, exact.
 
@@ -70,7 +52,7 @@ def find_repeats(train: Dataset, questions: Sequence[dict[str, Any]], settings: 
     return found
 
 
-def repeats_table(repeats: Sequence[Repeat], questions: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def repeats_table(repeats: Sequence[dict[str, Any]], questions: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """What `find_repeats` found, a line each: the question beside the training row's, and how alike they are."""
     import pandas as pd
 
@@ -107,7 +89,7 @@ def _overlaps(questions: list[str], rows: list[str]) -> Any:
     return np.asarray((asked @ held.T).todense()) / np.asarray(totals).reshape(-1, 1)
 
 
-def contaminated(data_report: DataReport) -> set[str]:
+def contaminated(data_report: dict[str, Any]) -> set[str]:
     """The ids, as text, of questions and held-out rows that a row the model was trained on repeats: none where such rows
     were dropped."""
     return set() if data_report["repeats_dropped"] else {str(repeat["question_id"]) for repeat in data_report["repeats"]}

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from medcot_utils.config import DatasetSettings, RunConfig
 from medcot_utils.data.contamination import normalize
@@ -255,18 +255,7 @@ def split_rows(rows: Dataset, settings: DatasetSettings, seed: int) -> tuple[Dat
     return train, held_out
 
 
-class AskedQuestion(TypedDict):
-    """An evaluation question, a line of questions.jsonl."""
-
-    id: str  # the row's
-    scored: bool  # False: it is shown and counts in no figure
-    specialty: str  # "" if the data name none
-    Question: str
-    Complex_CoT: str  # the data set's reasoning
-    Response: str  # the data set's answer, which answers are compared with
-
-
-def choose_questions(held_out: Dataset, count: int) -> list[AskedQuestion]:
+def choose_questions(held_out: Dataset, count: int) -> list[dict[str, Any]]:
     """The evaluation questions: the article's own, shown but not scored, and the first `count` held-out rows.
 
     Each: id, scored, specialty, Question, Complex_CoT, Response (the reference). Raises DataError if there are fewer."""

@@ -24,13 +24,14 @@ from medcot_utils.evaluation.intervals import (
     ratio_of,
     share_questions_needed,
 )
-from medcot_utils.evaluation.metrics import METRICS, Metric, answer_columns, embedder, sampled_columns
+from medcot_utils.evaluation.metrics import METRICS, Metric, embedder, sampled_columns
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from medcot_utils.evaluation.claims import ClaimVerdict
     from medcot_utils.evaluation.scored_set import AnsweredQuestion
+    from medcot_utils.models.generation import AnswerRecord
     from medcot_utils.models.losses import RowLoss
 
 _NEVER_TESTED = """- whether an answer is medically right: no metric here reads for that
@@ -96,11 +97,8 @@ def compare(
     The metrics of the loss are left out unless both models have `losses`, those of answers without `questions`."""
     base, tuned = ([record for record in losses if record["model"] == model] for model in models)
     metrics = _compare_losses(base, tuned, settings, seed) if base and tuned else {}
-    if not questions:
-        return metrics
-    references = [one.question["Response"] for one in questions]
-    columns = (answer_columns([one.greedy[model] for one in questions], references, settings.embedding_model) for model in models)
-    return metrics | _compare_columns(*columns, settings, seed, yes_or_no=True)
+    answers = ([[one.greedy[model] for one in questions]] for model in models)
+    return metrics | (_compare_answers(*answers, questions, settings, seed) if questions else {})
 
 
 def compare_sampled(questions: Sequence[AnsweredQuestion], settings: EvaluationSettings, seed: int) -> dict[str, ComparedMetric]:
@@ -108,16 +106,8 @@ def compare_sampled(questions: Sequence[AnsweredQuestion], settings: EvaluationS
 
     Each question counts with its mean, and questions, not answers, are what is resampled."""
     n_samples = len(questions[0].samples["base"]) if questions else 0
-    if not n_samples:
-        return {}
-    references = [one.question["Response"] for one in questions]
-    columns = (
-        sampled_columns(
-            [[one.samples[model][k] for one in questions] for k in range(n_samples)], references, settings.embedding_model
-        )
-        for model in ("base", "tuned")
-    )
-    return _compare_columns(*columns, settings, seed, yes_or_no=n_samples == 1)
+    answers = ([[one.samples[model][k] for one in questions] for k in range(n_samples)] for model in ("base", "tuned"))
+    return _compare_answers(*answers, questions, settings, seed) if n_samples else {}
 
 
 def compare_all(
@@ -152,14 +142,21 @@ def _compare_losses(
     return {"eval_loss": loss, "perplexity": perplexity}
 
 
-def _compare_columns(
-    base: Mapping[str, Array], tuned: Mapping[str, Array], settings: EvaluationSettings, seed: int, yes_or_no: bool
+def _compare_answers(
+    base: Sequence[Sequence[AnswerRecord]],
+    tuned: Sequence[Sequence[AnswerRecord]],
+    questions: Sequence[AnsweredQuestion],
+    settings: EvaluationSettings,
+    seed: int,
 ) -> dict[str, ComparedMetric]:
+    """Compare answers: one sequence per sample, each over the questions. The mean of several is no yes or no."""
+    references = [one.question["Response"] for one in questions]
+    ours, theirs = (sampled_columns(samples, references, settings.embedding_model) for samples in (base, tuned))
     return {
-        name: compare_shares(base[name], tuned[name], settings)
-        if yes_or_no and METRICS[name].yes_or_no
-        else _compare_statistics(mean_of(base[name]), mean_of(tuned[name]), tuned[name] - base[name], settings, seed)
-        for name in base
+        name: compare_shares(ours[name], theirs[name], settings)
+        if len(base) == 1 and METRICS[name].yes_or_no
+        else _compare_statistics(mean_of(ours[name]), mean_of(theirs[name]), theirs[name] - ours[name], settings, seed)
+        for name in ours
     }
 
 

@@ -24,7 +24,7 @@ from medcot_utils.run.directory import Run
 from medcot_utils.run.files import write_atomic
 
 if TYPE_CHECKING:
-    from medcot_utils.data.rows import AskedQuestion
+    from medcot_utils.data.rows import Question
     from medcot_utils.models.generation import AnswerRecord
 
 GRADES = "grades.jsonl"
@@ -58,7 +58,7 @@ class Pair:
     as a digest with base first would tell which of A and B is base."""
 
     id: str
-    question: AskedQuestion
+    question: Question
     answers: Mapping[Side, AnswerRecord]
     shown: tuple[Side, Side]
     digest: str

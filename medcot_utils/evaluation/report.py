@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +14,13 @@ from medcot_utils.config import RunConfig, setting_names
 from medcot_utils.data.contamination import contaminated
 from medcot_utils.evaluation.comparison import MetricLine, compare_all, metric_lines
 from medcot_utils.evaluation.grades import describe_grades, summarize_grades
-from medcot_utils.evaluation.metrics import Metric, chrf, is_bullet_list
+from medcot_utils.evaluation.metrics import chrf, is_bullet_list
 from medcot_utils.evaluation.scored_set import AnsweredQuestion
 from medcot_utils.models.generation import by_sample
 
 if TYPE_CHECKING:
-    from medcot_utils.data.contamination import DataReport
-    from medcot_utils.data.rows import AskedQuestion
-    from medcot_utils.evaluation.claims import ClaimVerdict
+    from medcot_utils.data.rows import Question
+    from medcot_utils.data.tokens import DataReport
     from medcot_utils.evaluation.comparison import Measured
     from medcot_utils.models.generation import AnswerRecord
     from medcot_utils.models.losses import RowLoss
@@ -43,7 +42,7 @@ class _Shown:
 
     run: Run
     name: str
-    questions: Mapping[Key, AskedQuestion]
+    questions: Mapping[Key, Question]
     answers: Mapping[str, Mapping[Key, AnswerRecord]]  # by base and tuned
     data_report: DataReport
     seen: set[str]
@@ -63,13 +62,13 @@ def build_report(*runs: Run) -> str:
     shown = [_read(run, name) for run, name in zip(runs, _names([run.path for run in runs]), strict=True)]
     columns = _columns(shown)
     anchors = _anchors(shown)
-    questions = _side_by_side(shown, columns, anchors)
+    questions = [_shown_question(key, anchor, shown, columns) for key, anchor in anchors.items()]
     several = len(runs) > 1
     return environment.get_template("report.html.j2").render(
         runs=[_run_section(one, several, anchors) for one in shown],
         columns=columns,
         names=[one.name for one in shown],
-        differences=_differences(shown) if several else [],
+        differences=_differences(shown) if several else {},
         tuned=_tuned_compared(shown) if several else None,
         questions=questions,
         specialties=sorted({one.question["specialty"] for one in questions} - {""}),
@@ -113,28 +112,20 @@ def _read(run: Run, name: str) -> _Shown:
 
 
 @dataclass(frozen=True)
-class _Table:
-    title: str
-    lines: Sequence[MetricLine]
-
-
-@dataclass(frozen=True)
 class _RunSection:
-    """The page's section of one run. comparison, loss: figures as data addresses. anchors: {question id: its link}."""
+    """The page's section of one run. tables: {title: lines}. comparison, loss: figures as data addresses."""
 
     title: str
     config: RunConfig
     confidence: str
     plan: Mapping[str, object]
-    n_questions: int
-    multiple_choice: bool
-    claims: Sequence[ClaimVerdict]
-    tables: Sequence[_Table]
+    measured: Measured
+    tables: Mapping[str, Sequence[MetricLine]]
     notes: Sequence[str]
     comparison: str
     loss: str
     data: DataReport
-    anchors: Mapping[str, str]
+    anchors: Mapping[str, str]  # {question id: what it is linked by}
 
 
 def _run_section(shown: _Shown, named: bool, anchors: Mapping[Key, str]) -> _RunSection:
@@ -146,9 +137,7 @@ def _run_section(shown: _Shown, named: bool, anchors: Mapping[Key, str]) -> _Run
         config=run.config,
         confidence=_percent(run),
         plan=run.read("plan"),
-        n_questions=measured["n_questions"],
-        multiple_choice="mcq_accuracy" in measured["metrics"],
-        claims=measured["claims"],
+        measured=measured,
         tables=_tables(measured),
         notes=[*measured["notes"], *(describe_grades(graded).splitlines() if graded else [])],
         comparison=plots.to_data_uri(plots.comparison_figure(measured["metrics"])),
@@ -158,43 +147,33 @@ def _run_section(shown: _Shown, named: bool, anchors: Mapping[Key, str]) -> _Run
     )
 
 
-def _tables(measured: Measured) -> list[_Table]:
+def _tables(measured: Measured) -> dict[str, list[MetricLine]]:
+    answered, apart = measured["n_answered"], measured["n_contaminated"]
     titled = {
         f"greedy answers, {measured['n_questions']} questions": measured["metrics"],
         f"sampled answers, {measured['n_samples']} a question, each question by its mean": measured["sampled"],
-        f"greedy answers, the {measured['n_answered']} questions that both models answered in full form": measured["answered"],
-        f"{measured['n_contaminated']} questions that training rows repeat, apart from all other figures": measured[
-            "contaminated"
-        ],
+        f"greedy answers, the {answered} questions that both models answered in full form": measured["answered"],
+        f"{apart} questions that training rows repeat, apart from all other figures": measured["contaminated"],
     }
-    return [_Table(title, metric_lines(metrics)) for title, metrics in titled.items() if metrics]
+    return {title: metric_lines(metrics) for title, metrics in titled.items() if metrics}
 
 
 # --- several runs --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _DifferenceLine:
-    """Something in which the runs differ, with a cell for every run."""
-
-    name: str
-    cells: Sequence[str]
-
-
-def _differences(shown: Sequence[_Shown]) -> list[_DifferenceLine]:
+def _differences(shown: Sequence[_Shown]) -> dict[str, list[str]]:
     """Return what differs between the runs: the questions they asked, then settings, each with its value in every run."""
     common = set.intersection(*(set(one.questions) for one in shown))
-    lines = []
+    found = {}
     if any(set(one.questions) != common for one in shown):
-        alone = [
+        found["questions"] = [
             f"{len(one.questions)} asked, {len(set(one.questions) - common) or 'none'} of them not in all runs" for one in shown
         ]
-        lines.append(_DifferenceLine("questions", alone))
     for name in (name for section in _SECTIONS for name in setting_names() if name.split(".")[0] == section):
         values = [one.run.config.get(name) for one in shown]
         if any(value != values[0] for value in values):
-            lines.append(_DifferenceLine(name, [_format_setting(value) for value in values]))
-    return lines
+            found[name] = [_format_setting(value) for value in values]
+    return found
 
 
 def _format_setting(value: object) -> str:
@@ -205,26 +184,16 @@ def _format_setting(value: object) -> str:
 
 
 @dataclass(frozen=True)
-class _TunedLine:
-    """A metric of all tuned models: the first run's value, then the other runs' lines against it."""
-
-    metric: Metric
-    first: str
-    others: Sequence[MetricLine]
-
-
-@dataclass(frozen=True)
 class _TunedCompared:
-    """Each run's tuned model against the first run's, on `n` questions; without lines if there is no such question.
+    """Each run's tuned model against the first run's, on `n` questions. losses: whether the held-out loss is compared too.
 
-    first, others: the models' labels. losses: whether the held-out loss is compared too."""
+    lines: for every metric, the lines of all other models, the first run's as base; empty if there is no such question."""
 
     n: int
     confidence: str
-    first: str
-    others: Sequence[str]
+    labels: Sequence[str]
     losses: bool = False
-    lines: Sequence[_TunedLine] = field(default=())
+    lines: Sequence[Sequence[MetricLine]] = ()
 
 
 def _tuned_compared(shown: Sequence[_Shown]) -> _TunedCompared:
@@ -234,22 +203,18 @@ def _tuned_compared(shown: Sequence[_Shown]) -> _TunedCompared:
     first = shown[0]
     keys = [key for key in first.questions if all(_counts(one, key) for one in shown)]
     labels = [f"tuned, {one.name}" for one in shown]
-    about = (len(keys), _percent(first.run), labels[0], labels[1:])
     if not keys:
-        return _TunedCompared(*about)
+        return _TunedCompared(0, _percent(first.run), labels)
     questions = [
-        AnsweredQuestion(
-            first.questions[key], {label: one.answers["tuned"][key] for label, one in zip(labels, shown, strict=True)}, {}
-        )
+        AnsweredQuestion(first.questions[key], dict(zip(labels, (one.answers["tuned"][key] for one in shown), strict=True)), {})
         for key in keys
     ]
     losses = _common_losses(shown, labels)
     # The embedding model is not loaded again for this.
     settings = first.run.config.evaluation.model_copy(update={"embedding_model": None})
     compared = compare_all(questions, losses, settings, first.run.config.seed)
-    tables = [metric_lines(metrics) for metrics in compared.values()]
-    lines = [_TunedLine(others[0].metric, others[0].base, others) for others in zip(*tables, strict=True)]
-    return _TunedCompared(*about, bool(losses), lines)
+    lines = zip(*(metric_lines(metrics) for metrics in compared.values()), strict=True)
+    return _TunedCompared(len(keys), _percent(first.run), labels, bool(losses), [*lines])
 
 
 def _counts(shown: _Shown, key: Key) -> bool:
@@ -342,17 +307,13 @@ class _ShownQuestion:
     anchor: what it is linked by. outcome: how the models ended their reasoning. differ: whether they ended it differently.
     apart: see `_apart`."""
 
-    question: AskedQuestion
+    question: Question
     anchor: str
     answers: Sequence[_ShownAnswer]
     tags: Sequence[str]
     outcome: str
     differ: bool
     apart: float
-
-
-def _side_by_side(shown: Sequence[_Shown], columns: Sequence[_Column], anchors: Mapping[Key, str]) -> list[_ShownQuestion]:
-    return [_shown_question(key, anchor, shown, columns) for key, anchor in anchors.items()]
 
 
 def _shown_question(key: Key, anchor: str, shown: Sequence[_Shown], columns: Sequence[_Column]) -> _ShownQuestion:

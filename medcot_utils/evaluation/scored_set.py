@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from medcot_utils.models.generation import by_sample
 
 if TYPE_CHECKING:
-    from medcot_utils.data.contamination import DataReport
-    from medcot_utils.data.rows import AskedQuestion
+    from medcot_utils.data.rows import Question
+    from medcot_utils.data.tokens import DataReport
     from medcot_utils.models.generation import AnswerRecord
 
 
@@ -20,7 +20,7 @@ class AnsweredQuestion:
 
     greedy: one answer of each model. samples: its sampled answers in their order, as many of each model."""
 
-    question: AskedQuestion
+    question: Question
     greedy: Mapping[str, AnswerRecord]
     samples: Mapping[str, Sequence[AnswerRecord]]
 
@@ -56,7 +56,7 @@ class ScoredSet:
 
 
 def score(
-    questions: Sequence[AskedQuestion], base: Sequence[AnswerRecord], tuned: Sequence[AnswerRecord], data_report: DataReport
+    questions: Sequence[Question], base: Sequence[AnswerRecord], tuned: Sequence[AnswerRecord], data_report: DataReport
 ) -> ScoredSet:
     """Return the set that notebook 06 works on, from a run's artifacts. Raises ValueError as `pair_answers` does."""
     repeated_by: dict[str, list[str]] = {}
@@ -65,7 +65,7 @@ def score(
     return ScoredSet(pair_answers(questions, {"base": base, "tuned": tuned}), repeated_by)
 
 
-def pair_answers(questions: Sequence[AskedQuestion], answers: Mapping[str, Sequence[AnswerRecord]]) -> list[AnsweredQuestion]:
+def pair_answers(questions: Sequence[Question], answers: Mapping[str, Sequence[AnswerRecord]]) -> list[AnsweredQuestion]:
     """Return each question with its answers of all models. `answers`: {label: records of `models.answer_questions`}.
 
     Raises ValueError unless all models answered these questions, in this order and equally often."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -14,17 +14,8 @@ _LOGITS_BYTES = 2e9
 _BYTES_PER_LOGIT = 6
 
 
-class RowLoss(TypedDict):
-    """The loss of one model on one held-out row, a line of held_out_loss.jsonl."""
-
-    model: str  # base or tuned
-    id: str  # the row's
-    nll: float  # negative log-likelihood of the row's labels, summed, in nats
-    tokens: int  # how many labels it is summed over
-
-
-def row_losses(model: PreTrainedModel, rows: Dataset, batch_size: int, label: str) -> list[RowLoss]:
-    """Return the negative log-likelihood of each row's labels, in the rows' order; `label` says whose they are.
+def row_losses(model: PreTrainedModel, rows: Dataset, batch_size: int, label: str) -> list[dict[str, Any]]:
+    """Negative log-likelihood of each row's labels: one record {model, id, nll (nats, summed), tokens} per row.
 
     Rows carry input_ids and labels (-100 where no loss is taken), as notebook 03 makes them. A batch has at most `batch_size`
     rows, and fewer where its logits would take more than 2 GB (two rows of 1,018 tokens with Llama 3's 128,256 words)."""

@@ -41,13 +41,6 @@ class TaskRow(TypedDict):
     answer: str  # the right letter
 
 
-class RowVerdict(TypedDict):
-    """What lm-eval's metrics count of an answer: 0 or 1 each."""
-
-    correct: int
-    abstained: int
-
-
 class McqAnswer(McqQuestion):
     """A question with one model's greedy answer, a line of base_mcq.jsonl or tuned_mcq.jsonl."""
 
@@ -91,8 +84,8 @@ def _bare(text: str) -> str:
     return " ".join(_MARKUP.sub("", text).casefold().split()).strip(" .,:;()-")
 
 
-def judge_row(doc: TaskRow, results: Sequence[str]) -> RowVerdict:
-    """Judge one row of `task_rows` by its only completion: lm-eval's `process_results`."""
+def judge_row(doc: TaskRow, results: Sequence[str]) -> dict[str, int]:
+    """Return correct and abstained, each 0 or 1, of a row of `task_rows` and its completion: lm-eval's `process_results`."""
     read = read_answer(results[0], dict(zip(ascii_uppercase, doc["options"], strict=False)))
     return {"correct": int(read == doc["answer"]), "abstained": int(read is None)}
 

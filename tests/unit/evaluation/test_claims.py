@@ -9,7 +9,7 @@ import pytest
 
 from medcot_utils.config import load_config
 from medcot_utils.evaluation.claims import ARTICLE_CLAIM, CLAIMS, DOES_NOT, HOLDS, SMALLEST, claims_table, judge
-from medcot_utils.evaluation.comparison import compare, compare_sampled
+from medcot_utils.evaluation.comparison import compare
 from medcot_utils.evaluation.mcq.scores import compare_mcq
 from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.evaluation.scored_set import score
@@ -59,14 +59,14 @@ def drawn(seed, n=QUESTIONS, **truth):
     return answers, held_out, choices
 
 
-def all_scored(base, tuned, reference=" ".join(REFERENCE)):
-    """A scored set; base[0] holds the greedy answers of every question, base[k] its sample k."""
-    asked = [{"id": record["id"], "scored": True, "Response": reference} for record in base[0]]
-    sides = ([r | {"sample": k} for k, records in enumerate(samples) for r in records] for samples in (base, tuned))
-    return score(asked, *sides, {"repeats": [], "repeats_dropped": True})
+def all_scored(base, tuned, questions=None):
+    """A scored set of greedy answers, in which every question counts."""
+    questions = questions or [{"id": record["id"], "scored": True, "Response": " ".join(REFERENCE)} for record in base]
+    sides = ([record | {"sample": 0} for record in side] for side in (base, tuned))
+    return score(questions, *sides, {"repeats": [], "repeats_dropped": True})
 
 
-def judged(base, tuned, seed=7, samples=None):
+def judged(base, tuned, seed=7):
     """{the claim's first metric: verdict}, by the way that notebook 06 goes."""
     held_out = [
         {"model": label, "id": f"h{index}", "nll": float(nll), "tokens": int(tokens)}
@@ -74,13 +74,11 @@ def judged(base, tuned, seed=7, samples=None):
         for index, (nll, tokens) in enumerate(side[1])
     ]
 
-    ours, theirs = samples or ([], [])
-    scored = all_scored([base[0], *ours], [tuned[0], *theirs])
+    scored = all_scored(base[0], tuned[0])
     metrics = compare(scored.counted, held_out, SETTINGS, seed) | compare_mcq(base[2], tuned[2], set(), SETTINGS)
     all_answered = len(scored.answered) == len(scored.counted)
     answered = metrics if all_answered else compare(scored.answered, [], SETTINGS, seed)
-    sampled = compare_sampled(scored.counted, SETTINGS, seed)
-    verdicts = {record["claim"]: record["verdict"] for record in judge(metrics, answered, sampled)}
+    verdicts = {record["claim"]: record["verdict"] for record in judge(metrics, answered, {})}
     return {metric: verdicts[text] for metric, text in BY_METRIC.items()}
 
 
@@ -137,12 +135,7 @@ def test_a_real_model_with_an_adapter_of_zeros_makes_no_claim_hold():
     tuned, tuned_losses = side(tuned_model, "tuned")
     assert len({record["completion"] for sample in base for record in sample}) > 12, "equal answers would compare nothing"
     for before, after in zip(base, tuned, strict=True):
-        scored = score(
-            questions,
-            [record | {"sample": 0} for record in before],
-            [record | {"sample": 0} for record in after],
-            {"repeats": [], "repeats_dropped": True},
-        )
+        scored = all_scored(before, after, questions)
         metrics = compare(scored.counted, base_losses + tuned_losses, SETTINGS, 7)
         loss, *others, unmeasured, _ = judge(metrics, metrics, metrics)  # as if all were answered in full form
         assert loss["verdict"].endswith("differs by less than 0.01")
