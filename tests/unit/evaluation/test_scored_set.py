@@ -94,9 +94,7 @@ def test_a_run_of_0_1_0_is_measured_as_it_was(tmp_path):
     before, settings, seed = run.read("metrics"), run.config.evaluation, run.config.seed
     base_mcq, tuned_mcq = run.read("base_mcq"), run.read("tuned_mcq")
 
-    scored = evaluation.score(
-        run.read("questions"), run.read("base_answers"), run.read("tuned_answers"), run.read("data_report")
-    )
+    scored = evaluation.score(run.read("questions"), run.read("base_answers"), run.read("tuned_answers"), run.read("data_report"))
     losses = [record for record in run.read("held_out_loss") if record["id"] not in scored.repeated_by]
     metrics = evaluation.compare(scored.counted, losses, settings, seed)
     mcq_seen = evaluation.mcq.seen_in_training(tuned_mcq, run.read("train_rows"), run.config.dataset)
