@@ -32,7 +32,7 @@ SMALLEST = {
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim and the metrics that test it.
+    """Hold a claim and the metrics that test it.
 
     expected: each metric must move this way (+1 up, -1 down) by SMALLEST or more. most: shares that must be on their side
     of one half; ("base", "bullet_rate", +1) says that most of the base's answers are lists.
@@ -72,7 +72,7 @@ ARTICLE_CLAIM = "The tuned model answers the article's test question better"
 
 
 class ClaimVerdict(TypedDict):
-    """What became of a claim."""
+    """Say what became of a claim."""
 
     claim: str
     tested_by: str  # the metrics' labels

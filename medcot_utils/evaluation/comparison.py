@@ -39,7 +39,7 @@ _NEVER_TESTED = """- whether an answer is medically right: no metric here reads 
 
 
 class ComparedMetric(TypedDict):
-    """One metric of two models on the same questions. The difference is tuned minus base, paired."""
+    """Hold one metric of two models on the same questions. The difference is tuned minus base, paired."""
 
     base: Estimate
     tuned: Estimate
@@ -51,7 +51,7 @@ Metrics = Mapping[str, ComparedMetric]
 
 
 class Measured(TypedDict):
-    """The content of metrics.json, all of greedy answers unless it says otherwise.
+    """Hold the content of metrics.json, all of greedy answers unless a field says otherwise.
 
     n_questions, metrics: the questions that count, and their metrics with those of loss and multiple choice.
     claims: the article's claims, judged. notes: lines that the report shows below its tables.
@@ -180,7 +180,7 @@ def _compare_statistics(
 
 @dataclass(frozen=True)
 class MetricLine:
-    """A compared metric as text, a line of a table."""
+    """Hold a compared metric as text: a line of a table."""
 
     metric: Metric
     base: str

@@ -35,11 +35,11 @@ SIDES: tuple[Side, Side] = get_args(Side)
 
 
 class GradingError(MedcotError):
-    """The run's answers cannot be graded, or the page cannot be served; the message says why and what to do."""
+    """Say why the run's answers cannot be graded or the page cannot be served, and what to do."""
 
 
 class Grade(BaseModel):
-    """One judgement: a line of grades.jsonl. `answers` is the digest of what was judged (see `Pair`)."""
+    """Hold one judgement: a line of grades.jsonl. `answers` is the digest of what was judged (see `Pair`)."""
 
     id: str
     verdict: Verdict
@@ -52,7 +52,7 @@ class Grade(BaseModel):
 
 @dataclass(frozen=True)
 class Pair:
-    """A question with both models' answers; `shown` are the models behind A and B.
+    """Hold a question with both models' answers; `shown` are the models behind A and B.
 
     `digest`: sha256 of question, thinking and answers, base first. The page names the pair by `token`, the same with A first,
     as a digest with base first would tell which of A and B is base."""
@@ -150,7 +150,7 @@ def cohen_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
 
 @dataclass(frozen=True)
 class Kappa:
-    """Cohen's kappa of two graders on the `n` questions that both graded; `value` None if undefined."""
+    """Hold Cohen's kappa of two graders on the `n` questions that both graded; `value` None if undefined."""
 
     graders: tuple[str, str]
     value: float | None
@@ -159,7 +159,7 @@ class Kappa:
 
 @dataclass(frozen=True)
 class GradingResult:
-    """How a run's answers were judged, over the scored questions that no training row repeats.
+    """Say how a run's answers were judged, over the scored questions that no training row repeats.
 
     A question counts once, however many graders, so that pairs stay independent: by the verdict that more graders gave than
     any other, as `split` if there is none.

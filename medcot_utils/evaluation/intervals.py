@@ -19,7 +19,7 @@ _EXACT_POWER_UP_TO = 5000
 
 
 class Estimate(TypedDict):
-    """A number measured on `n` questions, with its interval at evaluation.confidence_level.
+    """Hold a number measured on `n` questions, with its interval at evaluation.confidence_level.
 
     low, high: None if one question is all there is, or none."""
 
@@ -30,7 +30,7 @@ class Estimate(TypedDict):
 
 
 class Difference(Estimate):
-    """The tuned model's number minus the base's, over the same questions.
+    """Hold the tuned model's number minus the base's, over the same questions.
 
     needed: how many questions show a difference of this size with a power of 0.8; None if nothing differs.
     spread: of a mean or ratio, the standard deviation of the difference between questions.
@@ -116,7 +116,7 @@ def estimate_share(values: Array, confidence_level: float) -> Estimate:
 
 
 class PairedCounts(TypedDict):
-    """How many of `n` questions are a yes for both models, for one of them alone, and for neither."""
+    """Count how many of `n` questions are a yes for both models, for one of them alone, and for neither."""
 
     n: int
     both: int

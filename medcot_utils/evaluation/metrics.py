@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class MetricError(MedcotError):
-    """A requested metric cannot be measured here; the message says what is missing."""
+    """Say why a requested metric cannot be measured here."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is named and read.
+    """Say how a metric is named and read.
 
     text: what it says. unit: "" if it has none. better: the direction that is better, 0 for neither.
     yes_or_no: each question gives a yes or a no, which an exact test can judge."""
@@ -36,7 +36,7 @@ class Metric:
 
     @property
     def from_0_to_1(self) -> bool:
-        """Whether its differences can be compared with those of other metrics."""
+        """Return whether its differences can be compared with those of other metrics."""
         return self.unit in ("share", "F1", "0 to 1", "cosine")
 
     @property

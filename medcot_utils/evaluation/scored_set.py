@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """A question with the answers of several models, by the model's label (`base`, `tuned`).
+    """Hold a question with the answers of several models, by the model's label (`base`, `tuned`).
 
     greedy: one answer of each model. samples: its sampled answers in their order, as many of each model."""
 
@@ -27,7 +27,7 @@ class AnsweredQuestion:
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """All questions in their order, those that are only shown included.
+    """Hold all questions in their order, those that are only shown included.
 
     repeated_by: {question id: ids of the training rows that repeat it}, for what the model was trained on; held-out rows
     are in it too."""

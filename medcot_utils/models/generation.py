@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class AnswerRecord(TypedDict):
-    """An answer of one model to one question, a line of base_answers.jsonl or tuned_answers.jsonl."""
+    """Hold an answer of one model to one question: a line of base_answers.jsonl or tuned_answers.jsonl."""
 
     id: NotRequired[str]  # the question's; absent from an answer outside a run's questions
     sample: NotRequired[int]  # 0: greedy; k: the k-th sampled one. Absent where `id` is

@@ -19,11 +19,11 @@ SHIPPED_MCQ = PACKAGE / "data" / "mcq.jsonl"
 
 
 class McqError(MedcotError):
-    """The questions cannot be used or asked; the message names task, file or row, what was expected and what to do."""
+    """Say why questions cannot be used or asked: task, file or row, what was expected and what to do."""
 
 
 class McqQuestion(TypedDict):
-    """A multiple-choice question, whatever its source."""
+    """Hold a multiple-choice question, whatever its source."""
 
     id: str  # the row's, or row-N
     question: str

@@ -34,7 +34,7 @@ ASK = 'End your response with one line of the form "Answer: X", where X is the l
 
 
 class TaskRow(TypedDict):
-    """A question as lm-eval's task reads it."""
+    """Hold a question as lm-eval's task reads it."""
 
     prompt: str
     options: list[str]  # in the order of their letters
@@ -42,7 +42,7 @@ class TaskRow(TypedDict):
 
 
 class McqAnswer(McqQuestion):
-    """A question with one model's greedy answer, a line of base_mcq.jsonl or tuned_mcq.jsonl."""
+    """Hold a question with one model's greedy answer, a line of base_mcq.jsonl or tuned_mcq.jsonl."""
 
     model: str  # base or tuned
     task: str  # a name of TASK_NAMES, or a file's name
@@ -256,7 +256,7 @@ def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
     from torch.nn.utils.rnn import pad_sequence
 
     class CountedHFLM(HFLM):
-        """lm-eval's own, with a progress bar that says whose answers these are; a batch too large for the GPU is halved."""
+        """Extend lm-eval's own by a progress bar that says whose answers these are, and halve a batch too large for the GPU."""
 
         def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             sequences = self._generate_halving(context, args, kwargs)

@@ -28,7 +28,7 @@ _STRICT = "one reading, of the asked form only; an unread answer is not right"
 
 
 class McqShare(Estimate):
-    """A share of multiple-choice questions with Wilson's interval.
+    """Hold a share of multiple-choice questions with Wilson's interval.
 
     stderr: lm-eval's own, the sample's standard deviation over the root of n; None for a single question."""
 
@@ -36,7 +36,7 @@ class McqShare(Estimate):
 
 
 class McqScores(TypedDict):
-    """The scores of one model on `n` questions."""
+    """Hold the scores of one model on `n` questions."""
 
     n: int
     accuracy: McqShare  # an abstained question is not right
@@ -44,7 +44,7 @@ class McqScores(TypedDict):
 
 
 class PairedMcq(ComparedMetric, PairedCounts):
-    """A compared metric of multiple choice, with the counts that McNemar's exact test is made of."""
+    """Hold a compared metric of multiple choice, with the counts that McNemar's exact test is made of."""
 
 
 def score_answers(records: Sequence[McqAnswer], confidence_level: float = 0.95) -> McqScores:
