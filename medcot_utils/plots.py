@@ -1,96 +1,107 @@
-"""Figures of the series. Each function takes data and gives a matplotlib Figure; nothing is shown or saved here."""
+"""Make the figures of the series. Each function takes data and returns a matplotlib Figure; none is shown or saved here."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart with any colour vision, in print too.
+# The trainer's log: entries with a step and a loss or an eval_loss, as training_log.jsonl holds them.
+LossLog = Sequence[Mapping[str, float]]
+# {metric: {base, tuned: an estimate with value, low and high}}, as metrics.json holds them.
+Metrics = Mapping[str, Mapping[str, Mapping[str, float | None]]]
+
+# Okabe and Ito's palette: told apart with any color vision, in print too.
 BASE, TUNED, GREY = "#999999", "#0072B2", "#444444"
 ACCENT = "#D55E00"
 
 
-def _figure(width: float = 7.0, height: float = 3.2, columns: int = 1) -> tuple[Figure, Any]:
+def _figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
-    return figure, figure.subplots(1, columns)
+    figure = Figure(figsize=(7.0, 3.2), layout="constrained", dpi=110)
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    _tidy(axes)
+    return figure, axes
 
 
-def _tidy(axes: Any) -> None:
+def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
 
 
-def loss_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
-    """Training loss over optimizer steps, and the held-out loss where it was taken. Loss in nats per token."""
-    figure, axes = _figure()
-    train = [(entry["step"], float(entry["loss"])) for entry in log_history if "loss" in entry]
-    held_out = [(entry["step"], float(entry["eval_loss"])) for entry in log_history if "eval_loss" in entry]
-    axes.plot(*zip(*train, strict=True), color=TUNED, marker="o", markersize=3.5, label="training rows")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), color=ACCENT, marker="s", markersize=5, linestyle="--", label="held-out rows")
-    axes.set(title="Loss during fine-tuning", xlabel="optimizer step", ylabel="loss (nats per token)")
-    _tidy(axes)
+def _points(log: LossLog, key: str) -> Iterable[tuple[float, ...]]:
+    """Return (steps, losses) of the entries that have this loss; nothing if none has."""
+    return zip(*((entry["step"], float(entry[key])) for entry in log if key in entry), strict=True)
+
+
+def loss_figure(log: LossLog) -> Figure:
+    """Draw the training loss over optimizer steps, and the held-out loss if the log has it. Loss in nats per token."""
+    figure, axes = _figure("Loss during fine-tuning", "optimizer step", "loss (nats per token)")
+    axes.plot(*_points(log, "loss"), color=TUNED, marker="o", markersize=3.5, label="training rows")
+    if held_out := [*_points(log, "eval_loss")]:
+        axes.plot(*held_out, color=ACCENT, marker="s", markersize=5, linestyle="--", label="held-out rows")
     axes.legend(frameon=False)
     return figure
 
 
-def band_figure(bounds: dict[int, tuple[float, float]], log_history: Sequence[dict[str, Any]]) -> Figure:
-    """A run's training loss at its logged steps over the band of the public T4 runs. Loss in nats per token."""
-    figure, axes = _figure()
-    steps = list(bounds)
+def band_figure(bounds: Mapping[int, tuple[float, float]], log: LossLog) -> Figure:
+    """Draw a run's training loss over the band of the public T4 runs. Loss in nats per token.
+
+    `bounds`: {optimizer step: (lowest, highest loss)}."""
+    figure, axes = _figure("This run and public runs of the recipe", "optimizer step", "loss (nats per token)")
     low, high = zip(*bounds.values(), strict=True)
-    axes.fill_between(steps, low, high, color=BASE, alpha=0.35, linewidth=0, label="public T4 runs")
-    train = [(entry["step"], float(entry["loss"])) for entry in log_history if "loss" in entry]
-    axes.plot(*zip(*train, strict=True), color=TUNED, marker="o", markersize=3.5, label="this run")
-    axes.set(title="This run and public runs of the recipe", xlabel="optimizer step", ylabel="loss (nats per token)")
-    _tidy(axes)
+    axes.fill_between([*bounds], low, high, color=BASE, alpha=0.35, linewidth=0, label="public T4 runs")
+    axes.plot(*_points(log, "loss"), color=TUNED, marker="o", markersize=3.5, label="this run")
     axes.legend(frameon=False)
     return figure
 
 
 def length_figure(tokens: Sequence[int], limit: int) -> Figure:
-    """Histogram of row lengths in tokens, with the cut-off."""
-    figure, axes = _figure()
+    """Draw a histogram of row lengths in tokens, with the cut-off if it is near."""
+    figure, axes = _figure("Length of the training rows", "tokens per row", "rows")
     axes.hist(tokens, bins=min(30, max(5, len(set(tokens)))), color=TUNED, edgecolor="white", linewidth=0.5)
     if max(tokens) > 0.6 * limit:
         axes.axvline(limit, color=ACCENT, linestyle="--", label=f"max_seq_length = {limit}")
         axes.legend(frameon=False)
-    axes.set(title="Length of the training rows", xlabel="tokens per row", ylabel="rows")
-    _tidy(axes)
     return figure
 
 
-def comparison_figure(metrics: dict[str, dict[str, dict[str, Any]]]) -> Figure:
-    """Base and tuned side by side with their intervals: loss, the three rates and ROUGE-L, lengths."""
-    panels = [
-        ("Held-out loss", "nats per token", {"eval_loss": "loss"}),
-        (
-            "Format and similarity",
-            "share, or F1",
-            {"closed_think_rate": "closes\n</think>", "finished_rate": "ends", "bullet_rate": "list", "rouge_l": "ROUGE-L"},
-        ),
-        ("Length", "tokens", {"thinking_tokens": "thinking", "answer_tokens": "answer"}),
-    ]
+# Title, unit, and the metrics with their labels.
+_PANELS = (
+    ("Held-out loss", "nats per token", {"eval_loss": "loss"}),
+    (
+        "Format and similarity",
+        "share, or F1",
+        {"closed_think_rate": "closes\n</think>", "finished_rate": "ends", "bullet_rate": "list", "rouge_l": "ROUGE-L"},
+    ),
+    ("Length", "tokens", {"thinking_tokens": "thinking", "answer_tokens": "answer"}),
+)
+
+
+def comparison_figure(metrics: Metrics) -> Figure:
+    """Draw base and tuned side by side with their intervals: loss, the three rates and ROUGE-L, lengths."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.2, 3.4), layout="constrained", dpi=110)
-    widths = [1, 2.6, 1.5]
-    for axes, (title, unit, names) in zip(figure.subplots(1, 3, width_ratios=widths), panels, strict=True):
-        for offset, side, colour in ((-0.2, "base", BASE), (0.2, "tuned", TUNED)):
-            entries = [metrics[name][side] for name in names]
-            values = [entry["value"] for entry in entries]
-            low = [entry["value"] - (entry["value"] if entry["low"] is None else entry["low"]) for entry in entries]
-            high = [(entry["value"] if entry["high"] is None else entry["high"]) - entry["value"] for entry in entries]
+    for axes, (title, unit, names) in zip(figure.subplots(1, 3, width_ratios=[1, 2.6, 1.5]), _PANELS, strict=True):
+        for offset, side, color in ((-0.2, "base", BASE), (0.2, "tuned", TUNED)):
+            estimates = [metrics[name][side] for name in names]
+            values = [estimate["value"] for estimate in estimates]
+            # Without an interval the bar has none: it ends where the value is.
+            low, high = (
+                [abs(one["value"] - (one["value"] if one[end] is None else one[end])) for one in estimates]
+                for end in ("low", "high")
+            )
             places = [index + offset for index in range(len(values))]
-            axes.bar(places, values, 0.38, color=colour, label=side)
+            axes.bar(places, values, 0.38, color=color, label=side)
             axes.errorbar(places, values, yerr=[low, high], fmt="none", ecolor=GREY, capsize=3, linewidth=1)
         axes.set(title=title, ylabel=unit, xticks=range(len(names)), xticklabels=list(names.values()))
         axes.set_ylim(bottom=0)
@@ -101,7 +112,7 @@ def comparison_figure(metrics: dict[str, dict[str, dict[str, Any]]]) -> Figure:
 
 
 def to_data_uri(figure: Figure) -> str:
-    """The figure as a `data:image/png;base64,` address, for pages that must open without a network."""
+    """Return the figure as a `data:image/png;base64,` address, for pages that must open without a network."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

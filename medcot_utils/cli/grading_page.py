@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils.cli import web
-from medcot_utils.evaluation.grades import GRADES, Grade, GradingError, Pair, append_grade, counted, read_grades, read_pairs
+from medcot_utils.evaluation.grades import GRADES, Grade, GradingError, Pair, append_grade, latest_grades, read_grades, read_pairs
 from medcot_utils.run.directory import Run
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Desk:
     def __init__(self, run: Run, grader: str):
         self.run, self.grader, self.pairs = run, grader, read_pairs(run)
         self.by_token = {pair.token: pair for pair in self.pairs}
-        latest, self.stale = counted(self.pairs, read_grades(run))
+        latest, self.stale = latest_grades(self.pairs, read_grades(run))
         self.judged = {name: grade for (who, name), grade in latest.items() if who == grader}
         self._lock = threading.Lock()  # gradio calls from several threads
 

@@ -4,8 +4,18 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
+    submodules={"mcq"},
     submod_attrs={
-        "comparison": ["check_usable", "compare", "compare_sampled", "metrics_table", "conclusions", "needed_table"],
+        "scored_set": ["score"],
+        "comparison": [
+            "check_usable",
+            "compare",
+            "compare_sampled",
+            "metrics_table",
+            "conclusions",
+            "needed_table",
+            "Measured",
+        ],
         "claims": ["judge", "claims_table"],
         "report": ["build_report"],
     },

@@ -1,10 +1,10 @@
-"""The article's claims about what its fine-tuning did, each with a test and a verdict that is computed, never written."""
+"""The article's claims about what its fine-tuning did, each with a test and a computed verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from medcot_utils.evaluation.intervals import FEWEST_QUESTIONS, format_interval, is_clear
 from medcot_utils.evaluation.metrics import METRICS
@@ -12,7 +12,9 @@ from medcot_utils.evaluation.metrics import METRICS
 if TYPE_CHECKING:
     import pandas as pd
 
-Metrics = Mapping[str, Mapping[str, Mapping[str, Any]]]
+    from medcot_utils.evaluation.comparison import Metrics
+    from medcot_utils.evaluation.intervals import Estimate
+
 HOLDS, DOES_NOT, CANNOT_TELL = "holds", "does not hold", "can't tell"
 # A difference that lies wholly within this, either way, is none that a reader would notice. In the metrics' own units.
 SMALLEST = {
@@ -30,11 +32,11 @@ SMALLEST = {
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim and the metrics that test it. It holds if each of them moved as `expected` (+1 up, -1 down), by SMALLEST or
-    more, and the shares named in `most` are on their side of one half: ("base", "bullet_rate", +1) says that most of the
-    base's answers are lists.
+    """Hold a claim and the metrics that test it.
 
-    of_answers: it is about answers, and so is tested on the questions that both models answered."""
+    expected: each metric must move this way (+1 up, -1 down) by SMALLEST or more. most: shares that must be on their side
+    of one half; ("base", "bullet_rate", +1) says that most of the base's answers are lists.
+    of_answers: the claim is about answers, so it is tested on the questions that both models answered."""
 
     text: str
     expected: Mapping[str, Literal[-1, 1]]
@@ -69,32 +71,44 @@ CLAIMS = (
 ARTICLE_CLAIM = "The tuned model answers the article's test question better"
 
 
-def judge(metrics: Metrics, answered: Metrics, sampled: Metrics, article_seen: Sequence[str] = ()) -> list[dict[str, str]]:
-    """One record per claim: claim, tested_by, result, verdict (holds; does not hold, and why; or can't tell, and why).
+class ClaimVerdict(TypedDict):
+    """Say what became of a claim."""
 
-    `metrics`: what `evaluation.compare` gives over all scored questions, with `mcq_accuracy` and `mcq_accuracy_answered` in
-    the same form where they were measured. `answered`: the same over the questions that both models answered in full form,
-    empty if there are none: of a model that never answers no length and no likeness of answers can be said. `sampled`: what
-    `compare_sampled` gives, empty without samples; where it clearly says the opposite, neither is believed. `article_seen`:
-    ids of training rows that hold the article's question."""
+    claim: str
+    tested_by: str  # the metrics' labels
+    result: str  # their values with intervals
+    verdict: str  # holds; does not hold, and why; or can't tell, and why
+
+
+def judge(metrics: Metrics, answered: Metrics, sampled: Metrics, article_seen: Sequence[str] = ()) -> list[ClaimVerdict]:
+    """Judge every claim.
+
+    Args:
+        metrics: what `compare` gives over the counted questions, with those of multiple choice if they were measured.
+        answered: the same over the questions that both models answered in full form; empty if there are none. A model that
+            never answers has no length and no likeness of answers.
+        sampled: what `compare_sampled` gives. If it clearly says the opposite, neither is believed.
+        article_seen: ids of training rows that hold the article's question."""
     return [_judge(claim, answered if claim.of_answers else metrics, sampled) for claim in CLAIMS] + [_article(article_seen)]
 
 
-def _judge(claim: Claim, metrics: Metrics, sampled: Metrics) -> dict[str, str]:
+def _judge(claim: Claim, metrics: Metrics, sampled: Metrics) -> ClaimVerdict:
     among = " on the questions that both models answered" if claim.of_answers else ""
-    record = {"claim": claim.text, "tested_by": ", ".join(METRICS[name].label for name in claim.expected) + among}
+    tested_by = ", ".join(METRICS[name].label for name in claim.expected) + among
     if missing := [name for name in claim.expected if name not in metrics]:
         unanswered = claim.of_answers and not metrics
         why = "no question was answered by both models" if unanswered else f"{METRICS[missing[0]].text}: not measured"
-        return record | {"result": "nothing to measure it on", "verdict": f"{CANNOT_TELL}: {why}"}
-    shown = []
-    for name in claim.expected:
-        sides = " to ".join(format_interval(metrics[name][side]) for side in ("base", "tuned"))
-        shown.append(f"{sides}, difference {format_interval(metrics[name]['difference'])}")
-    return record | {"result": "; ".join(shown), "verdict": _verdict(claim, metrics, sampled)}
+        result, verdict = "nothing to measure it on", f"{CANNOT_TELL}: {why}"
+    else:
+        shown = []
+        for name in claim.expected:
+            base, tuned, difference = (format_interval(metrics[name][side]) for side in ("base", "tuned", "difference"))
+            shown.append(f"{base} to {tuned}, difference {difference}")
+        result, verdict = "; ".join(shown), _decide(claim, metrics, sampled)
+    return {"claim": claim.text, "tested_by": tested_by, "result": result, "verdict": verdict}
 
 
-def _verdict(claim: Claim, metrics: Metrics, sampled: Metrics) -> str:
+def _decide(claim: Claim, metrics: Metrics, sampled: Metrics) -> str:
     differences = {name: metrics[name]["difference"] for name in claim.expected}
     n = min(difference["n"] for difference in differences.values())
     cannot_tell = f"{CANNOT_TELL} with {n} questions" + (" that both answered" if claim.of_answers else "")
@@ -118,11 +132,11 @@ def _verdict(claim: Claim, metrics: Metrics, sampled: Metrics) -> str:
     return HOLDS
 
 
-def _beyond_half(share: Mapping[str, Any], sign: int) -> bool:
+def _beyond_half(share: Estimate, sign: int) -> bool:
     return share["low"] > 0.5 if sign > 0 else share["high"] < 0.5
 
 
-def _article(article_seen: Sequence[str]) -> dict[str, str]:
+def _article(article_seen: Sequence[str]) -> ClaimVerdict:
     seen = f"it stands in the training rows ({', '.join(article_seen)})" if article_seen else "it is one question"
     return {
         "claim": ARTICLE_CLAIM,
@@ -132,8 +146,8 @@ def _article(article_seen: Sequence[str]) -> dict[str, str]:
     }
 
 
-def claims_table(records: Sequence[Mapping[str, str]]) -> pd.DataFrame:
-    """The claims as a reader wants them, one line each."""
+def claims_table(verdicts: Sequence[ClaimVerdict]) -> pd.DataFrame:
+    """Return the claims as a table, one line each."""
     import pandas as pd
 
-    return pd.DataFrame(records).rename(columns={"tested_by": "tested by"}).set_index("claim")
+    return pd.DataFrame(verdicts).rename(columns={"tested_by": "tested by"}).set_index("claim")

@@ -2,61 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
 from medcot_utils.config import EvaluationSettings, RunConfig
 from medcot_utils.evaluation.intervals import (
+    Array,
+    Difference,
+    Estimate,
+    Statistic,
+    estimate,
+    estimate_share,
+    estimate_share_difference,
     format_interval,
-    interval,
     is_clear,
+    mean_of,
     questions_needed,
-    rate,
-    rate_difference,
-    rate_questions_needed,
+    ratio_of,
+    share_questions_needed,
 )
-from medcot_utils.evaluation.metrics import METRICS, answer_columns, embedder, sampled_columns
+from medcot_utils.evaluation.metrics import METRICS, Metric, embedder, sampled_columns
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Array = np.ndarray
-# Units of metrics whose differences can be compared with one another.
-SCALES_TO_1 = ("share", "F1", "0 to 1", "cosine")
+    from medcot_utils.evaluation.claims import ClaimVerdict
+    from medcot_utils.evaluation.scored_set import AnsweredQuestion
+    from medcot_utils.models.generation import AnswerRecord
+    from medcot_utils.models.losses import RowLoss
+
+_NEVER_TESTED = """- whether an answer is medically right: no metric here reads for that
+- anything about questions unlike these, or about patients"""
 
 
-def _ratio(numerator: Array, denominator: Array, axis: int = -1) -> Array:
-    return numerator.sum(axis=axis) / denominator.sum(axis=axis)
+class ComparedMetric(TypedDict):
+    """Hold one metric of two models on the same questions. The difference is tuned minus base, paired."""
+
+    base: Estimate
+    tuned: Estimate
+    difference: Difference
 
 
-def _sides(
-    single: Callable[..., Array],
-    base: Sequence[Array],
-    tuned: Sequence[Array],
-    settings: EvaluationSettings,
-    seed: int,
-) -> dict[str, dict[str, Any]]:
-    def difference(*columns: Array, axis: int = -1) -> Array:
-        half = len(columns) // 2
-        return single(*columns[half:], axis=axis) - single(*columns[:half], axis=axis)
+# By the metric's name, a key of METRICS.
+Metrics = Mapping[str, ComparedMetric]
 
-    found = {
-        "base": interval(single, base, settings, seed),
-        "tuned": interval(single, tuned, settings, seed),
-        "difference": interval(difference, (*base, *tuned), settings, seed),
-    }
-    # A row of the loss counts by its tokens; its own loss is near enough to say how much rows differ.
-    differences = (tuned[0] / tuned[-1] - base[0] / base[-1]) if len(base) > 1 else tuned[0] - base[0]
-    spread, value = float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0, found["difference"]["value"]
-    found["difference"] |= {"spread": spread, "needed": questions_needed(spread, value, settings.confidence_level)}
-    return found
+
+class Measured(TypedDict):
+    """Hold the content of metrics.json, all of greedy answers unless a field says otherwise.
+
+    n_questions, metrics: the questions that count, and their metrics with those of loss and multiple choice.
+    claims: the article's claims, judged. notes: lines that the report shows below its tables.
+    n_samples, sampled: sampled answers a question, and their metrics; None without samples.
+    n_answered, answered: the counted questions that both models answered in full form; empty if there are none.
+    n_contaminated, contaminated: the questions that training rows repeat; None if there are none."""
+
+    n_questions: int
+    metrics: Metrics
+    claims: Sequence[ClaimVerdict]
+    notes: Sequence[str]
+    n_samples: int
+    sampled: Metrics | None
+    n_answered: int
+    answered: Metrics
+    n_contaminated: int
+    contaminated: Metrics | None
 
 
 def check_usable(config: RunConfig) -> int:
     """The number of multiple-choice questions to be asked, after everything the evaluation needs was looked at: its questions
-    and its embedding model. Raises McqError or MeasureError, before a model is loaded."""
+    and its embedding model. Raises McqError or MetricError, before a model is loaded."""
     from medcot_utils.evaluation.mcq.run import load_questions
 
     settings = config.evaluation
@@ -65,105 +82,129 @@ def check_usable(config: RunConfig) -> int:
     return sum(len(load_questions(task, settings.mcq_limit, config.seed)) for task in settings.mcq_tasks)
 
 
+# --- compare ---------------------------------------------------------------------------------------------------------
+
+
 def compare(
-    base_answers: Sequence[dict[str, Any]],
-    tuned_answers: Sequence[dict[str, Any]],
-    references: Sequence[str],
-    losses: Sequence[dict[str, Any]],
+    questions: Sequence[AnsweredQuestion],
+    losses: Sequence[RowLoss],
     settings: EvaluationSettings,
     seed: int,
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Every metric as {base, tuned, difference}, each {value, low, high, n}; the difference is tuned minus base, paired.
+    models: tuple[str, str] = ("base", "tuned"),
+) -> dict[str, ComparedMetric]:
+    """Return every metric of two models' greedy answers; an empty dict if there is nothing to compare.
 
-    Shares of yes and no have the intervals and the test of `intervals.rate_difference`, the rest `intervals.interval`'s and
-    the `spread` of the difference between questions; each difference has `needed` (see there). Without losses (`[]`) the two
-    metrics made of them are left out. Raises ValueError if the two models did not answer the same questions
-    in the same order."""
-    _same_questions(base_answers, tuned_answers)
-    metrics = _compare_losses(losses, settings, seed) if losses else {}
-    columns = (answer_columns(records, references, settings.embedding_model) for records in (base_answers, tuned_answers))
-    return metrics | _compare_columns(*columns, settings, seed, yes_or_no=True)
+    The metrics of the loss are left out unless both models have `losses`, those of answers without `questions`."""
+    base, tuned = ([record for record in losses if record["model"] == model] for model in models)
+    metrics = _compare_losses(base, tuned, settings, seed) if base and tuned else {}
+    answers = ([[one.greedy[model] for one in questions]] for model in models)
+    return metrics | (_compare_answers(*answers, questions, settings, seed) if questions else {})
 
 
-def compare_sampled(
-    base_samples: Sequence[Sequence[dict[str, Any]]],
-    tuned_samples: Sequence[Sequence[dict[str, Any]]],
-    references: Sequence[str],
-    settings: EvaluationSettings,
-    seed: int,
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """As `compare`, over several sampled answers a question: each question counts with its mean, and questions, not
-    answers, are what is resampled. `base_samples[k]` holds sample k of every question, in one order throughout."""
-    for base, tuned in zip(base_samples, tuned_samples, strict=True):
-        _same_questions(base, tuned)
-    columns = (sampled_columns(samples, references, settings.embedding_model) for samples in (base_samples, tuned_samples))
-    return _compare_columns(*columns, settings, seed, yes_or_no=len(base_samples) == 1)
+def compare_sampled(questions: Sequence[AnsweredQuestion], settings: EvaluationSettings, seed: int) -> dict[str, ComparedMetric]:
+    """Return what `compare` gives of answers, over the sampled ones; an empty dict without samples.
+
+    Each question counts with its mean, and questions, not answers, are what is resampled."""
+    n_samples = len(questions[0].samples["base"]) if questions else 0
+    answers = ([[one.samples[model][k] for one in questions] for k in range(n_samples)] for model in ("base", "tuned"))
+    return _compare_answers(*answers, questions, settings, seed) if n_samples else {}
 
 
 def compare_all(
-    answers: Mapping[str, Sequence[dict[str, Any]]],
-    references: Sequence[str],
-    losses: Sequence[dict[str, Any]],
-    settings: EvaluationSettings,
-    seed: int,
-) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """Any number of models by label, each compared with the first: {label: what `compare` gives, first as base}.
-
-    `losses`: records of `losses.row_losses` whose `model` is a label; a model without them has no loss metrics."""
-    first, *others = answers
-    compared = {}
-    for label in others:
-        renamed = [
-            record | {"model": "base" if record["model"] == first else "tuned"}
-            for record in losses
-            if record["model"] in (first, label)
-        ]
-        both = {record["model"] for record in renamed} == {"base", "tuned"}
-        compared[label] = compare(answers[first], answers[label], references, renamed if both else [], settings, seed)
-    return compared
+    questions: Sequence[AnsweredQuestion], losses: Sequence[RowLoss], settings: EvaluationSettings, seed: int
+) -> dict[str, dict[str, ComparedMetric]]:
+    """Compare each model with the first: {its label: what `compare` gives with the first as base}."""
+    first, *others = questions[0].greedy
+    return {label: compare(questions, losses, settings, seed, (first, label)) for label in others}
 
 
-def _same_questions(base: Sequence[dict[str, Any]], tuned: Sequence[dict[str, Any]]) -> None:
-    if [record["id"] for record in base] != [record["id"] for record in tuned]:
-        raise ValueError("base and tuned answers are to different questions: run notebooks 02 and 06 of one run")
+def compare_shares(base: Array, tuned: Array, settings: EvaluationSettings) -> ComparedMetric:
+    """Compare two columns of ones and zeros over the same questions."""
+    level = settings.confidence_level
+    difference = estimate_share_difference(base, tuned, settings)
+    return {"base": estimate_share(base, level), "tuned": estimate_share(tuned, level), "difference": difference}
 
 
 def _compare_losses(
-    losses: Sequence[dict[str, Any]], settings: EvaluationSettings, seed: int
-) -> dict[str, dict[str, dict[str, Any]]]:
-    records = [[record for record in losses if record["model"] == label] for label in ("base", "tuned")]
-    base, tuned = ([np.array([r[key] for r in rows], dtype=float) for key in ("nll", "tokens")] for rows in records)
+    base: Sequence[RowLoss], tuned: Sequence[RowLoss], settings: EvaluationSettings, seed: int
+) -> dict[str, ComparedMetric]:
+    (base_nll, base_tokens), (tuned_nll, tuned_tokens) = (
+        [np.array([record[key] for record in side], dtype=float) for key in ("nll", "tokens")] for side in (base, tuned)
+    )
+    # A row of the loss counts by its tokens; its own loss is near enough to say how much rows differ.
+    changes = tuned_nll / tuned_tokens - base_nll / base_tokens
+    ours, theirs = ratio_of(base_nll, base_tokens), ratio_of(tuned_nll, tuned_tokens)
+    loss = _compare_statistics(ours, theirs, changes, settings, seed)
+    perplexity = _compare_statistics(
+        lambda drawn: np.exp(ours(drawn)), lambda drawn: np.exp(theirs(drawn)), changes, settings, seed
+    )
+    perplexity["difference"]["needed"] = loss["difference"]["needed"]  # the same rows tell both apart
+    return {"eval_loss": loss, "perplexity": perplexity}
 
-    def perplexity(nll: Array, tokens: Array, axis: int = -1) -> Array:
-        return np.exp(_ratio(nll, tokens, axis=axis))
 
-    found = {
-        "eval_loss": _sides(_ratio, base, tuned, settings, seed),
-        "perplexity": _sides(perplexity, base, tuned, settings, seed),
-    }
-    found["perplexity"]["difference"]["needed"] = found["eval_loss"]["difference"]["needed"]  # the same rows tell both apart
-    return found
-
-
-def _compare_columns(
-    base: Mapping[str, Array], tuned: Mapping[str, Array], settings: EvaluationSettings, seed: int, yes_or_no: bool
-) -> dict[str, dict[str, dict[str, Any]]]:
+def _compare_answers(
+    base: Sequence[Sequence[AnswerRecord]],
+    tuned: Sequence[Sequence[AnswerRecord]],
+    questions: Sequence[AnsweredQuestion],
+    settings: EvaluationSettings,
+    seed: int,
+) -> dict[str, ComparedMetric]:
+    """Compare answers: one sequence per sample, each over the questions. The mean of several is no yes or no."""
+    references = [one.question["Response"] for one in questions]
+    ours, theirs = (sampled_columns(samples, references, settings.embedding_model) for samples in (base, tuned))
     return {
-        name: compare_rates(base[name], tuned[name], settings)
-        if yes_or_no and METRICS[name].yes_or_no
-        else _sides(np.mean, [base[name]], [tuned[name]], settings, seed)
-        for name in base
+        name: compare_shares(ours[name], theirs[name], settings)
+        if len(base) == 1 and METRICS[name].yes_or_no
+        else _compare_statistics(mean_of(ours[name]), mean_of(theirs[name]), theirs[name] - ours[name], settings, seed)
+        for name in ours
     }
 
 
-def compare_rates(base: Array, tuned: Array, settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
-    """{base, tuned, difference} of two columns of ones and zeros over the same questions, as `compare` has them."""
-    sides = {label: rate(column, settings.confidence_level) for label, column in (("base", base), ("tuned", tuned))}
-    return sides | {"difference": rate_difference(base, tuned, settings)}
+def _compare_statistics(
+    base: Statistic, tuned: Statistic, changes: Array, settings: EvaluationSettings, seed: int
+) -> ComparedMetric:
+    """Compare a statistic of both models. `changes`: what it changed by from base to tuned, question by question."""
+    n = len(changes)
+    difference = estimate(lambda drawn: tuned(drawn) - base(drawn), n, settings, seed)
+    spread = float(np.std(changes, ddof=1)) if n > 1 else 0.0
+    needed = questions_needed(spread, difference["value"], settings.confidence_level)
+    return {
+        "base": estimate(base, n, settings, seed),
+        "tuned": estimate(tuned, n, settings, seed),
+        "difference": {**difference, "spread": spread, "needed": needed},
+    }
 
 
-def verdict(name: str, metric: dict[str, dict[str, Any]]) -> str:
-    """In words, from interval and test alone: rose, fell, or cannot be told apart with n questions."""
+# --- in words and tables ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MetricLine:
+    """Hold a compared metric as text: a line of a table."""
+
+    metric: Metric
+    base: str
+    tuned: str
+    difference: str
+    verdict: str
+
+
+def metric_lines(metrics: Metrics) -> list[MetricLine]:
+    """Return a line for every metric: values with their intervals, and the verdict."""
+    return [
+        MetricLine(
+            METRICS[name],
+            *(format_interval(metric[side]) for side in ("base", "tuned", "difference")),
+            verdict(name, metric),
+        )
+        for name, metric in metrics.items()
+    ]
+
+
+def verdict(name: str, metric: ComparedMetric) -> str:
+    """Say whether the metric rose or fell, and for better or worse, or that no difference is shown.
+
+    It goes by interval and test alone."""
     difference = metric["difference"]
     if not is_clear(difference):
         return f"no difference shown with {difference['n']} questions"
@@ -173,8 +214,8 @@ def verdict(name: str, metric: dict[str, dict[str, Any]]) -> str:
     return direction + judged
 
 
-def conclusions(metrics: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """What the numbers do and do not show, as Markdown, computed from the intervals."""
+def conclusions(metrics: Metrics) -> str:
+    """Return what the numbers do and do not show, as Markdown, computed from the intervals."""
     shown, not_shown = [], []
     for name, metric in metrics.items():
         difference, text = metric["difference"], METRICS[name].label
@@ -184,30 +225,25 @@ def conclusions(metrics: dict[str, dict[str, dict[str, Any]]]) -> str:
         else:
             needed = f"; a difference of that size takes about {difference['needed']:,} questions" if difference["needed"] else ""
             not_shown.append(f"- {text}: {verdict(name, metric)} ({format_interval(difference)}{needed})")
-    never = (
-        "- whether an answer is medically right: no metric here reads for that\n"
-        "- anything about questions unlike these, or about patients"
-    )
     parts = ["**Shown**, the interval of the difference lies clear of zero:", "\n".join(shown) or "- nothing"]
     if not_shown:
         parts += ["**Not shown**, the interval holds zero or the exact test is not clear:", "\n".join(not_shown)]
-    return "\n\n".join([*parts, "**Not tested** at all:", never])
+    return "\n\n".join([*parts, "**Not tested** at all:", _NEVER_TESTED])
 
 
-def needed_table(
-    metrics: dict[str, dict[str, dict[str, Any]]], confidence_level: float, sizes: Sequence[float] = (0.05, 0.1, 0.2)
-) -> pd.DataFrame:
-    """How many questions each metric on a scale from 0 to 1 needs to show a difference as large as the one found, and ones
-    of the given sizes, with a power of 0.8; empty cells where nothing differs between questions."""
+def needed_table(metrics: Metrics, confidence_level: float, sizes: Sequence[float] = (0.05, 0.1, 0.2)) -> pd.DataFrame:
+    """Return how many questions each metric from 0 to 1 needs to show the difference found, and ones of the given sizes.
+
+    The power is 0.8. A cell is empty if nothing differs between questions."""
     import pandas as pd
 
     lines = []
     for name, metric in metrics.items():
         found = metric["difference"]
-        if METRICS[name].unit not in SCALES_TO_1:
+        if not METRICS[name].from_0_to_1:
             continue
         if "changed" in found:
-            needed = [rate_questions_needed(found["changed"], size, confidence_level) for size in sizes]
+            needed = [share_questions_needed(found["changed"], size, confidence_level) for size in sizes]
         else:
             needed = [questions_needed(found["spread"], size, confidence_level) for size in sizes]
         of_sizes = {f"for {size:.2f}": number for size, number in zip(sizes, needed, strict=True)}
@@ -216,12 +252,13 @@ def needed_table(
     return table.astype(dict.fromkeys(table.columns[1:], "Int64"))
 
 
-def metrics_table(metrics: dict[str, dict[str, dict[str, Any]]]) -> pd.DataFrame:
-    """The comparison as a reader wants it: one line a metric, values with their intervals, and the verdict."""
+def metrics_table(metrics: Metrics) -> pd.DataFrame:
+    """Return the comparison as a table: one line per metric, values with their intervals, and the verdict."""
     import pandas as pd
 
-    lines = []
-    for name, metric in metrics.items():
-        cells = {side: format_interval(metric[side]) for side in ("base", "tuned", "difference")}
-        lines.append({"metric": METRICS[name].label, **cells, "verdict": verdict(name, metric)})
+    lines = [
+        {"metric": line.metric.label, "base": line.base, "tuned": line.tuned, "difference": line.difference}
+        | {"verdict": line.verdict}
+        for line in metric_lines(metrics)
+    ]
     return pd.DataFrame(lines).set_index("metric")

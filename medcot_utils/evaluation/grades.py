@@ -11,16 +11,20 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from pydantic import AwareDatetime, BaseModel
 
 from medcot_utils.data.contamination import contaminated
 from medcot_utils.errors import MedcotError
-from medcot_utils.evaluation.intervals import format_interval
+from medcot_utils.evaluation.intervals import Estimate, format_interval
 from medcot_utils.models.generation import by_sample
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import write_atomic
+
+if TYPE_CHECKING:
+    from medcot_utils.data.rows import Question
+    from medcot_utils.models.generation import AnswerRecord
 
 GRADES = "grades.jsonl"
 
@@ -30,11 +34,11 @@ SIDES: tuple[Side, Side] = get_args(Side)
 
 
 class GradingError(MedcotError):
-    """The run's answers cannot be graded, or the page cannot be served; the message says why and what to do."""
+    """Say why the run's answers cannot be graded or the page cannot be served, and what to do."""
 
 
 class Grade(BaseModel):
-    """One judgement: a line of grades.jsonl. `answers` is the digest of what was judged (see `Pair`)."""
+    """Hold one judgement: a line of grades.jsonl. `answers` is the digest of what was judged (see `Pair`)."""
 
     id: str
     verdict: Verdict
@@ -47,23 +51,23 @@ class Grade(BaseModel):
 
 @dataclass(frozen=True)
 class Pair:
-    """A question with both models' answers; `shown` are the models behind A and B.
+    """Hold a question with both models' answers; `shown` are the models behind A and B.
 
     `digest`: sha256 of question, thinking and answers, base first. The page names the pair by `token`, the same with A first,
     as a digest with base first would tell which of A and B is base."""
 
     id: str
-    question: Mapping[str, Any]
-    answers: Mapping[Side, Mapping[str, Any]]
+    question: Question
+    answers: Mapping[Side, AnswerRecord]
     shown: tuple[Side, Side]
     digest: str
     token: str
 
 
 def read_pairs(run: Run) -> list[Pair]:
-    """The run's questions with both answers, in their order, those that are shown only (`scored: false`) last.
+    """Return the run's questions with both answers, in their order, those that are only shown (`scored: false`) last.
 
-    Which model is A is a coin thrown by the run's seed and the question's id: the same for every grader and session.
+    The run's seed and the question's id decide which model is A: the same for every grader and session.
     Raises RunError naming the notebook to run if answers are missing, GradingError if they do not fit the questions."""
     # The greedy answers: sampled ones stand behind them in the same file.
     answers = {side: {record["id"]: record for record in by_sample(run.read(f"{side}_answers"))[0]} for side in SIDES}
@@ -89,9 +93,9 @@ def read_pairs(run: Run) -> list[Pair]:
 
 
 def read_grades(run: Run) -> list[Grade]:
-    """Every judgement in the run, oldest first; none if there is no file. Says how many lines could not be read.
+    """Return every judgement in the run, oldest first; none if there is no file. Prints how many lines cannot be read.
 
-    A line that a crash cut off is passed over, not removed: it stays in the file for whoever wants to see it."""
+    A line that a crash cut off is skipped, not removed: it stays in the file for whoever wants to see it."""
     path, grades, unreadable = run.path / GRADES, [], 0
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
@@ -116,11 +120,11 @@ def append_grade(run: Run, grade: Grade) -> None:
         os.fsync(stream.fileno())
 
 
-def counted(pairs: Sequence[Pair], grades: Sequence[Grade]) -> tuple[dict[tuple[str, str], Grade], int]:
-    """({(grader, question id): the judgement that counts, last made last}, how many count no more).
+def latest_grades(pairs: Sequence[Pair], grades: Sequence[Grade]) -> tuple[dict[tuple[str, str], Grade], int]:
+    """Return ({(grader, question id): the judgement that counts, last made last}, how many count no more).
 
-    The last one of a grader on a question counts. One of answers that have changed since does not; it is among the second
-    number unless its grader has judged the new ones."""
+    A grader's last judgement of a question counts. A judgement of answers that have changed since does not; it is in the
+    second number unless its grader has judged the new ones."""
     digests, latest = {pair.id: pair.digest for pair in pairs}, {}
     for grade in grades:
         if digests.get(grade.id) == grade.answers:
@@ -133,32 +137,59 @@ def counted(pairs: Sequence[Pair], grades: Sequence[Grade]) -> tuple[dict[tuple[
 
 
 def cohen_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
-    """Agreement of two graders beyond chance, at most 1: (observed - expected) / (1 - expected), where expected is what their
-    own shares of each verdict would give (Cohen 1960, doi:10.1177/001316446002000104). None, as undefined, if both gave one
-    same verdict throughout."""
+    """Return the agreement of two graders beyond chance, at most 1; None, as undefined, if both gave one same verdict throughout.
+
+    It is (observed - expected) / (1 - expected), where expected is what their own shares of each verdict would give
+    (Cohen 1960, doi:10.1177/001316446002000104)."""
     n, one, other = len(first), Counter(first), Counter(second)
     observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
     expected = sum(one[name] * other[name] for name in one) / n**2
     return None if expected == 1 else (observed - expected) / (1 - expected)
 
 
-def win_rate(run: Run) -> dict[str, Any] | None:
-    """How often the tuned model's answer was judged better, over the scored questions that no training row repeats; None if
-    nothing is graded.
+@dataclass(frozen=True)
+class Kappa:
+    """Hold Cohen's kappa of two graders on the `n` questions that both graded; `value` None if undefined."""
 
-    {n: questions graded, of: scored questions, counts: {base, tuned, tie, both_wrong, split}, win_rate: {value, low, high, n},
-    p, graders: {name: {verdict: count}}, kappa: [{graders, value, n}], stale}. win_rate: the share of tuned among the n
-    decided pairs with its exact (Clopper-Pearson) interval at evaluation.confidence_level, 95 % by default; p: exact,
-    two-sided, against a coin (scipy.stats.binomtest for both); None where no pair is decided. A question counts once, however
-    many graders, so that pairs stay independent: by the verdict that more of them gave than any other, as `split` if there is
-    none. kappa: Cohen's, for each two graders, on the questions that both graded. stale: judgements not counted, of answers
-    that have changed since. Raises RunError or GradingError as `read_pairs` does."""
-    from scipy.stats import binomtest
+    graders: tuple[str, str]
+    value: float | None
+    n: int
 
+
+@dataclass(frozen=True)
+class GradingResult:
+    """Say how a run's answers were judged, over the scored questions that no training row repeats.
+
+    A question counts once, however many graders, so that pairs stay independent: by the verdict that more graders gave than
+    any other, as `split` if there is none.
+
+    of: scored questions. counts: {base, tuned, tie, both_wrong, split: graded questions}.
+    win_rate: the share of tuned among the decided pairs, with its exact (Clopper-Pearson) interval at
+    evaluation.confidence_level; p: exact, two-sided, against a coin. Both None if no pair is decided.
+    graders: {name: {verdict: how often}}. stale: judgements of answers that have changed since; they do not count."""
+
+    of: int
+    counts: Mapping[str, int]
+    win_rate: Estimate | None
+    p: float | None
+    graders: Mapping[str, Mapping[Verdict, int]]
+    kappas: Sequence[Kappa]
+    stale: int
+
+    @property
+    def n(self) -> int:
+        """Return how many questions were graded."""
+        return sum(self.counts.values())
+
+
+def summarize_grades(run: Run) -> GradingResult | None:
+    """Return how often the tuned model's answer was judged better; None if nothing is graded.
+
+    Raises RunError or GradingError as `read_pairs` does."""
     if not (grades := read_grades(run)):
         return None
     pairs = read_pairs(run)
-    latest, stale = counted(pairs, grades)
+    latest, stale = latest_grades(pairs, grades)
     seen = contaminated(run.read("data_report"))
     scored = [pair.id for pair in pairs if pair.question["scored"] and pair.id not in seen]
     by_grader: dict[str, dict[str, Verdict]] = {}
@@ -167,41 +198,53 @@ def win_rate(run: Run) -> dict[str, Any] | None:
             by_grader.setdefault(grader, {})[name] = grade.verdict
     if not by_grader and not stale:
         return None
+    counts = _count_verdicts(scored, list(by_grader.values()))
+    win_rate, p = _estimate_win_rate(counts["tuned"], counts["base"], run.config.evaluation.confidence_level)
+    tallies = {grader: dict(Counter(verdicts.values())) for grader, verdicts in by_grader.items()}
+    return GradingResult(len(scored), counts, win_rate, p, tallies, _kappas(scored, by_grader), stale)
+
+
+def _count_verdicts(scored: Sequence[str], by_grader: Sequence[Mapping[str, Verdict]]) -> dict[str, int]:
     counts = dict.fromkeys([*get_args(Verdict), "split"], 0)
     for name in scored:
-        votes = Counter(verdicts[name] for verdicts in by_grader.values() if name in verdicts).most_common()
+        votes = Counter(verdicts[name] for verdicts in by_grader if name in verdicts).most_common()
         if votes:
             counts["split" if len(votes) > 1 and votes[0][1] == votes[1][1] else votes[0][0]] += 1
-    kappa = []
+    return counts
+
+
+def _estimate_win_rate(won: int, lost: int, confidence_level: float) -> tuple[Estimate | None, float | None]:
+    from scipy.stats import binomtest
+
+    if not won + lost:
+        return None, None
+    test = binomtest(won, won + lost)
+    low, high = test.proportion_ci(confidence_level, method="exact")
+    return {"value": won / (won + lost), "low": float(low), "high": float(high), "n": won + lost}, float(test.pvalue)
+
+
+def _kappas(scored: Sequence[str], by_grader: Mapping[str, Mapping[str, Verdict]]) -> list[Kappa]:
+    kappas = []
     for graders in itertools.combinations(sorted(by_grader), 2):
         one, other = (by_grader[grader] for grader in graders)
         if both := [name for name in scored if name in one and name in other]:
             value = cohen_kappa([one[name] for name in both], [other[name] for name in both])
-            kappa.append({"graders": list(graders), "value": value, "n": len(both)})
-    decided = counts["base"] + counts["tuned"]
-    rate, p = {"value": None, "low": None, "high": None, "n": decided}, None
-    if decided:
-        test = binomtest(counts["tuned"], decided)
-        low, high = test.proportion_ci(run.config.evaluation.confidence_level, method="exact")
-        rate |= {"value": counts["tuned"] / decided, "low": float(low), "high": float(high)}
-        p = float(test.pvalue)
-    tallies = {grader: dict(Counter(verdicts.values())) for grader, verdicts in by_grader.items()}
-    graded = {"n": sum(counts.values()), "of": len(scored), "counts": counts, "win_rate": rate, "p": p}
-    return graded | {"graders": tallies, "kappa": kappa, "stale": stale}
+            kappas.append(Kappa(graders, value, len(both)))
+    return kappas
 
 
-def describe(graded: Mapping[str, Any] | None) -> str:
-    """What `win_rate` gave, in words, one fact a line."""
-    if graded is None:
+def describe_grades(result: GradingResult | None) -> str:
+    """Say what `summarize_grades` gave, one fact a line."""
+    if result is None:
         return "nothing is graded yet"
-    counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in graded["counts"].items())
-    lines = [f"{graded['n']} of {graded['of']} scored questions graded by {', '.join(graded['graders']) or 'nobody'}: {counts}"]
-    if (rate := graded["win_rate"])["n"]:
-        share = f"{format_interval(rate)} of {rate['n']} decided pairs"
-        lines.append(f"tuned judged better in {share} (Clopper-Pearson interval), p = {graded['p']:.2g}")
-    for kappa in graded["kappa"]:
-        value = "undefined" if kappa["value"] is None else f"{kappa['value']:.2f}"
-        lines.append(f"Cohen's kappa of {' and '.join(kappa['graders'])}: {value}, on {kappa['n']} questions that both graded")
-    if graded["stale"]:
-        lines.append(f"not counted: {graded['stale']} judgement(s) of answers that have changed since")
+    counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in result.counts.items())
+    lines = [f"{result.n} of {result.of} scored questions graded by {', '.join(result.graders) or 'nobody'}: {counts}"]
+    if result.win_rate:
+        share = f"{format_interval(result.win_rate)} of {result.win_rate['n']} decided pairs"
+        lines.append(f"tuned judged better in {share} (Clopper-Pearson interval), p = {result.p:.2g}")
+    for kappa in result.kappas:
+        value = "undefined" if kappa.value is None else f"{kappa.value:.2f}"
+        lines.append(f"Cohen's kappa of {' and '.join(kappa.graders)}: {value}, on {kappa.n} questions that both graded")
+    if result.stale:
+        lines.append(f"not counted: {result.stale} judgement(s) of answers that have changed since")
     return "\n".join(lines)

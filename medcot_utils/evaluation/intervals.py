@@ -1,42 +1,77 @@
-"""Intervals, exact tests and numbers of questions, for one model and for two that answered the same questions."""
+"""Estimates with their intervals, exact tests and numbers of questions, for one model and for two on the same questions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
 from medcot_utils.config import EvaluationSettings
 
 Array = np.ndarray
+# A number computed from the questions whose positions are given along the last axis; axes before it are resamples.
+Statistic = Callable[[Array], Array]
 FEWEST_QUESTIONS = 6
 # Beyond this many questions the normal approximation of an exact test's power is as good.
 _EXACT_POWER_UP_TO = 5000
 
 
+class Estimate(TypedDict):
+    """Hold a number measured on `n` questions, with its interval at evaluation.confidence_level.
+
+    low, high: None if one question is all there is, or none."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+class Difference(Estimate):
+    """Hold the tuned model's number minus the base's, over the same questions.
+
+    needed: how many questions show a difference of this size with a power of 0.8; None if nothing differs.
+    spread: of a mean or ratio, the standard deviation of the difference between questions.
+    p, alpha, changed: of a share, McNemar's exact p, what it must stay below, and the share of questions that changed."""
+
+    needed: int | None
+    spread: NotRequired[float]
+    p: NotRequired[float]
+    alpha: NotRequired[float]
+    changed: NotRequired[float]
+
+
 # --- means and ratios ------------------------------------------------------------------------------------------------
 
 
-def interval(
-    statistic: Callable[..., Array], columns: Sequence[Array], settings: EvaluationSettings, seed: int
-) -> dict[str, Any]:
-    """{value, low, high, n}: a statistic over paired per-question columns and its bootstrap interval.
+def mean_of(column: Array) -> Statistic:
+    """Return the statistic that is the mean of a column with one value per question."""
+    return lambda drawn: column[drawn].mean(axis=-1)
 
-    Questions are resampled whole, so both models' answers to one question stay together (scipy.stats.bootstrap, paired).
+
+def ratio_of(numerator: Array, denominator: Array) -> Statistic:
+    """Return the statistic that is one column's sum over another's, as in a loss per token."""
+    return lambda drawn: numerator[drawn].sum(axis=-1) / denominator[drawn].sum(axis=-1)
+
+
+def estimate(statistic: Statistic, n: int, settings: EvaluationSettings, seed: int) -> Estimate:
+    """Return a statistic over `n` questions with its bootstrap interval.
+
+    Questions are resampled whole, so both models' answers to one question stay together (scipy.stats.bootstrap).
     The percentiles are the expanded ones of Hesterberg 2015 ("What Teachers Should Know About the Bootstrap",
     doi:10.1080/00031305.2015.1089789), which make the plain percentile interval, too narrow for few questions, as wide as
-    Student's. `statistic` takes the columns and an `axis`. low and high are None for a single question."""
+    Student's."""
     from scipy.stats import bootstrap
 
-    n, value = len(columns[0]), float(statistic(*columns, axis=-1))
+    questions = np.arange(n)
+    value = float(statistic(questions))
     if n < 2:
         return {"value": value, "low": None, "high": None, "n": n}
     found = bootstrap(
-        tuple(columns),
-        statistic,
-        paired=True,
+        (questions,),
+        lambda drawn, axis: statistic(drawn),
         vectorized=True,
         n_resamples=settings.n_resamples,
         confidence_level=_expanded(settings.confidence_level, n),
@@ -53,12 +88,11 @@ def _expanded(level: float, n: int) -> float:
 
 
 def questions_needed(spread: float, difference: float, confidence_level: float = 0.95, power: float = 0.8) -> int | None:
-    """How many questions a paired comparison needs to show a mean difference of this size with this power, by the normal
-    approximation: ((z_confidence + z_power) x spread / difference)^2, `spread` being the standard deviation of the
-    difference between questions; at least FEWEST_QUESTIONS. None where nothing differs.
+    """Return how many questions a paired comparison needs to show a mean difference of this size with this power.
 
-    Source: any textbook's sample size of a paired test, e.g. Chow, Shao and Wang, "Sample Size Calculations in Clinical
-    Research", 3.1."""
+    By the normal approximation: ((z_confidence + z_power) x spread / difference)^2, where `spread` is the standard
+    deviation of the difference between questions; at least FEWEST_QUESTIONS, and None if nothing differs.
+    Source: Chow, Shao and Wang, "Sample Size Calculations in Clinical Research", 3.1."""
     from scipy.stats import norm
 
     if difference == 0 or spread == 0:
@@ -70,9 +104,10 @@ def questions_needed(spread: float, difference: float, confidence_level: float =
 # --- shares of yes and no --------------------------------------------------------------------------------------------
 
 
-def rate(values: Array, confidence_level: float) -> dict[str, Any]:
-    """{value, low, high, n}: the share of ones and Wilson's interval (1927, as in scipy), which keeps its level where the
-    share is near 0 or 1 and the bootstrap has no width."""
+def estimate_share(values: Array, confidence_level: float) -> Estimate:
+    """Return the share of ones with Wilson's interval (1927, as in scipy).
+
+    It keeps its level if the share is near 0 or 1, where the bootstrap has no width."""
     from scipy.stats import binomtest
 
     n = len(values)
@@ -80,49 +115,77 @@ def rate(values: Array, confidence_level: float) -> dict[str, Any]:
     return {"value": float(np.mean(values)), "low": float(found.low), "high": float(found.high), "n": n}
 
 
-def rate_difference(base: Array, tuned: Array, settings: EvaluationSettings) -> dict[str, Any]:
-    """{value, low, high, n, p, alpha, changed, needed}: the tuned share minus the base's, over the same questions.
+class PairedCounts(TypedDict):
+    """Count how many of `n` questions are a yes for both models, for one of them alone, and for neither."""
 
-    low and high: Newcombe's interval for paired shares (1998, Statistics in Medicine 17:2635, method 10): Wilson's of both,
-    joined through their correlation. p: McNemar's exact one, to be held against
-    alpha. changed: the share of questions on which the two differ. needed: see `rate_questions_needed`."""
-    n, level = len(base), settings.confidence_level
-    before, after = rate(base, level), rate(tuned, level)
-    both, neither = int((base * tuned).sum()), int(((1 - base) * (1 - tuned)).sum())
-    only_base, only_tuned = int((base * (1 - tuned)).sum()), int(((1 - base) * tuned).sum())
-    products = both * neither - only_base * only_tuned
-    margins = (both + only_base) * (only_tuned + neither) * (both + only_tuned) * (only_base + neither)
-    correlation = (max(products - n / 2, 0) if products > 0 else products) / math.sqrt(margins) if margins else 0.0
+    n: int
+    both: int
+    only_base: int
+    only_tuned: int
+    neither: int
+
+
+def count_pairs(base: Array, tuned: Array) -> PairedCounts:
+    """Count two columns of ones and zeros over the same questions."""
+    return {
+        "n": len(base),
+        "both": int((base * tuned).sum()),
+        "only_base": int((base * (1 - tuned)).sum()),
+        "only_tuned": int(((1 - base) * tuned).sum()),
+        "neither": int(((1 - base) * (1 - tuned)).sum()),
+    }
+
+
+def estimate_share_difference(base: Array, tuned: Array, settings: EvaluationSettings) -> Difference:
+    """Return the tuned share minus the base's, from two columns of ones and zeros over the same questions.
+
+    low and high: Newcombe's interval for paired shares (1998, Statistics in Medicine 17:2635, method 10), which joins
+    Wilson's two through their correlation."""
+    level, counts = settings.confidence_level, count_pairs(base, tuned)
+    before, after = estimate_share(base, level), estimate_share(tuned, level)
+    value, correlation = after["value"] - before["value"], _correlation(counts)
+    changed = (counts["only_base"] + counts["only_tuned"]) / counts["n"]
 
     def joined(one: float, other: float) -> float:
         return math.sqrt(max(one**2 - 2 * correlation * one * other + other**2, 0))
 
-    value = after["value"] - before["value"]
     return {
         "value": value,
         "low": value - joined(after["value"] - after["low"], before["high"] - before["value"]),
         "high": value + joined(after["high"] - after["value"], before["value"] - before["low"]),
-        "n": n,
+        "n": counts["n"],
         "p": exact_p(base, tuned),
         "alpha": round(1 - level, 6),
-        "changed": (only_base + only_tuned) / n,
-        "needed": rate_questions_needed((only_base + only_tuned) / n, value, level),
+        "changed": changed,
+        "needed": share_questions_needed(changed, value, level),
     }
 
 
+def _correlation(counts: PairedCounts) -> float:
+    """Return the phi coefficient of two shares, with Newcombe's continuity correction if it is positive."""
+    both, neither, only_base, only_tuned = counts["both"], counts["neither"], counts["only_base"], counts["only_tuned"]
+    products = both * neither - only_base * only_tuned
+    margins = (both + only_base) * (only_tuned + neither) * (both + only_tuned) * (only_base + neither)
+    return (max(products - counts["n"] / 2, 0) if products > 0 else products) / math.sqrt(margins) if margins else 0.0
+
+
 def exact_p(base: Array, tuned: Array) -> float:
-    """McNemar's exact two-sided p for yes-or-no answers to the same questions: of those on which the models differ, as
-    many should go either way if nothing had changed (scipy.stats.binomtest); 1 where they differ on none."""
+    """Return McNemar's exact two-sided p for yes-or-no answers to the same questions; 1 if they differ on none.
+
+    If nothing had changed, as many of the questions on which the models differ should go either way
+    (scipy.stats.binomtest)."""
     from scipy.stats import binomtest
 
-    only_base, only_tuned = int(((base == 1) & (tuned == 0)).sum()), int(((base == 0) & (tuned == 1)).sum())
-    return float(binomtest(only_tuned, only_base + only_tuned).pvalue) if only_base + only_tuned else 1.0
+    counts = count_pairs(base, tuned)
+    changed = counts["only_base"] + counts["only_tuned"]
+    return float(binomtest(counts["only_tuned"], changed).pvalue) if changed else 1.0
 
 
-def rate_questions_needed(changed: float, difference: float, confidence_level: float = 0.95, power: float = 0.8) -> int | None:
-    """How many questions McNemar's exact test needs to show a difference of two shares with this power, where the models
-    differ on the share `changed` of the questions: the test's own power, summed over how many may differ and how they may
-    fall; the normal approximation beyond some thousands. At least FEWEST_QUESTIONS; None where nothing differs."""
+def share_questions_needed(changed: float, difference: float, confidence_level: float = 0.95, power: float = 0.8) -> int | None:
+    """Return how many questions McNemar's exact test needs to show a difference of two shares with this power.
+
+    The models differ on the share `changed` of the questions. Up to some thousands of questions the power is the test's
+    own (`exact_power`), beyond that the normal approximation's. At least FEWEST_QUESTIONS; None if nothing differs."""
     from scipy.stats import norm
 
     if difference == 0:
@@ -136,8 +199,10 @@ def rate_questions_needed(changed: float, difference: float, confidence_level: f
 
 
 def exact_power(n: int, changed: float, difference: float, confidence_level: float = 0.95) -> float:
-    """How probably McNemar's exact test of `n` questions is clear, where the models differ on the share `changed` of all
-    questions, and more in one direction than in the other by the share `difference`."""
+    """Return the probability that McNemar's exact test of `n` questions is clear.
+
+    The models differ on the share `changed` of all questions, and more in one direction than in the other by the share
+    `difference`. Summed over how many questions may differ and which way they may fall."""
     from scipy.stats import binom
 
     differ = np.arange(n + 1)
@@ -150,11 +215,11 @@ def exact_power(n: int, changed: float, difference: float, confidence_level: flo
 # --- what they say ---------------------------------------------------------------------------------------------------
 
 
-def is_clear(difference: dict[str, Any]) -> bool:
-    """True if the difference's interval lies wholly on one side of zero and, where there is one, the exact test agrees.
+def is_clear(difference: Difference) -> bool:
+    """Return True if the interval lies wholly on one side of zero and the exact test, if there is one, agrees.
 
-    A bootstrap interval has no width where every question says the same, however few they are: fewer than six questions
-    show nothing. Even if all went one way, a sign test would give p = 2/2^5."""
+    Fewer than six questions show nothing: a bootstrap interval has no width if every question says the same, however few
+    they are. Even if all five went one way, a sign test would give p = 2/2^5."""
     if difference["n"] < FEWEST_QUESTIONS or difference["low"] is None:
         return False
     if not (difference["low"] > 0 or difference["high"] < 0):
@@ -162,9 +227,8 @@ def is_clear(difference: dict[str, Any]) -> bool:
     return difference.get("p", 0) < difference.get("alpha", 1)
 
 
-def format_interval(entry: dict[str, Any]) -> str:
-    """`1.77 [1.70, 1.84]`, with digits to suit the size."""
-    digits = 0 if abs(entry["value"]) >= 100 else 1 if abs(entry["value"]) >= 10 else 2
-    if entry["low"] is None:
-        return f"{entry['value']:.{digits}f}"
-    return f"{entry['value']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"
+def format_interval(estimate: Estimate) -> str:
+    """Return the estimate as `1.77 [1.70, 1.84]`, with digits to suit its size."""
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:.{digits}f}" if low is None else f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

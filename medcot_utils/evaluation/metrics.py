@@ -1,4 +1,4 @@
-"""What is measured of one answer: form, style, repetition, and likeness to a reference text."""
+"""The metrics of one answer: form, style, repetition, and likeness to a reference text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -15,15 +15,19 @@ from medcot_utils.errors import MedcotError
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from medcot_utils.models.generation import AnswerRecord
 
-class MeasureError(MedcotError):
-    """A metric that was asked for cannot be taken here; the message says what it lacks."""
+
+class MetricError(MedcotError):
+    """Say why a requested metric cannot be measured here."""
 
 
 @dataclass(frozen=True)
-class Measure:
-    """A metric's words: what it says, its unit, which way is better (+1, -1, 0 for neither), and whether each question
-    gives a yes or no, which an exact test can then judge."""
+class Metric:
+    """Say how a metric is named and read.
+
+    text: what it says. unit: "" if it has none. better: the direction that is better, 0 for neither.
+    yes_or_no: each question gives a yes or a no, which an exact test can judge."""
 
     text: str
     unit: str
@@ -31,33 +35,36 @@ class Measure:
     yes_or_no: bool = False
 
     @property
+    def from_0_to_1(self) -> bool:
+        """Return whether its differences can be compared with those of other metrics."""
+        return self.unit in ("share", "F1", "0 to 1", "cosine")
+
+    @property
     def label(self) -> str:
-        """`length of the answer (words)`"""
+        """Return text and unit, as in `length of the answer (words)`."""
         return f"{self.text} ({self.unit})" if self.unit else self.text
 
 
-METRICS: dict[str, Measure] = {
-    "eval_loss": Measure("held-out loss, per trained token", "nats", -1),
-    "perplexity": Measure("held-out perplexity", "", -1),
-    "closed_think_rate": Measure("thinking closed once, text on both sides", "share", 1, yes_or_no=True),
-    "finished_rate": Measure("answers that end by themselves", "share", 1, yes_or_no=True),
-    "answered_rate": Measure("answers with text after the thinking", "share", 1, yes_or_no=True),
-    "thinking_tokens": Measure("length of the thinking", "tokens", 0),
-    "thinking_words": Measure("length of the thinking", "words", 0),
-    "answer_tokens": Measure("length of the answer", "tokens", 0),
-    "answer_words": Measure("length of the answer", "words", 0),
-    "completion_words": Measure("length of everything written", "words", 0),
-    "bullet_rate": Measure("answers written as a list", "share", 0, yes_or_no=True),
-    "one_paragraph_rate": Measure("answers of exactly one paragraph, no list", "share", 0, yes_or_no=True),
-    "repetition": Measure("4-word sequences that came before in the same text", "share", -1),
-    "rouge_l": Measure("ROUGE-L of the answer against the reference", "F1", 1),
-    "chrf": Measure("chrF of the answer against the reference", "0 to 1", 1),
-    "embedding_similarity": Measure("likeness of meaning to the reference, by evaluation.embedding_model", "cosine", 1),
-    "mcq_accuracy": Measure("multiple-choice questions answered rightly", "share", 1, yes_or_no=True),
-    "mcq_abstained": Measure("multiple-choice questions without a readable answer", "share", -1, yes_or_no=True),
-    "mcq_accuracy_answered": Measure(
-        "questions answered rightly, of those that both models answered", "share", 1, yes_or_no=True
-    ),
+METRICS: dict[str, Metric] = {
+    "eval_loss": Metric("held-out loss, per trained token", "nats", -1),
+    "perplexity": Metric("held-out perplexity", "", -1),
+    "closed_think_rate": Metric("thinking closed once, text on both sides", "share", 1, yes_or_no=True),
+    "finished_rate": Metric("answers that end by themselves", "share", 1, yes_or_no=True),
+    "answered_rate": Metric("answers with text after the thinking", "share", 1, yes_or_no=True),
+    "thinking_tokens": Metric("length of the thinking", "tokens", 0),
+    "thinking_words": Metric("length of the thinking", "words", 0),
+    "answer_tokens": Metric("length of the answer", "tokens", 0),
+    "answer_words": Metric("length of the answer", "words", 0),
+    "completion_words": Metric("length of everything written", "words", 0),
+    "bullet_rate": Metric("answers written as a list", "share", 0, yes_or_no=True),
+    "one_paragraph_rate": Metric("answers of exactly one paragraph, no list", "share", 0, yes_or_no=True),
+    "repetition": Metric("4-word sequences that came before in the same text", "share", -1),
+    "rouge_l": Metric("ROUGE-L of the answer against the reference", "F1", 1),
+    "chrf": Metric("chrF of the answer against the reference", "0 to 1", 1),
+    "embedding_similarity": Metric("likeness of meaning to the reference, by evaluation.embedding_model", "cosine", 1),
+    "mcq_accuracy": Metric("multiple-choice questions answered rightly", "share", 1, yes_or_no=True),
+    "mcq_abstained": Metric("multiple-choice questions without a readable answer", "share", -1, yes_or_no=True),
+    "mcq_accuracy_answered": Metric("questions answered rightly, of those that both models answered", "share", 1, yes_or_no=True),
 }
 # A model that never closes its tag has no answer: its style is read off what it wrote last, which is its thinking.
 
@@ -66,38 +73,42 @@ _REPEATED_WORDS = 4
 
 
 def is_bullet_list(text: str) -> bool:
-    """Two or more lines that begin with a bullet or a number: what the article says the base model does."""
+    """Return True for two or more lines that begin with a bullet or a number.
+
+    That is what the article says the base model does."""
     return len(_BULLET.findall(text)) >= 2
 
 
-def paragraphs(text: str) -> int:
-    """Blocks of text between blank lines."""
+def count_paragraphs(text: str) -> int:
+    """Count the blocks of text between blank lines."""
     return len([block for block in re.split(r"\n\s*\n", text) if block.strip()])
 
 
 def repetition(text: str) -> float:
-    """The share of 4-word sequences that stood in the text before; 0 for a shorter text. A loop comes near 1."""
+    """Return the share of 4-word sequences that stood in the text before; 0 for a shorter text. A loop comes near 1."""
     words = text.lower().split()
     sequences = [tuple(words[i : i + _REPEATED_WORDS]) for i in range(len(words) - _REPEATED_WORDS + 1)]
     return 1 - len(set(sequences)) / len(sequences) if sequences else 0.0
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """ROUGE-L F1 (rouge-score, with stemming) of an answer against the reference response; 0 for an empty answer."""
+    """Return ROUGE-L F1 (rouge-score, with stemming) of an answer against the reference response; 0 for an empty answer."""
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=True).score(reference, answer)["rougeL"].fmeasure
 
 
 def chrf(answer: str, reference: str) -> float:
-    """chrF2 (sacrebleu, character 6-grams; Popović 2015), 0 to 1, of an answer against the reference; 0 for an empty one."""
+    """Return chrF2 of an answer against the reference, from 0 to 1; 0 for an empty answer.
+
+    Source: Popović 2015, over character 6-grams, as in sacrebleu."""
     from sacrebleu import sentence_chrf
 
     return sentence_chrf(answer, [reference]).score / 100
 
 
-def measure(record: dict[str, Any], reference: str) -> dict[str, float]:
-    """Every metric of one generation record (see `generation.answer_questions`) but the losses."""
+def measure_answer(record: AnswerRecord, reference: str) -> dict[str, float]:
+    """Return every metric of one answer but the losses, by name."""
     answer, thinking = record["answer"], record["thinking"]
     written = answer or thinking
     return {
@@ -111,7 +122,7 @@ def measure(record: dict[str, Any], reference: str) -> dict[str, float]:
         "answer_words": float(len(answer.split())),
         "completion_words": float(len(thinking.split()) + len(answer.split())),
         "bullet_rate": float(is_bullet_list(written)),
-        "one_paragraph_rate": float(paragraphs(written) == 1 and not is_bullet_list(written)),
+        "one_paragraph_rate": float(count_paragraphs(written) == 1 and not is_bullet_list(written)),
         "repetition": repetition(f"{thinking} {answer}"),
         "rouge_l": rouge_l(answer, reference),
         "chrf": chrf(answer, reference),
@@ -119,11 +130,12 @@ def measure(record: dict[str, Any], reference: str) -> dict[str, float]:
 
 
 def answer_columns(
-    records: Sequence[dict[str, Any]], references: Sequence[str], embedding_model: str | None = None
+    records: Sequence[AnswerRecord], references: Sequence[str], embedding_model: str | None = None
 ) -> dict[str, np.ndarray]:
-    """One column per metric over the questions, from generation records and the reference responses beside them; with an
-    embedding model, `embedding_similarity` too."""
-    values = [measure(record, reference) for record, reference in zip(records, references, strict=True)]
+    """Return one column per metric, with one value per answer, each against the reference beside it.
+
+    With an embedding model, `embedding_similarity` is among them."""
+    values = [measure_answer(record, reference) for record, reference in zip(records, references, strict=True)]
     columns = {name: np.array([row[name] for row in values], dtype=float) for name in values[0]}
     if embedding_model is not None:
         answers = [record["answer"] for record in records]
@@ -131,11 +143,21 @@ def answer_columns(
     return columns
 
 
-def embedding_similarity(answers: Sequence[str], references: Sequence[str], name: str) -> np.ndarray:
-    """Cosine of each answer's sentence embedding and its reference's (sentence-transformers); 0 for an empty answer.
+def sampled_columns(
+    samples: Sequence[Sequence[AnswerRecord]], references: Sequence[str], embedding_model: str | None = None
+) -> dict[str, np.ndarray]:
+    """Return one column per metric, with each question's mean over its samples.
 
-    Likeness of meaning as that model sees it, which takes a denial for nearly the same as what it denies. Raises
-    MeasureError as `embedder` does."""
+    `samples` holds one sequence per sample, with the questions in the same order in each."""
+    columns = [answer_columns(records, references, embedding_model) for records in samples]
+    return {name: np.mean([column[name] for column in columns], axis=0) for name in columns[0]}
+
+
+def embedding_similarity(answers: Sequence[str], references: Sequence[str], name: str) -> np.ndarray:
+    """Return the cosine of each answer's sentence embedding and its reference's; 0 for an empty answer.
+
+    It is likeness of meaning as that model sees it, which takes a denial for nearly the same as what it denies.
+    Raises MetricError as `embedder` does."""
     model = embedder(name)
     ours, theirs = (
         model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False) for texts in (answers, references)
@@ -145,21 +167,12 @@ def embedding_similarity(answers: Sequence[str], references: Sequence[str], name
 
 @cache
 def embedder(name: str) -> SentenceTransformer:
-    """The sentence embedding model of this folder or Hub id. Raises MeasureError if it or its library is not to be had."""
+    """Load the sentence embedding model of this folder or Hub id. Raises MetricError if it or its library is missing."""
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise MeasureError("evaluation.embedding_model needs a library more: pip install sentence-transformers") from error
+        raise MetricError("evaluation.embedding_model needs a library more: pip install sentence-transformers") from error
     try:
         return SentenceTransformer(name)
     except (OSError, ValueError) as error:
-        raise MeasureError(f"evaluation.embedding_model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-
-
-def sampled_columns(
-    records: Sequence[Sequence[dict[str, Any]]], references: Sequence[str], embedding_model: str | None = None
-) -> dict[str, np.ndarray]:
-    """As `answer_columns`, with each question's mean over its samples: `records` holds one sequence per sample, the
-    questions in the same order in each. The questions stay what is resampled."""
-    columns = [answer_columns(sample, references, embedding_model) for sample in records]
-    return {name: np.mean([column[name] for column in columns], axis=0) for name in columns[0]}
+        raise MetricError(f"evaluation.embedding_model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 from medcot_utils.config import GenerationSettings
 from medcot_utils.data.prompts import inference_prompt, parse_completion
@@ -23,6 +23,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from medcot_utils.data.rows import AskedQuestion
+
+
+class AnswerRecord(TypedDict):
+    """Hold an answer of one model to one question: a line of base_answers.jsonl or tuned_answers.jsonl."""
+
+    id: NotRequired[str]  # the question's; absent from an answer outside a run's questions
+    sample: NotRequired[int]  # 0: greedy; k: the k-th sampled one. Absent where `id` is
+    prompt: str
+    completion: str  # all that was written, without special tokens
+    thinking: str  # what stands before the first `</think>`, stripped; all of it if the tag was never closed
+    answer: str  # what stands after it, stripped
+    completion_tokens: int  # EOS included
+    thinking_tokens: int
+    answer_tokens: int
+    closed: int  # how many `</think>` tags were written
+    well_formed: bool  # closed exactly once, with text on both sides
+    finished: bool  # ended by EOS, not cut off at max_new_tokens
+    seconds: float  # its share of its batch's time
 
 
 class GenerationError(MedcotError):
@@ -104,14 +122,12 @@ def answer_questions(
     newline_after_think: bool,
     seed: int,
     n_samples: int = 0,
-) -> list[dict[str, Any]]:
+) -> list[AnswerRecord]:
     """Return one greedy record per question, in the questions' order, then `n_samples` times one sampled record per question.
 
     Sampling takes the settings' temperature and top_p, and seed + k for sample k, whatever `do_sample` says (that is for the
-    one question of notebook 02). A record: id, sample (0: greedy), prompt, completion, thinking, answer, completion_tokens,
-    thinking_tokens, answer_tokens, closed (`</think>` tags), well_formed (closed once, text on both sides), finished (ended
-    by EOS, not cut at max_new_tokens), seconds (its share of its batch's time). A static cache converts the given model (see
-    `convert_for_static_cache`). A batch that runs out of memory is halved. Raises GenerationError as `choose_cache` does."""
+    one question of notebook 02). A static cache converts the given model (see `convert_for_static_cache`). A batch that runs
+    out of memory is halved. Raises GenerationError as `choose_cache` does."""
     import torch
 
     prompts = [inference_prompt(question["Question"], newline_after_think) for question in questions]
@@ -135,9 +151,9 @@ def answer_questions(
     return records
 
 
-def by_sample(records: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Records of `answer_questions`, one list per sample; the first is the greedy one."""
-    samples: dict[int, list[dict[str, Any]]] = {}
+def by_sample(records: Sequence[AnswerRecord]) -> list[list[AnswerRecord]]:
+    """Split records of `answer_questions` into one list per sample; the first is the greedy one."""
+    samples: dict[int, list[AnswerRecord]] = {}
     for record in records:
         samples.setdefault(record["sample"], []).append(record)
     return [samples[sample] for sample in sorted(samples)]
@@ -216,8 +232,8 @@ def _pad_left(tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: in
         tokenizer.padding_side = side  # training pads on the right
 
 
-def make_record(tokenizer: PreTrainedTokenizerBase, prompt: str, token_ids: list[int], seconds: float) -> dict[str, Any]:
-    """The record of one completion from its token ids (padding after EOS allowed)."""
+def make_record(tokenizer: PreTrainedTokenizerBase, prompt: str, token_ids: list[int], seconds: float) -> AnswerRecord:
+    """Return the record of one completion, without id and sample, from its token ids (padding after EOS allowed)."""
     finished = tokenizer.eos_token_id in token_ids
     if finished:
         token_ids = token_ids[: token_ids.index(tokenizer.eos_token_id)]
@@ -249,7 +265,7 @@ def stream_answer(
     settings: GenerationSettings,
     newline_after_think: bool,
     seed: int,
-) -> dict[str, Any]:
+) -> AnswerRecord:
     """Answer one question and print the text as it is made. Returns its record, without `id`."""
     import torch
     from transformers import TextStreamer

@@ -19,7 +19,7 @@ import pytest
 from browsers import CHROMIUM, needs_chromium
 
 from medcot_utils.config import load_config
-from medcot_utils.evaluation.grades import GRADES, read_grades, read_pairs, win_rate
+from medcot_utils.evaluation.grades import GRADES, read_grades, read_pairs, summarize_grades
 from medcot_utils.run.directory import Run
 
 ATTACK = (
@@ -151,7 +151,7 @@ def test_clicks_are_kept_corrected_and_counted(tmp_path):
         assert list(line) == ["id", "verdict", "note", "shown_as_a", "grader", "at", "answers"]
         assert line["shown_as_a"] == pairs[line["id"]].shown[0] and line["answers"] == pairs[line["id"]].digest
         assert line["grader"] == "Dr. Ü"
-    assert win_rate(run)["counts"] == {"base": 0, "tuned": 0, "tie": 1, "both_wrong": 1, "split": 0} | {b: 1}
+    assert summarize_grades(run).counts == {"base": 0, "tuned": 0, "tie": 1, "both_wrong": 1, "split": 0} | {b: 1}
 
 
 def test_a_kill_between_two_clicks_loses_nothing(tmp_path):

@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 from browsers import CHROMIUM, needs_chromium
 
-from medcot_utils.evaluation.claims import judge
-from medcot_utils.evaluation.comparison import compare
-from medcot_utils.evaluation.report import build_report
+from medcot_utils.evaluation import build_report, compare, judge, score
 
 pytestmark = needs_chromium
 
@@ -59,7 +57,8 @@ def run(run_factory, write_all):
         {"model": label, "id": name, "nll": nll, "tokens": 10} for label, nll in (("base", 20), ("tuned", 15)) for name in CASES
     ]
     repeats = [{"train_id": "t1", "question_id": "q3", "train_question": ATTACK, "exact": True}]
-    metrics = compare(base, tuned, references, losses, run.config.evaluation, 1)
+    scored = score(questions, base, tuned, {"repeats": [], "repeats_dropped": True})
+    metrics = compare(scored.counted, losses, run.config.evaluation, 1)
     measured = {"n_questions": len(CASES), "metrics": metrics, "claims": judge(metrics, metrics, {}), "notes": [ATTACK]}
     run.write("questions", questions)
     run.write("base_answers", base)

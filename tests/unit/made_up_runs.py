@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
+from medcot_utils import evaluation
 from medcot_utils.config import load_config
-from medcot_utils.evaluation.claims import judge
-from medcot_utils.evaluation.comparison import compare, compare_sampled
-from medcot_utils.evaluation.mcq.scores import compare_mcq
 
 CONFIG = load_config("smoke")
 # Closes the page's own script, makes a new one, fetches a picture, leaves an attribute, and ends a line within a script.
@@ -76,16 +74,18 @@ def fill(
 
     rows = Dataset.from_list([{"id": f"t{rows}", "Question": "a", "input_ids": [0, 9, 40, 41], "labels": [-100, -100, 40, 41]}])
     run.write("questions", questions)
-    sides = []
-    for side in (base, tuned):
-        greedy = [answer(question, *(side(question) if callable(side) else side), thinking) for question in questions]
-        sides.append([greedy, [answer(question, "A sampled one.", True, "hm", sample=1) for question in questions]])
+    base_answers, tuned_answers = (
+        [answer(question, *(side(question) if callable(side) else side), thinking) for question in questions]
+        + [answer(question, "A sampled one.", True, "hm", sample=1) for question in questions]
+        for side in (base, tuned)
+    )
     mcq = [[choice(label, index, right) for index in range(8)] for label, right in (("base", False), ("tuned", True))]
-    run.write("base_answers", [record for sample in sides[0] for record in sample])
+    run.write("base_answers", base_answers)
     run.write("base_mcq", mcq[0])
     run.write("train_rows", rows)
     run.write("held_out_rows", rows)
-    run.write("data_report", {"repeats": list(repeats), "repeats_dropped": not trained_on})
+    data_report = {"repeats": list(repeats), "repeats_dropped": not trained_on}
+    run.write("data_report", data_report)
     run.write("plan", {"rows": 117, "effective_batch": 4, "steps": 6, "trainable_parameters": 32768, "total_parameters": 10**9})
     run.write("adapter", lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"0" * 1000))
     run.write("training_log", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "eval_loss": 1.75}])
@@ -95,29 +95,28 @@ def fill(
         for i in range(8)
     ]
     run.write("held_out_loss", held_out)
-    run.write("tuned_answers", [record for sample in sides[1] for record in sample])
+    run.write("tuned_answers", tuned_answers)
     run.write("tuned_mcq", mcq[1])
 
     settings, seed = run.config.evaluation, run.config.seed
-    apart = [index for index, question in enumerate(questions) if question["id"] in trained_on]
-    clean = [index for index, question in enumerate(questions) if question["scored"] and index not in apart]
-
-    def chosen(numbers, sample):
-        return [[side[sample][i] for i in numbers] for side in sides]
-
-    def references(numbers):
-        return [questions[i]["Response"] for i in numbers]
-
-    metrics = compare(*chosen(clean, 0), references(clean), held_out, settings, seed)
-    metrics |= compare_mcq(*mcq, set(), settings)
-    both = [index for index in clean if all(side[0][index]["well_formed"] for side in sides)]
-    answered = compare(*chosen(both, 0), references(both), [], settings, seed) if both else {}
-    sampled = compare_sampled(*([one] for one in chosen(clean, 1)), references(clean), settings, seed)
-    contaminated = compare(*chosen(apart, 0), references(apart), [], settings, seed) if apart else None
-    measured = {"n_questions": len(clean), "metrics": metrics, "n_samples": 1, "sampled": sampled, "notes": list(notes)}
-    measured |= {"n_contaminated": len(apart), "contaminated": contaminated, "n_answered": len(both), "answered": answered}
-    claims = judge(metrics, answered, sampled, ["t9"] if apart else [])
-    run.write("metrics", measured | {"claims": claims})
+    scored = evaluation.score(questions, base_answers, tuned_answers, data_report)
+    metrics = evaluation.compare(scored.counted, held_out, settings, seed)
+    metrics |= evaluation.mcq.compare_mcq(*mcq, set(), settings)
+    sampled = evaluation.compare_sampled(scored.counted, settings, seed)
+    answered = evaluation.compare(scored.answered, [], settings, seed)
+    measured = evaluation.Measured(
+        n_questions=len(scored.counted),
+        metrics=metrics,
+        claims=evaluation.judge(metrics, answered, sampled, ["t9"] if scored.apart else []),
+        notes=list(notes),
+        n_samples=1,
+        sampled=sampled,
+        n_answered=len(scored.answered),
+        answered=answered,
+        n_contaminated=len(scored.apart),
+        contaminated=evaluation.compare(scored.apart, [], settings, seed) or None,
+    )
+    run.write("metrics", measured)
     run.write("merged", lambda folder: (folder / "model.safetensors").write_bytes(b"0"))
     run.write("export_check", CHECK)
     return run

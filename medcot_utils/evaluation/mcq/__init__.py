@@ -1,1 +1,11 @@
 """Multiple choice: the questions, the tasks of lm-eval that ask them (YAML beside), and the scores."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "run": ["run_tasks"],
+        "scores": ["compare_mcq", "overview", "published_scores", "scores_table", "seen_in_training", "split_seen"],
+    },
+)

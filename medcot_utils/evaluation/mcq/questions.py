@@ -1,4 +1,4 @@
-"""The rows of every source as multiple-choice questions, checked: the shipped file, a file of one's own, the Hub."""
+"""Multiple-choice questions, read from the shipped file, a local file or the Hub, and checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, TypedDict
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.paths import PACKAGE
@@ -19,12 +19,26 @@ SHIPPED_MCQ = PACKAGE / "data" / "mcq.jsonl"
 
 
 class McqError(MedcotError):
-    """The questions cannot be used or asked; the message names task, file or row, what was expected and what to do."""
+    """Say why questions cannot be used or asked: task, file or row, what was expected and what to do."""
+
+
+class McqQuestion(TypedDict):
+    """Hold a multiple-choice question, whatever its source."""
+
+    id: str  # the row's, or row-N
+    question: str
+    options: dict[str, str]  # {letter from A on: its text}
+    answer: str  # the right letter
+    specialty: str  # "" if the source names none
+
+
+# A row as its source has it: columns and types are checked by `_question`.
+Row = Mapping[str, Any]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Neither prints nor bars, warnings or log lines below ERROR from what runs inside; errors are raised as ever."""
+    """Silence prints, bars, warnings and log lines below ERROR of what runs inside; errors are raised as ever."""
     # The sink is never closed: a log handler that is made meanwhile keeps it.
     before, sink = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.WARNING)
@@ -37,7 +51,7 @@ def quiet() -> Iterator[None]:
 
 
 # Rows of the Hub's data sets in the usual shape, by the columns that lm-eval's own tasks read; PubMedQA's by its data card.
-SHAPES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+SHAPES: dict[str, Callable[[Row], Row]] = {
     "usual": dict,
     "medqa": lambda row: {
         "id": row["id"],
@@ -57,19 +71,22 @@ SHAPES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 }
 
 
-def read_questions(path: str, name: str | None = None, split: str | None = None, shape: str = "usual") -> list[dict[str, Any]]:
-    """All questions of a source, as `mcq.load_questions` describes them: `path` is `shipped`, a .jsonl file, or a data set that
-    datasets.load_dataset takes with `name` and `split`; `shape` says which columns its rows have (`SHAPES`)."""
+def read_questions(path: str, name: str | None = None, split: str | None = None, shape: str = "usual") -> list[McqQuestion]:
+    """Read all questions of a source.
+
+    `path` is `shipped`, a .jsonl file, or a data set that datasets.load_dataset takes with `name` and `split`; `shape` says
+    which columns its rows have (`SHAPES`). Raises McqError as `run.load_questions` does."""
     local = path == "shipped" or path.endswith(".jsonl")
     rows = _read_lines(SHIPPED_MCQ if path == "shipped" else Path(path)) if local else _download(path, name, split)
-    questions, left_out = {}, 0
+    questions: dict[str, McqQuestion] = {}
+    left_out = 0
     for number, row in enumerate(rows, 1):
         try:
             question = _question(SHAPES[shape](row), number)
         except McqError as error:
             if local:
                 raise McqError(f"{path}, row {number}: {error}") from None
-            left_out += 1  # nobody here can mend a data set on the Hub
+            left_out += 1  # nobody here can fix a data set on the Hub
             continue
         if question["id"] in questions:
             raise McqError(f"{path}, row {number}: the id {question['id']!r} stood there before; ids tell answers apart")
@@ -81,7 +98,7 @@ def read_questions(path: str, name: str | None = None, split: str | None = None,
     return list(questions.values())
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path) -> list[Row]:
     if not path.is_file():
         raise McqError(f"{path}: no such file")
     rows = []
@@ -93,7 +110,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _download(path: str, name: str | None, split: str | None) -> Sequence[dict[str, Any]]:
+def _download(path: str, name: str | None, split: str | None) -> Sequence[Row]:
     from datasets import load_dataset
 
     try:
@@ -104,12 +121,22 @@ def _download(path: str, name: str | None, split: str | None) -> Sequence[dict[s
         raise McqError(f"{path} cannot be had from the Hub ({reason}): check the network, or give a local .jsonl file") from error
 
 
-def _question(row: Mapping[str, Any], number: int) -> dict[str, Any]:
+def _question(row: Row, number: int) -> McqQuestion:
     answer = row["answer_idx"] if row.get("answer_idx") is not None else row.get("answer")
     for column, value in {"question": row.get("question"), "options": row.get("options"), "answer": answer}.items():
         if value in (None, "", [], {}):
             raise McqError(f"no {column}; expected question, options and answer_idx or answer (it has {', '.join(row)})")
-    given = row["options"]
+    options = _options(row["options"])
+    return {
+        "id": f"row-{number}" if row.get("id") is None else str(row["id"]),
+        "question": str(row["question"]).strip(),
+        "options": options,
+        "answer": _right_letter(answer, options),
+        "specialty": str(row.get("specialty") or ""),
+    }
+
+
+def _options(given: Any) -> dict[str, str]:
     if not isinstance(given, dict | list):
         raise McqError(f"options are {given!r}; expected a list, or an object of letters and texts")
     named = given if isinstance(given, dict) else dict(zip(ascii_uppercase, given, strict=False))
@@ -120,7 +147,11 @@ def _question(row: Mapping[str, Any], number: int) -> dict[str, Any]:
             raise McqError(
                 f"option {letter} is {'empty' if text in ('', None) else repr(text)}; expected a text for every option"
             )
-    options = {letter.upper(): str(named[letter]).strip() for letter in sorted(named)}
+    return {letter.upper(): str(named[letter]).strip() for letter in sorted(named)}
+
+
+def _right_letter(answer: Any, options: dict[str, str]) -> str:
+    """Return the letter of an answer that is given as a letter, an index from 0, or an option's text."""
     if isinstance(answer, int):
         letters = [*options][answer : answer + 1] if answer >= 0 else []
     else:
@@ -128,10 +159,4 @@ def _question(row: Mapping[str, Any], number: int) -> dict[str, Any]:
         letters = letters or [letter for letter, text in options.items() if text == str(answer).strip()]
     if not letters:
         raise McqError(f"the answer {answer!r} is no option; expected {', '.join(options)}, an index from 0, or an option's text")
-    return {
-        "id": f"row-{number}" if row.get("id") is None else str(row["id"]),
-        "question": str(row["question"]).strip(),
-        "options": options,
-        "answer": letters[0],
-        "specialty": str(row.get("specialty") or ""),
-    }
+    return letters[0]

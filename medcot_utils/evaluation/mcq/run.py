@@ -1,24 +1,27 @@
-"""Multiple-choice accuracy through lm-evaluation-harness: asked with the project's own prompt, answered after thinking, and
-read strictly. What cannot be read is counted as abstained, apart from wrong."""
+"""Ask multiple-choice questions through lm-evaluation-harness: with the project's own prompt, and read strictly.
+
+An answer that cannot be read is counted as abstained, apart from wrong."""
 
 from __future__ import annotations
 
 import difflib
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import yaml
 
 from medcot_utils.config import RunConfig
 from medcot_utils.data.prompts import inference_prompt, parse_completion
-from medcot_utils.evaluation.mcq.questions import McqError, quiet, read_questions
+from medcot_utils.evaluation.mcq.questions import McqError, McqQuestion, quiet, read_questions
 
 if TYPE_CHECKING:
+    import torch
     from datasets import DatasetDict
+    from lm_eval.models.huggingface import HFLM
     from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,6 +33,25 @@ AUTO_BATCH = 16
 ASK = 'End your response with one line of the form "Answer: X", where X is the letter of the right option.'
 
 
+class TaskRow(TypedDict):
+    """Hold a question as lm-eval's task reads it."""
+
+    prompt: str
+    options: list[str]  # in the order of their letters
+    answer: str  # the right letter
+
+
+class McqAnswer(McqQuestion):
+    """Hold a question with one model's greedy answer, a line of base_mcq.jsonl or tuned_mcq.jsonl."""
+
+    model: str  # base or tuned
+    task: str  # a name of TASK_NAMES, or a file's name
+    completion: str
+    read: str | None  # the letter that was read, see `read_answer`
+    correct: bool
+    abstained: bool  # no letter could be read; never correct
+
+
 # --- the answer ----------------------------------------------------------------------------------------------------
 
 _ASKED_LINE = re.compile(r"\s*answer\s*:(.*)", re.IGNORECASE)
@@ -38,15 +60,15 @@ _MARKUP = re.compile(r"[*_`#]")
 
 
 def read_answer(completion: str, options: Mapping[str, str]) -> str | None:
-    """The letter that a completion answers with, or None where none can be read: then the model abstained.
+    """Return the letter that a completion answers with, or None if none can be read: then the model abstained.
 
-    Read is only what follows the single `</think>`, and there only the last line that begins with `Answer:`, whatever its
-    case and Markdown emphasis. After the colon stands an option's letter, alone or in brackets, and then nothing or that
-    option's own text: not "B or C", nor "C. difficile". Not read: thinking that was never closed, was closed twice or goes on
-    after the answer; any other wording; a letter that no option has.
+    Only the last line after the single `</think>` that begins with `Answer:` is read, whatever its case and Markdown
+    emphasis. After the colon stands an option's letter, alone or in brackets, and then nothing or that option's own text:
+    not "B or C", nor "C. difficile". Thinking that was never closed, was closed twice or continues after the answer is not
+    read, nor is any other wording, nor a letter that no option has.
 
-    HuatuoGPT-o1's scorer, which most published numbers come from, counts first and last letters and reports the better total,
-    and takes the most similar option where there is no letter. This one has one reading, fixed before the result is known."""
+    HuatuoGPT-o1's scorer, which most published numbers come from, counts first and last letters and reports the better total;
+    without a letter it takes the most similar option. This one has one reading, fixed before the result is known."""
     answer = completion.partition("</think>")[2]
     if parse_completion(completion).closed != 1 or "<think>" in answer:
         return None
@@ -62,8 +84,8 @@ def _bare(text: str) -> str:
     return " ".join(_MARKUP.sub("", text).casefold().split()).strip(" .,:;()-")
 
 
-def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, int]:
-    """lm-eval's `process_results`: correct and abstained, each 0 or 1, of one row of `task_rows` and its completion."""
+def judge_row(doc: TaskRow, results: Sequence[str]) -> dict[str, int]:
+    """Return correct and abstained, each 0 or 1, of a row of `task_rows` and its completion: lm-eval's `process_results`."""
     read = read_answer(results[0], dict(zip(ascii_uppercase, doc["options"], strict=False)))
     return {"correct": int(read == doc["answer"]), "abstained": int(read is None)}
 
@@ -71,13 +93,13 @@ def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, int]:
 # --- the questions -------------------------------------------------------------------------------------------------
 
 
-def load_questions(task: str, limit: int | None = None, seed: int = 3407) -> list[dict[str, Any]]:
-    """The questions of a task by name (`TASK_NAMES`) or of a local .jsonl file: id, question, options {letter: text}, answer
-    (the right letter), specialty. `limit` of them are chosen by `choose`; fewer are all taken, and it is said.
+def load_questions(task: str, limit: int | None = None, seed: int = 3407) -> list[McqQuestion]:
+    """Return the questions of a task by name (`TASK_NAMES`) or of a local .jsonl file; `limit` of them by `choose`.
 
-    A file's rows hold question; options as {letter: text} or a list; answer_idx, or else answer, as a letter, an index from 0
-    or the option's text; id and specialty if they like. Raises McqError for an unknown task, a data set that cannot be
-    reached, and a file whose rows lack a column, repeat an id, or have an empty option or an answer that is no option."""
+    If there are fewer than `limit`, all are taken and a line says so. A file's rows hold question; options as
+    {letter: text} or a list; answer_idx, or else answer, as a letter, an index from 0 or the option's text; and optionally
+    id and specialty. Raises McqError for an unknown task, a data set that cannot be reached, and a file whose rows lack a
+    column, repeat an id, or have an empty option or an answer that is no option."""
     if task in TASK_NAMES:
         source = yaml.safe_load((TASKS / f"{task}.yaml").read_text(encoding="utf-8"))["dataset_kwargs"]
     elif task.endswith(".jsonl"):
@@ -92,10 +114,10 @@ def load_questions(task: str, limit: int | None = None, seed: int = 3407) -> lis
     return choose(questions, limit, seed)
 
 
-def choose(questions: Sequence[dict[str, Any]], limit: int | None, seed: int) -> list[dict[str, Any]]:
-    """`limit` questions (None: all) in their own order, every specialty with its share of them, the same for the same seed.
+def choose(questions: Sequence[McqQuestion], limit: int | None, seed: int) -> list[McqQuestion]:
+    """Choose `limit` questions (None: all) in their own order, every specialty with its share; the same for the same seed.
 
-    A systematic sample: sorted by specialty, in random order within each, every (n / limit)-th is taken. Each question is
+    It is a systematic sample: sorted by specialty, in random order within each, every (n / limit)-th is taken. Each question is
     equally likely, so accuracy on the sample estimates accuracy on all."""
     if limit is None or limit >= len(questions):
         return list(questions)
@@ -106,7 +128,7 @@ def choose(questions: Sequence[dict[str, Any]], limit: int | None, seed: int) ->
 
 
 def task_rows(
-    questions: Sequence[dict[str, Any]] | None = None,
+    questions: Sequence[McqQuestion] | None = None,
     newline_after_think: bool = True,
     limit: int | None = None,
     seed: int = 3407,
@@ -116,8 +138,9 @@ def task_rows(
     shape: str = "usual",
     **_: Any,
 ) -> DatasetDict:
-    """lm-eval's `custom_dataset`: the task's rows with their prompts, from questions already chosen or from the source in
-    the task's file. Other arguments are lm-eval's own metadata."""
+    """Return a task's rows (`TaskRow`), from questions already chosen or from the source in the task's file.
+
+    It is lm-eval's `custom_dataset`; other arguments are lm-eval's own metadata."""
     from datasets import Dataset, DatasetDict
 
     chosen = choose(read_questions(path, name, split, shape), limit, seed) if questions is None else questions
@@ -129,8 +152,8 @@ def task_rows(
     return DatasetDict(test=Dataset.from_dict(columns))
 
 
-def prompt(question: Mapping[str, Any], newline_after_think: bool = True) -> str:
-    """The project's inference prompt over the question, its options as lines, and the sentence that asks for the form."""
+def prompt(question: McqQuestion, newline_after_think: bool = True) -> str:
+    """Return the project's inference prompt over the question, its options as lines, and the sentence that asks for the form."""
     options = "\n".join(f"{letter}. {text}" for letter, text in question["options"].items())
     return inference_prompt(f"{question['question']}\n\n{options}\n\n{ASK}", newline_after_think)
 
@@ -149,21 +172,16 @@ def run_mcq(
     newline_after_think: bool = True,
     seed: int = 3407,
     label: str = "model",
-) -> list[dict[str, Any]]:
-    """One record per question of `load_questions`, answered greedily: model (the label), task, id, question, options, answer,
-    specialty, completion, read (the letter, or None), correct, abstained.
+) -> list[McqAnswer]:
+    """Answer every question of `load_questions` greedily; `label` says whose the answers are.
 
-    lm-eval's simple_evaluate over the loaded model, with the tasks of this package; it needs no network but for a data set
-    from the Hub. Raises McqError as `load_questions` does, and where question and new tokens exceed the model's context:
-    lm-eval would cut the question's beginning without a word."""
-    from lm_eval import evaluator
-    from lm_eval.tasks import TaskManager
+    lm-eval's simple_evaluate runs over the loaded model, with the tasks of this package; it needs no network except for a
+    data set from the Hub. Raises McqError as `load_questions` does, and if question and new tokens exceed the model's
+    context: lm-eval would cut the question's beginning without a word."""
     from tqdm.auto import tqdm
 
     questions = load_questions(task, limit, seed)
     longest = max(len(tokenizer(prompt(question, newline_after_think))["input_ids"]) for question in questions)
-    name = f"medcot_{task}" if task in TASK_NAMES else "medcot_file"
-    metadata = {"questions": questions, "newline_after_think": newline_after_think}
     with tqdm(total=len(questions), desc=f"multiple choice, {label}", unit="answer") as bar, quiet():
         harness = _harness_model(model, tokenizer, batch_size, bar)
         if longest + max_new_tokens > harness.max_length:
@@ -171,33 +189,25 @@ def run_mcq(
                 f"the longest question of {task} takes {longest} tokens: with max_new_tokens ({max_new_tokens}) more than the "
                 f"model's {harness.max_length}. Lower max_new_tokens"
             )
-        # It would ask git for this folder's commit, which complains on the terminal where there is no repository.
-        evaluator.get_git_commit_hash = lambda: None
-        results = evaluator.simple_evaluate(
-            harness,
-            tasks=[name],
-            task_manager=TaskManager(include_path=TASKS, include_defaults=False, metadata=metadata),
-            # A model's own generation_config may name another EOS, or sample.
-            gen_kwargs={"max_gen_toks": max_new_tokens, "do_sample": False, "eos_token_id": tokenizer.eos_token_id},
-            bootstrap_iters=0,
-            log_samples=True,
-            # Greedy answers draw nothing at random: the caller's generators are not seeded anew.
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
-            fewshot_random_seed=None,
-        )
-    records = []
-    for question, sample in zip(questions, sorted(results["samples"][name], key=lambda s: s["doc_id"]), strict=True):
-        completion = sample["resps"][0][0]
-        judged = {key: bool(sample[key]) for key in ("correct", "abstained")}
-        read = read_answer(completion, question["options"])
-        records.append({"model": label, "task": Path(task).name, **question, "completion": completion, "read": read, **judged})
-    return records
+        name = f"medcot_{task}" if task in TASK_NAMES else "medcot_file"
+        metadata = {"questions": questions, "newline_after_think": newline_after_think}
+        samples = _evaluate(harness, name, metadata, max_new_tokens, tokenizer.eos_token_id)
+    return [
+        {
+            "model": label,
+            "task": Path(task).name,
+            **question,
+            "completion": sample["resps"][0][0],
+            "read": read_answer(sample["resps"][0][0], question["options"]),
+            "correct": bool(sample["correct"]),
+            "abstained": bool(sample["abstained"]),
+        }
+        for question, sample in zip(questions, samples, strict=True)
+    ]
 
 
-def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, label: str) -> list[dict[str, Any]]:
-    """`run_mcq` over every task of `evaluation.mcq_tasks`, with a run's settings."""
+def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, label: str) -> list[McqAnswer]:
+    """Answer the questions of every task of `evaluation.mcq_tasks` with `run_mcq`, with a run's settings."""
     settings, batch_size = config.evaluation, config.generation.batch_size
     records = []
     for task in settings.mcq_tasks:
@@ -215,34 +225,58 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
     return records
 
 
-def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, bar: tqdm) -> Any:
+def _evaluate(harness: HFLM, name: str, metadata: dict[str, Any], max_new_tokens: int, eos_token_id: int) -> list[dict[str, Any]]:
+    """Return lm-eval's samples of one task, in the order of its rows."""
+    from lm_eval import evaluator
+    from lm_eval.tasks import TaskManager
+
+    # It would ask git for this folder's commit, which complains on the terminal where there is no repository.
+    evaluator.get_git_commit_hash = lambda: None
+    results = evaluator.simple_evaluate(
+        harness,
+        tasks=[name],
+        task_manager=TaskManager(include_path=TASKS, include_defaults=False, metadata=metadata),
+        # A model's own generation_config may name another EOS, or sample.
+        gen_kwargs={"max_gen_toks": max_new_tokens, "do_sample": False, "eos_token_id": eos_token_id},
+        bootstrap_iters=0,
+        log_samples=True,
+        # Greedy answers draw nothing at random: the caller's generators are not seeded anew.
+        random_seed=None,
+        numpy_random_seed=None,
+        torch_random_seed=None,
+        fewshot_random_seed=None,
+    )
+    return sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+
+
+def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, bar: tqdm) -> HFLM:
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
     from lm_eval.models.huggingface import HFLM
     from torch.nn.utils.rnn import pad_sequence
 
-    def in_halves(generate: Callable[..., Any], context: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        try:
-            return generate(context, *args, **kwargs)
-        except RuntimeError as error:
-            if len(context) == 1 or not should_reduce_batch_size(error):
-                raise
-        torch.cuda.empty_cache()  # out of the except block: its traceback would keep the cache alive
-        middle, mask = len(context) // 2, kwargs["attention_mask"]
-        bar.set_postfix_str(f"out of memory: {len(context)} questions in two halves")
-        halves = [
-            in_halves(generate, context[part], args, kwargs | {"attention_mask": mask[part]})
-            for part in (slice(middle), slice(middle, None))
-        ]
-        rows = [row for half in halves for row in half]
-        return pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-
     class CountedHFLM(HFLM):
-        """lm-eval's own, with a progress bar that says whose answers these are; a batch too large for the GPU is halved."""
+        """Extend lm-eval's own by a progress bar that says whose answers these are, and halve a batch too large for the GPU."""
 
-        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
-            sequences = in_halves(super()._model_generate, context, args, kwargs)
+        def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            sequences = self._generate_halving(context, args, kwargs)
             bar.update(len(context))
             return sequences
+
+        def _generate_halving(self, context: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+            try:
+                return super()._model_generate(context, *args, **kwargs)
+            except RuntimeError as error:
+                if len(context) == 1 or not should_reduce_batch_size(error):
+                    raise
+            torch.cuda.empty_cache()  # out of the except block: its traceback would keep the cache alive
+            middle, mask = len(context) // 2, kwargs["attention_mask"]
+            bar.set_postfix_str(f"out of memory: {len(context)} questions in two halves")
+            rows = [
+                row
+                for part in (slice(middle), slice(middle, None))
+                for row in self._generate_halving(context[part], args, kwargs | {"attention_mask": mask[part]})
+            ]
+            return pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
 
     return CountedHFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)

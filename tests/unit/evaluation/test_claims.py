@@ -9,9 +9,10 @@ import pytest
 
 from medcot_utils.config import load_config
 from medcot_utils.evaluation.claims import ARTICLE_CLAIM, CLAIMS, DOES_NOT, HOLDS, SMALLEST, claims_table, judge
-from medcot_utils.evaluation.comparison import compare, compare_sampled
+from medcot_utils.evaluation.comparison import compare
 from medcot_utils.evaluation.mcq.scores import compare_mcq
 from medcot_utils.evaluation.metrics import METRICS
+from medcot_utils.evaluation.scored_set import score
 
 CONFIG = load_config("smoke", ["model.load_in_4bit=false", "generation.max_new_tokens=12"])
 SETTINGS = CONFIG.evaluation  # 95 %, 500 resamples
@@ -58,7 +59,14 @@ def drawn(seed, n=QUESTIONS, **truth):
     return answers, held_out, choices
 
 
-def judged(base, tuned, seed=7, samples=None):
+def all_scored(base, tuned, questions=None):
+    """A scored set of greedy answers, in which every question counts."""
+    questions = questions or [{"id": record["id"], "scored": True, "Response": " ".join(REFERENCE)} for record in base]
+    sides = ([record | {"sample": 0} for record in side] for side in (base, tuned))
+    return score(questions, *sides, {"repeats": [], "repeats_dropped": True})
+
+
+def judged(base, tuned, seed=7):
     """{the claim's first metric: verdict}, by the way that notebook 06 goes."""
     held_out = [
         {"model": label, "id": f"h{index}", "nll": float(nll), "tokens": int(tokens)}
@@ -66,16 +74,11 @@ def judged(base, tuned, seed=7, samples=None):
         for index, (nll, tokens) in enumerate(side[1])
     ]
 
-    def compared(chosen, losses):
-        sides = ([side[0][index] for index in chosen] for side in (base, tuned))
-        return compare(*sides, [" ".join(REFERENCE)] * len(chosen), losses, SETTINGS, seed)
-
-    everything = range(len(base[0]))
-    both = [index for index in everything if base[0][index]["well_formed"] and tuned[0][index]["well_formed"]]
-    metrics = compared(everything, held_out) | compare_mcq(base[2], tuned[2], set(), SETTINGS)
-    answered = metrics if len(both) == len(base[0]) else compared(both, []) if both else {}
-    sampled = {} if samples is None else compare_sampled(*samples, [" ".join(REFERENCE)] * len(base[0]), SETTINGS, seed)
-    verdicts = {record["claim"]: record["verdict"] for record in judge(metrics, answered, sampled)}
+    scored = all_scored(base[0], tuned[0])
+    metrics = compare(scored.counted, held_out, SETTINGS, seed) | compare_mcq(base[2], tuned[2], set(), SETTINGS)
+    all_answered = len(scored.answered) == len(scored.counted)
+    answered = metrics if all_answered else compare(scored.answered, [], SETTINGS, seed)
+    verdicts = {record["claim"]: record["verdict"] for record in judge(metrics, answered, {})}
     return {metric: verdicts[text] for metric, text in BY_METRIC.items()}
 
 
@@ -132,8 +135,8 @@ def test_a_real_model_with_an_adapter_of_zeros_makes_no_claim_hold():
     tuned, tuned_losses = side(tuned_model, "tuned")
     assert len({record["completion"] for sample in base for record in sample}) > 12, "equal answers would compare nothing"
     for before, after in zip(base, tuned, strict=True):
-        references = [question["Response"] for question in questions]
-        metrics = compare(before, after, references, base_losses + tuned_losses, SETTINGS, 7)
+        scored = all_scored(before, after, questions)
+        metrics = compare(scored.counted, base_losses + tuned_losses, SETTINGS, 7)
         loss, *others, unmeasured, _ = judge(metrics, metrics, metrics)  # as if all were answered in full form
         assert loss["verdict"].endswith("differs by less than 0.01")
         assert all(has_no_effect(record["verdict"]) for record in others)

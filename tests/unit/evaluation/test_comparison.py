@@ -17,6 +17,7 @@ from medcot_utils.evaluation.comparison import (
 )
 from medcot_utils.evaluation.intervals import questions_needed
 from medcot_utils.evaluation.metrics import METRICS, answer_columns
+from medcot_utils.evaluation.scored_set import pair_answers
 
 CONFIG = load_config("smoke", ["model.load_in_4bit=false"])
 SETTINGS = CONFIG.evaluation  # 95 %, 500 resamples
@@ -42,6 +43,26 @@ def answers(n=30, well_formed=0, bullets=0, shift=0, text="the mitral valve"):
     ]
 
 
+def paired(base, tuned, reference="the mitral valve"):
+    return all_answered({"base": base, "tuned": tuned}, reference)
+
+
+def all_answered(given, reference="the mitral valve"):
+    """Questions with the greedy answers of several models."""
+    asked = [{"id": record["id"], "Response": reference} for record in next(iter(given.values()))]
+    return pair_answers(asked, {label: [r | {"sample": 0} for r in records] for label, records in given.items()})
+
+
+def all_sampled(base, tuned):
+    """Questions with samples of two models; `base[k]` holds sample k of every question."""
+    given = {"base": base, "tuned": tuned}
+    answers = {
+        label: [r | {"sample": k} for k, records in enumerate([samples[0], *samples]) for r in records]
+        for label, samples in given.items()
+    }
+    return pair_answers([{"id": record["id"], "Response": "x"} for record in base[0]], answers)
+
+
 def losses(base=2.0, tuned=2.0, n=30):
     tokens = np.random.default_rng(2).integers(50, 300, size=n)
     pairs = (("base", base), ("tuned", tuned))
@@ -52,8 +73,8 @@ def losses(base=2.0, tuned=2.0, n=30):
     ]
 
 
-def compared(base, tuned, held_out=None, references=None):
-    return compare(base, tuned, references or ["the mitral valve"] * len(base), held_out or losses(), SETTINGS, 7)
+def compared(base, tuned, held_out=None):
+    return compare(paired(base, tuned), held_out or losses(), SETTINGS, 7)
 
 
 def test_identical_answers_differ_by_nothing_and_nothing_is_claimed():
@@ -107,16 +128,16 @@ def test_yes_or_no_metrics_and_no_others_have_the_exact_p_at_the_settings_level(
     }
     assert metrics["closed_think_rate"]["difference"]["p"] == pytest.approx(2 / 2**24)
     strict = SETTINGS.model_copy(update={"confidence_level": 0.99})
-    found = compare(answers(6), answers(6, well_formed=6), ["x"] * 6, [], strict, 7)["closed_think_rate"]
+    found = compare(paired(answers(6), answers(6, well_formed=6)), [], strict, 7)["closed_think_rate"]
     assert (found["difference"]["p"], found["difference"]["alpha"]) == (2 / 64, 0.01)
     assert verdict("closed_think_rate", found) == "no difference shown with 6 questions"
 
 
 def test_three_of_three_questions_changed_are_no_clear_difference_and_six_are_one():
-    three = compare(answers(3), answers(3, well_formed=3), ["x"] * 3, [], SETTINGS, 7)["closed_think_rate"]
+    three = compare(paired(answers(3), answers(3, well_formed=3)), [], SETTINGS, 7)["closed_think_rate"]
     assert (three["difference"]["value"], three["difference"]["high"], three["difference"]["p"]) == (1, 1, 0.25)
     assert verdict("closed_think_rate", three) == "no difference shown with 3 questions"
-    six = compare(answers(6), answers(6, well_formed=6), ["x"] * 6, [], SETTINGS, 7)["closed_think_rate"]
+    six = compare(paired(answers(6), answers(6, well_formed=6)), [], SETTINGS, 7)["closed_think_rate"]
     assert verdict("closed_think_rate", six) == "rose, better"
 
 
@@ -125,12 +146,12 @@ def test_three_questions_show_nothing_of_a_length_either():
     tuned = answers(3)
     for record, more in zip(tuned, (5, 9, 14), strict=True):
         record["thinking_tokens"] += more
-    found = compare(answers(3), tuned, ["x"] * 3, [], SETTINGS, 7)["thinking_tokens"]
+    found = compare(paired(answers(3), tuned), [], SETTINGS, 7)["thinking_tokens"]
     assert verdict("thinking_tokens", found) == "no difference shown with 3 questions"
 
 
 def test_one_question_is_compared_without_intervals():
-    metrics = compare(answers(1), answers(1, well_formed=1, shift=4), ["x"], losses(2.0, 1.5, 1), SETTINGS, 7)
+    metrics = compare(paired(answers(1), answers(1, well_formed=1, shift=4)), losses(2.0, 1.5, 1), SETTINGS, 7)
     assert metrics["thinking_tokens"]["difference"] == {
         "value": 4,
         "low": None,
@@ -166,7 +187,7 @@ def test_needed_for_a_loss_is_told_from_its_rows_and_the_same_for_perplexity():
 
 
 def test_without_losses_the_two_metrics_of_them_are_left_out():
-    metrics = compare(answers(), answers(), ["x"] * 30, [], SETTINGS, 7)
+    metrics = compare(paired(answers(), answers()), [], SETTINGS, 7)
     assert set(metrics) == COMPARED - {"eval_loss", "perplexity"}
 
 
@@ -222,17 +243,17 @@ def test_any_number_of_models_are_each_compared_with_the_first():
         for record in losses(2.0, value)
         if label == "short" or record["model"] == "tuned"
     ]
-    references = ["the mitral valve"] * 30
-    found = compare_all(given, references, held_out, SETTINGS, 7)
+    found = compare_all(all_answered(given), held_out, SETTINGS, 7)
     assert list(found) == ["short", "long"]
-    assert found["short"] == compare(given["plain"], given["short"], references, losses(2.0, 1.5), SETTINGS, 7)
-    assert found["long"] == compare(given["plain"], given["long"], references, losses(2.0, 2.5), SETTINGS, 7)
+    assert found["short"] == compare(paired(given["plain"], given["short"]), losses(2.0, 1.5), SETTINGS, 7)
+    assert found["long"] == compare(paired(given["plain"], given["long"]), losses(2.0, 2.5), SETTINGS, 7)
     assert found["long"]["eval_loss"]["difference"]["value"] == pytest.approx(0.5)
 
 
 def test_a_model_without_losses_is_compared_by_its_answers_alone():
     given = {"base": answers(), "one": answers(), "other": answers()}
-    found = compare_all(given, ["x"] * 30, [r | {"model": r["model"].replace("tuned", "one")} for r in losses()], SETTINGS, 7)
+    held_out = [r | {"model": r["model"].replace("tuned", "one")} for r in losses()]
+    found = compare_all(all_answered(given), held_out, SETTINGS, 7)
     assert set(found["one"]) == COMPARED and set(found["other"]) == COMPARED - {"eval_loss", "perplexity"}
 
 
@@ -242,7 +263,7 @@ def sample(lengths, **changes):
 
 def test_of_several_samples_each_question_counts_with_its_mean():
     base, tuned = [sample([2, 10]), sample([4, 20])], [sample([9, 11]), sample([11, 21])]
-    found = compare_sampled(base, tuned, ["x"] * 2, SETTINGS, 7)
+    found = compare_sampled(all_sampled(base, tuned), SETTINGS, 7)
     words = found["thinking_words"]
     assert (words["base"]["value"], words["tuned"]["value"], words["difference"]["n"]) == (9, 13, 2)
     # The means of the two questions rose by 7 and by 1: what is resampled lies between them.
@@ -252,8 +273,8 @@ def test_of_several_samples_each_question_counts_with_its_mean():
 
 def test_one_sample_is_compared_as_the_greedy_answers_are():
     base, tuned = answers(well_formed=3), answers(well_formed=27)
-    found = compare_sampled([base], [tuned], ["x"] * 30, SETTINGS, 7)
-    assert found == compare(base, tuned, ["x"] * 30, [], SETTINGS, 7)
+    found = compare_sampled(all_sampled([base], [tuned]), SETTINGS, 7)
+    assert found == compare(paired(base, tuned, "x"), [], SETTINGS, 7)
 
 
 def test_more_samples_of_the_same_questions_do_not_narrow_the_interval_as_more_questions_would():
@@ -263,7 +284,7 @@ def test_more_samples_of_the_same_questions_do_not_narrow_the_interval_as_more_q
         # Questions differ by 60 words, the samples of one question by 10.
         usual = generator.normal(200, 60, size=n_questions)
         samples = [sample(generator.normal(usual, 10).clip(1)) for _ in range(n_samples)]
-        words = compare_sampled(samples, samples, ["x"] * n_questions, SETTINGS, 7)["thinking_words"]["base"]
+        words = compare_sampled(all_sampled(samples, samples), SETTINGS, 7)["thinking_words"]["base"]
         return words["high"] - words["low"]
 
     few, sampled, many = width(16, 1), width(16, 16), width(256, 1)
@@ -273,15 +294,15 @@ def test_more_samples_of_the_same_questions_do_not_narrow_the_interval_as_more_q
 
 def test_three_questions_show_nothing_however_many_samples_each_has():
     base, tuned = ([sample([5] * 3, well_formed=closed)] * 4 for closed in (False, True))
-    found = compare_sampled(base, tuned, ["x"] * 3, SETTINGS, 7)["closed_think_rate"]
+    found = compare_sampled(all_sampled(base, tuned), SETTINGS, 7)["closed_think_rate"]
     assert verdict("closed_think_rate", found) == "no difference shown with 3 questions"
 
 
 def test_samples_of_other_questions_or_of_another_number_are_refused():
     with pytest.raises(ValueError, match="different questions"):
-        compare_sampled([answers(), answers()], [answers(), answers()[::-1]], ["x"] * 30, SETTINGS, 7)
-    with pytest.raises(ValueError, match="zip"):
-        compare_sampled([answers(), answers()], [answers()], ["x"] * 30, SETTINGS, 7)
+        all_sampled([answers(), answers()], [answers(), answers()[::-1]])
+    with pytest.raises(ValueError, match="numbers of samples"):
+        all_sampled([answers(), answers()], [answers()])
 
 
 # --- before a model is loaded --------------------------------------------------------------------------------------
@@ -291,12 +312,12 @@ def test_what_the_evaluation_needs_is_looked_at_before_a_model_is_loaded(tmp_pat
     from medcot_utils.config import load_config
     from medcot_utils.evaluation.comparison import check_usable
     from medcot_utils.evaluation.mcq.run import McqError
-    from medcot_utils.evaluation.metrics import MeasureError
+    from medcot_utils.evaluation.metrics import MetricError
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert check_usable(load_config("smoke", ["evaluation.mcq_limit=4", "evaluation.mcq_tasks=[shipped, shipped]"])) == 8
     assert check_usable(load_config("smoke", ["evaluation.mcq_tasks=[]"])) == 0
     with pytest.raises(McqError, match=r"nowhere\.jsonl"):
         check_usable(load_config("smoke", [f"evaluation.mcq_tasks=[{tmp_path / 'nowhere.jsonl'}]"]))
-    with pytest.raises(MeasureError, match="nowhere"):
+    with pytest.raises(MetricError, match="nowhere"):
         check_usable(load_config("smoke", [f"evaluation.embedding_model={tmp_path / 'nowhere'}"]))

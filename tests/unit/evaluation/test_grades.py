@@ -10,7 +10,15 @@ import pytest
 from medcot_utils.cli.grading_page import Desk, serve
 from medcot_utils.cli.web import HOST
 from medcot_utils.config import load_config
-from medcot_utils.evaluation.grades import GRADES, GradingError, cohen_kappa, describe, read_grades, read_pairs, win_rate
+from medcot_utils.evaluation.grades import (
+    GRADES,
+    GradingError,
+    cohen_kappa,
+    describe_grades,
+    read_grades,
+    read_pairs,
+    summarize_grades,
+)
 from medcot_utils.run.directory import Run, RunError
 
 QUESTIONS = 12
@@ -156,41 +164,41 @@ def test_forwards_past_what_is_judged_and_back_through_it(run):
 def test_the_win_rate_is_the_exact_binomial_one(run):
     wins = {f"q{i}": "tuned" if i < 7 else "base" for i in range(10)}
     judge(run, wins | {"q10": "tie", "q11": "both_wrong", "article": "tuned"})
-    graded = win_rate(run)
-    assert graded["counts"] == {"base": 3, "tuned": 7, "tie": 1, "both_wrong": 1, "split": 0}
-    assert (graded["n"], graded["of"], graded["stale"], graded["kappa"]) == (12, 12, 0, [])
+    graded = summarize_grades(run)
+    assert graded.counts == {"base": 3, "tuned": 7, "tie": 1, "both_wrong": 1, "split": 0}
+    assert (graded.n, graded.of, graded.stale, graded.kappas) == (12, 12, 0, [])
     # 7 of 10: the 0.025 and 0.975 quantiles of Beta(7, 4) and Beta(8, 3); p = 2 * (120 + 45 + 10 + 1) / 1024.
-    assert graded["win_rate"] == pytest.approx({"value": 0.7, "low": 0.34755, "high": 0.93326, "n": 10}, abs=1e-5)
-    assert graded["p"] == pytest.approx(0.34375)
-    assert graded["graders"] == {"grader": {"tuned": 7, "base": 3, "tie": 1, "both_wrong": 1}}
-    assert "0.70 [0.35, 0.93] of 10 decided pairs" in describe(graded) and "p = 0.34" in describe(graded)
-    narrow = win_rate(Run(run.path, load_config("smoke", ["evaluation.confidence_level=0.8"])))["win_rate"]
+    assert graded.win_rate == pytest.approx({"value": 0.7, "low": 0.34755, "high": 0.93326, "n": 10}, abs=1e-5)
+    assert graded.p == pytest.approx(0.34375)
+    assert graded.graders == {"grader": {"tuned": 7, "base": 3, "tie": 1, "both_wrong": 1}}
+    assert "0.70 [0.35, 0.93] of 10 decided pairs" in describe_grades(graded) and "p = 0.34" in describe_grades(graded)
+    narrow = summarize_grades(Run(run.path, load_config("smoke", ["evaluation.confidence_level=0.8"]))).win_rate
     assert narrow["low"] > 0.4 and narrow["high"] < 0.91
 
 
 def test_nothing_graded_is_none_and_nothing_decided_has_no_rate(run):
-    assert win_rate(run) is None and describe(None) == "nothing is graded yet"
+    assert summarize_grades(run) is None and describe_grades(None) == "nothing is graded yet"
     judge(run, {"article": "tuned"})
-    assert win_rate(run) is None, "a question shown only is not counted"
+    assert summarize_grades(run) is None, "a question shown only is not counted"
     judge(run, {"q0": "tie"})
-    graded = win_rate(run)
-    assert graded["win_rate"] == {"value": None, "low": None, "high": None, "n": 0} and graded["p"] is None and graded["n"] == 1
-    assert "decided" not in describe(graded)
+    graded = summarize_grades(run)
+    assert graded.win_rate is None and graded.p is None and graded.n == 1
+    assert "decided" not in describe_grades(graded)
 
 
 def test_a_question_that_a_training_row_repeats_is_not_counted(run):
     judge(run, {"q0": "tuned", "q1": "base"})
     run.write("data_report", {"repeats": [{"question_id": "q0"}], "repeats_dropped": False})
-    graded = win_rate(run)
-    assert graded["counts"]["tuned"] == 0 and (graded["win_rate"]["n"], graded["of"]) == (1, 11)
+    graded = summarize_grades(run)
+    assert graded.counts["tuned"] == 0 and (graded.win_rate["n"], graded.of) == (1, 11)
     run.write("data_report", {"repeats": [{"question_id": "q0"}], "repeats_dropped": True})
-    assert win_rate(run)["win_rate"]["n"] == 2
+    assert summarize_grades(run).win_rate["n"] == 2
 
 
 def test_a_later_judgement_replaces_the_earlier_of_the_same_grader(run):
     judge(run, {"q0": "tuned", "q1": "tuned"})
     judge(run, {"q0": "base"})
-    assert win_rate(run)["counts"] | {"split": 0} == {"base": 1, "tuned": 1, "tie": 0, "both_wrong": 0, "split": 0}
+    assert summarize_grades(run).counts | {"split": 0} == {"base": 1, "tuned": 1, "tie": 0, "both_wrong": 0, "split": 0}
     assert len(read_grades(run)) == 3
 
 
@@ -199,28 +207,28 @@ def test_judgements_of_answers_that_have_changed_do_not_count(run):
     changed = run.read("tuned_answers")
     changed[1]["answer"] = "another"
     run.write("tuned_answers", changed)
-    graded = win_rate(run)
-    assert graded["counts"]["tuned"] == 0 and graded["n"] == 1 and graded["stale"] == 1
-    assert "not counted: 1 judgement(s)" in describe(graded)
+    graded = summarize_grades(run)
+    assert graded.counts["tuned"] == 0 and graded.n == 1 and graded.stale == 1
+    assert "not counted: 1 judgement(s)" in describe_grades(graded)
     desk = Desk(run, "grader")
     assert desk.stale == 1 and desk.next_pair().id == "q0", "it is asked again"
     judge(run, {"q0": "base"})
-    graded = win_rate(run)
-    assert graded["counts"]["base"] == 2 and graded["stale"] == 0
+    graded = summarize_grades(run)
+    assert graded.counts["base"] == 2 and graded.stale == 0
 
 
 def test_with_several_graders_a_question_counts_once(run):
     judge(run, {"q0": "tuned", "q1": "tuned", "q2": "tie", "q3": "base"}, "x")
     judge(run, {"q0": "tuned", "q1": "base", "q2": "tie"}, "y")
     judge(run, {"q0": "base"}, "z")
-    graded = win_rate(run)
-    assert graded["counts"] == {"base": 1, "tuned": 1, "tie": 1, "both_wrong": 0, "split": 1}
-    assert graded["win_rate"]["n"] == 2 and graded["n"] == 4
-    found = {tuple(kappa["graders"]): (kappa["value"], kappa["n"]) for kappa in graded["kappa"]}
+    graded = summarize_grades(run)
+    assert graded.counts == {"base": 1, "tuned": 1, "tie": 1, "both_wrong": 0, "split": 1}
+    assert graded.win_rate["n"] == 2 and graded.n == 4
+    found = {kappa.graders: (kappa.value, kappa.n) for kappa in graded.kappas}
     # x and y agree on 2 of 3; by chance on (2 * 1 + 0 * 1 + 1 * 1) / 9.
     assert found[("x", "y")] == (pytest.approx((2 / 3 - 3 / 9) / (1 - 3 / 9)), 3)
     assert found[("x", "z")] == (0.0, 1) and found[("y", "z")] == (0.0, 1)
-    assert "Cohen's kappa of x and y: 0.50, on 3 questions" in describe(graded)
+    assert "Cohen's kappa of x and y: 0.50, on 3 questions" in describe_grades(graded)
 
 
 def test_kappa_is_cohens():

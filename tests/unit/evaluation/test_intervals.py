@@ -7,15 +7,17 @@ import pytest
 
 from medcot_utils.config import load_config
 from medcot_utils.evaluation.intervals import (
+    estimate,
+    estimate_share,
+    estimate_share_difference,
     exact_p,
     exact_power,
     format_interval,
-    interval,
     is_clear,
+    mean_of,
     questions_needed,
-    rate,
-    rate_difference,
-    rate_questions_needed,
+    ratio_of,
+    share_questions_needed,
 )
 
 SETTINGS = load_config("smoke").evaluation  # 95 %, 500 resamples
@@ -26,33 +28,34 @@ SETTINGS = load_config("smoke").evaluation  # 95 %, 500 resamples
 
 def test_the_interval_of_known_data():
     values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    found = interval(np.mean, [values], SETTINGS, 0)
+    found = estimate(mean_of(values), 5, SETTINGS, 0)
     assert (found["value"], found["n"]) == (3.0, 5)
     # Student's, 2.776 standard errors of sqrt(2.5 / 5) on either side; the resamples' own tails are a little shorter.
     assert found["low"] == pytest.approx(3 - 1.96, abs=0.4) and found["high"] == pytest.approx(3 + 1.96, abs=0.4)
 
 
 def test_one_question_has_a_value_and_no_interval():
-    assert interval(np.mean, [np.array([4.0])], SETTINGS, 0) == {"value": 4.0, "low": None, "high": None, "n": 1}
+    assert estimate(mean_of(np.array([4.0])), 1, SETTINGS, 0) == {"value": 4.0, "low": None, "high": None, "n": 1}
 
 
 def test_the_interval_is_the_same_with_the_same_seed_and_wider_with_more_confidence():
     values = np.random.default_rng(3).normal(size=40)
-    narrow = interval(np.mean, [values], SETTINGS, 5)
-    assert narrow == interval(np.mean, [values], SETTINGS, 5)
-    wide = interval(np.mean, [values], SETTINGS.model_copy(update={"confidence_level": 0.99}), 5)
+    narrow = estimate(mean_of(values), 40, SETTINGS, 5)
+    assert narrow == estimate(mean_of(values), 40, SETTINGS, 5)
+    wide = estimate(mean_of(values), 40, SETTINGS.model_copy(update={"confidence_level": 0.99}), 5)
     assert wide["high"] - wide["low"] > 1.1 * (narrow["high"] - narrow["low"])
 
 
 def drawn_lengths(n):
-    return lambda generator: [generator.normal(2.0, 3.0, size=n)]
+    return lambda generator: (mean_of(generator.normal(2.0, 3.0, size=n)), n)
 
 
 def drawn_skewed_differences(n):
     # Questions differ by far more than the models do, and what the tuned adds is skewed.
     def draw(generator):
         base = generator.normal(200, 60, size=n)
-        return [base, base + generator.gamma(2, 10, size=n)]
+        before, after = mean_of(base), mean_of(base + generator.gamma(2, 10, size=n))
+        return lambda drawn: after(drawn) - before(drawn), n
 
     return draw
 
@@ -61,39 +64,31 @@ def drawn_losses(n):
     # Longer rows have a lower loss, so that the mean over rows (1.13) is not the loss per token.
     def draw(generator):
         tokens = generator.integers(50, 300, size=n).astype(float)
-        return [tokens * (2 - tokens / 200 + generator.normal(0, 0.3, size=n)), tokens]
+        return ratio_of(tokens * (2 - tokens / 200 + generator.normal(0, 0.3, size=n)), tokens), n
 
     return draw
 
 
-def per_token(nll, tokens, axis=-1):
-    return nll.sum(axis=axis) / tokens.sum(axis=axis)
-
-
-def difference(base, tuned, axis=-1):
-    return tuned.mean(axis=axis) - base.mean(axis=axis)
-
-
 _TOKENS = np.arange(50, 300)
-LOSS = per_token(_TOKENS * (2 - _TOKENS / 200), _TOKENS)
+LOSS = float((_TOKENS * (2 - _TOKENS / 200)).sum() / _TOKENS.sum())
 
 
 @pytest.mark.parametrize(
-    ("statistic", "draw", "truth"),
+    ("draw", "truth"),
     [
-        (np.mean, drawn_lengths(12), 2.0),
-        (np.mean, drawn_lengths(24), 2.0),
-        (difference, drawn_skewed_differences(60), 20.0),
-        (per_token, drawn_losses(24), LOSS),
+        (drawn_lengths(12), 2.0),
+        (drawn_lengths(24), 2.0),
+        (drawn_skewed_differences(60), 20.0),
+        (drawn_losses(24), LOSS),
     ],
     ids=["mean of 12", "mean of 24", "skewed difference of 60", "loss per token of 24"],
 )
-def test_a_95_percent_interval_covers_the_truth_about_95_times_in_100(statistic, draw, truth):
+def test_a_95_percent_interval_covers_the_truth_about_95_times_in_100(draw, truth):
     simulations, settings = 1500, SETTINGS.model_copy(update={"n_resamples": 1500})
     generator = np.random.default_rng(3407)
     hits = 0
     for index in range(simulations):
-        found = interval(statistic, draw(generator), settings, index)
+        found = estimate(*draw(generator), settings, index)
         hits += found["low"] <= truth <= found["high"]
     print(hits / simulations)
     assert 0.93 <= hits / simulations <= 0.97
@@ -103,7 +98,7 @@ def test_of_24_very_skewed_lengths_it_covers_nearly_nine_times_in_ten_and_notebo
     generator, settings = np.random.default_rng(1), SETTINGS.model_copy(update={"n_resamples": 1000})
     hits = 0
     for index in range(800):
-        found = interval(np.mean, [generator.lognormal(0, 1, size=24)], settings, index)
+        found = estimate(mean_of(generator.lognormal(0, 1, size=24)), 24, settings, index)
         hits += found["low"] <= np.exp(0.5) <= found["high"]
     assert 0.85 <= hits / 800 <= 0.92
 
@@ -112,12 +107,12 @@ def test_of_24_very_skewed_lengths_it_covers_nearly_nine_times_in_ten_and_notebo
 
 
 def test_the_interval_of_a_share_is_wilsons_and_has_a_width_where_all_are_alike():
-    found = rate(np.array([1.0] * 24), 0.95)
+    found = estimate_share(np.array([1.0] * 24), 0.95)
     # Wilson with z = 1.96: n / (n + z^2) below, 1 above.
     assert (found["value"], found["high"], found["n"]) == (1, 1, 24) and found["low"] == pytest.approx(
         24 / (24 + 3.8415), abs=1e-4
     )
-    assert rate(np.array([0.0, 1.0]), 0.95)["low"] > 0
+    assert estimate_share(np.array([0.0, 1.0]), 0.95)["low"] > 0
 
 
 @pytest.mark.parametrize("truth", [0.04, 0.5, 0.96])
@@ -127,7 +122,7 @@ def test_the_interval_of_a_share_covers_it_about_95_times_in_100_also_near_0_and
 
     covered = 0.0
     for right in range(n + 1):  # every outcome with its probability: nothing is simulated
-        found = rate(np.array([1.0] * right + [0.0] * (n - right)), 0.95)
+        found = estimate_share(np.array([1.0] * right + [0.0] * (n - right)), 0.95)
         covered += binom.pmf(right, n, truth) * (found["low"] <= truth <= found["high"])
     assert 0.93 <= covered <= 0.99
 
@@ -139,13 +134,13 @@ def columns(both, only_base, only_tuned, neither):
 
 def test_the_interval_of_a_paired_difference_is_newcombes():
     # The example of Newcombe 1998, table II: 36 and 2 against 12 and 0 of 50; method 10 gives 0.0569 to 0.3404.
-    found = rate_difference(*columns(36, 2, 12, 0), SETTINGS)
+    found = estimate_share_difference(*columns(36, 2, 12, 0), SETTINGS)
     assert (found["value"], found["low"], found["high"]) == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
     assert found["p"] == exact_p(*columns(36, 2, 12, 0)) and found["changed"] == pytest.approx(14 / 50)
 
 
 def test_of_equal_answers_the_difference_has_a_width_that_shrinks_with_the_questions():
-    few, many = (rate_difference(*columns(n, 0, 0, n), SETTINGS) for n in (10, 1000))
+    few, many = (estimate_share_difference(*columns(n, 0, 0, n), SETTINGS) for n in (10, 1000))
     assert few["low"] == -few["high"] < many["low"] < 0 == few["value"] and few["p"] == 1
     assert not is_clear(few)
 
@@ -153,10 +148,10 @@ def test_of_equal_answers_the_difference_has_a_width_that_shrinks_with_the_quest
 @pytest.mark.parametrize("truth", [(0.0, 0.0, 0.96), (0.3, 0.1, 0.3), (0.05, 0.02, 0.2), (0.5, 0.15, 0.15)], ids=str)
 @pytest.mark.parametrize("n", [24, 60])
 def test_the_interval_of_a_paired_difference_covers_it_at_least_as_often_as_it_says(truth, n, monkeypatch):
-    monkeypatch.setattr("medcot_utils.evaluation.intervals.rate_questions_needed", lambda *given: None)  # takes most of the time
+    monkeypatch.setattr("medcot_utils.evaluation.intervals.share_questions_needed", lambda *given: None)  # takes most of the time
     generator, hits = np.random.default_rng(5), 0
     for _ in range(1500):
-        found = rate_difference(*columns(*generator.multinomial(n, [*truth, 1 - sum(truth)])), SETTINGS)
+        found = estimate_share_difference(*columns(*generator.multinomial(n, [*truth, 1 - sum(truth)])), SETTINGS)
         hits += found["low"] <= truth[2] - truth[1] <= found["high"]
     assert 0.92 <= hits / 1500 <= 0.99
 
@@ -227,7 +222,7 @@ def test_no_number_of_questions_shows_a_difference_that_is_none():
 
 @pytest.mark.parametrize(("changed", "size"), [(0.7, 0.7), (0.3, 0.3), (0.5, 0.2), (0.167, -0.167)])
 def test_with_as_many_questions_as_needed_mcnemars_test_is_clear_four_times_in_five(changed, size):
-    n, generator = rate_questions_needed(changed, size), np.random.default_rng(3)
+    n, generator = share_questions_needed(changed, size), np.random.default_rng(3)
     up, down = (changed + size) / 2, (changed - size) / 2
     clear = 0
     for only_base, only_tuned, neither in generator.multinomial(n, [down, up, 1 - changed], size=1500):
@@ -237,9 +232,9 @@ def test_with_as_many_questions_as_needed_mcnemars_test_is_clear_four_times_in_f
 
 
 def test_questions_needed_for_a_share_are_never_fewer_than_can_show_anything():
-    assert rate_questions_needed(1.0, 1.0) == 6 and rate_questions_needed(0.3, 0.0) is None
-    assert rate_questions_needed(0.3, 0.05) > 900
-    assert rate_questions_needed(0.05, 0.2) == rate_questions_needed(0.2, 0.2), (
+    assert share_questions_needed(1.0, 1.0) == 6 and share_questions_needed(0.3, 0.0) is None
+    assert share_questions_needed(0.3, 0.05) > 900
+    assert share_questions_needed(0.05, 0.2) == share_questions_needed(0.2, 0.2), (
         "models that differ on fewer cannot be so far apart"
     )
 

@@ -7,14 +7,14 @@ import pytest
 
 from medcot_utils.evaluation.metrics import (
     METRICS,
-    MeasureError,
+    MetricError,
     answer_columns,
     chrf,
+    count_paragraphs,
     embedder,
     embedding_similarity,
     is_bullet_list,
-    measure,
-    paragraphs,
+    measure_answer,
     repetition,
     rouge_l,
     sampled_columns,
@@ -62,7 +62,7 @@ def test_a_bullet_list_is_two_lines_with_a_bullet_or_a_number(answer, expected):
     ],
 )
 def test_paragraphs_are_what_blank_lines_part(text, expected):
-    assert paragraphs(text) == expected
+    assert count_paragraphs(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_paragraphs_are_what_blank_lines_part(text, expected):
     ids=["one block", "two blocks", "a list", "one bullet", "no answer, one block", "no answer, two blocks", "nothing"],
 )
 def test_one_paragraph_is_exactly_one_that_is_no_list_and_without_an_answer_the_thinking_counts(thinking, answer, expected):
-    assert measure(record(thinking, answer), REFERENCE)["one_paragraph_rate"] == expected
+    assert measure_answer(record(thinking, answer), REFERENCE)["one_paragraph_rate"] == expected
 
 
 # --- repetition ----------------------------------------------------------------------------------------------------
@@ -113,8 +113,8 @@ def test_a_loop_comes_near_1_and_normal_text_stays_near_0():
 
 
 def test_thinking_that_the_answer_says_once_more_is_repetition_too():
-    assert measure(record(NORMAL, NORMAL), REFERENCE)["repetition"] == pytest.approx(repetition(f"{NORMAL} {NORMAL}"))
-    assert measure(record(NORMAL, "Vasculitis."), REFERENCE)["repetition"] < 0.02
+    assert measure_answer(record(NORMAL, NORMAL), REFERENCE)["repetition"] == pytest.approx(repetition(f"{NORMAL} {NORMAL}"))
+    assert measure_answer(record(NORMAL, "Vasculitis."), REFERENCE)["repetition"] < 0.02
 
 
 # --- likeness ------------------------------------------------------------------------------------------------------
@@ -144,18 +144,18 @@ def test_chrf_sees_the_likeness_of_inflected_words_that_rouge_l_misses():
 
 def test_every_metric_but_the_losses_and_multiple_choice_is_measured_of_an_answer():
     others = ("eval_loss", "perplexity", "mcq_accuracy", "mcq_accuracy_answered", "mcq_abstained", "embedding_similarity")
-    assert set(measure(record(), REFERENCE)) == set(METRICS) - set(others)
+    assert set(measure_answer(record(), REFERENCE)) == set(METRICS) - set(others)
 
 
 def test_lengths_are_counted_in_words_and_everything_written_is_thinking_and_answer():
-    found = measure(record("one  two\nthree", " four, five "), REFERENCE)
+    found = measure_answer(record("one  two\nthree", " four, five "), REFERENCE)
     assert (found["thinking_words"], found["answer_words"], found["completion_words"]) == (3, 2, 5)
     assert (found["thinking_tokens"], found["answer_tokens"]) == (7, 5), "as the record says: its tokenizer counted them"
 
 
 def test_a_model_without_an_answer_is_measured_by_its_thinking_and_is_like_no_reference():
     loop = "1. mitral valve\n2. mitral valve\n" * 20
-    found = measure(record(loop, "", well_formed=False, finished=False, answer_tokens=0), REFERENCE)
+    found = measure_answer(record(loop, "", well_formed=False, finished=False, answer_tokens=0), REFERENCE)
     assert (found["closed_think_rate"], found["finished_rate"], found["answered_rate"]) == (0, 0, 0)
     assert (found["answer_words"], found["completion_words"]) == (0, 120)
     assert (found["rouge_l"], found["chrf"]) == (0, 0), "likeness is the answer's, and there is none"
@@ -163,12 +163,16 @@ def test_a_model_without_an_answer_is_measured_by_its_thinking_and_is_like_no_re
 
 
 def test_a_model_that_writes_nothing_at_all_is_measured_too():
-    found = measure(record("", "", well_formed=False), REFERENCE)
+    found = measure_answer(record("", "", well_formed=False), REFERENCE)
     assert {name for name, value in found.items() if value} == {"finished_rate", "thinking_tokens", "answer_tokens"}
 
 
 def test_an_answer_of_blanks_is_no_answer():
-    assert measure(record(answer=" \n"), REFERENCE)["answered_rate"] == 0 < measure(record(), REFERENCE)["answered_rate"]
+    assert (
+        measure_answer(record(answer=" \n"), REFERENCE)["answered_rate"]
+        == 0
+        < measure_answer(record(), REFERENCE)["answered_rate"]
+    )
 
 
 def test_columns_hold_a_value_for_each_question_in_order_against_its_own_reference():
@@ -208,7 +212,7 @@ def test_likeness_of_meaning_is_the_cosine_of_the_models_own_embeddings_and_0_wi
 
 def test_an_embedding_model_that_is_not_there_is_named_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(MeasureError, match=r"evaluation\.embedding_model '.*nowhere' cannot be loaded: ") as error:
+    with pytest.raises(MetricError, match=r"evaluation\.embedding_model '.*nowhere' cannot be loaded: ") as error:
         embedder(str(tmp_path / "nowhere"))
     assert "\n" not in str(error.value)
 

@@ -12,6 +12,7 @@ from medcot_utils.config import load_config
 from medcot_utils.evaluation.comparison import compare_all, verdict
 from medcot_utils.evaluation.intervals import format_interval
 from medcot_utils.evaluation.report import build_report
+from medcot_utils.evaluation.scored_set import pair_answers
 from medcot_utils.run.directory import Run
 
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
@@ -199,7 +200,8 @@ def test_the_tuned_models_are_compared_on_the_questions_that_all_runs_scored(tmp
     common = [f"row-{n}" for n in range(3, 20) if n != 4]
     assert f"{len(common)} questions that all runs asked and scored and that no run trained on" in text_of(page)
     answers = {run.path.name: [r for r in run.read("tuned_answers") if r["id"] in common and r["sample"] == 0] for run in runs}
-    expected = compare_all(answers, ["The vagus."] * len(common), [], runs[0].config.evaluation, runs[0].config.seed)
+    asked = [{"id": identity, "Response": "The vagus."} for identity in common]
+    expected = compare_all(pair_answers(asked, answers), [], runs[0].config.evaluation, runs[0].config.seed)
     head, *lines = table(page, "tuned")
     assert head == ["metric", "tuned, a", "tuned, b", "difference", "verdict", "tuned, c", "difference", "verdict"]
     by_name = {line[0]: line[1:] for line in lines}

@@ -347,17 +347,17 @@ def test_a_check_that_is_not_ok_is_an_error_with_its_numbers():
 def test_the_report_gives_the_win_rate_of_what_was_graded_with_its_interval(tmp_path):
     from datetime import UTC, datetime
 
-    from medcot_utils.evaluation.grades import Grade, append_grade, read_pairs, win_rate
+    from medcot_utils.evaluation.grades import Grade, append_grade, read_pairs, summarize_grades
 
     graded = fill(Run.create(tmp_path / "run", CONFIG))
-    assert win_rate(graded) is None and "decided pairs" not in build_report(graded)
+    assert summarize_grades(graded) is None and "decided pairs" not in build_report(graded)
     scored = [pair for pair in read_pairs(graded) if pair.question["scored"]]
     for pair, given in zip(scored, ("tuned", "tuned", "base", "tie"), strict=True):
         record = {"id": pair.id, "verdict": given, "note": "", "shown_as_a": pair.shown[0], "answers": pair.digest}
         append_grade(graded, Grade(grader="a", at=datetime.now(UTC), **record))
-    found = win_rate(graded)
-    assert found["counts"]["tie"] == 1 and found["win_rate"]["n"] == 3
+    found = summarize_grades(graded)
+    assert found.counts["tie"] == 1 and found.win_rate["n"] == 3
     # Clopper-Pearson for 2 of 3, from tables: 0.094 to 0.992.
-    rate = found["win_rate"]
+    rate = found.win_rate
     assert (rate["value"], rate["low"], rate["high"]) == pytest.approx((2 / 3, 0.0943, 0.9916), abs=1e-3)
     assert "tuned judged better in 0.67 [0.09, 0.99] of 3 decided pairs" in build_report(graded)

@@ -11,11 +11,11 @@ from medcot_utils.config import load_config
 from medcot_utils.evaluation.mcq.run import (
     TASKS,
     McqError,
+    judge_row,
     load_questions,
     prompt,
     read_answer,
     run_mcq,
-    score,
 )
 
 pytest_plugins = ("mcq_fixtures",)
@@ -115,7 +115,7 @@ def test_what_was_thought_does_not_count_against_the_answer():
     ],
 )
 def test_what_cannot_be_read_is_abstained_and_not_wrong(completion, expected):
-    assert score({"options": ["x", "y"], "answer": "B"}, [completion]) == expected
+    assert judge_row({"options": ["x", "y"], "answer": "B"}, [completion]) == expected
 
 
 # --- lm-eval over a model ------------------------------------------------------------------------------------------

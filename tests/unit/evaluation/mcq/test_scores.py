@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from medcot_utils.config import load_config
-from medcot_utils.evaluation.intervals import rate_questions_needed
+from medcot_utils.evaluation.intervals import share_questions_needed
 from medcot_utils.evaluation.mcq.scores import (
     PUBLISHED,
-    accuracy,
     compare_mcq,
+    compare_records,
     overview,
-    paired,
     published_scores,
+    score_answers,
     scores_table,
     seen_in_training,
 )
@@ -39,7 +39,7 @@ def wilson(p, n, z=1.959963984540054):
 
 
 def test_accuracy_and_abstentions_are_shares_of_all_questions_with_wilsons_interval():
-    found = accuracy(records(right=6, abstained=5))
+    found = score_answers(records(right=6, abstained=5))
     assert found["n"] == 20
     for name, share in (("accuracy", 0.3), ("abstained", 0.25)):
         low, high = wilson(share, 20)
@@ -51,13 +51,13 @@ def test_accuracy_and_abstentions_are_shares_of_all_questions_with_wilsons_inter
 
 
 def test_none_right_has_an_interval_above_zero_and_one_question_no_standard_error():
-    found = accuracy(records(right=0, n=10))["accuracy"]
+    found = score_answers(records(right=0, n=10))["accuracy"]
     assert (found["value"], found["low"]) == (0, 0) and found["high"] == pytest.approx(0.2775, abs=1e-4)
-    assert accuracy(records(right=1, n=1))["accuracy"]["stderr"] is None
-    wide = accuracy(records(right=6), confidence_level=0.99)["accuracy"]
-    assert wide["low"] < accuracy(records(right=6))["accuracy"]["low"]
+    assert score_answers(records(right=1, n=1))["accuracy"]["stderr"] is None
+    wide = score_answers(records(right=6), confidence_level=0.99)["accuracy"]
+    assert wide["low"] < score_answers(records(right=6))["accuracy"]["low"]
     with pytest.raises(ValueError, match="no records"):
-        accuracy([])
+        score_answers([])
 
 
 def test_the_table_by_specialty_has_both_models_and_counts_right_and_abstained_apart():
@@ -99,7 +99,7 @@ def test_paired_counts_and_mcnemars_exact_p_by_hand():
     tuned = records(right=0, label="tuned")
     for i in (*range(5), *range(6, 14)):  # both on 5, only tuned on 8
         tuned[i]["correct"] = True
-    found = paired(base, tuned, SETTINGS)
+    found = compare_records(base, tuned, SETTINGS)
     assert (found["n"], found["both"], found["only_base"], found["only_tuned"], found["neither"]) == (20, 5, 1, 8, 6)
     # 9 discordant, 1 or fewer (and 8 or more) of them one way: 2 (1 + 9) / 2^9.
     assert found["difference"]["p"] == pytest.approx(20 / 512) and found["difference"]["alpha"] == 0.05
@@ -107,16 +107,16 @@ def test_paired_counts_and_mcnemars_exact_p_by_hand():
     # Standard error of the difference: sqrt((9/20 - 0.35^2) / 20) = 0.128, and 1.96 of them on either side.
     assert found["difference"]["low"] == pytest.approx(0.35 - 0.25, abs=0.06)
     assert found["difference"]["high"] == pytest.approx(0.35 + 0.25, abs=0.06)
-    assert found["difference"]["needed"] == rate_questions_needed(9 / 20, 7 / 20) > 20
+    assert found["difference"]["needed"] == share_questions_needed(9 / 20, 7 / 20) > 20
     assert found["base"]["value"] == 0.3 and found["tuned"]["value"] == 0.65
     assert found["base"]["low"] == pytest.approx(wilson(0.3, 20)[0])
 
 
 def test_paired_judges_abstentions_too_and_equal_answers_differ_by_nothing():
-    found = paired(records(3, abstained=9), records(3, abstained=2), SETTINGS, key="abstained")
+    found = compare_records(records(3, abstained=9), records(3, abstained=2), SETTINGS, key="abstained")
     assert (found["both"], found["only_base"], found["only_tuned"], found["neither"]) == (2, 7, 0, 11)
     assert found["difference"]["p"] == pytest.approx(2 / 2**7)
-    same = paired(records(3), records(3), SETTINGS)["difference"]
+    same = compare_records(records(3), records(3), SETTINGS)["difference"]
     assert (same["value"], same["p"], same["needed"]) == (0, 1, None) and same["low"] == -same["high"] < 0
 
 
@@ -125,10 +125,10 @@ def test_paired_takes_the_same_questions_only_and_fits_the_projects_verdicts():
     from medcot_utils.evaluation.intervals import format_interval
 
     with pytest.raises(ValueError, match="different questions"):
-        paired(records(3), records(3)[::-1], SETTINGS)
+        compare_records(records(3), records(3)[::-1], SETTINGS)
     with pytest.raises(ValueError, match="different questions"):
-        paired(records(3), records(3, n=19), SETTINGS)
-    metric = paired(records(2), records(18), SETTINGS)
+        compare_records(records(3), records(3, n=19), SETTINGS)
+    metric = compare_records(records(2), records(18), SETTINGS)
     assert verdict("mcq_accuracy", metric) == "rose, better"
     assert format_interval(metric["base"]).startswith("0.10 [0.03, 0.30]")
 

@@ -1,0 +1,86 @@
+"""The questions with every model's answers: which of them count, which are set apart, which all models answered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from medcot_utils.models.generation import by_sample
+
+if TYPE_CHECKING:
+    from medcot_utils.data.rows import Question
+    from medcot_utils.data.tokens import DataReport
+    from medcot_utils.models.generation import AnswerRecord
+
+
+@dataclass(frozen=True)
+class AnsweredQuestion:
+    """Hold a question with the answers of several models, by the model's label (`base`, `tuned`).
+
+    greedy: one answer of each model. samples: its sampled answers in their order, as many of each model."""
+
+    question: Question
+    greedy: Mapping[str, AnswerRecord]
+    samples: Mapping[str, Sequence[AnswerRecord]]
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """Hold all questions in their order, those that are only shown included.
+
+    repeated_by: {question id: ids of the training rows that repeat it}, for what the model was trained on; held-out rows
+    are in it too."""
+
+    asked: Sequence[AnsweredQuestion]
+    repeated_by: Mapping[str, Sequence[str]]
+
+    @property
+    def counted(self) -> list[AnsweredQuestion]:
+        """Return the scored questions that no training row repeats: the ones that every figure is about."""
+        return [one for one in self._scored if str(one.question["id"]) not in self.repeated_by]
+
+    @property
+    def apart(self) -> list[AnsweredQuestion]:
+        """Return the scored questions that a training row repeats: never mixed with the others."""
+        return [one for one in self._scored if str(one.question["id"]) in self.repeated_by]
+
+    @property
+    def answered(self) -> list[AnsweredQuestion]:
+        """Return the counted questions that every model answered in full form: thinking closed once, text on both sides."""
+        return [one for one in self.counted if all(answer["well_formed"] for answer in one.greedy.values())]
+
+    @property
+    def _scored(self) -> list[AnsweredQuestion]:
+        return [one for one in self.asked if one.question["scored"]]
+
+
+def score(
+    questions: Sequence[Question], base: Sequence[AnswerRecord], tuned: Sequence[AnswerRecord], data_report: DataReport
+) -> ScoredSet:
+    """Return the set that notebook 06 works on, from a run's artifacts. Raises ValueError as `pair_answers` does."""
+    repeated_by: dict[str, list[str]] = {}
+    for repeat in [] if data_report["repeats_dropped"] else data_report["repeats"]:
+        repeated_by.setdefault(str(repeat["question_id"]), []).append(repeat["train_id"])
+    return ScoredSet(pair_answers(questions, {"base": base, "tuned": tuned}), repeated_by)
+
+
+def pair_answers(questions: Sequence[Question], answers: Mapping[str, Sequence[AnswerRecord]]) -> list[AnsweredQuestion]:
+    """Return each question with its answers of all models. `answers`: {label: records of `models.answer_questions`}.
+
+    Raises ValueError unless all models answered these questions, in this order and equally often."""
+    by_model = {model: by_sample(records) for model, records in answers.items()}
+    asked = [question["id"] for question in questions]
+    for samples in by_model.values():
+        if any([record["id"] for record in records] != asked for records in samples):
+            raise ValueError(f"{' and '.join(answers)} answers are to different questions: run notebooks 02 and 06 of one run")
+    if len({len(samples) for samples in by_model.values()}) > 1:
+        raise ValueError(f"{' and '.join(answers)} have unlike numbers of samples: run notebooks 02 and 06 of one run")
+    return [
+        AnsweredQuestion(
+            question,
+            {model: samples[0][index] for model, samples in by_model.items()},
+            {model: [records[index] for records in samples[1:]] for model, samples in by_model.items()},
+        )
+        for index, question in enumerate(questions)
+    ]
