@@ -245,7 +245,7 @@ def test_a_name_that_the_hub_does_not_take_is_told_before_anything_is_sent(hub, 
 
 
 def test_what_is_altered_stale_or_not_what_it_was_merged_from_is_not_pushed(finished_run, monkeypatch):
-    monkeypatch.setattr(medcot_hub.hub_calls, "find_token", lambda token, secrets: pytest.fail("went on to the token"))
+    monkeypatch.setattr(medcot_hub.requests, "find_token", lambda token, secrets: pytest.fail("went on to the token"))
     run = finished_run()
     settings = medcot_hub.hub_settings(run, repo_id="doctor/cot")
     (run.path / "merged" / "config.json").write_text("{}")

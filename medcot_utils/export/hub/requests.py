@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from medcot_utils.config import SecretsSettings
 from medcot_utils.errors import MedcotError
+from medcot_utils.machine.secrets import require_secret
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -32,7 +33,7 @@ def find_token(token: str | None = None, secrets: SecretsSettings | None = None)
     Raises PlatformError where there is none. Never print what this returns."""
     if token:
         return token
-    found = secrets.require_secret("Hugging Face", "the push to the Hub", "leave hub.repo_id unset", secrets)
+    found = require_secret("Hugging Face", "the push to the Hub", "leave hub.repo_id unset", secrets)
     return found.value.get_secret_value()
 
 
