@@ -30,7 +30,7 @@ def push(
     Every file's size and digest as the Hub lists them are compared, small files and both ends of large ones are downloaded.
     Interrupted, it goes on: what lies there already is not sent again. Files that no push put there are never replaced or
     deleted: then it refuses before it sends anything. Exit code 0 only if every file agrees."""
-    from medcot_utils.export.hub import push
+    from medcot_utils.export.hub import push, records
     from medcot_utils.run.directory import Run
 
     console, run = Console(), Run.open(run_dir)
@@ -45,9 +45,9 @@ def push(
         "verify_all": verify_all,
     }
     settings = push.hub_settings(run, **changes)
-    record = push.push(run, settings, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    record = push.push_run(run, settings, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
     table = Table("file", "bytes", "sha256", "sent", "read back", title="what the Hub lists and gives back", title_justify="left")
-    for line in push.file_lines(record):
+    for line in records.file_lines(record):
         table.add_row(line["file"], f"{line['bytes']:,}", line["sha256"], line["sent"], line["read back"])
     console.print(table)
     for entry in record["repositories"]:
