@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from medcot_utils.config import HubSettings
 from medcot_utils.export.gguf import require_gguf_agreement
 from medcot_utils.export.hub.records import ListedFile
-from medcot_utils.export.hub.requests import HubError
+from medcot_utils.export.hub.requests import HubError, Listing
 from medcot_utils.export.merged import require_agreement
 from medcot_utils.export.model_card import model_card
 from medcot_utils.run.artifacts import ARTIFACTS
@@ -161,7 +161,7 @@ def commit_title(artifact: str, run: Run, tag: str) -> str:
     return f"{artifact} of run {run.path.name} ({tag})"
 
 
-def refuse_of_others(repository: PlannedRepository, there: dict[str, RepoFile]) -> None:
+def refuse_of_others(repository: PlannedRepository, there: Listing) -> None:
     """Raise HubError if the push would replace a file of somebody else, or leave one among its weights.
 
     A file is medcot's if the title of the last commit that touched it says so. `there` is a listing with the commits."""

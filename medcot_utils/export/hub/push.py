@@ -4,7 +4,6 @@ recorded. medcot only replaces or deletes files that it uploaded itself."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from medcot_utils.export.hub.records import (
     failure_recorded,
     save_record,
 )
-from medcot_utils.export.hub.requests import HubClient, HubError, download
+from medcot_utils.export.hub.requests import HubClient, HubError, Listing, download
 from medcot_utils.machine.secrets import require_secret
 from medcot_utils.run.directory import Run
 
@@ -81,45 +80,31 @@ def push_run(run: Run, settings: HubSettings, token: str | None = None, say: Cal
     require_valid(settings.addresses(settings.artifacts, settings.repo_id).values())
     names = chosen_artifacts(run, settings)
     hub = _connect(token, run.config.secrets, settings, say)
-    record: PushRecord = {
-        "started": _now(),
-        "state": "running",
-        "repo_id": settings.repo_id,
-        "layout": settings.layout,
-        "endpoint": hub.api.endpoint,
-        "tag": None,
-        "verify_all": settings.verify_all,
-        "repositories": [],
-    }
+    about = {"repo_id": settings.repo_id, "layout": settings.layout, "endpoint": hub.api.endpoint, "tag": None}
+    record = PushRecord(started=_now(), state="running", **about, verify_all=settings.verify_all, repositories=[])
     with failure_recorded(run, record):
         user = writing_user(hub, settings.repo_id)
         repo_id = settings.repo_id if "/" in settings.repo_id else f"{user}/{settings.repo_id}"
         require_valid(settings.addresses(names, repo_id).values())
         tag = tag_name(run, settings, names)
         record |= {"repo_id": repo_id, "tag": tag}
-        repositories = plan(run, settings, repo_id, names)
+        repositories, entries = plan(run, settings, repo_id, names), record["repositories"]
         for repository in repositories:
-            record["repositories"].append(prepare(hub, repository, settings.private, tag))
+            entries.append(prepare(hub, repository, settings.private, tag))
             save_record(run, record)
-        entries = list(zip(repositories, record["repositories"], strict=True))
-        for repository, entry in entries:
+        for at, repository in enumerate(repositories):
             for artifact in repository.artifacts:
-                sent = send(hub, repository, artifact, commit_title(artifact, run, tag))
-                entry["commits"][artifact] = sent.commit
-                entry["files"] += sent.files
-                entry["deleted"] += sent.deleted
+                entries[at] = send(hub, repository, artifact, commit_title(artifact, run, tag), entries[at])
                 save_record(run, record)
-        for repository, entry in entries:
-            entry["revision"] = hub.ask(
-                f"looking at {repository.repo_id}", repository.repo_id, hub.api.model_info, repository.repo_id
-            ).sha
-            listing = hub.listing(repository.repo_id, entry["revision"])
-            entry["files"] = read_back(hub, repository, entry, listing, settings.verify_all)
+        for at, repository in enumerate(repositories):
+            entries[at]["revision"] = hub.info(repository.repo_id).sha
+            listing = hub.listing(repository.repo_id, entries[at]["revision"])
+            entries[at] = read_back(hub, repository, listing, settings.verify_all, entries[at])
             save_record(run, record)
-            require_verified(run, repository, entry, listing)
-            hub.say(verified_line(entry))
-        for _, entry in entries:
-            entry["tag_commit"] = entry["tag_commit"] or set_tag(hub, entry["repo_id"], tag, entry["revision"])
+            require_verified(run, repository, listing, entries[at])
+            hub.say(verified_line(entries[at]))
+        for at, entry in enumerate(entries):
+            entries[at] = tag_verified(hub, tag, entry)
         record |= {"state": "pushed", "ended": _now()}
         save_record(run, record)
     return record
@@ -158,7 +143,7 @@ def prepare(hub: HubClient, repository: PlannedRepository, private: bool, tag: s
     api, repo_id = hub.api, repository.repo_id
     making = f"making the repository {repo_id}"
     hub.ask(making, repo_id, api.create_repo, repo_id, private=private, repo_type="model", exist_ok=True)
-    info = hub.ask(f"looking at {repo_id}", repo_id, api.model_info, repo_id)
+    info = hub.info(repo_id)
     if private and not info.private:
         raise HubError(
             f"not pushed. {repo_id} is there already and public, and this push is to be private: make the repository "
@@ -175,8 +160,8 @@ def prepare(hub: HubClient, repository: PlannedRepository, private: bool, tag: s
             f"delete it there"
         )
     refuse_of_others(repository, hub.listing(repo_id, "main", commits=True))
-    entry: RepositoryRecord = {"repo_id": repo_id, "url": f"{api.endpoint}/{repo_id}", "private": info.private}
-    return entry | {"revision": None, "commits": {}, "tag_commit": commit, "files": [], "deleted": []}
+    about = {"repo_id": repo_id, "url": f"{api.endpoint}/{repo_id}", "private": info.private}
+    return RepositoryRecord(**about, revision=None, commits={}, tag_commit=commit, files=[], deleted=[])
 
 
 def tagged_commit(hub: HubClient, repo_id: str, tag: str) -> str | None:
@@ -188,19 +173,11 @@ def tagged_commit(hub: HubClient, repo_id: str, tag: str) -> str | None:
 # --- send ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Sent:
-    """What became of one artifact: its commit (or `there already`), its files, and the weights that were deleted for it."""
-
-    commit: str
-    files: list[FileRecord]
-    deleted: list[DeletedFile]
-
-
-def send(hub: HubClient, repository: PlannedRepository, artifact: str, title: str) -> Sent:
+def send(hub: HubClient, repository: PlannedRepository, artifact: str, title: str, entry: RepositoryRecord) -> RepositoryRecord:
     """Commit the artifact's files that are not there already, without weights of an earlier push that it no longer has.
 
-    Raises HubError before anything of it is sent if a file of somebody else is in the way."""
+    Returns the repository's record with the commit. Raises HubError before anything of the artifact is sent if a file of
+    somebody else is in the way."""
     from huggingface_hub import CommitOperationDelete
 
     repo_id, files = repository.repo_id, repository.artifacts[artifact]
@@ -208,38 +185,33 @@ def send(hub: HubClient, repository: PlannedRepository, artifact: str, title: st
     refuse_of_others(repository, there)  # once more: hours may lie between
     missing = [file for file in files if not agrees(file, there.get(file.path_in_repo))]
     stale = {path: found for path, found in there.items() if repository.left_over(path, artifact)}
-    deleted: list[DeletedFile] = [{"path": path, "artifact": artifact} | as_listed(found) for path, found in stale.items()]
-    records = [_file_record(file, artifact, file in missing, there.get(file.path_in_repo)) for file in files]
-    if not missing and not stale:
-        hub.say(f"{repo_id}: {artifact} is there already, not sent again")
-        return Sent("there already", records, [])
     for file in missing:
         # One by one: a broken connection stops this file, and the ones before it are not sent again.
         sending = f"sending {file.path_in_repo} ({size_text(file.upload_info.size)}) to {repo_id}"
         hub.ask(sending, repo_id, hub.api.preupload_lfs_files, repo_id, [file], free_memory=False)
-    operations = [*missing, *(CommitOperationDelete(path) for path in stale)]
-    about = f"Without what an earlier push had put there: {', '.join(stale)}" if stale else None
-    message = {"commit_message": title, "commit_description": about}
-    commit = hub.ask(f"committing {artifact} to {repo_id}", repo_id, hub.api.create_commit, repo_id, operations, **message)
-    size, replaced = sum(file.upload_info.size for file in missing), sum(bool(one["replaced"]) for one in records)
-    instead = f", {replaced} of them in place of an earlier push's" if replaced else ""
-    hub.say(f"{repo_id}: {artifact} committed, {len(missing)} of {len(files)} files, {size_text(size)}{instead}")
-    for gone in deleted:
-        hub.say(f"{repo_id}: deleted {gone['path']} ({size_text(gone['bytes'])}), which an earlier push had put there")
-    return Sent(commit.oid, records, deleted)
+    if missing or stale:
+        operations = [*missing, *(CommitOperationDelete(path) for path in stale)]
+        about = f"Without what an earlier push had put there: {', '.join(stale)}" if stale else None
+        message = {"commit_message": title, "commit_description": about}
+        commit = hub.ask(f"committing {artifact} to {repo_id}", repo_id, hub.api.create_commit, repo_id, operations, **message)
+        size, replaced = sum(file.upload_info.size for file in missing), sum(file.path_in_repo in there for file in missing)
+        instead = f", {replaced} of them in place of an earlier push's" if replaced else ""
+        hub.say(f"{repo_id}: {artifact} committed, {len(missing)} of {len(files)} files, {size_text(size)}{instead}")
+        for path, found in stale.items():
+            hub.say(f"{repo_id}: deleted {path} ({size_text(found.size)}), which an earlier push had put there")
+    else:
+        hub.say(f"{repo_id}: {artifact} is there already, not sent again")
+    records = [_file_record(file, artifact, file in missing, there.get(file.path_in_repo)) for file in files]
+    deleted = [DeletedFile(path=path, artifact=artifact, **as_listed(found)) for path, found in stale.items()]
+    commits = entry["commits"] | {artifact: commit.oid if missing or stale else "there already"}
+    return entry | {"commits": commits, "files": entry["files"] + records, "deleted": entry["deleted"] + deleted}
 
 
-def _file_record(file: CommitOperationAdd, artifact: str, missing: bool, found: RepoFile | None) -> FileRecord:
-    return {
-        "path": file.path_in_repo,
-        "artifact": artifact,
-        "bytes": file.upload_info.size,
-        "sha256": file.upload_info.sha256.hex(),
-        "sent": missing,
-        "there_already": not missing,
-        "replaced": as_listed(found)["digest"] if missing and found else None,
-        "verified": None,
-    }
+def _file_record(file: CommitOperationAdd, artifact: str, sent: bool, found: RepoFile | None) -> FileRecord:
+    replaced = as_listed(found)["digest"] if sent and found else None
+    about = {"path": file.path_in_repo, "artifact": artifact, "bytes": file.upload_info.size}
+    digest = file.upload_info.sha256.hex()
+    return FileRecord(**about, sha256=digest, sent=sent, there_already=not sent, replaced=replaced, verified=None)
 
 
 def size_text(count: int) -> str:
@@ -251,9 +223,9 @@ def size_text(count: int) -> str:
 
 
 def read_back(
-    hub: HubClient, repository: PlannedRepository, entry: RepositoryRecord, listing: dict[str, RepoFile], verify_all: bool
-) -> list[FileRecord]:
-    """Return the file records with what the Hub lists and what a download gives, each with its fault or None."""
+    hub: HubClient, repository: PlannedRepository, listing: Listing, verify_all: bool, entry: RepositoryRecord
+) -> RepositoryRecord:
+    """Return the repository's record with what the Hub lists and a download gives of each file, and what is wrong with it."""
     checked = []
     for file, record in zip(repository.files, entry["files"], strict=True):
         found, downloaded = listing.get(file.path_in_repo), {}
@@ -264,10 +236,10 @@ def read_back(
         else:
             whole = verify_all or found.lfs is None or found.size <= 2 * PROBE_BYTES
             downloaded = {"downloaded": "whole" if whole else "both ends"}
-            fault = download_fault(hub, entry["repo_id"], entry["revision"], file, whole)
+            fault = download_fault(hub, repository.repo_id, entry["revision"], file, whole)
         listed = None if found is None else as_listed(found)
         checked.append(record | {"on_the_hub": listed} | downloaded | {"verified": fault is None, "fault": fault})
-    return checked
+    return entry | {"files": checked}
 
 
 def download_fault(hub: HubClient, repo_id: str, revision: str, file: CommitOperationAdd, whole: bool) -> str | None:
@@ -275,8 +247,7 @@ def download_fault(hub: HubClient, repo_id: str, revision: str, file: CommitOper
     path, size, length = file.path_in_repo, file.upload_info.size, PIECE_BYTES if whole else PROBE_BYTES
     with file.as_file() as ours:
         for start in range(0, size, length) if whole else (0, size - length):
-            part = min(length, size - start)
-            reading = f"reading {path} back from {repo_id}"
+            part, reading = min(length, size - start), f"reading {path} back from {repo_id}"
             got = hub.ask(reading, repo_id, download, hub.api, repo_id, path, revision, start, part)
             if got is None:
                 return "listed, but cannot be downloaded"
@@ -286,7 +257,7 @@ def download_fault(hub: HubClient, repo_id: str, revision: str, file: CommitOper
     return None
 
 
-def require_verified(run: Run, repository: PlannedRepository, entry: RepositoryRecord, listing: dict[str, RepoFile]) -> None:
+def require_verified(run: Run, repository: PlannedRepository, listing: Listing, entry: RepositoryRecord) -> None:
     """Raise HubError unless every file agrees, what was deleted is gone, and each artifact is as a whole the manifest's."""
     faults = [f"{one['path']} ({one['fault']})" for one in entry["files"] if not one["verified"]]
     faults += [f"{gone['path']} (deleted, still there)" for gone in entry["deleted"] if gone["path"] in listing]
@@ -316,8 +287,13 @@ def verified_line(entry: RepositoryRecord) -> str:
     )
 
 
-def set_tag(hub: HubClient, repo_id: str, tag: str, revision: str) -> str:
-    """Set the tag on the verified commit and return what the Hub then lists it on. Raises HubError unless they agree."""
+def tag_verified(hub: HubClient, tag: str, entry: RepositoryRecord) -> RepositoryRecord:
+    """Set the tag on the verified commit, unless it stands already, and return the record with the commit.
+
+    Raises HubError if the Hub then lists the tag on another commit, or not at all."""
+    if entry["tag_commit"]:
+        return entry
+    repo_id, revision = entry["repo_id"], entry["revision"]
     setting = f"setting the tag {tag} on {repo_id}"
     hub.ask(setting, repo_id, hub.api.create_tag, repo_id, tag=tag, revision=revision, exist_ok=True)
     if tagged_commit(hub, repo_id, tag) != revision:
@@ -325,4 +301,4 @@ def set_tag(hub: HubClient, repo_id: str, tag: str, revision: str) -> str:
             f"not pushed whole. Every file lies in {repo_id} as in the run, but the Hub says that it set the tag {tag} "
             f"and does not list it on that commit: push again, or with another --tag"
         )
-    return revision
+    return entry | {"tag_commit": revision}

@@ -25,6 +25,13 @@ class ListedFile(TypedDict):
     digest: str
 
 
+class DeletedFile(ListedFile):
+    """Weights of an earlier push that the run no longer has."""
+
+    path: str
+    artifact: str
+
+
 class FileRecord(TypedDict):
     """A file of a push. The last three fields come with the verification."""
 
@@ -39,15 +46,6 @@ class FileRecord(TypedDict):
     on_the_hub: NotRequired[ListedFile | None]  # None: not there
     downloaded: NotRequired[str]  # whole, or both ends
     fault: NotRequired[str | None]
-
-
-class DeletedFile(TypedDict):
-    """Weights of an earlier push that the run no longer has."""
-
-    path: str
-    artifact: str
-    bytes: int
-    digest: str
 
 
 class RepositoryRecord(TypedDict):
@@ -95,21 +93,21 @@ def save_record(run: Run, record: PushRecord) -> None:
 
 @contextmanager
 def failure_recorded(run: Run, record: PushRecord) -> Iterator[None]:
-    """Save the record with state `failed` if the block raises. To a refusal by the Hub, add what lies there already."""
+    """Save the record with state `failed` if the block raises. Tell in a refusal by the Hub what lies there already."""
     try:
         yield
     except Exception as error:
-        told = error if isinstance(error, MedcotError) else " ".join((type(error).__name__, *getattr(error, "__notes__", ())))
+        told = (
+            str(error) if isinstance(error, MedcotError) else " ".join([type(error).__name__, *getattr(error, "__notes__", [])])
+        )
         if isinstance(error, HubRefusal):
             lies = [f"{one['repo_id']}: {', '.join(one['commits'])}" for one in record["repositories"] if one["commits"]]
             there = f"Already on the Hub, and kept: {'; '.join(lies)}" if lies else "This push has committed nothing"
-            told = HubError(
-                f"not pushed: {error}. {there}. A second `medcot push` sends only what is missing; {RECORD} in the run says what "
-                f"was sent"
-            )
-        save_record(run, record | {"state": "failed", "error": str(told)})
+            again = f"A second `medcot push` sends only what is missing; {RECORD} in the run says what was sent"
+            told = f"not pushed: {error}. {there}. {again}"
+        save_record(run, record | {"state": "failed", "error": told})
         if isinstance(error, HubRefusal):
-            raise told from None
+            raise HubError(told) from None
         raise
 
 
@@ -117,14 +115,14 @@ def file_lines(record: PushRecord) -> list[dict[str, str | int]]:
     """Return what was compared and what was deleted, one line a file."""
     lines: list[dict[str, str | int]] = []
     for entry in record["repositories"]:
+        place = entry["repo_id"]
         for one in entry["files"]:
             sent = "was there" if not one["sent"] else "replaced" if one["replaced"] else "yes"
-            read = one.get("fault") or f"{one['downloaded']}, agrees"
-            line = {"file": f"{entry['repo_id']}/{one['path']}", "bytes": one["bytes"], "sha256": one["sha256"][:12]}
-            lines.append(line | {"sent": sent, "read back": read})
-        for gone in entry["deleted"]:
-            line = {"file": f"{entry['repo_id']}/{gone['path']}", "bytes": gone["bytes"], "sha256": ""}
-            lines.append(line | {"sent": "deleted", "read back": "gone"})
+            line = {"file": f"{place}/{one['path']}", "bytes": one["bytes"], "sha256": one["sha256"][:12], "sent": sent}
+            lines.append(line | {"read back": one.get("fault") or f"{one['downloaded']}, agrees"})
+        for one in entry["deleted"]:
+            line = {"file": f"{place}/{one['path']}", "bytes": one["bytes"], "sha256": "", "sent": "deleted"}
+            lines.append(line | {"read back": "gone"})
     return lines
 
 

@@ -11,15 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from medcot_utils.errors import MedcotError
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, ModelInfo
     from huggingface_hub.hf_api import RepoFile
 
 T = TypeVar("T")
+Listing: TypeAlias = "dict[str, RepoFile]"  # {path: what the Hub says of the file}
 # Busy, conflicting, failing or overloaded: the same request may be granted in a moment.
 PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 LONGEST_WAIT_S = 30.0
@@ -69,14 +71,15 @@ class HubClient:
             message = f"{doing}: {explain(error, repo_id, self.api.endpoint, self.patience_s)}"
             raise HubRefusal(message.replace(self.api.token, "***")) from None
 
-    def listing(self, repo_id: str, revision: str, commits: bool = False) -> dict[str, RepoFile]:
-        """Return {path: what the Hub says of the file}, with the last commit that touched it if `commits`."""
+    def listing(self, repo_id: str, revision: str, commits: bool = False) -> Listing:
+        """Return every file of a repository at a revision, with the last commit that touched it if `commits`."""
+        tree = partial(self.api.list_repo_tree, repo_id, recursive=True, expand=commits, revision=revision)
+        found = self.ask(f"listing {repo_id}", repo_id, lambda: list(tree()))
+        return {entry.path: entry for entry in found if hasattr(entry, "blob_id")}
 
-        def read() -> dict[str, RepoFile]:
-            tree = self.api.list_repo_tree(repo_id, recursive=True, expand=commits, revision=revision)
-            return {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
-
-        return self.ask(f"listing {repo_id}", repo_id, read)
+    def info(self, repo_id: str) -> ModelInfo:
+        """Return what the Hub says of a repository: whether it is private, and its newest commit."""
+        return self.ask(f"looking at {repo_id}", repo_id, self.api.model_info, repo_id)
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -140,30 +143,28 @@ def explain(error: BaseException, repo_id: str, endpoint: str, patience_s: float
 
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so the Hub client sends nothing. Unset it to push"
-    status, tokens, asked = status_of(error), f"{endpoint}/settings/tokens", retry_after(error)
-    waited, again = f", and went on so for all of hub.patience_seconds ({patience_s:.0f} s)", "push again in some minutes"
-    limit = waited
-    if asked is not None:
-        limit = f" and asks to wait {asked:.0f} s, longer than hub.patience_seconds ({patience_s:.0f})"
-        again = f"push again after that, or with --patience {asked + 1:.0f}"
-    if status is None and passing(error):
+    status, asked, tokens = status_of(error), retry_after(error), f"{endpoint}/settings/tokens"
+    waited = f", and went on so for all of hub.patience_seconds ({patience_s:.0f} s)"
+    advice = {
+        401: f". The token is not valid (wrong, expired or revoked): make one of type write at {tokens} and set HF_TOKEN to it",
+        403: f". The token may not write to {repo_id}: give one of type write, or a fine-grained one with write access to the "
+        f"contents and settings of this repository or its owner ({tokens}). If the message speaks of storage, make room there",
+        404: f". {repo_id} is not there, or this token may not see it: check the spelling, and that the token's user belongs to "
+        f"{repo_id.split('/')[0]}",
+        409: f"{waited}. Something else is writing to {repo_id}: wait until it is done, then push again",
+        429: f"{waited}. The limit of requests is reached: push again in some minutes",
+    }.get(status, ". It does not take this request")
+    if status == 429 and asked is not None:
+        advice = (
+            f" and asks to wait {asked:.0f} s, longer than hub.patience_seconds ({patience_s:.0f}). The limit of requests is "
+        )
+        advice += f"reached: push again after that, or with --patience {asked + 1:.0f}"
+    elif status is not None and status >= 500:
+        advice = f"{waited}. The fault is the Hub's: push again later"
+    elif status is None and passing(error):
         advice = f"{waited}. Check the connection (endpoint {endpoint}) and push again"
     elif status is None:
         advice = f". Check that {endpoint} (HF_ENDPOINT) is a Hugging Face Hub"
-    elif status >= 500:
-        advice = f"{waited}. The fault is the Hub's: push again later"
-    else:
-        advice = {
-            401: f". The token is not valid (wrong, expired or revoked): make one of type write at {tokens} and give it as "
-            "HF_TOKEN",
-            403: f". The token may not write to {repo_id}: give one of type write, or a fine-grained one with write access to "
-            f"the contents and settings of this repository or its owner ({tokens}). If the message speaks of storage, make "
-            "room there",
-            404: f". {repo_id} is not there, or this token may not see it: check the spelling, and that the token's user "
-            f"belongs to {repo_id.split('/')[0]}",
-            409: f"{waited}. Something else is writing to {repo_id}: wait until it is done, then push again",
-            429: f"{limit}. The limit of requests is reached: {again}",
-        }.get(status, ". It does not take this request")
     return headline(error) + advice
 
 
