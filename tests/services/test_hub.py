@@ -175,9 +175,14 @@ def test_a_gguf_is_pushed_where_the_run_has_one_that_is_the_merged_model(finishe
     names = chosen_artifacts(run, separate)
     assert names == ["adapter", "merged", "gguf"]
     last = plan(run, separate, "me/cot", names)[-1]
-    assert (last.repo_id, [file.path_in_repo for file in last.files]) == ("me/cot-gguf", ["README.md", "Modelfile", "model.q4_k_m.gguf"])
+    assert (last.repo_id, [file.path_in_repo for file in last.files]) == (
+        "me/cot-gguf",
+        ["README.md", "Modelfile", "model.q4_k_m.gguf"],
+    )
     (all_in_one,) = plan(run, one, "me/cot", names)
-    assert {"model.safetensors", "adapter/adapter_config.json", "gguf/Modelfile"} < {file.path_in_repo for file in all_in_one.files}
+    assert {"model.safetensors", "adapter/adapter_config.json", "gguf/Modelfile"} < {
+        file.path_in_repo for file in all_in_one.files
+    }
     wrong = {"special_tokens": {"eos": [2, 1]}, "exact": False, "greedy": []}
     run.write("gguf_check", {"ok": False, "file": "model.q4_k_m.gguf"} | wrong)
     with pytest.raises(GgufError, match="is not the merged model"):
