@@ -13,7 +13,7 @@ from medcot_utils.config import load_config
 from medcot_utils.export.gguf import GgufError
 from medcot_utils.export.hub import push as medcot_hub
 from medcot_utils.export.hub.files import chosen_artifacts, folder_digest, plan
-from medcot_utils.export.hub.records import RECORD, file_lines, push_table, read_record
+from medcot_utils.export.hub.records import RECORD, FileRecord, PushRecord, RepositoryRecord, file_lines, push_table, read_record
 from medcot_utils.export.hub.requests import HubError
 from medcot_utils.export.merged import ExportError
 from medcot_utils.export.model_card import model_card
@@ -58,6 +58,9 @@ def test_a_push_arrives_whole_private_in_one_commit_per_artifact_under_a_tag(hub
     )
     assert "(private)" in done.stdout and record["tag"] in done.stdout
     assert all(line["verified"] and line["sent"] for line in record["repositories"][0]["files"])
+    (entry,) = record["repositories"]
+    kept = [set(PushRecord.__annotations__) - {"error"}, set(RepositoryRecord.__annotations__), set(FileRecord.__annotations__)]
+    assert [set(record), set(entry), set(entry["files"][0])] == kept, "every documented field, and no other"
     assert WRITE not in done.stdout + done.stderr + json.dumps(record)
 
 
