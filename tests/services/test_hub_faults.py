@@ -15,7 +15,7 @@ import pytest
 from hub_runs import hub_environment, make_run, push_command
 from hub_server import FOREIGN, NEVER_ENDS, PART, READ, WRITE, Hub
 
-from medcot_utils.export.hub.push import RECORD
+from medcot_utils.export.hub.records import RECORD
 from medcot_utils.export.hub.requests import of_the_hub, retry_after
 
 pytest_plugins = ("hub_fixtures",)

@@ -1,1 +1,1 @@
-"""A push to the Hugging Face Hub, from what lies there to what was verified."""
+"""Push to the Hugging Face Hub: what is sent, how, and the record of it."""

@@ -280,10 +280,13 @@ def merge_smollm2(folder):
 
 def greedy_of_transformers(folder, prompts):
     """(the answers' texts, the prompts' lengths in tokens)"""
+    from medcot_utils.export.merged import greedy_settings
+    from medcot_utils.models.generation import complete
     from medcot_utils.models.merging import load_unquantized
 
     model, tokenizer = load_unquantized(folder, "float32")
-    answers = gguf._greedy(model, tokenizer, prompts, NEW_TOKENS)
+    settings = greedy_settings(config(f"export.check_new_tokens={NEW_TOKENS}"))
+    answers = [complete(model, tokenizer, [prompt], settings)[0] for prompt in prompts]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
     return texts, [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
 

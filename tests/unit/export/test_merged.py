@@ -196,7 +196,7 @@ def tags_of(page):
 # --- model card ----------------------------------------------------------------------------------------------------
 
 
-def test_the_card_has_the_measured_numbers_the_licence_and_the_limits(run):
+def test_the_card_has_the_measured_numbers_the_license_and_the_limits(run):
     from huggingface_hub import ModelCard
 
     text = model_card(run)
@@ -228,7 +228,7 @@ def test_every_metric_stands_in_the_cards_table_as_it_is_called(run):
 
 
 @pytest.mark.parametrize(
-    ("name", "licence"),
+    ("name", "license_data"),
     [
         ("unsloth/DeepSeek-R1-Distill-Llama-8B", {"license": "llama3.1"}),
         (
@@ -237,13 +237,13 @@ def test_every_metric_stands_in_the_cards_table_as_it_is_called(run):
         ),
     ],
 )
-def test_the_card_has_the_base_models_licence(tmp_path, name, licence):
+def test_the_card_has_the_base_models_license(tmp_path, name, license_data):
     from huggingface_hub import ModelCard
 
     run = fill(Run.create(tmp_path / "run", load_config("smoke", [f"model.name={name}"])))
     card = ModelCard(model_card(run))
-    assert {key: value for key, value in card.data.to_dict().items() if key.startswith("license")} == licence
-    assert f"`{licence.get('license_name', licence['license'])}`: the base model's licence" in card.text
+    assert {key: value for key, value in card.data.to_dict().items() if key.startswith("license")} == license_data
+    assert f"`{license_data.get('license_name', license_data['license'])}`: the base model's licence" in card.text
 
 
 def test_an_embedded_base_is_no_hub_address_in_the_cards_data(run):

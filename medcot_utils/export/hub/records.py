@@ -1,0 +1,133 @@
+"""The record of each push of a run, in pushed.json: what was sent, what the Hub lists, and what was read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NotRequired, TypedDict
+
+from medcot_utils.errors import MedcotError
+from medcot_utils.export.hub.requests import HubError, HubRefusal
+from medcot_utils.run.directory import Run
+from medcot_utils.run.files import to_json, write_atomic
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RECORD = "pushed.json"
+
+
+class ListedFile(TypedDict):
+    """A file as the Hub lists it. digest: `sha256:` of a large file, `git:` and the blob's id of another."""
+
+    bytes: int
+    digest: str
+
+
+class DeletedFile(ListedFile):
+    """Weights of an earlier push that the run no longer has."""
+
+    path: str
+    artifact: str
+
+
+class FileRecord(TypedDict):
+    """A file of a push. The last three fields come with the verification."""
+
+    path: str  # in the repository
+    artifact: str  # model card, adapter, merged or gguf
+    bytes: int
+    sha256: str
+    sent: bool  # in a commit of this push
+    there_already: bool  # the repository held this very file before
+    replaced: str | None  # the digest of the other file that lay there
+    verified: bool | None  # None: not compared yet
+    on_the_hub: NotRequired[ListedFile | None]  # None: not there
+    downloaded: NotRequired[str]  # whole, or both ends
+    fault: NotRequired[str | None]
+
+
+class RepositoryRecord(TypedDict):
+    """One repository of a push."""
+
+    repo_id: str
+    url: str
+    private: bool
+    revision: str | None  # the commit that was compared
+    commits: dict[str, str]  # artifact: commit, or `there already`
+    tag_commit: str | None  # the commit that the tag stands on
+    files: list[FileRecord]
+    deleted: list[DeletedFile]
+
+
+class PushRecord(TypedDict):
+    """One push of a run."""
+
+    started: str  # ISO 8601, UTC
+    state: str  # running, pushed or failed
+    repo_id: str
+    layout: str
+    endpoint: str
+    tag: str | None
+    verify_all: bool
+    repositories: list[RepositoryRecord]
+    ended: NotRequired[str]
+    error: NotRequired[str]  # of a failed push
+
+
+def read_record(run: Run) -> list[PushRecord]:
+    """Return every push of the run, the oldest first. Raises HubError for an unreadable record."""
+    path = run.path / RECORD
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except ValueError as error:
+        raise HubError(f"{run.path.name}/{RECORD} cannot be read ({error}): move it away and push again") from error
+
+
+def save_record(run: Run, record: PushRecord) -> None:
+    """Write the record into the run, in place of what was saved of the same push before."""
+    others = [push for push in read_record(run) if push["started"] != record["started"]]
+    write_atomic(run.path / RECORD, to_json([*others, record]))
+
+
+@contextmanager
+def failure_recorded(run: Run, record: PushRecord) -> Iterator[None]:
+    """Save the record with state `failed` if the block raises. Tell in a refusal by the Hub what lies there already."""
+    try:
+        yield
+    except Exception as error:
+        told = (
+            str(error) if isinstance(error, MedcotError) else " ".join([type(error).__name__, *getattr(error, "__notes__", [])])
+        )
+        if isinstance(error, HubRefusal):
+            lies = [f"{one['repo_id']}: {', '.join(one['commits'])}" for one in record["repositories"] if one["commits"]]
+            there = f"Already on the Hub, and kept: {'; '.join(lies)}" if lies else "This push has committed nothing"
+            again = f"A second `medcot push` sends only what is missing; {RECORD} in the run says what was sent"
+            told = f"not pushed: {error}. {there}. {again}"
+        save_record(run, record | {"state": "failed", "error": told})
+        if isinstance(error, HubRefusal):
+            raise HubError(told) from None
+        raise
+
+
+def file_lines(record: PushRecord) -> list[dict[str, str | int]]:
+    """Return what was compared and what was deleted, one line a file."""
+    lines: list[dict[str, str | int]] = []
+    for entry in record["repositories"]:
+        place = entry["repo_id"]
+        for one in entry["files"]:
+            sent = "was there" if not one["sent"] else "replaced" if one["replaced"] else "yes"
+            line = {"file": f"{place}/{one['path']}", "bytes": one["bytes"], "sha256": one["sha256"][:12], "sent": sent}
+            lines.append(line | {"read back": one.get("fault") or f"{one['downloaded']}, agrees"})
+        for one in entry["deleted"]:
+            line = {"file": f"{place}/{one['path']}", "bytes": one["bytes"], "sha256": "", "sent": "deleted"}
+            lines.append(line | {"read back": "gone"})
+    return lines
+
+
+def push_table(record: PushRecord | None) -> pd.DataFrame | None:
+    """Return `file_lines` as a table for notebook 07; None if nothing was pushed."""
+    import pandas as pd
+
+    return None if record is None else pd.DataFrame(file_lines(record)).set_index("file")
