@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -83,16 +84,26 @@ class RunConfig(Section):
         return self
 
     def get(self, dotted: str) -> Any:
-        """The value at a dotted name, JSON-ready: `config.get("training.max_steps")`. Raises KeyError for an unknown name."""
-        node: Any = self.model_dump(mode="json")
-        for part in dotted.split("."):
-            node = node[part]
-        return node
+        """Return the value at a dotted name, JSON-ready: `config.get("training.max_steps")`. Raises KeyError for an unknown name."""
+        return _value_at(self.model_dump(mode="json"), dotted)
 
     def digest(self, dotted_names: Iterable[str]) -> str:
-        """sha256 (hex) over the named settings or whole sections, independent of their order."""
-        chosen = {name: self.get(name) for name in sorted(dotted_names)}
+        """Return the sha256 (hex) over the named settings or whole sections, independent of their order.
+
+        Settings added later count only once they differ from their default (`settings.added_later`). Raises KeyError for
+        an unknown name."""
+        counted, chosen = self.fingerprinted(), {}
+        for name in sorted(dotted_names):
+            self.get(name)  # a misspelled name must not count as one that was left out
+            with contextlib.suppress(KeyError):
+                chosen[name] = _value_at(counted, name)
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def _value_at(values: Mapping[str, Any], dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values[part]
+    return values
 
 
 def setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

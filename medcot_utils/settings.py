@@ -7,7 +7,24 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
+
+
+_ADDED_LATER = {"added_later": True}
+
+
+def added_later(default: Any, **rules: Any) -> Any:
+    """Return the field of a setting that runs of earlier versions do not know.
+
+    The default must keep the old behavior: while the setting stands at it, no fingerprint changes, and no finished run
+    is redone. `rules` are those of `pydantic.Field`."""
+    return Field(default, json_schema_extra=_ADDED_LATER, **rules)
+
+
+def is_added_later(field: FieldInfo) -> bool:
+    """Return whether a setting was declared with `added_later`."""
+    return field.json_schema_extra == _ADDED_LATER
 
 
 class Section(BaseModel):
@@ -23,6 +40,18 @@ class Section(BaseModel):
         if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             raise PydanticCustomError("switch", "This is no on/off setting")
         return value
+
+    def fingerprinted(self) -> dict[str, Any]:
+        """Return the settings that fingerprints are made of, JSON-ready: all but those added later that stand at their
+        default, and sections that hold nothing else."""
+        values = self.model_dump(mode="json")
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                values[name] = value.fingerprinted()
+            if values[name] == {} or (is_added_later(field) and value == field.get_default(call_default_factory=True)):
+                del values[name]
+        return values
 
 
 class ModelSettings(Section):

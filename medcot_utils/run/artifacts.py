@@ -92,7 +92,7 @@ ARTIFACTS: dict[str, Artifact] = {
     "model_card": Artifact(
         _EXPORT,
         "MODEL_CARD.md",
-        # Where it is pushed to stands in the GPU; and a push that is asked for later makes notebook 07 run again.
+        # Where it is pushed to stands in the model card; and a push that is asked for later makes notebook 07 run again.
         ("profile", "dataset", "hub.repo_id", "hub.layout", "hub.artifacts"),
         ("export_check", "metrics", "plan", "training_log", "data_report"),
         version=2,
