@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,30 @@ def overrides_of(config: RunConfig) -> list[str]:
     return [f"{name}={json.dumps(config.get(name), ensure_ascii=False)}" for name in changed]
 
 
+@dataclass(frozen=True)
+class ProfileNeeds:
+    """What a profile needs of the machine: `needs` in its YAML file, which is no setting of a run."""
+
+    memory_gib: float  # free memory for one kernel
+    packages: tuple[str, ...]  # beside those that every profile needs, as they are imported
+    expect: str  # what to expect where it can run, in a few words
+    gpu_gib: float | None = None  # of one CUDA GPU; None: runs without a GPU
+
+
+def profile_needs(profile: str) -> ProfileNeeds:
+    """Return what a profile needs of the machine. Raises ConfigError for an unknown profile."""
+    needs = _profile_file(profile)["needs"]
+    return ProfileNeeds(**needs | {"packages": tuple(needs["packages"])})
+
+
 def read_profile(profile: str) -> dict[str, Any]:
+    """Return a profile's settings as nested dictionaries, not yet validated. Raises ConfigError for an unknown profile."""
+    values = _profile_file(profile)
+    del values["needs"]
+    return values | {"profile": profile}
+
+
+def _profile_file(profile: str) -> dict[str, Any]:
     if profile not in PROFILES:
         choices = ", ".join((*PROFILES, "auto"))
         match = difflib.get_close_matches(profile, PROFILES, 1)
@@ -195,9 +219,7 @@ def read_profile(profile: str) -> dict[str, Any]:
         raise ConfigError(f"unknown profile {profile!r}: expected one of {choices}{hint}")
     values = yaml.safe_load((PROFILES_DIR / f"{profile}.yaml").read_text(encoding="utf-8"))
     parent = values.pop("extends", None)
-    merged = _merge(read_profile(parent), values) if parent else values
-    merged["profile"] = profile
-    return merged
+    return _merge(_profile_file(parent), values) if parent else values
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

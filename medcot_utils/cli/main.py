@@ -77,11 +77,9 @@ def _run_notebooks(
 ) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from medcot_utils.machine import secrets
     from medcot_utils.series import runner
 
     config, line = runner.plan_config(folder, profile, settings)
-    secrets.hand_on_secrets(config.secrets)
     console.print(line, highlight=False)
     columns = (
         SpinnerColumn(),

@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "comparison": ["check_usable", "compare", "compare_sampled", "metrics_table", "conclusions", "needed_table"],
+        "comparison": ["check_questions", "compare", "compare_sampled", "metrics_table", "conclusions", "needed_table"],
         "claims": ["judge", "claims_table"],
         "report": ["build_report"],
     },

@@ -75,8 +75,8 @@ def quantizer() -> Path | None:
     return program if os.access(program, os.X_OK) else None
 
 
-def check_usable(config: RunConfig) -> str:
-    """One line on what export.gguf will do. Raises GgufError if this machine lacks what its type needs, or if the model lies
+def check_gguf(config: RunConfig) -> str:
+    """Return one line on what export.gguf will do. Raises GgufError if this machine lacks what its type needs, or if the model lies
     in a folder and is no Llama: for notebook 01, hours before the file would be made."""
     kind = config.export.gguf
     if kind is None:
@@ -119,7 +119,7 @@ def save_gguf(run: Run) -> Path | None:
     Raises GgufError or DiskError, before a weight is read, when a program or disk room is missing."""
     from medcot_utils.models.embedded import load_tokenizer
 
-    kind, line = run.config.export.gguf, check_usable(run.config)
+    kind, line = run.config.export.gguf, check_gguf(run.config)
     if kind is None:
         print(line)
         return None
@@ -211,7 +211,7 @@ def verify_gguf(run: Run) -> dict[str, Any] | None:
     an exact type all weights too and every greedy answer of transformers; what a quantized file changes is measured, not
     judged, and so is what llama.cpp's own arithmetic changes. Raises GgufError if llama.cpp cannot load the file."""
     if run.config.export.gguf is None:
-        print(check_usable(run.config))
+        print(check_gguf(run.config))
         return None
     return run.get_or_make("gguf_check", lambda: _verify(run))
 

@@ -132,11 +132,6 @@ def still_to_export(config: RunConfig, run_dir: Path, parameters: float) -> list
     return base + export_needs(config, run_dir, parameters, anew=True)
 
 
-def _gguf_kinds(config: RunConfig) -> list[str]:
-    asked = config.model_dump()["export"].get("gguf")
-    return [] if asked is None else ["f16"] if asked == "f16" else ["f16", asked]
-
-
 def model_sizes(config: RunConfig) -> tuple[float | None, float | None]:
     """(parameters of the base, parameters that LoRA trains), as far as they can be known before the model is loaded."""
     name = config.model.name
@@ -234,8 +229,16 @@ def require_room(wanted: Iterable[Need]) -> None:
         raise DiskError(f"too little disk: {'; '.join(lines)}. {paths.MORE_ROOM}")
 
 
+def check_room(config: RunConfig, run_dir: Path) -> str:
+    """Return one line on the GiB that a run still needs on disk. Raises DiskError if a disk has too little room for it."""
+    wanted = needs(config, run_dir)
+    require_room(wanted)
+    unknown = "".join(f", and an unknown size for the {need.what}" for need in wanted if need.gib is None)
+    return f"{sum(need.gib or 0.0 for need in wanted):.2f} GiB needed, and there is room for it{unknown}"
+
+
 def disk_table(config: RunConfig, run_dir: Path) -> pd.DataFrame:
-    """What a run still needs on disk and what is free there, in GiB. Raises DiskError where it is too little."""
+    """Return what a run still needs on disk and what is free there, in GiB. Raises DiskError if it is too little."""
     import pandas as pd
 
     wanted = needs(config, run_dir)

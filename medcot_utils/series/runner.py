@@ -13,7 +13,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from medcot_utils.config import RunConfig, load_config, overrides_of, parse_overrides
-from medcot_utils.data import rows
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine import hardware, redaction
 from medcot_utils.machine.disk import full_disk_told
@@ -21,7 +20,7 @@ from medcot_utils.machine.paths import HOME
 from medcot_utils.models.engine import quiet_start
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.run.directory import CONFIG, Run, describe_costs
-from medcot_utils.training import tracking
+from medcot_utils.series.preflight import preflight
 
 NOTEBOOKS = tuple(STEPS)
 HEADLINE = ("eval_loss", "closed_think_rate", "finished_rate", "rouge_l", "thinking_tokens", "answer_tokens")
@@ -54,16 +53,16 @@ def notebooks_dir() -> Path:
 
 
 def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) -> tuple[RunConfig, str]:
-    """The configuration of this call and a line saying where it comes from, with everything checked that needs no model.
+    """Return the configuration of this call and a line saying where it comes from, after the checks of `preflight` that need
+    no network. In a terminal somebody can type a key that is asked for; under papermill nobody can.
 
-    A named profile starts from that profile; without one, an existing run's stored settings are kept and the overrides
-    laid over them. Raises a MedcotError for an unknown profile or setting, a missing GPU or key, or data that cannot be used."""
+    A named profile starts from that profile. Without one, an existing run keeps its stored settings, with the overrides
+    laid over them. Raises a MedcotError for an unknown profile or setting, and that of the first check that fails."""
     overrides = list(overrides)
     if profile is None and (run_dir / CONFIG).exists():
         stored = Run.open(run_dir).config
         names = set(parse_overrides(overrides))
         kept = [pair for pair in overrides_of(stored) if pair.partition("=")[0] not in names]
-        hardware.resolve_profile(stored.profile)
         config, line = load_config(stored.profile, [*kept, *overrides]), f"profile {stored.profile}: as in {run_dir.name}/"
     else:
         name, line = hardware.resolve_profile(profile or "auto")
@@ -72,9 +71,7 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
         absolute = json.dumps(str(Path(config.dataset.path).absolute()))
         others = [pair for pair in overrides_of(config) if not pair.startswith("dataset.path=")]
         config = load_config(config.profile, [*others, f"dataset.path={absolute}"])
-    if config.dataset.path or config.dataset.name == "shipped":
-        rows.check_usable(config)
-    tracking.check_usable(config)  # here too: in a terminal there is somebody who can type a key, under papermill nobody
+    preflight(config, run_dir, online=False)
     return config, line
 
 

@@ -59,8 +59,8 @@ def resolve(config: RunConfig) -> tuple[str, str, str]:
     return asked, "", f"tracking: {asked}, on this machine ({why}), project {config.tracking.project}"
 
 
-def check_usable(config: RunConfig) -> str:
-    """One line on what this run is tracked with, after everything that needs was looked at; asks for a key where one is needed
+def check_tracker(config: RunConfig) -> str:
+    """Return one line on what this run is tracked with, after a look at all that it needs. Asks for a key if one is needed
     and somebody is there to type it.
 
     Raises TrackingError or PlatformError, before any model is loaded, for what the run asked for by name and cannot have: a

@@ -60,8 +60,8 @@ def publish(run: Run, token: str | None = None) -> dict[str, Any] | None:
     return push(run, run.config.hub, token)
 
 
-def check_ready(config: RunConfig, token: str | None = None) -> str:
-    """For notebook 01: one line that says where a push will go. Raises PlatformError if a push is asked for and there is no
+def check_hub(config: RunConfig, token: str | None = None) -> str:
+    """Return one line that says where notebook 07 will push. Raises PlatformError if a push is asked for and there is no
     token, HubError if the Hub does not take it: hours later would be too late."""
     from huggingface_hub import HfApi
 
