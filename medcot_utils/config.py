@@ -1,4 +1,4 @@
-"""RunConfig: every knob of the series, validated once, and the profiles that set them."""
+"""RunConfig: every setting of the series, validated once, and the profiles that set them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ class RunConfig(Section):
         return self
 
     def get(self, dotted: str) -> Any:
-        """Return the value at a dotted name, JSON-ready: `config.get("training.max_steps")`. Raises KeyError for an unknown name."""
+        """Return the value at a dotted name, JSON-ready: `config.get("training.max_steps")`.
+
+        Raises KeyError for an unknown name."""
         return _value_at(self.model_dump(mode="json"), dotted)
 
     def digest(self, dotted_names: Iterable[str]) -> str:
@@ -108,7 +110,7 @@ def _value_at(values: Mapping[str, Any], dotted: str) -> Any:
 
 
 def setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Every dotted setting name, sections left out."""
+    """Return every dotted setting name; a section is not a setting."""
     names = []
     for name, field in model.model_fields.items():
         kind = field.annotation
@@ -120,7 +122,7 @@ def setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The valid name nearest to `name`, ready to append to a message; where to look them up when nothing is near."""
+    """Return a hint to append to a message: the valid name nearest to `name`, or where to look them up if none is near."""
     valid = list(valid)
     leaf = name.rsplit(".", 1)[-1]
     if leaf in _ALIASES and _ALIASES[leaf] in valid:
@@ -131,7 +133,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
-    """`["training.max_steps=10"]` as `{"training.max_steps": 10}`; values are read as YAML scalars or lists.
+    """Return `["training.max_steps=10"]` as `{"training.max_steps": 10}`, with values read as YAML scalars or lists.
 
     Raises ConfigError for a pair without `=` or a name that is no setting."""
     valid, overrides = setting_names(), {}
@@ -162,8 +164,8 @@ def _number(text: str) -> Any:
 
 
 def load_config(profile: str, overrides: Iterable[str] = ()) -> RunConfig:
-    """The configuration of a profile with `a.b=value` overrides laid over it. Another model or data set by name drops the
-    pinned revisions of the profile's own.
+    """Return the configuration of a profile with `a.b=value` overrides laid over it. Another model or data set by name drops
+    the pinned revisions of the profile's own.
 
     Raises ConfigError naming the profile, setting or value at fault, and the nearest valid one."""
     values, given = read_profile(profile), parse_overrides(overrides)
@@ -180,7 +182,7 @@ def load_config(profile: str, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def overrides_of(config: RunConfig) -> list[str]:
-    """The `a.b=value` pairs that make this configuration out of its profile's defaults."""
+    """Return the `a.b=value` pairs that make this configuration out of its profile's values."""
     default = load_config(config.profile)
     # Another model's pins are always named: left out, one equal to the profile's would be dropped on the way back.
     pins = [pin for name, pins in _PINS.items() if config.get(name) != default.get(name) for pin in pins]
@@ -230,14 +232,14 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """Validate a nested dictionary. Raises ConfigError with one line per fault."""
+    """Return a nested dictionary as a validated configuration. Raises ConfigError with every fault in one line."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         lines: dict[str, str] = {}
         for fault in error.errors():
             setting = _setting_of(fault)
-            # Of a setting that may be one thing or another, each alternative has its own fault.
+            # A setting of several possible types has a fault for each of them.
             lines[setting] = f"{lines[setting]}, or {_lower(fault['msg'])}" if setting in lines else _explain(fault)
         raise ConfigError("; ".join(lines.values())) from None
 

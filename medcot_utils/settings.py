@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-
 _ADDED_LATER = {"added_later": True}
 
 
@@ -70,7 +69,7 @@ class ModelSettings(Section):
 
 class PromptSettings(Section):
     newline_after_think: bool = Field(
-        True, description="end the inference prompt as the training text goes on: `<think>\\n`, not `<think>`"
+        True, description="end the inference prompt as the training text continues: `<think>\\n`, not `<think>`"
     )
 
 
@@ -134,7 +133,7 @@ class TrainingSettings(Section):
     padding: Literal["auto", "padded", "padding_free"] = Field("auto", description="how rows of unequal length share a batch")
     num_processes: int = Field(1, ge=1, description="GPUs to train on, one process each; the effective batch stays")
     max_hours: float | None = Field(
-        None, gt=0, description="stop in good time before this, with a checkpoint; the next call goes on"
+        None, gt=0, description="stop in good time before this, with a checkpoint; the next call resumes"
     )
 
     @property

@@ -76,8 +76,9 @@ def quantizer() -> Path | None:
 
 
 def check_gguf(config: RunConfig) -> str:
-    """Return one line on what export.gguf will do. Raises GgufError if this machine lacks what its type needs, or if the model lies
-    in a folder and is no Llama: for notebook 01, hours before the file would be made."""
+    """Return one line on what export.gguf will do, hours before the file would be made.
+
+    Raises GgufError if this machine lacks what its type needs, or if the model lies in a folder and is no Llama."""
     kind = config.export.gguf
     if kind is None:
         return "GGUF: none asked for (export.gguf)"

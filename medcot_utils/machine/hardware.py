@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, memory, secrets, versions, and which profile that allows."""
+"""The hardware and software of this machine, and the profile that it can run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import psutil
 
@@ -40,7 +40,7 @@ VERSIONED_PACKAGES = [
 
 
 def installed_versions(packages: Iterable[str] = VERSIONED_PACKAGES) -> dict[str, str | None]:
-    """Versions from package metadata: nothing is imported. None for what is not installed."""
+    """Return versions by package metadata, without an import. None: not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -52,6 +52,8 @@ def installed_versions(packages: Iterable[str] = VERSIONED_PACKAGES) -> dict[str
 
 @dataclass(frozen=True)
 class Gpu:
+    """A visible CUDA GPU."""
+
     name: str
     memory_gib: float
     free_gib: float
@@ -68,7 +70,7 @@ class Gpu:
 
 
 def visible_gpus() -> list[Gpu]:
-    """The visible CUDA GPUs; an empty list without torch or without a GPU."""
+    """Return the visible CUDA GPUs; an empty list without torch or without a GPU."""
     try:
         import torch
     except ImportError:
@@ -116,14 +118,27 @@ def fitting_gpu(profile: str, gpus: list[Gpu] | None = None) -> tuple[Gpu | None
     return fitting, "; ".join(filter(None, (gpu.shortcoming(needed) for gpu in gpus))) or "no CUDA GPU is visible"
 
 
-# --- summary -------------------------------------------------------------------------------------------------------
+class MachineReport(TypedDict):
+    """machine.json of a run."""
+
+    platform: str  # kaggle, colab or local
+    system: str  # name and architecture
+    python: str
+    cpu_cores: int | None
+    memory_gib: float
+    memory_free_gib: float
+    disk_free_gib: float  # where the run is kept
+    cache_disk_free_gib: float  # where converted models are kept
+    gpus: str  # names and GiB, or `none`
+    versions: dict[str, str | None]  # None: not installed
+    secrets: dict[str, str]  # {service: where its secret was found}; never a value
 
 
-def machine_report(run_dir: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """What a reader must know of the machine: platform, cores, memory and disk in GiB, GPUs, versions, secrets by source.
+def machine_report(run_dir: Path, overrides: Iterable[str] = ()) -> MachineReport:
+    """Return what a reader must know of the machine.
 
-    Secrets are looked for under the names that `overrides` set; its other settings are not looked at. Raises ConfigError for a
-    name that is none."""
+    Secrets are looked for under the names that `overrides` set; its other settings are not looked at. Raises ConfigError for
+    a name that is no name of a secret."""
     names = load_config("smoke", [pair for pair in overrides if pair.strip().startswith("secrets.")]).secrets
     memory = psutil.virtual_memory()
     return {

@@ -104,7 +104,8 @@ def execute() -> None:
     from nbclient import NotebookClient
 
     from medcot_utils.plots import comparison_figure
-    from medcot_utils.run.directory import Run, describe_costs
+    from medcot_utils.run.directory import Run
+    from medcot_utils.run.manifest import describe_costs
 
     folder = notebooks_dir()
     with tempfile.TemporaryDirectory() as temporary:

@@ -8,18 +8,19 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from filelock import FileLock, Timeout
 
 from medcot_utils.config import RunConfig, load_config, overrides_of, parse_overrides
-from medcot_utils.errors import MedcotError
+from medcot_utils.errors import MedcotError, SeriesPaused
 from medcot_utils.machine import hardware, redaction
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.paths import HOME
 from medcot_utils.models.engine import quiet_start
 from medcot_utils.run.artifacts import STEPS
-from medcot_utils.run.directory import CONFIG, Run, describe_costs
+from medcot_utils.run.directory import CONFIG, Run
+from medcot_utils.run.manifest import GpuPeak, describe_costs
 from medcot_utils.series.preflight import preflight
 
 NOTEBOOKS = tuple(STEPS)
@@ -35,12 +36,8 @@ class SeriesError(MedcotError):
     """A notebook failed or cannot be run; the message names it, the cell's error, and where the partial notebook lies."""
 
 
-class SeriesPaused(MedcotError):
-    """Training ended in time, as training.max_hours asked; nothing failed, and the next call goes on."""
-
-
 def notebooks_dir() -> Path:
-    """The folder of the seven notebooks: MEDCOT_NOTEBOOKS, beside the package, or in the working directory."""
+    """Return the folder of the seven notebooks: MEDCOT_NOTEBOOKS, beside the package, or in the working directory."""
     candidates = [HOME / "notebooks", Path.cwd() / "notebooks", Path.cwd()]
     if chosen := os.environ.get("MEDCOT_NOTEBOOKS"):
         candidates = [Path(chosen)]
@@ -76,7 +73,7 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
 
 
 def parameters_of(notebook: Path) -> set[str]:
-    """The names in a notebook's `parameters` cell.
+    """Return the names in a notebook's `parameters` cell.
 
     Read by Python's own parser: papermill's gives up, with a warning only, on a line whose comment holds a `=`."""
     import ast
@@ -89,7 +86,7 @@ def parameters_of(notebook: Path) -> set[str]:
 
 
 def check_parameters(parameters: Mapping[str, Any], folder: Path) -> None:
-    """Raises SeriesError for a parameter that no notebook has: papermill itself would only warn."""
+    """Raise SeriesError for a parameter that no notebook has: papermill itself would only warn."""
     known = set().union(*(parameters_of(folder / f"{name}.ipynb") for name in NOTEBOOKS)) if parameters else set()
     for name in parameters:
         if name not in known:
@@ -106,12 +103,11 @@ def run_series(
     say: Callable[[str], None] = print,
     report: Report = lambda name, cell, cells: None,
 ) -> Run:
-    """Run notebooks `first` to `last` into `run_dir`, leaving out those that are done with these settings and inputs. What the
-    cells put out is cleared of this machine's secrets before it is written.
+    """Run notebooks `first` to `last` into `run_dir`, skipping those that are done with these settings and inputs. This
+    machine's secrets are removed from the cells' output before it is written.
 
     `report(name, cell, cells)` is called before each cell. Raises SeriesError at the first notebook that fails or whose
-    kernel dies, and SeriesPaused where training.max_hours ended it; what was made so far is kept, and the next call goes
-    on there."""
+    kernel dies, and SeriesPaused if training.max_hours ended it. Finished work is kept, and the next call resumes there."""
     folder = notebooks_dir()
     os.environ.setdefault("MEDCOT_SESSION_STARTED", str(time.time()))
     check_parameters(parameters or {}, folder)
@@ -218,11 +214,28 @@ def _register_engine(name: str, report: Report) -> None:
     papermill_engines.register("medcot", ReportingEngine)
 
 
-def status(run: Run) -> dict[str, Any]:
-    """What `medcot status --json` prints: {run_dir, profile, steps, metrics}.
+class StepStatus(TypedDict):
+    """A step as `medcot status` shows it; None for what was not recorded."""
 
-    A step: {name, state, seconds, peak_memory_mb, peak_gpu_memory_mb, error}, the GPU's as {allocated, reserved}, None without
-    one. metrics holds the headline ones, each {base, tuned, difference: {value, low, high, n}}; empty before notebook 06."""
+    name: str
+    state: str  # as `Run.step_state` gives it
+    seconds: float | None
+    peak_memory_mb: int | None
+    peak_gpu_memory_mb: GpuPeak | None
+    error: str | None
+
+
+class Status(TypedDict):
+    """A run as `medcot status --json` prints it."""
+
+    run_dir: str
+    profile: str
+    steps: list[StepStatus]
+    metrics: dict[str, Any]  # the headline ones as metrics.json holds them; empty before notebook 06
+
+
+def status(run: Run) -> Status:
+    """Return what each step of a run has done, and the headline metrics."""
     recorded = run.manifest()["steps"]
     steps = [
         {"name": name, "state": run.step_state(name, deep=False)}

@@ -95,8 +95,8 @@ def changed(home: Path = HOME) -> dict[Path, Any]:
 
 def faults(home: Path = HOME) -> list[str]:
     """One line for each file whose badges or setup cell differ from what the setting makes of them."""
-    mend = "differ from the template: python -m medcot_utils.series.committed setup-cells"
-    return [f"{path.name}: badges or setup cell {mend}" for path in changed(home)]
+    fault = "badges or setup cell differ from the template: python -m medcot_utils.series.committed setup-cells"
+    return [f"{path.name}: {fault}" for path in changed(home)]
 
 
 def write(home: Path = HOME, new_repository: str | None = None) -> list[Path]:

@@ -14,6 +14,7 @@ import nbformat
 from medcot_utils.config import PROFILES, load_config, profile_needs
 from medcot_utils.run.files import write_atomic
 from medcot_utils.series.kaggle.carried import carried_files, payload, refuse_secrets
+from medcot_utils.series.kaggle.earlier import RUN_NAME
 from medcot_utils.series.kaggle.metadata import (
     PLACEHOLDER_OWNER,
     KaggleError,
@@ -22,7 +23,6 @@ from medcot_utils.series.kaggle.metadata import (
     validated,
     write_metadata,
 )
-from medcot_utils.series.kaggle.session import RUN_NAME
 from medcot_utils.series.preflight import preflight
 
 MOST_BYTES = 1_000_000  # Kaggle refuses a larger notebook

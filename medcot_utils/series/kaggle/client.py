@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import sha256_of, write_atomic
+from medcot_utils.series.kaggle.earlier import RUN_NAME, copy_run, find_earlier
 from medcot_utils.series.kaggle.metadata import (
     METADATA,
     PLACEHOLDER_OWNER,
@@ -25,7 +26,6 @@ from medcot_utils.series.kaggle.metadata import (
     validated,
     write_metadata,
 )
-from medcot_utils.series.kaggle.session import RUN_NAME, copy_run, find_earlier
 
 if TYPE_CHECKING:
     from kaggle.api.kaggle_api_extended import KaggleApi
@@ -139,7 +139,7 @@ def _with_owner(folder: Path, metadata: KernelMetadata, api: Any) -> KernelMetad
 
 
 def status(kernel: str) -> str:
-    """Return the state of a kernel's latest session, as one word. Raises KaggleError if the session failed, with Kaggle's reason."""
+    """Return the state of a kernel's latest session, as one word. Raises KaggleError with Kaggle's reason if it failed."""
     api = client()
     with _clear(f"ask for the state of {kernel}"):
         answer = api.kernels_status(kernel)

@@ -294,7 +294,10 @@ def test_what_the_evaluation_needs_is_looked_at_before_a_model_is_loaded(tmp_pat
     from medcot_utils.evaluation.metrics import MeasureError
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert check_questions(load_config("smoke", ["evaluation.mcq_limit=4", "evaluation.mcq_tasks=[shipped, shipped]"])) == "8 multiple-choice questions"
+    assert (
+        check_questions(load_config("smoke", ["evaluation.mcq_limit=4", "evaluation.mcq_tasks=[shipped, shipped]"]))
+        == "8 multiple-choice questions"
+    )
     assert check_questions(load_config("smoke", ["evaluation.mcq_tasks=[]"])) == "0 multiple-choice questions"
     with pytest.raises(McqError, match=r"nowhere\.jsonl"):
         check_questions(load_config("smoke", [f"evaluation.mcq_tasks=[{tmp_path / 'nowhere.jsonl'}]"]))

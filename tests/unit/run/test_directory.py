@@ -13,7 +13,8 @@ import pytest
 
 from medcot_utils.config import load_config
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS
-from medcot_utils.run.directory import CONFIG, MANIFEST, Run, RunError, describe_costs
+from medcot_utils.run.directory import CONFIG, MANIFEST, Run, RunError
+from medcot_utils.run.manifest import describe_costs
 
 
 def stale(run: Run) -> set[str]:

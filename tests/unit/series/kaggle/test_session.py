@@ -180,7 +180,7 @@ def test_a_session_that_was_to_go_on_does_not_start_from_the_beginning(inputs, k
         move_output(run_factory(name="other", profile="demo"), kaggle / "input" / "other")
     run_dir = kaggle / "working" / "run"
     with pytest.raises(
-        session.SessionError, match=r"no earlier run of profile smoke .* go on from ann/first-run, ann/rows\."
+        session.SessionError, match=r"no earlier run of profile smoke .* resume ann/first-run, ann/rows\."
     ) as raised:
         session.resume_earlier_run(run_dir, "smoke", [], ["ann/first-run", "ann/rows"])
     assert "To start from the beginning" in str(raised.value) and not run_dir.exists()
