@@ -9,5 +9,8 @@ class PlatformError(MedcotError):
     """This machine cannot run what was asked for; the message says what is missing and what to do."""
 
 
+EX_PAUSED = 75  # the exit code of a paused series: EX_TEMPFAIL, try again
+
+
 class SeriesPaused(MedcotError):
     """Training ended in time, as training.max_hours asked. Nothing failed; the next call resumes it."""

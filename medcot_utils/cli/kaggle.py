@@ -60,7 +60,7 @@ def push(folder: Folder = Path()) -> None:
 
 @app.command()
 def status(kernel: Kernel = None, folder: Folder = Path()) -> None:
-    """The state of the kernel's latest session; a failed one is an error with Kaggle's reason."""
+    """Show the state of the kernel's latest session; a failed one is an error with Kaggle's reason."""
     from medcot_utils.series.kaggle import client
     from medcot_utils.series.kaggle.metadata import read_metadata
 

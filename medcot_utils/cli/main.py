@@ -13,7 +13,7 @@ from rich.table import Table
 from medcot_utils.cli import push
 from medcot_utils.cli.chat import chat
 from medcot_utils.cli.kaggle import app as kaggle_app
-from medcot_utils.errors import MedcotError, SeriesPaused
+from medcot_utils.errors import EX_PAUSED, MedcotError, SeriesPaused
 from medcot_utils.machine import installing
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ app = typer.Typer(
 )
 app.add_typer(kaggle_app, name="kaggle")
 console = Console()
-EX_PAUSED = 75
 
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="where the run is kept; runs/<profile> if not given")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="override a setting: --set training.max_steps=10")]
@@ -138,7 +137,7 @@ def status(
     run_dir: Annotated[Path, typer.Argument(help="a run directory")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
-    """What each step of a run has done, and the headline metrics."""
+    """Show what each step of a run has done, and the headline metrics."""
     from medcot_utils.run.directory import Run
     from medcot_utils.series import runner
 
@@ -182,7 +181,7 @@ def report(
     run_dirs: Annotated[list[Path], typer.Argument(help="one or more runs that notebook 06 has compared")],
     out: Annotated[Path | None, typer.Option(help="the HTML file; report.html in the first run if not given")] = None,
 ) -> None:
-    """Make the HTML report anew; with several runs, one that sets them side by side."""
+    """Make the HTML report again; with several runs, one that shows them side by side."""
     from medcot_utils.evaluation.report import build_report
     from medcot_utils.run.directory import Run
     from medcot_utils.run.files import write_atomic
@@ -227,7 +226,7 @@ def doctor(run_dir: RunDir = None) -> None:
 
 @app.command("settings")
 def list_settings(profile: Annotated[str, typer.Argument(help="a profile")] = "demo") -> None:
-    """Every setting with its value in a profile: the names that --set takes."""
+    """List every setting with its value in a profile: the names that --set takes."""
     from medcot_utils.config import load_config, setting_names
 
     config = load_config(profile)
@@ -241,8 +240,8 @@ app.command("push")(push.push)
 
 
 def main() -> None:
-    """Run the command line. An error that the user can fix is one line and exit code 1; a paused training is exit code 75
-    (EX_TEMPFAIL: try again)."""
+    """Run the command line. An error that the user can fix is one line and exit code 1; a paused training is exit code
+    EX_PAUSED."""
     try:
         installing.require_linux()
         app()

@@ -184,7 +184,7 @@ def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Re
             why = "its kernel died (killed, or out of memory)"
         run.record_step(name, state="failed", error=why)
         raise SeriesError(
-            f"notebook {name} failed: {why}. The partial notebook is {run.display(executed)}; the same command goes on there"
+            f"notebook {name} failed: {why}. The partial notebook is {run.display(executed)}; the same command resumes there"
         ) from error
     if run.step_state(name) != "done":
         raise SeriesError(f"notebook {name} ended without recording its results: its last cell did not run")
@@ -231,7 +231,7 @@ class Status(TypedDict):
     run_dir: str
     profile: str
     steps: list[StepStatus]
-    metrics: dict[str, Any]  # the headline ones as metrics.json holds them; empty before notebook 06
+    metrics: dict[str, object]  # the headline ones as metrics.json holds them; empty before notebook 06
 
 
 def status(run: Run) -> Status:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from medcot_utils.config import SecretsSettings
 from medcot_utils.errors import MedcotError
+from medcot_utils.machine import secrets
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -25,14 +26,14 @@ class HubError(MedcotError):
     """Something was not pushed; the message says what happened, what lies on the Hub already, and what to do."""
 
 
-def find_token(token: str | None = None, secrets: SecretsSettings | None = None) -> str:
+def find_token(token: str | None = None, settings: SecretsSettings | None = None) -> str:
     """The token: the argument, else what the platform has under the names of the settings, else what `hf auth login` stored,
     else what is typed in where there is somebody to ask.
 
     Raises PlatformError where there is none. Never print what this returns."""
     if token:
         return token
-    found = secrets.require_secret("Hugging Face", "the push to the Hub", "leave hub.repo_id unset", secrets)
+    found = secrets.require_secret("Hugging Face", "the push to the Hub", "leave hub.repo_id unset", settings)
     return found.value.get_secret_value()
 
 

@@ -58,7 +58,7 @@ def build(
 
     Raises a MedcotError for what cannot run on Kaggle, or for a secret in what would be pushed, before anything is written."""
     held = read_unvalidated(folder) or {}
-    profile = profile or _held_profile(folder, held) or "article"
+    profile = profile or _held_profile(folder / str(held.get("code_file"))) or "article"
     settings = _checked_settings(profile, list(settings))
     kernel = kernel or held.get("id", f"{PLACEHOLDER_OWNER}/medcot-series")
     slug = kernel.rpartition("/")[2]
@@ -92,9 +92,9 @@ def build(
     return Built(path, metadata, profile, size, left_out)
 
 
-def _held_profile(folder: Path, held: dict[str, Any]) -> str | None:
+def _held_profile(notebook_path: Path) -> str | None:
     try:
-        notebook = nbformat.read(folder / str(held.get("code_file")), as_version=4)
+        notebook = nbformat.read(notebook_path, as_version=4)
     except (OSError, ValueError):  # none there, or no notebook
         return None
     lines = [line for cell in notebook.cells for line in cell.source.splitlines() if line.startswith("PROFILE = ")]
@@ -176,7 +176,7 @@ def cells(metadata: KernelMetadata, profile: str, settings: list[str], files: di
     chosen["sources"] = _list(_earlier_sessions(metadata, settings))
     secrets = load_config("demo" if profile == "auto" else profile, settings).secrets
     names = {"hub": _either(secrets.huggingface), "wandb": _either(secrets.wandb)}
-    sources: list[tuple[str, str, dict[str, Any]]] = [
+    sources = [
         ("markdown", _INTRO.format(run=RUN_NAME, **names), {}),
         ("code", _PARAMETERS.format(**chosen), {"tags": ["parameters"]}),
         ("markdown", "## The project, as compressed text", {}),

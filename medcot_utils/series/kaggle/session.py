@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from medcot_utils.errors import MedcotError
+from medcot_utils.errors import EX_PAUSED, MedcotError
 from medcot_utils.machine.installing import HOME
 from medcot_utils.series.kaggle.earlier import RUN_NAME, copy_run, find_earlier, unzip
 
-EX_PAUSED = 75
 # Smaller files go into the zip, except what people look for by itself.
 _SMALL_BYTES = 8_000_000
 _BY_ITSELF = ("report.html", "adapter")

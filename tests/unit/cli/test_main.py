@@ -60,7 +60,7 @@ def test_python_m_is_the_same_command():
 
 
 ANOTHER_SYSTEM = """
-import sys, psutil, pydantic, rich.console, typer, yaml
+import sys, psutil, pydantic.main, rich.console, typer, yaml, zoneinfo
 sys.platform, sys.modules["resource"], sys.argv = {platform!r}, None, ["medcot", "status", "runs/mine"]
 """
 

@@ -154,7 +154,7 @@ def test_a_notebook_opened_by_hand_takes_an_earlier_run_up_too(finished, kaggle)
 def test_a_merged_model_without_room_is_left_out_and_said(finished, kaggle, monkeypatch):
     move_output(finished, kaggle / "input" / "earlier")
     usage = shutil.disk_usage(kaggle)
-    monkeypatch.setattr(session.shutil, "disk_usage", lambda folder: usage._replace(free=1_000_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1_000_000_000))
     said = []
     session.resume_earlier_run(kaggle / "working" / "run", "smoke", say=said.append)
     copied = contents(kaggle / "working" / "run")
