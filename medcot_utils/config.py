@@ -249,7 +249,7 @@ def _lower(message: str) -> str:
 
 
 def _setting_of(fault: Mapping[str, Any]) -> str:
-    """The dotted name that a fault is about, without the alternatives and list places that pydantic adds to it."""
+    """Return the dotted name that a fault is about, without the alternatives and list places that pydantic adds to it."""
     name = ".".join(str(part) for part in fault["loc"])
     known = [setting for setting in setting_names() if f"{name}.".startswith(f"{setting}.")]
     return known[0] if known else name

@@ -217,7 +217,7 @@ class HubSettings(Section):
     verify_all: bool = Field(False, description="true downloads every byte of a push again, not only both ends of large files")
 
     def addresses(self, names: Iterable[str], repo_id: str) -> dict[str, str]:
-        """{artifact: the repository it goes to}, as the layout says."""
+        """Return {artifact: the repository it goes to}, as the layout says."""
         suffixes = {"adapter": "-lora", "merged": "-merged", "gguf": "-gguf"}
         return {name: repo_id + (suffixes[name] if self.layout == "separate" else "") for name in names}
 
