@@ -65,7 +65,7 @@ def status(kernel: Kernel = None, folder: Folder = Path()) -> None:
     from medcot_utils.series.kaggle.metadata import read_metadata
 
     name = kernel or read_metadata(folder).id
-    console.print(f"{name}: {client.status(name)}", highlight=False, soft_wrap=True)
+    console.print(f"{name}: {client.session_state(name)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

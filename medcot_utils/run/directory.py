@@ -295,7 +295,7 @@ class Run:
                 return origin
         return None if self.is_fresh(name, deep=False) else name
 
-    def finish(self, step: str, since: float | None = None) -> StepEntry:
+    def record_done(self, step: str, since: float | None = None) -> StepEntry:
         """Record the step as done and return what was recorded: the seconds since `since` (a `time.time()`; None: since
         `begin`), and the most that this process has held of the machine's memory and of its GPU's, in MB."""
         began = since or self.manifest()["steps"][step]["started"]

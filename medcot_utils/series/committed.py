@@ -84,7 +84,7 @@ def faults(path: Path) -> list[str]:
     return found
 
 
-def setup_cell(path: Path) -> str:
+def read_setup_cell(path: Path) -> str:
     """Return the code after the parameters cell, which must be the same text in all seven."""
     code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     return code[1].source
@@ -94,7 +94,7 @@ def check() -> list[str]:
     """Return one line per fault over all seven notebooks."""
     paths = [notebooks_dir() / f"{name}.ipynb" for name in STEPS]
     lines = [f"{path.name}: {fault}" for path in paths for fault in faults(path)]
-    if len({setup_cell(path) for path in paths}) > 1:
+    if len({read_setup_cell(path) for path in paths}) > 1:
         lines.append("the setup cell is not the same text in all seven notebooks")
     return lines + shared.faults()
 

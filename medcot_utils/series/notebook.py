@@ -80,7 +80,7 @@ def finish(run: Run, step: str) -> pd.DataFrame:
     from medcot_utils.run.artifacts import ARTIFACTS
     from medcot_utils.run.manifest import describe_costs
 
-    entry = run.finish(step, since=_started)
+    entry = run.record_done(step, since=_started)
     manifest = run.manifest()["artifacts"]
     lines = [
         {

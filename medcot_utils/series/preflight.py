@@ -45,23 +45,17 @@ def checks(config: RunConfig, run_dir: Path | None, online: bool = True) -> dict
     from medcot_utils.export.hub.push import check_hub
     from medcot_utils.training.tracking import check_tracker
 
-    made: dict[str, Callable[[], str]] = {}
     here = run_dir is not None
-    if here:
-        made["profile"] = lambda: hardware.check_profile(config.profile)
-    if online or _data_is_at_hand(config, here):
-        made["data"] = lambda: check_data(config)
-    if online or _questions_are_at_hand(config, here):
-        made["questions"] = lambda: check_questions(config)
-    if here:
-        made["tracker"] = lambda: check_tracker(config)  # may ask for a key: only a terminal or a notebook's page can answer
-    if here and online:
-        made["hub"] = lambda: check_hub(config)
-    if here:
-        made["gguf"] = lambda: check_gguf(config)
-    if here and online:  # an unknown model's size is asked of the Hub
-        made["disk"] = lambda: disk.check_room(config, run_dir)
-    return made
+    known: dict[str, tuple[bool, Callable[[], str]]] = {  # {name: (whether it can be made, the check)}
+        "profile": (here, lambda: hardware.check_profile(config.profile)),
+        "data": (online or _data_is_at_hand(config, here), lambda: check_data(config)),
+        "questions": (online or _questions_are_at_hand(config, here), lambda: check_questions(config)),
+        "tracker": (here, lambda: check_tracker(config)),  # may ask for a key, which papermill's kernels cannot
+        "hub": (here and online, lambda: check_hub(config)),
+        "gguf": (here, lambda: check_gguf(config)),
+        "disk": (here and online, lambda: disk.check_room(config, run_dir)),  # asks the Hub for an unknown model's size
+    }
+    return {name: check for name, (possible, check) in known.items() if possible}
 
 
 def _data_is_at_hand(config: RunConfig, here: bool) -> bool:

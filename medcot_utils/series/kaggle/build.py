@@ -164,7 +164,7 @@ profile = session.resolved_profile(PROFILE)
 session.read_secrets(profile, SETTINGS)
 session.resume_earlier_run(run_dir, profile, SETTINGS, RESUME_FROM)"""
 
-_RUN = """exit_code = session.run_series(run_dir, profile, SETTINGS)"""
+_RUN = """exit_code = session.run_medcot(run_dir, profile, SETTINGS)"""
 _REPORT = """session.show_report(run_dir)"""
 _LEAVE = """session.leave_output(run_dir)
 session.end(exit_code, KERNEL, profile, SETTINGS)"""

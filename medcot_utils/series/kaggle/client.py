@@ -138,7 +138,7 @@ def _with_owner(folder: Path, metadata: KernelMetadata, api: Any) -> KernelMetad
     return owned
 
 
-def status(kernel: str) -> str:
+def session_state(kernel: str) -> str:
     """Return the state of a kernel's latest session, as one word. Raises KaggleError with Kaggle's reason if it failed."""
     api = client()
     with _clear(f"ask for the state of {kernel}"):

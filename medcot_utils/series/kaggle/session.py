@@ -100,7 +100,7 @@ def unpack_own(run_dir: Path) -> None:
         archive.unlink()
 
 
-def run_series(run_dir: Path, profile: str, settings: Iterable[str]) -> int:
+def run_medcot(run_dir: Path, profile: str, settings: Iterable[str]) -> int:
     """Run `medcot run` in another process, printing its lines as they come. Return 0 for done, 75 for paused, else failed."""
     command = [sys.executable, "-m", "medcot_utils", "run", "--profile", profile, "--run-dir", str(run_dir)]
     command += [part for pair in settings for part in ("--set", pair)]

@@ -193,7 +193,7 @@ def test_status_as_json_has_every_step_and_no_metrics_before_the_comparison(tmp_
     run = Run.create(tmp_path / "run", load_config("smoke"))
     run.begin("01_setup")
     run.write("machine", {"cpu_cores": 2})
-    run.finish("01_setup")
+    run.record_done("01_setup")
     run.record_step("02_baseline_inference", state="failed", error="ValueError: no")
     result = medcot("status", tmp_path / "run", "--json")
     assert (result.returncode, result.stderr) == (0, "")

@@ -234,7 +234,7 @@ def test_a_step_goes_from_not_run_over_running_to_done(run_factory):
     run.begin("01_setup")
     states.append(run.step_state("01_setup"))
     run.write("machine", {})
-    entry = run.finish("01_setup")
+    entry = run.record_done("01_setup")
     assert [*states, run.step_state("01_setup")] == ["not run", "running", "done"]
     assert entry["seconds"] >= 0 and entry["peak_memory_mb"] > 10
     assert "peak_gpu_memory_mb" in entry

@@ -190,7 +190,7 @@ def test_a_session_that_was_to_go_on_does_not_start_from_the_beginning(inputs, k
 
 
 def test_the_series_runs_in_a_process_whose_lines_and_exit_code_come_through(tmp_path, capsys):
-    code = session.run_series(tmp_path / "run", "smoke", ["training.max_step=3"])
+    code = session.run_medcot(tmp_path / "run", "smoke", ["training.max_step=3"])
     assert code == 1 and "did you mean training.max_steps" in capsys.readouterr().out
 
 
