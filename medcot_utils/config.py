@@ -1,11 +1,13 @@
-"""RunConfig: every knob of the series, validated once, and the profiles that set them."""
+"""RunConfig: every setting of the series, validated once, and the profiles that set them."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,20 +85,32 @@ class RunConfig(Section):
         return self
 
     def get(self, dotted: str) -> Any:
-        """The value at a dotted name, JSON-ready: `config.get("training.max_steps")`. Raises KeyError for an unknown name."""
-        node: Any = self.model_dump(mode="json")
-        for part in dotted.split("."):
-            node = node[part]
-        return node
+        """Return the value at a dotted name, JSON-ready: `config.get("training.max_steps")`.
+
+        Raises KeyError for an unknown name."""
+        return _value_at(self.model_dump(mode="json"), dotted)
 
     def digest(self, dotted_names: Iterable[str]) -> str:
-        """sha256 (hex) over the named settings or whole sections, independent of their order."""
-        chosen = {name: self.get(name) for name in sorted(dotted_names)}
+        """Return the sha256 (hex) over the named settings or whole sections, independent of their order.
+
+        Settings added later count only once they differ from their default (`settings.added_later`). Raises KeyError for
+        an unknown name."""
+        counted, chosen = self.fingerprinted(), {}
+        for name in sorted(dotted_names):
+            self.get(name)  # a misspelled name must not count as one that was left out
+            with contextlib.suppress(KeyError):
+                chosen[name] = _value_at(counted, name)
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
+def _value_at(values: Mapping[str, Any], dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values[part]
+    return values
+
+
 def setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Every dotted setting name, sections left out."""
+    """Return every dotted setting name; a section is not a setting."""
     names = []
     for name, field in model.model_fields.items():
         kind = field.annotation
@@ -108,7 +122,7 @@ def setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The valid name nearest to `name`, ready to append to a message; where to look them up when nothing is near."""
+    """Return a hint to append to a message: the valid name nearest to `name`, or where to look them up if none is near."""
     valid = list(valid)
     leaf = name.rsplit(".", 1)[-1]
     if leaf in _ALIASES and _ALIASES[leaf] in valid:
@@ -119,7 +133,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
-    """`["training.max_steps=10"]` as `{"training.max_steps": 10}`; values are read as YAML scalars or lists.
+    """Return `["training.max_steps=10"]` as `{"training.max_steps": 10}`, with values read as YAML scalars or lists.
 
     Raises ConfigError for a pair without `=` or a name that is no setting."""
     valid, overrides = setting_names(), {}
@@ -150,8 +164,8 @@ def _number(text: str) -> Any:
 
 
 def load_config(profile: str, overrides: Iterable[str] = ()) -> RunConfig:
-    """The configuration of a profile with `a.b=value` overrides laid over it. Another model or data set by name drops the
-    pinned revisions of the profile's own.
+    """Return the configuration of a profile with `a.b=value` overrides laid over it. Another model or data set by name drops
+    the pinned revisions of the profile's own.
 
     Raises ConfigError naming the profile, setting or value at fault, and the nearest valid one."""
     values, given = read_profile(profile), parse_overrides(overrides)
@@ -168,7 +182,7 @@ def load_config(profile: str, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def overrides_of(config: RunConfig) -> list[str]:
-    """The `a.b=value` pairs that make this configuration out of its profile's defaults."""
+    """Return the `a.b=value` pairs that make this configuration out of its profile's values."""
     default = load_config(config.profile)
     # Another model's pins are always named: left out, one equal to the profile's would be dropped on the way back.
     pins = [pin for name, pins in _PINS.items() if config.get(name) != default.get(name) for pin in pins]
@@ -176,7 +190,30 @@ def overrides_of(config: RunConfig) -> list[str]:
     return [f"{name}={json.dumps(config.get(name), ensure_ascii=False)}" for name in changed]
 
 
+@dataclass(frozen=True)
+class ProfileNeeds:
+    """What a profile needs of the machine: `needs` in its YAML file, which is no setting of a run."""
+
+    memory_gib: float  # free memory for one kernel
+    packages: tuple[str, ...]  # beside those that every profile needs, as they are imported
+    expect: str  # what to expect where it can run, in a few words
+    gpu_gib: float | None = None  # of one CUDA GPU; None: runs without a GPU
+
+
+def profile_needs(profile: str) -> ProfileNeeds:
+    """Return what a profile needs of the machine. Raises ConfigError for an unknown profile."""
+    needs = _profile_file(profile)["needs"]
+    return ProfileNeeds(**needs | {"packages": tuple(needs["packages"])})
+
+
 def read_profile(profile: str) -> dict[str, Any]:
+    """Return a profile's settings as nested dictionaries, not yet validated. Raises ConfigError for an unknown profile."""
+    values = _profile_file(profile)
+    del values["needs"]
+    return values | {"profile": profile}
+
+
+def _profile_file(profile: str) -> dict[str, Any]:
     if profile not in PROFILES:
         choices = ", ".join((*PROFILES, "auto"))
         match = difflib.get_close_matches(profile, PROFILES, 1)
@@ -184,9 +221,7 @@ def read_profile(profile: str) -> dict[str, Any]:
         raise ConfigError(f"unknown profile {profile!r}: expected one of {choices}{hint}")
     values = yaml.safe_load((PROFILES_DIR / f"{profile}.yaml").read_text(encoding="utf-8"))
     parent = values.pop("extends", None)
-    merged = _merge(read_profile(parent), values) if parent else values
-    merged["profile"] = profile
-    return merged
+    return _merge(_profile_file(parent), values) if parent else values
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,14 +232,14 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """Validate a nested dictionary. Raises ConfigError with one line per fault."""
+    """Return a nested dictionary as a validated configuration. Raises ConfigError with every fault in one line."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         lines: dict[str, str] = {}
         for fault in error.errors():
             setting = _setting_of(fault)
-            # Of a setting that may be one thing or another, each alternative has its own fault.
+            # A setting of several possible types has a fault for each of them.
             lines[setting] = f"{lines[setting]}, or {_lower(fault['msg'])}" if setting in lines else _explain(fault)
         raise ConfigError("; ".join(lines.values())) from None
 
@@ -214,7 +249,7 @@ def _lower(message: str) -> str:
 
 
 def _setting_of(fault: Mapping[str, Any]) -> str:
-    """The dotted name that a fault is about, without the alternatives and list places that pydantic adds to it."""
+    """Return the dotted name that a fault is about, without the alternatives and list places that pydantic adds to it."""
     name = ".".join(str(part) for part in fault["loc"])
     known = [setting for setting in setting_names() if f"{name}.".startswith(f"{setting}.")]
     return known[0] if known else name

@@ -1,9 +1,16 @@
-"""The one base class: an error whose message is meant for the user, without a traceback."""
+"""The errors that every room may raise. Their messages are meant for the user, without a traceback."""
 
 
 class MedcotError(Exception):
-    """Something the user can mend. The message names the thing, what was expected, and what to do."""
+    """Something the user can fix. The message says what is wrong, what was expected, and what to do."""
 
 
 class PlatformError(MedcotError):
     """This machine cannot run what was asked for; the message says what is missing and what to do."""
+
+
+EX_PAUSED = 75  # the exit code of a paused series: EX_TEMPFAIL, try again
+
+
+class SeriesPaused(MedcotError):
+    """Training ended in time, as training.max_hours asked. Nothing failed; the next call resumes it."""

@@ -7,7 +7,23 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
+
+_ADDED_LATER = {"added_later": True}
+
+
+def added_later(default: Any, **rules: Any) -> Any:
+    """Return the field of a setting that runs of earlier versions do not know.
+
+    The default must keep the old behavior: while the setting stands at it, no fingerprint changes, and no finished run
+    is redone. `rules` are those of `pydantic.Field`."""
+    return Field(default, json_schema_extra=_ADDED_LATER, **rules)
+
+
+def is_added_later(field: FieldInfo) -> bool:
+    """Return whether a setting was declared with `added_later`."""
+    return field.json_schema_extra == _ADDED_LATER
 
 
 class Section(BaseModel):
@@ -23,6 +39,18 @@ class Section(BaseModel):
         if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             raise PydanticCustomError("switch", "This is no on/off setting")
         return value
+
+    def fingerprinted(self) -> dict[str, Any]:
+        """Return the settings that fingerprints are made of, JSON-ready: all but those added later that stand at their
+        default, and sections that hold nothing else."""
+        values = self.model_dump(mode="json")
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                values[name] = value.fingerprinted()
+            if values[name] == {} or (is_added_later(field) and value == field.get_default(call_default_factory=True)):
+                del values[name]
+        return values
 
 
 class ModelSettings(Section):
@@ -41,7 +69,7 @@ class ModelSettings(Section):
 
 class PromptSettings(Section):
     newline_after_think: bool = Field(
-        True, description="end the inference prompt as the training text goes on: `<think>\\n`, not `<think>`"
+        True, description="end the inference prompt as the training text continues: `<think>\\n`, not `<think>`"
     )
 
 
@@ -105,7 +133,7 @@ class TrainingSettings(Section):
     padding: Literal["auto", "padded", "padding_free"] = Field("auto", description="how rows of unequal length share a batch")
     num_processes: int = Field(1, ge=1, description="GPUs to train on, one process each; the effective batch stays")
     max_hours: float | None = Field(
-        None, gt=0, description="stop in good time before this, with a checkpoint; the next call goes on"
+        None, gt=0, description="stop in good time before this, with a checkpoint; the next call resumes"
     )
 
     @property
@@ -189,7 +217,7 @@ class HubSettings(Section):
     verify_all: bool = Field(False, description="true downloads every byte of a push again, not only both ends of large files")
 
     def addresses(self, names: Iterable[str], repo_id: str) -> dict[str, str]:
-        """{artifact: the repository it goes to}, as the layout says."""
+        """Return {artifact: the repository it goes to}, as the layout says."""
         suffixes = {"adapter": "-lora", "merged": "-merged", "gguf": "-gguf"}
         return {name: repo_id + (suffixes[name] if self.layout == "separate" else "") for name in names}
 

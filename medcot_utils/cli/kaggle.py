@@ -27,7 +27,7 @@ def build(
     ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="a setting of the run: --set training.max_steps=10")] = None,
     kernel: Annotated[str | None, typer.Option("--id", help="owner/slug; your name and medcot-series if not given")] = None,
-    continue_from: Annotated[list[str] | None, typer.Option(help="owner/slug of the session to go on with")] = None,
+    continue_from: Annotated[list[str] | None, typer.Option(help="owner/slug of the session to resume")] = None,
     dataset: Annotated[
         list[str] | None,
         typer.Option(help="owner/slug of a data set to attach: rows that a setting names, or an earlier session's run"),
@@ -36,15 +36,16 @@ def build(
     folder: Folder = Path(),
 ) -> None:
     """Write the self-contained notebook and kernel-metadata.json, for `medcot kaggle push` or `kaggle kernels push -p .`"""
-    from medcot_utils.series.kaggle import build
+    from medcot_utils.series.kaggle.build import build as build_notebook
+    from medcot_utils.series.kaggle.metadata import PLACEHOLDER_OWNER
 
-    built = build.build(folder, profile, settings or [], kernel, continue_from or [], dataset or [], public)
+    built = build_notebook(folder, profile, settings or [], kernel, continue_from or [], dataset or [], public)
     console.print(f"{built.notebook}: {built.bytes / 1e3:.0f} kB, profile {built.profile}", highlight=False, soft_wrap=True)
     if built.left_out:
         names = ", ".join(built.left_out)
         console.print(f"not carried, since they are none of the project's files (git add makes them so): {names}", soft_wrap=True)
     owner, _, _ = built.metadata.id.partition("/")
-    if owner == build.PLACEHOLDER_OWNER:
+    if owner == PLACEHOLDER_OWNER:
         console.print("its owner is set by medcot kaggle push; for `kaggle kernels push` give --id NAME/SLUG", soft_wrap=True)
 
 
@@ -59,11 +60,12 @@ def push(folder: Folder = Path()) -> None:
 
 @app.command()
 def status(kernel: Kernel = None, folder: Folder = Path()) -> None:
-    """The state of the kernel's latest session; a failed one is an error with Kaggle's reason."""
+    """Show the state of the kernel's latest session; a failed one is an error with Kaggle's reason."""
     from medcot_utils.series.kaggle import client
+    from medcot_utils.series.kaggle.metadata import read_metadata
 
-    name = kernel or client.read_metadata(folder).id
-    console.print(f"{name}: {client.status(name)}", highlight=False, soft_wrap=True)
+    name = kernel or read_metadata(folder).id
+    console.print(f"{name}: {client.session_state(name)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -75,8 +77,9 @@ def output(
 ) -> None:
     """Fetch the run of the kernel's latest session, verified, as a run directory for `medcot status` and `medcot report`."""
     from medcot_utils.series.kaggle import client
+    from medcot_utils.series.kaggle.metadata import read_metadata
 
-    name = kernel or client.read_metadata(folder).id
+    name = kernel or read_metadata(folder).id
     fetched = client.output(name, run_dir, everything)
     left = f"; not there: {', '.join(fetched.absent)}" if fetched.absent else ""
     console.print(f"{run_dir}: {len(fetched.verified)} artifacts as the manifest records{left}", highlight=False, soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,8 +13,11 @@ from rich.table import Table
 from medcot_utils.cli import push
 from medcot_utils.cli.chat import chat
 from medcot_utils.cli.kaggle import app as kaggle_app
-from medcot_utils.errors import MedcotError
-from medcot_utils.machine.installing import check_system
+from medcot_utils.errors import EX_PAUSED, MedcotError, SeriesPaused
+from medcot_utils.machine import installing
+
+if TYPE_CHECKING:
+    from medcot_utils.series.runner import Status
 
 app = typer.Typer(
     add_completion=False,
@@ -25,7 +28,6 @@ app = typer.Typer(
 )
 app.add_typer(kaggle_app, name="kaggle")
 console = Console()
-EX_PAUSED = 75
 
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="where the run is kept; runs/<profile> if not given")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="override a setting: --set training.max_steps=10")]
@@ -41,7 +43,7 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="do the notebooks again even if nothing changed")] = False,
     parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="a notebook parameter: NAME=VALUE")] = None,
 ) -> None:
-    """Run the notebooks in order. A second call goes on at the first unfinished one.
+    """Run the notebooks in order. A second call resumes at the first unfinished one.
 
     With --profile the settings are that profile's with --set over it; without, those of the run in --run-dir are kept."""
     from medcot_utils.machine import hardware
@@ -60,7 +62,7 @@ def train(
 ) -> None:
     """Train a prepared run (notebook 05), on several GPUs if asked; the effective batch stays as set.
 
-    A stopped training goes on from its last checkpoint. On several machines, see docs/gpu.md."""
+    A stopped training resumes from its last checkpoint. On several machines, see docs/gpu.md."""
     from medcot_utils.run.directory import Run
 
     Run.open(run_dir)  # must be there: train prepares nothing
@@ -78,11 +80,9 @@ def _run_notebooks(
 ) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from medcot_utils.machine import secrets
     from medcot_utils.series import runner
 
     config, line = runner.plan_config(folder, profile, settings)
-    secrets.hand_on_secrets(config.secrets)
     console.print(line, highlight=False)
     columns = (
         SpinnerColumn(),
@@ -97,7 +97,7 @@ def _run_notebooks(
 
         def show(name: str, cell: int, cells: int) -> None:
             progress.update(task, description=name, completed=cell, total=cells)
-            if cell == 1 and not console.is_terminal:  # no bar there: a line, so that a log shows what is going on
+            if cell == 1 and not console.is_terminal:  # no bar there: a line, so that a log shows what is running
                 progress.console.print(f"{name}: started", highlight=False)
 
         finished = runner.run_series(
@@ -137,7 +137,7 @@ def status(
     run_dir: Annotated[Path, typer.Argument(help="a run directory")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
-    """What each step of a run has done, and the headline metrics."""
+    """Show what each step of a run has done, and the headline metrics."""
     from medcot_utils.run.directory import Run
     from medcot_utils.series import runner
 
@@ -148,7 +148,7 @@ def status(
         _print_status(found, run_dir)
 
 
-def _print_status(found: dict, run_dir: Path) -> None:
+def _print_status(found: Status, run_dir: Path) -> None:
     from medcot_utils.evaluation.comparison import verdict
     from medcot_utils.evaluation.intervals import format_interval
     from medcot_utils.evaluation.metrics import METRICS
@@ -240,13 +240,14 @@ app.command("push")(push.push)
 
 
 def main() -> None:
-    """Run a command. An error the user can fix is one line and exit code 1; a paused training is 75 (EX_TEMPFAIL)."""
+    """Run the command line. An error that the user can fix is one line and exit code 1; a paused training is exit code
+    EX_PAUSED."""
     try:
-        check_system()
+        installing.require_linux()
         app()
+    except SeriesPaused as pause:
+        typer.echo(f"medcot: paused. {pause}")
+        raise SystemExit(EX_PAUSED) from None
     except MedcotError as error:
-        if type(error).__name__ == "SeriesPaused":  # its module is heavy to import, and this one must be light
-            typer.echo(f"medcot: paused. {error}")
-            raise SystemExit(EX_PAUSED) from None
         Console(stderr=True).print(f"medcot: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(1) from None

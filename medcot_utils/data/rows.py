@@ -125,14 +125,15 @@ def _check_digest(settings: DatasetSettings, urls: Sequence[str]) -> None:
     )
 
 
-def check_usable(config: RunConfig) -> tuple[int, int]:
-    """Return (training rows, held-out rows) that the configuration's data would give, before any model is loaded.
+def check_data(config: RunConfig) -> str:
+    """Return one line on the rows that the configuration's data gives, before any model is loaded.
 
     Raises DataError for a file, column, split or number of questions that would stop notebooks 02 and 03."""
     rows, _ = validate_rows(load_rows(config.dataset))
     train, held_out = split_rows(rows, config.dataset, config.seed)
     choose_questions(held_out, config.evaluation.num_questions)
-    return len(train), len(held_out)
+    asked = config.evaluation.num_questions
+    return f"{len(train)} rows to train on, {len(held_out)} held out, {asked} of them to be asked"
 
 
 def _read_file(path: Path) -> Dataset:

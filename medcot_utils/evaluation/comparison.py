@@ -71,15 +71,16 @@ class Measured(TypedDict):
     contaminated: Metrics | None
 
 
-def check_usable(config: RunConfig) -> int:
-    """The number of multiple-choice questions to be asked, after everything the evaluation needs was looked at: its questions
-    and its embedding model. Raises McqError or MetricError, before a model is loaded."""
+def check_questions(config: RunConfig) -> str:
+    """Return one line on the multiple-choice questions to be asked, after a look at all that the evaluation needs: its
+    questions and its embedding model. Raises McqError or MetricError, before a model is loaded."""
     from medcot_utils.evaluation.mcq.run import load_questions
 
     settings = config.evaluation
     if settings.embedding_model is not None:
         embedder(settings.embedding_model)
-    return sum(len(load_questions(task, settings.mcq_limit, config.seed)) for task in settings.mcq_tasks)
+    questions = sum(len(load_questions(task, settings.mcq_limit, config.seed)) for task in settings.mcq_tasks)
+    return f"{questions} multiple-choice questions"
 
 
 # --- compare ---------------------------------------------------------------------------------------------------------

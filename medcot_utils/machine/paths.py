@@ -1,4 +1,4 @@
-"""Which platform this is, and where on it things lie: runs, large files that may end with the session, caches, and free room."""
+"""The platform, and the places on it: runs, large files that may end with the session, caches, and free disk space."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import psutil
 
-PACKAGE = Path(__file__).parents[1]
-HOME = PACKAGE.parent  # the checkout, if this is one
+from medcot_utils.machine.installing import HOME
+
+PACKAGE = HOME / "medcot_utils"
 GIB = 1024**3
 
 # Kaggle keeps 20 GB of output and refuses more; beside it, the machine's own disk has several times that, until the session ends.
@@ -25,19 +26,19 @@ MORE_ROOM = (
 
 
 def platform_name() -> str:
-    """`kaggle`, `colab` or `local`. From environment variables, which survive papermill; the IPython shell's name does not."""
+    """Return `kaggle`, `colab` or `local`, by environment variables: the IPython shell's name is lost under papermill."""
     if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
         return "kaggle"
     return "colab" if "COLAB_RELEASE_TAG" in os.environ else "local"
 
 
 def kaggle_root() -> Path:
-    """The folder of Kaggle's `working` and `input`; MEDCOT_KAGGLE_ROOT puts another in its place for a rehearsal."""
+    """Return the folder of Kaggle's `working` and `input`; MEDCOT_KAGGLE_ROOT puts another in its place for a rehearsal."""
     return Path(os.environ.get("MEDCOT_KAGGLE_ROOT") or "/kaggle")
 
 
 def default_run_dir() -> Path:
-    """Where notebooks opened by hand keep their run: MEDCOT_RUN_DIR, else the platform's working folder."""
+    """Return where notebooks opened by hand keep their run: MEDCOT_RUN_DIR, else a place in the platform's working folder."""
     if chosen := os.environ.get("MEDCOT_RUN_DIR"):
         return Path(chosen)
     roots = {"kaggle": kaggle_root() / "working", "colab": Path("/content")}
@@ -49,7 +50,7 @@ def default_run_dir() -> Path:
 
 
 def disk_of(folder: Path) -> tuple[int, Path]:
-    """(device number, nearest existing folder) of where `folder` is or would be made."""
+    """Return the device number and the nearest existing folder of where `folder` is or would be made."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -57,12 +58,12 @@ def disk_of(folder: Path) -> tuple[int, Path]:
 
 
 def under_quota(folder: Path) -> bool:
-    """Whether what is written there counts as a Kaggle notebook's output."""
+    """Return whether files written there count as a Kaggle notebook's output."""
     return platform_name() == "kaggle" and folder.absolute().is_relative_to((kaggle_root() / "working").absolute())
 
 
 def disk_free_gib(folder: Path) -> float:
-    """Free GiB where `folder` is or would be made; on Kaggle, no more than the quota of /kaggle/working leaves."""
+    """Return the free GiB where `folder` is or would be made; on Kaggle, no more than the quota of /kaggle/working leaves."""
     place = disk_of(folder)[1]
     free = shutil.disk_usage(place).free / GIB
     if under_quota(place):
@@ -71,10 +72,10 @@ def disk_free_gib(folder: Path) -> float:
 
 
 def scratch_dir(run_dir: Path) -> Path:
-    """Where a run's large artifacts lie: below MEDCOT_SCRATCH; of a run in Kaggle's output folder, which holds 20 GB, below
-    /kaggle/tmp; of a run on Google Drive on Colab's own disk; else in the run directory itself.
+    """Return the folder of a run's large artifacts: below MEDCOT_SCRATCH if that is set; below /kaggle/tmp for a run in Kaggle's
+    output folder, which holds 20 GB; on Colab's own disk for a run on Google Drive; else the run directory itself.
 
-    What lies on scratch may be gone in the next session; it is made again then."""
+    The scratch folder may be gone in the next session; its artifacts are then made again."""
     scratch = os.environ.get("MEDCOT_SCRATCH", _scratch_of_the_session(run_dir))
     if not scratch:
         return run_dir
@@ -91,13 +92,13 @@ def _scratch_of_the_session(run_dir: Path) -> Path | None:
 
 
 def ends_with_the_session(folder: Path) -> bool:
-    """Whether what lies there is gone with this Kaggle or Colab session: all but Kaggle's output folder and Google Drive."""
+    """Return whether files there are lost when this Kaggle or Colab session ends: all but Kaggle's output and Google Drive."""
     lasting = {"kaggle": kaggle_root() / "working", "colab": COLAB_DRIVE}.get(platform_name())
     return lasting is not None and not folder.absolute().is_relative_to(lasting.absolute())
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half written in `folder`: `.NAME.PID.tmp` and `.NAME.PID.old` of a PID that is gone."""
+    """Remove the files that killed processes left half written: `.NAME.PID.tmp` and `.NAME.PID.old` of a PID that is gone."""
     for path in folder.glob(".*"):
         leftover = re.fullmatch(r"\..+\.(\d+)\.(?:tmp|old)", path.name)
         if leftover and not psutil.pid_exists(int(leftover[1])):
@@ -108,12 +109,12 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def folder_gib(folder: Path) -> float:
-    """GiB of the files below `folder`; 0 if there is none."""
+    """Return the GiB of the files below `folder`; 0 if there is none."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / GIB
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept between runs: MEDCOT_CACHE, else the user's cache folder."""
+    """Return where converted models are kept between runs: MEDCOT_CACHE, else the user's cache folder."""
     import platformdirs
 
     return Path(os.environ.get("MEDCOT_CACHE") or platformdirs.user_cache_dir("medcot"))

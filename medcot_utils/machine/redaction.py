@@ -1,4 +1,4 @@
-"""What must not be written: secrets that this machine holds, and what looks like one of anybody's."""
+"""Secrets kept out of everything that is written: those that this machine holds, and text that looks like one."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ _OTHERS = ("HUGGING_FACE_HUB_TOKEN", "KAGGLE_API_TOKEN", "KAGGLE_KEY", "KAGGLE_U
 
 
 def known_secrets(settings: SecretsSettings | None = None) -> dict[str, str]:
-    """{value: where it was found} of every secret that any source holds, not the first of each service alone, under the names of
-    the settings and the usual ones: to search for in what is written. `redact` knows them from now on. Never to be
-    shown."""
+    """Return {value: where it was found} of every secret that any source holds, under the settings' names and the usual ones.
+
+    It is for searching in text that is written, and must never be shown. `redact` takes these secrets out from now on."""
     found: dict[str, str] = {}
     for name, service in secrets.SERVICES.items():
         names = dict.fromkeys([*getattr(settings or SecretsSettings(), service.setting), *secrets.SECRET_NAMES[name]])
-        for secret in secrets.held_secrets(names, service.token_file, []):
-            found[secret.value.get_secret_value()] = secret.where
+        for secret in secrets.held_secrets(names, service.token_file):
+            if isinstance(secret, secrets.Secret):
+                found[secret.value.get_secret_value()] = secret.where
     others = [(os.environ.get(name, ""), f"environment {name}") for name in _OTHERS]
     for value, where in [*others, *((value, "Kaggle's token file") for value in _kaggle_files())]:
         found[secrets.remember(value, where).value.get_secret_value()] = where
@@ -50,7 +51,7 @@ def _kaggle_files() -> Iterator[str]:
 
 
 def kind_of(text: str, known: Mapping[str, str] | None = None) -> str | None:
-    """Of what kind the first secret in a text is, or None; never the secret. `known` is what `known_secrets` gives;
+    """Return the kind of the first secret in a text, or None; never the secret. `known` is the result of `known_secrets`;
     without it only the look counts."""
     held = next((f"a secret of this machine ({where})" for value, where in (known or {}).items() if value in text), None)
     return held or next((f"what looks like {kind}" for kind, pattern in LOOKS_LIKE.items() if pattern.search(text)), None)
@@ -67,8 +68,8 @@ def redact_outputs(notebook: Any) -> None:
 
 
 def _join_cut_secrets(outputs: list[Any]) -> None:
-    """Printed text arrives in pieces, and a secret may lie across two: such text is put into the first piece. The others stay,
-    empty: the client finds outputs by their number."""
+    """Put printed text into its first piece if a secret lies across two. The other pieces stay, empty: the client finds
+    outputs by their number."""
     for _, group in itertools.groupby(outputs, lambda output: output.get("name") if output.output_type == "stream" else None):
         pieces = [output for output in group if output.output_type == "stream"]
         text = "".join(output.text for output in pieces)
@@ -89,7 +90,7 @@ def _redacted(value: Any) -> Any:
 
 
 def redact(text: str) -> str:
-    """The text without any secret that this process has found or holds in its environment: for messages of other libraries."""
+    """Return the text without any secret that this process has found or holds: for messages of other libraries."""
     held = {os.environ.get(name, "").strip() for names in SECRET_NAMES.values() for name in names}
     for value in sorted({*found_secrets, *held}, key=len, reverse=True):
         if len(value) >= SHORTEST_SECRET:

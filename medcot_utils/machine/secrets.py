@@ -27,8 +27,17 @@ class Secret(NamedTuple):
     where: str
 
 
+class Unanswered(NamedTuple):
+    """A secret store that could not be asked, and the kind of error that it raised."""
+
+    store: str
+    error: str
+
+
 @dataclass(frozen=True)
 class Service:
+    """A service whose client reads a secret."""
+
     setting: str  # of the section `secrets`
     variable: str  # what its client reads
     token_file: Callable[[], str | None]  # where its client's own log-in leaves it
@@ -54,9 +63,7 @@ SERVICES = {
 
 SECRET_NAMES = {name: getattr(SecretsSettings(), service.setting) for name, service in SERVICES.items()}
 
-
 found_secrets: dict[str, str] = {}  # {value: where}: what `redact` takes out; never to be shown
-
 
 SHORTEST_SECRET = 8  # anything shorter is no key, and may be part of a word
 
@@ -79,7 +86,7 @@ def _kernel() -> Any:
 
 
 def has_front_end() -> bool:
-    """Whether somebody could answer a question: a notebook that is not run by papermill, or a terminal."""
+    """Return whether somebody could answer a question: in a notebook that papermill does not run, or in a terminal."""
     if kernel := _kernel():
         return bool(kernel._allow_stdin)  # what nbclient and papermill switch off with each cell they send
     return sys.stdin is not None and sys.stdin.isatty()
@@ -95,9 +102,9 @@ def _secret_sources() -> list[tuple[str, Callable[[str], str | None]]]:
     return sources
 
 
-def held_secrets(names: Iterable[str], token_file: Callable[[], str | None] | None, faults: list[str]) -> Iterator[Secret]:
-    """Each secret that a source holds, the one that counts first; `faults` takes which stores could not be asked and why (by
-    the kind of error only)."""
+def held_secrets(names: Iterable[str], token_file: Callable[[], str | None] | None) -> Iterator[Secret | Unanswered]:
+    """Ask one source after the other for a secret of these names, and yield each that one holds, the one that counts first.
+    A store that could not be asked is yielded in its place. No source is asked before its turn: some take seconds."""
     names = list(names)
     for label, ask in _secret_sources():
         for name in names:
@@ -106,7 +113,7 @@ def held_secrets(names: Iterable[str], token_file: Callable[[], str | None] | No
             except Exception as error:  # noqa: BLE001 - not attached, offline, denied, timed out: each service raises its own
                 if type(error).__name__ in ("BackendError", "SecretNotFoundError", "NotebookAccessError"):
                     continue  # this name is not there or not granted; the next may be
-                faults.append(f"{label}: {type(error).__name__}")
+                yield Unanswered(label, type(error).__name__)
                 break  # no internet, no session: asking for other names would only wait as long again
             if value and value.strip():
                 yield remember(value, f"{label} {name}")
@@ -119,23 +126,28 @@ def held_secrets(names: Iterable[str], token_file: Callable[[], str | None] | No
 
 
 def _search(names: Iterable[str], token_file: Callable[[], str | None] | None) -> tuple[Secret | None, list[str]]:
+    """Return the secret that counts, or None, and the stores that could not be asked before it was found."""
     faults: list[str] = []
-    return next(held_secrets(names, token_file, faults), None), faults
+    for found in held_secrets(names, token_file):
+        if isinstance(found, Secret):
+            return found, faults
+        faults.append(f"{found.store}: {found.error}")
+    return None, faults
 
 
 def remember(value: str, where: str) -> Secret:
-    """A secret that was found; `redact` knows it from now on."""
+    """Return a secret that was found as one that `redact` takes out from now on."""
     found_secrets.setdefault(value.strip(), where)
     return Secret(SecretStr(value.strip()), where)
 
 
 def find_secret(names: Iterable[str], token_file: Callable[[], str | None] | None = None) -> Secret | None:
-    """The first secret that the environment, the platform's store or the client's own token file holds, or None."""
+    """Return the first secret that the environment, the platform's store or the client's own token file holds, or None."""
     return _search(names, token_file)[0]
 
 
 def secret_of(service: str, settings: SecretsSettings | None = None, given: str | None = None) -> Secret | None:
-    """The secret of a service of SERVICES: what is `given`, else what is found under the names of the settings, else None."""
+    """Return the secret of a service of SERVICES: the one `given`, else one found under the settings' names, else None."""
     if given:
         return remember(given, "argument")
     return find_secret(_names(service, settings), SERVICES[service].token_file)
@@ -146,8 +158,8 @@ def _names(service: str, settings: SecretsSettings | None) -> tuple[str, ...]:
 
 
 def require_secret(service: str, wanted_by: str, otherwise: str, settings: SecretsSettings | None = None) -> Secret:
-    """The secret of a service that the run asked for: found, or typed in where there is somebody to ask (and then kept in this
-    process's environment for the notebooks that it starts).
+    """Return the secret of a service that the run asked for: found, or typed in if there is somebody to ask. A typed one is
+    kept in this process's environment for the notebooks that it starts.
 
     Raises PlatformError saying who wants it (`wanted_by`), where it was looked for, and what to do without (`otherwise`)."""
     names = _names(service, settings)
@@ -168,7 +180,7 @@ def require_secret(service: str, wanted_by: str, otherwise: str, settings: Secre
 
 
 def secrets_found(settings: SecretsSettings | None = None) -> dict[str, str]:
-    """For each service where its secret comes from, or `not found` and which store could not be asked; never a value."""
+    """Return for each service where its secret comes from, or `not found` and the stores that could not be asked; no value."""
     found = {}
     for name, service in SERVICES.items():
         hit, faults = _search(_names(name, settings), service.token_file)
@@ -177,8 +189,8 @@ def secrets_found(settings: SecretsSettings | None = None) -> dict[str, str]:
 
 
 def hand_on_secrets(settings: SecretsSettings | None = None) -> None:
-    """Put what the environment or the platform's store holds into the environment under the names that the clients read, for
-    them and for the kernels that this process starts. Token files are left alone: the clients find their own."""
+    """Put each secret that is found into the environment under the name that its client reads, for the clients and for the
+    kernels that this process starts. Token files are left alone: the clients find their own."""
     for name, service in SERVICES.items():
         if service.variable not in os.environ and (hit := find_secret(_names(name, settings))):
             os.environ[service.variable] = hit.value.get_secret_value()

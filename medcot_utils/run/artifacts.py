@@ -1,4 +1,4 @@
-"""What the notebooks make and what it is made from: the one table that skipping, redoing and error messages go by."""
+"""The artifacts of a run, with what each is made from: the one table that decides what is skipped and what is redone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHIPPED_CASES = PACKAGE / "data" / "cases.jsonl"
 
 @dataclass(frozen=True)
 class Artifact:
-    """One file or folder of a run. `settings` and `inputs` are all that its content depends on."""
+    """One file or folder of a run. Its content depends on `settings` and `inputs` alone."""
 
     step: str
     file: str
@@ -92,7 +92,7 @@ ARTIFACTS: dict[str, Artifact] = {
     "model_card": Artifact(
         _EXPORT,
         "MODEL_CARD.md",
-        # Where it is pushed to stands in the GPU; and a push that is asked for later makes notebook 07 run again.
+        # Where it is pushed to stands in the model card; and a push that is asked for later makes notebook 07 run again.
         ("profile", "dataset", "hub.repo_id", "hub.layout", "hub.artifacts"),
         ("export_check", "metrics", "plan", "training_log", "data_report"),
         version=2,

@@ -28,23 +28,17 @@ from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.gpu import peak_gpu_memory_mb
 from medcot_utils.run.artifacts import ARTIFACTS, SHIPPED_CASES, STEPS, Artifact
 from medcot_utils.run.files import fsync, remove, sha256_of, take_the_place, to_json, write_atomic, write_beside
+from medcot_utils.run.manifest import FORMAT, ArtifactEntry, Manifest, StepEntry, read_manifest
 
-CONFIG, MANIFEST, FORMAT = "config.json", "manifest.json", 1
+CONFIG, MANIFEST = "config.json", "manifest.json"
 
 
 class RunError(MedcotError):
     """The run directory or one of its artifacts cannot be used; the message names it and the notebook to run."""
 
 
-def describe_costs(entry: dict[str, Any]) -> str:
-    """A done step's seconds and memory, from its entry in the manifest."""
-    gpu = entry.get("peak_gpu_memory_mb")
-    of_the_gpu = f", {gpu['reserved']} MB of the GPU" if gpu else ""
-    return f"{entry['seconds']} s, peak memory {entry['peak_memory_mb']} MB{of_the_gpu}"
-
-
 class Run:
-    """A run directory, opened. `run.config` is the configuration; artifacts are asked for by the names of `layout.ARTIFACTS`."""
+    """A run directory, opened. `run.config` is its configuration; artifacts go by their names in `artifacts.ARTIFACTS`."""
 
     def __init__(self, path: Path, config: RunConfig):
         self.path, self.config = path, config
@@ -54,11 +48,11 @@ class Run:
 
     @classmethod
     def create(cls, path: str | Path, config: RunConfig, force: bool = False) -> Run:
-        """Make the run directory, or take up an earlier run of the same profile and write the new settings into it.
+        """Make the run directory, or reuse that of a run of the same profile and write the new settings into it.
 
-        Raises RunError if the folder is not writable, holds something else, or a run of another profile or model
-        (unless `force`, which keeps the folder and redoes what differs). An unreadable manifest is begun anew: then nothing
-        counts as made."""
+        Raises RunError if the folder cannot be written, holds something else, or holds a run of another profile or model
+        (unless `force`, which keeps the folder and redoes what differs). A manifest that cannot be read is replaced by an
+        empty one: then nothing counts as made."""
         path = Path(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -88,7 +82,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """Open a run that notebook 01 made. Raises RunError if there is none or it cannot be read."""
+        """Return a run that notebook 01 made. Raises RunError if there is none or it cannot be read."""
         path = Path(path)
         if not (path / CONFIG).exists():
             raise RunError(f"no run in {path.name}/: run notebook 01_setup first, or give the run directory of one (RUN_DIR)")
@@ -103,26 +97,20 @@ class Run:
 
     # --- manifest --------------------------------------------------------------------------------------------
 
-    def manifest(self) -> dict[str, Any]:
-        """The manifest as it is on disk now. Raises RunError if it cannot be read."""
+    def manifest(self) -> Manifest:
+        """Return the manifest as it is on disk now. Raises RunError if it cannot be read."""
         try:
-            manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-            if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-                raise ValueError(f"not a manifest of format {FORMAT}")
-            for step in manifest["steps"].values():  # its name until 0.1
-                if "peak_card_memory_mb" in step:
-                    step["peak_gpu_memory_mb"] = step.pop("peak_card_memory_mb")
-            return manifest
+            return read_manifest(self.path / MANIFEST)
         except (OSError, ValueError) as error:
             raise RunError(f"{self.path.name}/{MANIFEST} cannot be read ({error}): run notebook 01_setup again") from error
 
-    def _save(self, manifest: dict[str, Any]) -> None:
+    def _save(self, manifest: Manifest) -> None:
         write_atomic(self.path / MANIFEST, to_json(manifest))
 
     # --- fingerprints ----------------------------------------------------------------------------------------
 
     def fingerprint(self, name: str) -> str:
-        """sha256 over the settings and the input artifacts (by content) that the artifact is made from.
+        """Return the sha256 over the settings and the input artifacts (by content) that the artifact is made from.
 
         Raises RunError if an input is not there yet."""
         artifact = ARTIFACTS[name]
@@ -141,15 +129,15 @@ class Run:
             digests["data file"] = sha256_of(Path(data_file))[0]
         return digests
 
-    def _entry(self, name: str) -> dict[str, Any]:
+    def _entry(self, name: str) -> ArtifactEntry:
         artifact, entry = ARTIFACTS[name], self.manifest()["artifacts"].get(name)
         if entry is None:
             raise RunError(f"{artifact.file} is not in {self.path.name}/ yet: run notebook {artifact.step} first")
         return entry
 
     def is_fresh(self, name: str, deep: bool = True) -> bool:
-        """True if the artifact was made from today's settings and inputs and is on disk as recorded: by sha256, or by
-        size alone when not `deep`."""
+        """Return whether the artifact was made from today's settings and inputs and is on disk as recorded: by sha256, or by
+        size alone if not `deep`."""
         try:
             entry = self._entry(name)
             if entry["fingerprint"] != self.fingerprint(name) or self._size_on_disk(name) != entry["bytes"]:
@@ -159,7 +147,8 @@ class Run:
             return False
 
     def place(self, name: str) -> Path:
-        """Where an artifact lies or would lie: large ones on the scratch disk, where there is one. `require` also verifies it."""
+        """Return the path of an artifact, made or not: a large one is on the scratch disk if there is one. `require` also
+        verifies it."""
         artifact = ARTIFACTS[name]
         return (paths.scratch_dir(self.path) if artifact.large else self.path) / artifact.file
 
@@ -172,8 +161,10 @@ class Run:
     # --- writing ---------------------------------------------------------------------------------------------
 
     def write(self, name: str, value: Any) -> Path:
-        """Write an artifact whole and record it. `value` is JSON-ready data (a list of records for .jsonl), text, a
-        `datasets.Dataset` for .parquet, or a function that fills the folder or file path it is given."""
+        """Write an artifact whole and record it; return its path.
+
+        `value` is JSON-ready data (a list of records for .jsonl), text, a `datasets.Dataset` for .parquet, or a function that
+        fills the folder or file path it is given. Raises DiskError on a full disk."""
         artifact, final = ARTIFACTS[name], self.place(name)
         fingerprint = self.fingerprint(name)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +213,7 @@ class Run:
             path.write_text(value, encoding="utf-8")
 
     def get_or_make(self, name: str, make: Callable[[], Any]) -> Any:
-        """The artifact as `read` gives it, made by `make()` first unless it is fresh. Says in one line which it was."""
+        """Return the artifact as `read` does, after writing the result of `make()` unless it is fresh; then one line says so."""
         if self.is_fresh(name):
             print(f"{ARTIFACTS[name].file}: made before from the same inputs, read from the run")
         else:
@@ -232,9 +223,9 @@ class Run:
     # --- reading ---------------------------------------------------------------------------------------------
 
     def require(self, name: str) -> Path:
-        """The path of an artifact whose content matches the manifest.
+        """Return the path of an artifact whose content matches the manifest.
 
-        Raises RunError naming the notebook to run when it is missing, truncated or altered."""
+        Raises RunError naming the notebook to run if it is missing, truncated or altered."""
         artifact, entry = ARTIFACTS[name], self._entry(name)
         path = self.place(name)
         if not path.exists():
@@ -251,16 +242,16 @@ class Run:
         return path
 
     def read(self, name: str) -> Any:
-        """An artifact, verified: data for .json, records for .jsonl, a Dataset for .parquet, else its path."""
+        """Return an artifact, verified: data for .json, records for .jsonl, a Dataset for .parquet, else its path."""
         path = self.require(name)
         if path.suffix == ".json":
             return json.loads(path.read_text(encoding="utf-8"))
         if path.suffix == ".jsonl":
-            # Not str.splitlines: it also cuts at U+2028 and its like, which JSON leaves unescaped within a text.
+            # Not str.splitlines: it also splits at U+2028, which JSON leaves unescaped within a text.
             with path.open(encoding="utf-8") as lines:
                 return [json.loads(line) for line in lines]
         if path.suffix == ".parquet":
-            # Not from_parquet: its cache is keyed by path, and would hand back an older file of the same name.
+            # Not from_parquet: its cache is keyed by path, and would return an older file of the same name.
             import pyarrow.parquet as pq
             from datasets import Dataset
 
@@ -268,13 +259,13 @@ class Run:
         return path
 
     def checkpoint_dir(self, name: str) -> Path:
-        """Where the trainer keeps checkpoints for this artifact's present fingerprint: another setting, another folder."""
+        """Return the folder of the trainer's checkpoints for this artifact's present fingerprint, made if it is not there."""
         folder = self.path / "checkpoints" / self.fingerprint(name)[:12]
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def display(self, path: Path) -> str:
-        """A path as a reader should see it: from the run directory's name on, no machine's folders."""
+        """Return a path as a reader should see it: from the run directory's name on."""
         scratch = paths.scratch_dir(self.path)
         root, name = (self.path, self.path.name) if path.is_relative_to(self.path) else (scratch, f"scratch/{scratch.name}")
         return f"{name}/{path.relative_to(root).as_posix()}"
@@ -282,8 +273,9 @@ class Run:
     # --- steps -----------------------------------------------------------------------------------------------
 
     def begin(self, step: str) -> None:
-        """Check that every artifact the step reads is there, whole, and made from today's settings and inputs; raises
-        RunError naming the notebook to run. Leftovers of killed processes are removed."""
+        """Record the step as running, after removing what killed processes left half written.
+
+        Raises RunError naming the notebook to run if an artifact that the step reads is missing, damaged or stale."""
         for folder in {self.path, paths.scratch_dir(self.path)}:
             paths.remove_leftovers(folder)
         for name in STEPS[step].reads:
@@ -297,20 +289,20 @@ class Run:
         self.record_step(step, state="running", started=time.time(), pid=os.getpid(), error=None)
 
     def _stale_origin(self, name: str) -> str | None:
-        """The first artifact on the way to this one that is not as today's settings and inputs would make it, or None."""
+        """Return the first artifact on the way to this one that is stale or missing, or None."""
         for source in ARTIFACTS[name].inputs:
             if origin := self._stale_origin(source):
                 return origin
         return None if self.is_fresh(name, deep=False) else name
 
-    def finish(self, step: str, since: float | None = None) -> dict[str, Any]:
-        """Record the step as done, with seconds since `since` (a `time.time()`; `begin` if None) and the most that this process
-        has held of the machine's memory and of its GPU's, in MB."""
+    def record_done(self, step: str, since: float | None = None) -> StepEntry:
+        """Record the step as done and return what was recorded: the seconds since `since` (a `time.time()`; None: since
+        `begin`), and the most that this process has held of the machine's memory and of its GPU's, in MB."""
         began = since or self.manifest()["steps"][step]["started"]
         # Linux reports kilobytes.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         memory = {"peak_memory_mb": round(peak), "peak_gpu_memory_mb": peak_gpu_memory_mb()}
-        entry = {"state": "done", "seconds": round(time.time() - began, 1)} | memory
+        entry: StepEntry = {"state": "done", "seconds": round(time.time() - began, 1), **memory}
         self.record_step(step, **entry)
         return entry
 
@@ -321,7 +313,7 @@ class Run:
         self._save(manifest)
 
     def forget(self, step: str) -> None:
-        """Drop what the manifest knows of a step, and its checkpoints, so that it is done anew. The files stay until replaced."""
+        """Drop the manifest's entries of a step, and its checkpoints, so that it is redone. The files stay until replaced."""
         manifest = self.manifest()
         manifest["steps"].pop(step, None)
         for name in STEPS[step].makes:
@@ -331,12 +323,12 @@ class Run:
             remove(self.path / "checkpoints")
 
     def makes(self, step: str) -> tuple[str, ...]:
-        """The artifacts that a step makes with this configuration: all but those whose setting is None (`Artifact.when`)."""
+        """Return the artifacts that a step makes with this configuration: not those whose setting is None (`Artifact.when`)."""
         wanted = (name for name in STEPS[step].makes if ARTIFACTS[name].when is None or self.config.get(ARTIFACTS[name].when))
         return tuple(wanted)
 
     def step_state(self, step: str, deep: bool = True) -> str:
-        """`done`, `stale` (settings or inputs have changed), `failed`, `paused` (training.max_hours), `running`,
+        """Return `done`, `stale` (settings or inputs have changed), `failed`, `paused` (training.max_hours), `running`,
         `interrupted` (its process is gone), or `not run`; `deep` as in `is_fresh`."""
         entry = self.manifest()["steps"].get(step)
         if entry is None:

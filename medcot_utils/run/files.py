@@ -13,7 +13,7 @@ from medcot_utils.machine.disk import full_disk_told
 
 
 def sha256_of(path: Path) -> tuple[str, int]:
-    """(sha256 hex, bytes) of a file, or of a folder: over its files' relative names and hashes in sorted order."""
+    """Return the sha256 (hex) and the bytes of a file; of a folder, over its files' relative names and hashes in sorted order."""
     if path.is_file():
         digest = hashlib.sha256()
         with path.open("rb") as stream:
@@ -29,6 +29,7 @@ def sha256_of(path: Path) -> tuple[str, int]:
 
 
 def fsync(path: Path) -> None:
+    """Write a file, or the names in a folder, through to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -37,7 +38,9 @@ def fsync(path: Path) -> None:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write beside, fsync, rename: a reader sees the old file or the new one, never a part. Raises DiskError on a full disk."""
+    """Write beside, fsync and rename, so that a reader sees the old file or the new one, never a part.
+
+    Raises DiskError on a full disk."""
     with full_disk_told(path.name, path.parent):
         beside = write_beside(path, text)
         beside.replace(path)
@@ -45,6 +48,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def write_beside(path: Path, text: str) -> Path:
+    """Write a text beside `path`, on disk before this returns; return the path to rename."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with beside.open("w", encoding="utf-8") as stream:
@@ -58,10 +62,12 @@ def write_beside(path: Path, text: str) -> Path:
 
 
 def to_json(value: Any) -> str:
+    """Return JSON text as the files of a run hold it."""
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def take_the_place(beside: Path, final: Path) -> None:
+    """Rename `beside` to `final`, in place of the file or folder of that name."""
     old = None
     if final.is_dir():  # a folder cannot be renamed over: move the old one aside first
         old = final.with_name(f".{final.name}.{os.getpid()}.old")
@@ -73,6 +79,7 @@ def take_the_place(beside: Path, final: Path) -> None:
 
 
 def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     elif path.exists():

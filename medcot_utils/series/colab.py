@@ -13,10 +13,10 @@ _MINE = "MyDrive"
 
 
 def run_dir_of(chosen: str) -> Path:
-    """The run directory for what a notebook's RUN_DIR says: `auto`, `drive` (a folder on Google Drive), or a path. Where it
-    lies on Drive, Drive is mounted.
+    """Return the run directory that a notebook's RUN_DIR names: `auto`, `drive` (a folder on Google Drive), or a path. A run
+    directory on Drive is mounted.
 
-    Raises PlatformError where Drive cannot be mounted, saying what to do."""
+    Raises PlatformError if Drive cannot be mounted, saying what to do."""
     if chosen == "drive":
         folder = paths.COLAB_DRIVE / _MINE / "medcot" / "runs" / "notebooks"
     else:

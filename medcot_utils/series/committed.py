@@ -1,4 +1,4 @@
-"""The committed notebooks: executed in order by the embedded default, cleaned of what changes from run to run, and checked.
+"""The committed notebooks: executed in order by the embedded default, cleaned of outputs that vary, and checked.
 
 python -m medcot_utils.series.committed execute | check | setup-cells [owner/name]"""
 
@@ -24,8 +24,8 @@ _MOST_LINES, _MOST_PARAMETER_LINES = 20, 8
 
 
 def clean(notebook: Any) -> Any:
-    """Leave outputs that read well and say nothing of when and where they were made: merged streams, progress bars in
-    their last state, no widgets, no timestamps."""
+    """Clean a notebook in place, and return it: streams merged, progress bars in their last state, no widgets, no
+    timestamps, nothing of the machine."""
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info") if key in notebook.metadata}
     notebook.metadata["language_info"] = {"name": "python"}
     for cell in notebook.cells:
@@ -55,7 +55,7 @@ def _merged_streams(outputs: list[Any]) -> list[Any]:
 
 
 def faults(path: Path) -> list[str]:
-    """What is wrong with a committed notebook; an empty list when nothing is."""
+    """Return what is wrong with a committed notebook; an empty list if nothing is."""
     notebook, found = nbformat.read(path, as_version=4), []
     text = path.read_text(encoding="utf-8")
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -84,17 +84,17 @@ def faults(path: Path) -> list[str]:
     return found
 
 
-def setup_cell(path: Path) -> str:
-    """The code after the parameters cell, which must be the same text in all seven."""
+def read_setup_cell(path: Path) -> str:
+    """Return the code after the parameters cell, which must be the same text in all seven."""
     code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     return code[1].source
 
 
 def check() -> list[str]:
-    """One line per fault over all seven notebooks."""
+    """Return one line per fault over all seven notebooks."""
     paths = [notebooks_dir() / f"{name}.ipynb" for name in STEPS]
     lines = [f"{path.name}: {fault}" for path in paths for fault in faults(path)]
-    if len({setup_cell(path) for path in paths}) > 1:
+    if len({read_setup_cell(path) for path in paths}) > 1:
         lines.append("the setup cell is not the same text in all seven notebooks")
     return lines + shared.faults()
 
@@ -104,7 +104,8 @@ def execute() -> None:
     from nbclient import NotebookClient
 
     from medcot_utils.plots import comparison_figure
-    from medcot_utils.run.directory import Run, describe_costs
+    from medcot_utils.run.directory import Run
+    from medcot_utils.run.manifest import describe_costs
 
     folder = notebooks_dir()
     with tempfile.TemporaryDirectory() as temporary:

@@ -24,10 +24,11 @@ _started = time.time()
 
 
 def start(run_dir: str) -> Path:
-    """The setup cell: the pinned stack where it is missing, environment before torch is imported, quieter libraries, and the
-    run directory (`auto`: the default; `drive`: on Google Drive). On Kaggle an earlier session's run is taken up into it.
+    """Prepare the kernel for a notebook and return the run directory (`auto`: the default; `drive`: on Google Drive).
 
-    Raises InstallError or PlatformError where that cannot be had, saying what to do."""
+    Installs the pinned stack where the platform lacks it, sets the environment before torch is imported, quiets the libraries
+    and hands the secrets on. On Kaggle, an earlier session's run is resumed. Raises InstallError or PlatformError, saying what
+    to do."""
     installing.ensure()  # before anything is imported that it may install in another version
     from medcot_utils.models.engine import quiet_start
 
@@ -44,13 +45,13 @@ def start(run_dir: str) -> Path:
     _show_figures()
     folder = colab.run_dir_of(run_dir)
     if hardware.platform_name() == "kaggle" and run_dir == "auto":
-        session.take_up(folder)
+        session.resume_earlier_run(folder)
     _hand_on_secrets(folder)
     return folder
 
 
 def _hand_on_secrets(run_dir: Path) -> None:
-    """Secrets of the platform's store to where the clients read them, under the names that the run's settings say."""
+    """Put the secrets found under the run's names where the clients read them."""
     from medcot_utils.run.directory import CONFIG, Run
 
     secrets.hand_on_secrets(Run.open(run_dir).config.secrets if (run_dir / CONFIG).exists() else None)
@@ -66,20 +67,20 @@ def _show_figures() -> None:
 
 
 def table(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
-    """A mapping as a one-column table."""
+    """Return a mapping as a one-column table."""
     import pandas as pd
 
     return pd.DataFrame({name: {key: str(value) for key, value in values.items()}})
 
 
 def finish(run: Run, step: str) -> pd.DataFrame:
-    """Record the step as done and show what it left in the run, with its time and peak memory."""
+    """Record the step as done and return a table of its artifacts; print its time and peak memory."""
     import pandas as pd
 
     from medcot_utils.run.artifacts import ARTIFACTS
-    from medcot_utils.run.directory import describe_costs
+    from medcot_utils.run.manifest import describe_costs
 
-    entry = run.finish(step, since=_started)
+    entry = run.record_done(step, since=_started)
     manifest = run.manifest()["artifacts"]
     lines = [
         {

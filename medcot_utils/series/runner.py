@@ -8,20 +8,20 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from filelock import FileLock, Timeout
 
 from medcot_utils.config import RunConfig, load_config, overrides_of, parse_overrides
-from medcot_utils.data import rows
-from medcot_utils.errors import MedcotError
+from medcot_utils.errors import MedcotError, SeriesPaused
 from medcot_utils.machine import hardware, redaction
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.paths import HOME, PACKAGE
 from medcot_utils.models.engine import quiet_start
 from medcot_utils.run.artifacts import STEPS
-from medcot_utils.run.directory import CONFIG, Run, describe_costs
-from medcot_utils.training import tracking
+from medcot_utils.run.directory import CONFIG, Run
+from medcot_utils.run.manifest import GpuPeak, describe_costs
+from medcot_utils.series.preflight import preflight
 
 NOTEBOOKS = tuple(STEPS)
 HEADLINE = ("eval_loss", "closed_think_rate", "finished_rate", "rouge_l", "thinking_tokens", "answer_tokens")
@@ -34,10 +34,6 @@ Report = Callable[[str, int, int], None]
 
 class SeriesError(MedcotError):
     """A notebook failed or cannot be run; the message names it, the cell's error, and where the partial notebook lies."""
-
-
-class SeriesPaused(MedcotError):
-    """Training ended in time, as training.max_hours asked; nothing failed, and the next call goes on."""
 
 
 def notebooks_dir() -> Path:
@@ -57,16 +53,16 @@ def notebooks_dir() -> Path:
 
 
 def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) -> tuple[RunConfig, str]:
-    """The configuration of this call and a line saying where it comes from, with everything checked that needs no model.
+    """Return the configuration of this call and a line saying where it comes from, after the checks of `preflight` that need
+    no network. In a terminal somebody can type a key that is asked for; under papermill nobody can.
 
-    A named profile starts from that profile; without one, an existing run's stored settings are kept and the overrides
-    laid over them. Raises a MedcotError for an unknown profile or setting, a missing GPU or key, or data that cannot be used."""
+    A named profile starts from that profile. Without one, an existing run keeps its stored settings, with the overrides
+    laid over them. Raises a MedcotError for an unknown profile or setting, and that of the first check that fails."""
     overrides = list(overrides)
     if profile is None and (run_dir / CONFIG).exists():
         stored = Run.open(run_dir).config
         names = set(parse_overrides(overrides))
         kept = [pair for pair in overrides_of(stored) if pair.partition("=")[0] not in names]
-        hardware.resolve_profile(stored.profile)
         config, line = load_config(stored.profile, [*kept, *overrides]), f"profile {stored.profile}: as in {run_dir.name}/"
     else:
         name, line = hardware.resolve_profile(profile or "auto")
@@ -75,14 +71,12 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
         absolute = json.dumps(str(Path(config.dataset.path).absolute()))
         others = [pair for pair in overrides_of(config) if not pair.startswith("dataset.path=")]
         config = load_config(config.profile, [*others, f"dataset.path={absolute}"])
-    if config.dataset.path or config.dataset.name == "shipped":
-        rows.check_usable(config)
-    tracking.check_usable(config)  # here too: in a terminal there is somebody who can type a key, under papermill nobody
+    preflight(config, run_dir, online=False)
     return config, line
 
 
 def parameters_of(notebook: Path) -> set[str]:
-    """The names in a notebook's `parameters` cell.
+    """Return the names in a notebook's `parameters` cell.
 
     Read by Python's own parser: papermill's gives up, with a warning only, on a line whose comment holds a `=`."""
     import ast
@@ -95,7 +89,7 @@ def parameters_of(notebook: Path) -> set[str]:
 
 
 def check_parameters(parameters: Mapping[str, Any], folder: Path) -> None:
-    """Raises SeriesError for a parameter that no notebook has: papermill itself would only warn."""
+    """Raise SeriesError for a parameter that no notebook has: papermill itself would only warn."""
     known = set().union(*(parameters_of(folder / f"{name}.ipynb") for name in NOTEBOOKS)) if parameters else set()
     for name in parameters:
         if name not in known:
@@ -112,12 +106,11 @@ def run_series(
     say: Callable[[str], None] = print,
     report: Report = lambda name, cell, cells: None,
 ) -> Run:
-    """Run notebooks `first` to `last` into `run_dir`, leaving out those that are done with these settings and inputs. What the
-    cells put out is cleared of this machine's secrets before it is written.
+    """Run notebooks `first` to `last` into `run_dir`, skipping those that are done with these settings and inputs. This
+    machine's secrets are removed from the cells' output before it is written.
 
     `report(name, cell, cells)` is called before each cell. Raises SeriesError at the first notebook that fails or whose
-    kernel dies, and SeriesPaused where training.max_hours ended it; what was made so far is kept, and the next call goes
-    on there."""
+    kernel dies, and SeriesPaused if training.max_hours ended it. Finished work is kept, and the next call resumes there."""
     folder = notebooks_dir()
     os.environ.setdefault("MEDCOT_SESSION_STARTED", str(time.time()))
     check_parameters(parameters or {}, folder)
@@ -194,7 +187,7 @@ def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Re
             why = "its kernel died (killed, or out of memory)"
         run.record_step(name, state="failed", error=why)
         raise SeriesError(
-            f"notebook {name} failed: {why}. The partial notebook is {run.display(executed)}; the same command goes on there"
+            f"notebook {name} failed: {why}. The partial notebook is {run.display(executed)}; the same command resumes there"
         ) from error
     if run.step_state(name) != "done":
         raise SeriesError(f"notebook {name} ended without recording its results: its last cell did not run")
@@ -224,11 +217,28 @@ def _register_engine(name: str, report: Report) -> None:
     papermill_engines.register("medcot", ReportingEngine)
 
 
-def status(run: Run) -> dict[str, Any]:
-    """What `medcot status --json` prints: {run_dir, profile, steps, metrics}.
+class StepStatus(TypedDict):
+    """A step as `medcot status` shows it; None for what was not recorded."""
 
-    A step: {name, state, seconds, peak_memory_mb, peak_gpu_memory_mb, error}, the GPU's as {allocated, reserved}, None without
-    one. metrics holds the headline ones, each {base, tuned, difference: {value, low, high, n}}; empty before notebook 06."""
+    name: str
+    state: str  # as `Run.step_state` gives it
+    seconds: float | None
+    peak_memory_mb: int | None
+    peak_gpu_memory_mb: GpuPeak | None
+    error: str | None
+
+
+class Status(TypedDict):
+    """A run as `medcot status --json` prints it."""
+
+    run_dir: str
+    profile: str
+    steps: list[StepStatus]
+    metrics: dict[str, object]  # the headline ones as metrics.json holds them; empty before notebook 06
+
+
+def status(run: Run) -> Status:
+    """Return what each step of a run has done, and the headline metrics."""
     recorded = run.manifest()["steps"]
     steps = [
         {"name": name, "state": run.step_state(name, deep=False)}

@@ -1,6 +1,7 @@
-"""What every notebook has in common and the package cannot give it: the setup cell, which runs before the package is found,
-and the badges. Both are written from one setting, `repository` under [tool.medcot] in pyproject.toml, which
-`make badges REPO=owner/name` sets it and writes them."""
+"""The setup cell and the badges of the notebooks, which the package cannot give them: the cell runs before it is found.
+
+Both are written from one setting, `repository` under [tool.medcot] in pyproject.toml; `make badges REPO=owner/name` sets it
+and writes them."""
 
 from __future__ import annotations
 
@@ -44,18 +45,18 @@ class RepositoryError(MedcotError):
 
 
 def setup_cell(repository: str) -> str:
-    """The setup cell's source, the same in all seven notebooks."""
+    """Return the setup cell's source, the same in all seven notebooks."""
     return _TEMPLATE.format(repository=repository, not_found=_NOT_FOUND)
 
 
 def repository(home: Path = HOME) -> str:
-    """owner/name from pyproject.toml; empty while it is not known."""
+    """Return owner/name from pyproject.toml; empty while it is not known."""
     settings = tomllib.loads((home / "pyproject.toml").read_text(encoding="utf-8"))
     return settings.get("tool", {}).get("medcot", {}).get("repository", "")
 
 
 def badges(repository: str, name: str = "01_setup") -> str:
-    """One line of Markdown: open the notebook at Kaggle or Colab. Empty without a repository."""
+    """Return one line of Markdown that opens the notebook at Kaggle or Colab; empty without a repository."""
     if not repository:
         return ""
     file = f"{repository}/blob/main/notebooks/{name}.ipynb"
@@ -68,7 +69,7 @@ def badges(repository: str, name: str = "01_setup") -> str:
 
 
 def with_badges(text: str, line: str, before_last: bool) -> str:
-    """Markdown with its badges replaced by `line`, before its last paragraph or after its first; an empty line leaves none."""
+    """Return Markdown with its badges replaced by `line`, before its last paragraph or after its first; none if it is empty."""
     paragraphs = [part for part in re.split(r"\n\n", text) if not _BADGES.match(part)]
     if line:
         paragraphs.insert(len(paragraphs) - 1 if before_last else 1, line)
@@ -76,7 +77,7 @@ def with_badges(text: str, line: str, before_last: bool) -> str:
 
 
 def changed(home: Path = HOME) -> dict[Path, Any]:
-    """{file: new content} of the README and the notebooks whose badges or setup cell are not as the setting makes them."""
+    """Return {file: new content} of the README and the notebooks whose badges or setup cell differ from the setting."""
     chosen, contents = repository(home), {}
     readme = (home / "README.md").read_text(encoding="utf-8")
     if (new := with_badges(readme, badges(chosen), before_last=False)) != readme:
@@ -94,14 +95,14 @@ def changed(home: Path = HOME) -> dict[Path, Any]:
 
 
 def faults(home: Path = HOME) -> list[str]:
-    """One line for each file whose badges or setup cell differ from what the setting makes of them."""
-    mend = "differ from the template: python -m medcot_utils.series.committed setup-cells"
-    return [f"{path.name}: badges or setup cell {mend}" for path in changed(home)]
+    """Return one line for each file whose badges or setup cell differ from what the setting makes of them."""
+    fault = "badges or setup cell differ from the template: python -m medcot_utils.series.committed setup-cells"
+    return [f"{path.name}: {fault}" for path in changed(home)]
 
 
 def write(home: Path = HOME, new_repository: str | None = None) -> list[Path]:
-    """Write badges and setup cells into README and notebooks, after putting `new_repository` into pyproject.toml where one
-    is given; the files that changed. A second call changes nothing. Raises RepositoryError for what is no owner/name."""
+    """Write badges and setup cells into README and notebooks, after `new_repository`, if given, into pyproject.toml. Return the
+    files that changed; a second call changes nothing. Raises RepositoryError for a name that is not owner/name."""
     written = []
     if new_repository is not None:
         if not re.fullmatch(r"[A-Za-z0-9][\w-]*/[\w.-]+", new_repository):

@@ -75,7 +75,7 @@ def choose_tracker(config: RunConfig) -> TrackerChoice:
     return TrackerChoice(asked, "", f"tracking: {asked}, on this machine ({why}), project {config.tracking.project}")
 
 
-def check_usable(config: RunConfig) -> str:
+def check_tracker(config: RunConfig) -> str:
     """Check that the tracker can be used, and return one line on it; ask for a key if one is needed and somebody can type it.
 
     Raises:

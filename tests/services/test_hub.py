@@ -250,7 +250,7 @@ def test_a_name_that_the_hub_does_not_take_is_told_before_anything_is_sent(hub, 
     done = push(run, "--layout", "separate", repo_id=f"doctor/{'a' * 90}")
     assert done.returncode == 1 and "-merged cannot be a repository on the Hub (" in done.stderr and hub.requests == []
     with pytest.raises(HubError, match=r"user/a\.\.b cannot be a repository"):
-        medcot_hub.check_ready(load_config("smoke", ["hub.repo_id=user/a..b"]))
+        medcot_hub.check_hub(load_config("smoke", ["hub.repo_id=user/a..b"]))
 
 
 def test_what_is_altered_stale_or_not_what_it_was_merged_from_is_not_pushed(finished_run, monkeypatch):

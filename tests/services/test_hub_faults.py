@@ -63,9 +63,9 @@ def the_error(done, run, hub):
 CHECK = """
 from medcot_utils.config import load_config
 from medcot_utils.errors import MedcotError
-from medcot_utils.export.hub.push import check_ready
+from medcot_utils.export.hub.push import check_hub
 try:
-    print(check_ready(load_config("smoke", ["hub.repo_id=doctor/cot", "hub.patience_seconds=0"])))
+    print(check_hub(load_config("smoke", ["hub.repo_id=doctor/cot", "hub.patience_seconds=0"])))
 except MedcotError as error:
     print("ERROR", error)
 """

@@ -19,7 +19,8 @@ from kaggle_server import USER, KaggleServer
 from medcot_utils.cli import main
 from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.run.directory import Run
-from medcot_utils.series.kaggle.session import RUN_NAME, leave_output
+from medcot_utils.series.kaggle.earlier import RUN_NAME
+from medcot_utils.series.kaggle.session import leave_output
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,7 +19,7 @@ from kaggle_server import KaggleServer
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS
 from medcot_utils.run.directory import Run
 from medcot_utils.series.kaggle import build, client
-from medcot_utils.series.kaggle.session import RUN_NAME, copy_run, find_earlier
+from medcot_utils.series.kaggle.earlier import RUN_NAME, copy_run, find_earlier
 
 pytestmark = pytest.mark.series
 

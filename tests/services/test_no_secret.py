@@ -190,7 +190,7 @@ def refused_settings(world) -> None:
 def a_library_that_speaks(world) -> None:
     """The error of a tracker that repeats its key, and the server of W&B refusing it."""
     code = (
-        "import os; from medcot_utils.machine import hardware; secrets.hand_on_secrets();"
+        "import os; from medcot_utils.machine import redaction, secrets; secrets.hand_on_secrets();"
         "print(secrets.secrets_found(), redaction.redact('refused: ' + os.environ['HF_TOKEN'] + os.environ['WANDB_API_KEY']))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=world[0], env=world[1], capture_output=True, text=True, timeout=60)

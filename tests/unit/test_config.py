@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from medcot_utils.config import PROFILES, ConfigError, config_from_dict, load_config, overrides_of, setting_names
+from medcot_utils.config import (
+    PROFILES,
+    ConfigError,
+    config_from_dict,
+    load_config,
+    overrides_of,
+    profile_needs,
+    read_profile,
+    setting_names,
+)
 
 ARTICLE = {
     "model.name": "unsloth/DeepSeek-R1-Distill-Llama-8B",
@@ -275,3 +284,14 @@ def test_the_profiles_own_name_given_again_keeps_its_pins(name):
 def test_overrides_of_another_model_keep_its_revision(extra):
     config = load_config("article", ["model.name=me/mirror", *extra])
     assert load_config("article", overrides_of(config)) == config
+
+
+# --- what a profile needs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_says_what_it_needs(profile):
+    needs = profile_needs(profile)
+    assert needs.memory_gib > 0 and needs.expect
+    assert (needs.gpu_gib is not None) == ("unsloth" in needs.packages) == (profile not in ("smoke", "demo"))
+    assert "needs" not in read_profile(profile)

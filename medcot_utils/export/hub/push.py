@@ -47,7 +47,7 @@ def hub_settings(run: Run, **changes: Any) -> HubSettings:
     return config_from_dict(values).hub
 
 
-def check_ready(config: RunConfig, token: str | None = None) -> str:
+def check_hub(config: RunConfig, token: str | None = None) -> str:
     """Return one line for notebook 01 that says where a push will go.
 
     Raises PlatformError if a push is asked for and there is no token, HubError if the Hub does not take it: hours later would

@@ -1,144 +1,44 @@
-"""The notebook that is pushed to Kaggle: the project inside itself as text, and a few cells that run it; and its metadata."""
+"""The notebook that is pushed to Kaggle: the project inside itself as text, and a few cells that run it."""
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import functools
-import io
 import json
-import lzma
 import re
-import subprocess
-import tarfile
-import textwrap
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import nbformat
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from medcot_utils.config import PROFILES, load_config
-from medcot_utils.errors import MedcotError
-from medcot_utils.machine import redaction
-from medcot_utils.machine.paths import HOME
-from medcot_utils.run.artifacts import STEPS
+from medcot_utils.config import PROFILES, load_config, profile_needs
 from medcot_utils.run.files import write_atomic
-from medcot_utils.series.kaggle.session import RUN_NAME
+from medcot_utils.series.kaggle.carried import carried_files, payload, refuse_secrets
+from medcot_utils.series.kaggle.earlier import RUN_NAME
+from medcot_utils.series.kaggle.metadata import (
+    PLACEHOLDER_OWNER,
+    KaggleError,
+    KernelMetadata,
+    read_unvalidated,
+    validated,
+    write_metadata,
+)
+from medcot_utils.series.preflight import preflight
 
-METADATA = "kernel-metadata.json"
 MOST_BYTES = 1_000_000  # Kaggle refuses a larger notebook
-PLACEHOLDER_OWNER = "your-name"
 # Kaggle ends a session after 12 hours; the rest is for answers, merge and packing after the training has paused.
 MAX_HOURS = 10
-_ON_A_GPU = ("article", "recommended", "full", "auto")
-_CARRIED = ("pyproject.toml", "requirements.txt", "requirements-cpu.txt", "requirements-nodeps.txt", "LICENSE")
-_SOURCE = r"[A-Za-z0-9][\w-]*/[\w-]+"
-
-
-class KaggleError(MedcotError):
-    """The kernel cannot be built or pushed, or Kaggle refused; the message says what is wrong and what to do."""
-
-
-class KernelMetadata(BaseModel):
-    """kernel-metadata.json, as far as this project uses it. Raises ValidationError; `read_metadata` gives one line instead."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    id: str
-    title: str = Field(min_length=5, max_length=50)
-    code_file: str
-    language: Literal["python"] = "python"
-    kernel_type: Literal["notebook"] = "notebook"
-    is_private: bool = True
-    enable_gpu: bool = True
-    enable_internet: bool = True
-    machine_shape: str = Field("NvidiaTeslaT4", pattern=r"^\w*$")
-    dataset_sources: list[str] = []
-    competition_sources: list[str] = []
-    kernel_sources: list[str] = []
-    model_sources: list[str] = []
-    docker_image: str | None = None
-    # What `kaggle kernels pull -m` writes beside.
-    id_no: int | None = None
-    keywords: list[str] | None = None
-    enable_tpu: bool | None = None
-
-    @field_validator("id")
-    @classmethod
-    def _owner_and_slug(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][\w-]*/[a-z0-9]+(?:-[a-z0-9]+)*", value) or len(value.partition("/")[2]) < 5:
-            raise ValueError(
-                f"{value!r} is not owner/slug, with a slug of at least five small letters, digits and single hyphens"
-            )
-        return value
-
-    @field_validator("dataset_sources", "kernel_sources")
-    @classmethod
-    def _two_parts(cls, values: list[str]) -> list[str]:
-        for value in values:
-            if not re.fullmatch(_SOURCE, value):
-                raise ValueError(f"{value!r} is not owner/slug")
-        return values
-
-    @field_validator("model_sources")
-    @classmethod
-    def _five_parts(cls, values: list[str]) -> list[str]:
-        for value in values:
-            if not re.fullmatch(rf"{_SOURCE}/[\w-]+/[\w.-]+/\d+", value):
-                raise ValueError(f"{value!r} is not owner/model/framework/variation/VERSION")
-        return values
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> KernelMetadata:
-        from slugify import slugify  # Kaggle's client makes slugs with it
-
-        slug = self.id.partition("/")[2]
-        if slugify(self.title) != slug:
-            raise ValueError(f"title {self.title!r} makes the slug {slugify(self.title)!r}, but id says {slug!r}")
-        if not self.enable_internet:
-            raise ValueError("enable_internet is false, but the session must install its pinned stack")
-        if self.enable_tpu:
-            raise ValueError("enable_tpu is true, but the series runs on a CUDA GPU or the CPU: set it to false")
-        if self.machine_shape == "NvidiaTeslaP100":
-            raise ValueError("machine_shape NvidiaTeslaP100: today's torch has nothing for that GPU, choose NvidiaTeslaT4")
-        if self.enable_gpu != bool(self.machine_shape):
-            raise ValueError(f"enable_gpu is {self.enable_gpu}, but machine_shape is {self.machine_shape!r}")
-        return self
 
 
 @dataclass(frozen=True)
 class Built:
+    """A notebook as written, ready to be pushed."""
+
     notebook: Path
     metadata: KernelMetadata
     profile: str
     bytes: int
     left_out: list[str]  # files that lie among the carried ones, but are none of the project's
-
-
-def read_metadata(folder: Path) -> KernelMetadata:
-    """The validated kernel-metadata.json of a folder. Raises KaggleError with all its faults in one line."""
-    path = folder / METADATA
-    try:
-        return KernelMetadata.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise KaggleError(f"no {METADATA} in {folder}: make one with medcot kaggle build") from None
-    except json.JSONDecodeError as error:
-        raise KaggleError(f"{METADATA} is not JSON ({error}): mend it, or remove it and build again") from None
-    except ValidationError as error:
-        raise KaggleError(f"{METADATA}: {_one_line(error)}") from None
-
-
-def _one_line(error: ValidationError) -> str:
-    lines = []
-    for fault in error.errors():
-        name = ".".join(map(str, fault["loc"]))
-        message = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]
-        lines.append(f"{name}: {message}" if name else message)
-    return "; ".join(lines)
 
 
 def build(
@@ -150,18 +50,19 @@ def build(
     datasets: Iterable[str] = (),
     public: bool | None = None,
 ) -> Built:
-    """Write the notebook below `folder` and its kernel-metadata.json into it; id, privacy and sources that a metadata file
-    there has already are kept, and what is given is put in or added. Without a profile it is that of the notebook which the
-    folder holds, else `article`. The same arguments on the same folder give the same bytes.
+    """Write the notebook below `folder`, and kernel-metadata.json into it.
 
-    Raises KaggleError or ConfigError for what cannot run on Kaggle, or for a secret in what would be pushed, before anything is
-    written."""
-    held = _held(folder)
-    profile = profile or _held_profile(folder, held) or "article"
+    A metadata file that is there already keeps its id, privacy and sources; what is given replaces them or is added. Without
+    a profile, that of the notebook in the folder stays, else it is `article`. The same arguments on the same folder give the
+    same bytes.
+
+    Raises a MedcotError for what cannot run on Kaggle, or for a secret in what would be pushed, before anything is written."""
+    held = read_unvalidated(folder) or {}
+    profile = profile or _held_profile(folder / str(held.get("code_file"))) or "article"
     settings = _checked_settings(profile, list(settings))
     kernel = kernel or held.get("id", f"{PLACEHOLDER_OWNER}/medcot-series")
     slug = kernel.rpartition("/")[2]
-    gpu = profile in _ON_A_GPU
+    gpu = _on_a_gpu(profile)
     kept = {name: held.get(name) for name in ("docker_image", "keywords", "enable_tpu")}
     if kernel == held.get("id"):  # the number goes before the name: another kernel's would be overwritten
         kept["id_no"] = held.get("id_no")
@@ -177,12 +78,9 @@ def build(
         "kernel_sources": _joined(held.get("kernel_sources", []), continue_from),
         "model_sources": held.get("model_sources", []),
     }
-    try:
-        metadata = KernelMetadata.model_validate(values)
-    except ValidationError as error:
-        raise KaggleError(_one_line(error)) from None
+    metadata = validated(values)
     files, left_out = carried_files()
-    _refuse_secrets(files, settings)
+    refuse_secrets(files, settings)
     text = notebook_text(metadata, profile, settings, files)
     size = len(text.encode())
     if size >= MOST_BYTES:
@@ -190,24 +88,13 @@ def build(
     path = folder / metadata.code_file
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
-    write_atomic(folder / METADATA, json.dumps(metadata.model_dump(exclude_none=True), indent=2) + "\n")
+    write_metadata(folder, metadata)
     return Built(path, metadata, profile, size, left_out)
 
 
-def _held(folder: Path) -> dict[str, Any]:
-    """What a metadata file says that is there already; not validated, since build mends it."""
-    path = folder / METADATA
-    if not path.exists():
-        return {}
+def _held_profile(notebook_path: Path) -> str | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise KaggleError(f"{METADATA} is not JSON ({error}): mend it, or remove it and build again") from None
-
-
-def _held_profile(folder: Path, held: dict[str, Any]) -> str | None:
-    try:
-        notebook = nbformat.read(folder / str(held.get("code_file")), as_version=4)
+        notebook = nbformat.read(notebook_path, as_version=4)
     except (OSError, ValueError):  # none there, or no notebook
         return None
     lines = [line for cell in notebook.cells for line in cell.source.splitlines() if line.startswith("PROFILE = ")]
@@ -219,86 +106,23 @@ def _joined(held: Iterable[str], given: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*held, *given]))
 
 
+def _on_a_gpu(profile: str) -> bool:
+    return profile == "auto" or profile_needs(profile).gpu_gib is not None
+
+
 def _checked_settings(profile: str, settings: list[str]) -> list[str]:
+    """Return the settings, with a time limit for a session on a GPU. Raises a MedcotError for what cannot run on Kaggle."""
     for name in ("demo", "article") if profile == "auto" else (profile,):
         config = load_config(name, settings)
-    if config.dataset.path and not config.dataset.path.startswith("/kaggle/input/"):
-        raise KaggleError(
-            f"dataset.path {config.dataset.path} is a file of this machine: make it a data set on Kaggle, add that with "
-            f"--dataset owner/slug, and give its path there, below /kaggle/input/"
-        )
-    if profile in _ON_A_GPU and config.training.max_hours is None:
+        if config.dataset.path and not config.dataset.path.startswith("/kaggle/input/"):
+            raise KaggleError(
+                f"dataset.path {config.dataset.path} is a file of this machine: make it a data set on Kaggle, add that with "
+                f"--dataset owner/slug, and give its path there, below /kaggle/input/"
+            )
+        preflight(config, run_dir=None, online=False)
+    if _on_a_gpu(profile) and config.training.max_hours is None:
         settings = [*settings, f"training.max_hours={MAX_HOURS}"]
     return settings
-
-
-# --- what the notebook carries ---------------------------------------------------------------------------------------
-
-
-def carried_files() -> tuple[dict[str, bytes], list[str]]:
-    """({path in the project: content} of what a bare session needs, what lies among it and is left out).
-
-    Carried are the seven notebooks without their outputs, the pins, and of the package what is the project's: the files that
-    git tracks, or without git those that pyproject.toml lists. Raises KaggleError if this is no checkout."""
-    if absent := [name for name in _CARRIED if not (HOME / name).exists()]:
-        raise KaggleError(f"{', '.join(absent)} not found beside the package: build from a checkout of the project")
-    package, notebooks = _package_files(), [HOME / "notebooks" / f"{name}.ipynb" for name in STEPS]
-    if absent := [path.name for path in notebooks if not path.exists()]:
-        raise KaggleError(f"{', '.join(absent)} not found in notebooks/: build from a checkout of the project")
-    files = {path.relative_to(HOME).as_posix(): path.read_bytes() for path in [*package, *(HOME / name for name in _CARRIED)]}
-    files |= {path.relative_to(HOME).as_posix(): _without_outputs(path).encode() for path in notebooks}
-    there = [*(HOME / "notebooks").glob("*.ipynb"), *(HOME / "medcot_utils").rglob("*")]
-    others = {path.relative_to(HOME).as_posix() for path in there if path.is_file() and "__pycache__" not in path.parts}
-    return dict(sorted(files.items())), sorted(others - set(files))
-
-
-def _package_files() -> list[Path]:
-    git = ["git", "-C", str(HOME)]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True).stdout
-        if Path(top.strip()).resolve() == HOME.resolve():  # else HOME is a folder that lies in something else's checkout
-            listed = subprocess.run([*git, "ls-files", "-z", "medcot_utils"], capture_output=True, text=True, check=True).stdout
-            return [HOME / name for name in listed.split("\0") if name and (HOME / name).is_file()]
-    tool = tomllib.loads((HOME / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    folders = {name: HOME / name.replace(".", "/") for name in tool["package-data"]}
-    data = [path for name, globs in tool["package-data"].items() for one in globs for path in folders[name].glob(one)]
-    return [*(HOME / "medcot_utils").rglob("*.py"), *data]
-
-
-def _refuse_secrets(files: dict[str, bytes], settings: list[str]) -> None:
-    known = redaction.known_secrets(load_config("smoke", [pair for pair in settings if pair.startswith("secrets.")]).secrets)
-    texts = {name: content.decode(errors="replace") for name, content in files.items()}
-    texts |= {f"--set {pair.partition('=')[0]}": pair for pair in settings}
-    if found := [f"{name} holds {kind}" for name, text in texts.items() if (kind := redaction.kind_of(text, known))]:
-        raise KaggleError(
-            f"{'; '.join(found)}. What is built is pushed as it is: take it out, put it into the environment or attach it as a "
-            f"secret in Kaggle's editor, and build again"
-        )
-
-
-def _without_outputs(path: Path) -> str:
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    return nbformat.writes(notebook)
-
-
-def payload(files: dict[str, bytes]) -> str:
-    """The files as a tar, compressed, in lines of base64 text. Byte for byte the same for the same files."""
-    return _packed(tuple(files.items()))
-
-
-@functools.lru_cache(maxsize=1)
-def _packed(files: tuple[tuple[str, bytes], ...]) -> str:
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content in files:
-            entry = tarfile.TarInfo(name)
-            entry.size, entry.mode = len(content), 0o644
-            tar.addfile(entry, io.BytesIO(content))
-    packed = lzma.compress(archive.getvalue(), preset=9 | lzma.PRESET_EXTREME)
-    return "\n".join(textwrap.wrap(base64.b64encode(packed).decode(), 128))
 
 
 # --- the cells -------------------------------------------------------------------------------------------------------
@@ -310,13 +134,13 @@ nothing but itself and **Internet** (settings, right): package and notebooks are
 `medcot kaggle build`; change it there. Not for clinical use.
 
 Secrets are optional and attached once, in the editor (Add-ons > Secrets): {hub}, and {wandb}.
-To go on with an earlier session, add its output as input. Afterwards the output holds `{run}.zip`, `{run}/adapter`
+To resume an earlier session, add its output as input. Afterwards the output holds `{run}.zip`, `{run}/adapter`
 and `{run}/report.html`."""
 
 _PARAMETERS = """PROFILE = {profile}
 SETTINGS = {settings}
 KERNEL = {kernel}
-GO_ON_FROM = {sources}"""
+RESUME_FROM = {sources}"""
 
 _UNPACK = """import base64, io, os, sys, tarfile, time
 from pathlib import Path
@@ -333,26 +157,26 @@ _INSTALL = """from medcot_utils.machine import installing
 
 installing.install()"""
 
-_TAKE_UP = f"""from medcot_utils.series.kaggle import session
+_RESUME = f"""from medcot_utils.series.kaggle import session
 
 run_dir = working / "{RUN_NAME}"
 profile = session.resolved_profile(PROFILE)
 session.read_secrets(profile, SETTINGS)
-session.take_up(run_dir, profile, SETTINGS, GO_ON_FROM)"""
+session.resume_earlier_run(run_dir, profile, SETTINGS, RESUME_FROM)"""
 
-_RUN = """exit_code = session.run_series(run_dir, profile, SETTINGS)"""
+_RUN = """exit_code = session.run_medcot(run_dir, profile, SETTINGS)"""
 _REPORT = """session.show_report(run_dir)"""
 _LEAVE = """session.leave_output(run_dir)
 session.end(exit_code, KERNEL, profile, SETTINGS)"""
 
 
 def cells(metadata: KernelMetadata, profile: str, settings: list[str], files: dict[str, bytes]) -> list[Any]:
-    """The pushed notebook's cells, with fixed ids."""
+    """Return the pushed notebook's cells, with fixed ids."""
     chosen = {"profile": json.dumps(profile), "settings": _list(settings), "kernel": json.dumps(metadata.id)}
     chosen["sources"] = _list(_earlier_sessions(metadata, settings))
     secrets = load_config("demo" if profile == "auto" else profile, settings).secrets
     names = {"hub": _either(secrets.huggingface), "wandb": _either(secrets.wandb)}
-    sources: list[tuple[str, str, dict[str, Any]]] = [
+    sources = [
         ("markdown", _INTRO.format(run=RUN_NAME, **names), {}),
         ("code", _PARAMETERS.format(**chosen), {"tags": ["parameters"]}),
         ("markdown", "## The project, as compressed text", {}),
@@ -361,7 +185,7 @@ def cells(metadata: KernelMetadata, profile: str, settings: list[str], files: di
         ("markdown", "## The pinned stack", {}),
         ("code", _INSTALL, {}),
         ("markdown", "## Secrets, and an earlier session's run", {}),
-        ("code", _TAKE_UP, {}),
+        ("code", _RESUME, {}),
         ("markdown", "## The series", {}),
         ("code", _RUN, {}),
         ("code", _REPORT, {}),
@@ -376,7 +200,7 @@ def cells(metadata: KernelMetadata, profile: str, settings: list[str], files: di
 
 
 def _earlier_sessions(metadata: KernelMetadata, settings: list[str]) -> list[str]:
-    """The sources from which the session is meant to go on: other notebooks' output, and data sets that no setting reads from."""
+    """Return the sources that hold the session to resume: other notebooks' output, and data sets that no setting reads from."""
     read = {part for pair in settings if "/kaggle/input/" in pair for part in re.split(r"[/=\s\"']", pair)}
     return [*metadata.kernel_sources, *(name for name in metadata.dataset_sources if name.partition("/")[2] not in read)]
 
@@ -390,7 +214,7 @@ def _list(settings: list[str]) -> str:
 
 
 def notebook_text(metadata: KernelMetadata, profile: str, settings: list[str], files: dict[str, bytes]) -> str:
-    """The pushed notebook as text: no outputs, kernelspec python3."""
+    """Return the pushed notebook as text: no outputs, kernelspec python3."""
     notebook = nbformat.v4.new_notebook(cells=cells(metadata, profile, settings, files))
     notebook.metadata = {
         "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},

@@ -16,8 +16,16 @@ from typing import TYPE_CHECKING, Any
 from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import sha256_of, write_atomic
-from medcot_utils.series.kaggle.build import METADATA, PLACEHOLDER_OWNER, KaggleError, KernelMetadata, read_metadata
-from medcot_utils.series.kaggle.session import RUN_NAME, copy_run, find_earlier
+from medcot_utils.series.kaggle.earlier import RUN_NAME, copy_run, find_earlier
+from medcot_utils.series.kaggle.metadata import (
+    METADATA,
+    PLACEHOLDER_OWNER,
+    KaggleError,
+    KernelMetadata,
+    read_metadata,
+    validated,
+    write_metadata,
+)
 
 if TYPE_CHECKING:
     from kaggle.api.kaggle_api_extended import KaggleApi
@@ -31,6 +39,8 @@ _FAILED = ("ERROR", "CANCEL_REQUESTED", "CANCEL_ACKNOWLEDGED")
 
 @dataclass(frozen=True)
 class Pushed:
+    """A version of a kernel that Kaggle has saved."""
+
     kernel: str
     version: int
     url: str
@@ -38,15 +48,17 @@ class Pushed:
 
 @dataclass(frozen=True)
 class Fetched:
+    """A fetched run, and its artifacts by name."""
+
     run: Run
-    verified: list[str]
-    absent: list[str]
+    verified: list[str]  # as the manifest records them
+    absent: list[str]  # left at Kaggle
 
 
 def client() -> KaggleApi:
-    """Kaggle's client, signed in. Imported here and not above: its import signs in already, prints, and may exit.
+    """Return Kaggle's client, signed in. Its import already signs in, prints, and may exit, so it stands here and not above.
 
-    Raises KaggleError where there are no credentials, or the sign-in fails."""
+    Raises KaggleError if there are no credentials or the sign-in fails."""
     with _clear("sign in at Kaggle"), contextlib.redirect_stdout(io.StringIO()):
         try:
             from kaggle.api.kaggle_api_extended import KaggleApi
@@ -62,7 +74,7 @@ def client() -> KaggleApi:
 
 @contextlib.contextmanager
 def _clear(doing: str) -> Iterator[None]:
-    """One line for what the client raises."""
+    """Turn what the client raises into a KaggleError of one line."""
     import requests
 
     try:
@@ -81,10 +93,10 @@ def _clear(doing: str) -> Iterator[None]:
 
 
 def push(folder: Path) -> Pushed:
-    """Push the kernel that kernel-metadata.json of `folder` describes.
+    """Push the kernel that the kernel-metadata.json of `folder` describes.
 
-    Raises KaggleError before the push for metadata or a notebook that is not fit, and after it unless Kaggle's answer has a
-    version number, no error, no source that it left out, and the name that was asked for."""
+    Raises KaggleError before the push for metadata that is wrong or a notebook that is missing, and after it unless Kaggle's
+    answer has a version number, no error, no source that it left out, and the name that was asked for."""
     metadata = read_metadata(folder)
     notebook = folder / metadata.code_file
     if not notebook.is_file():
@@ -99,7 +111,7 @@ def push(folder: Path) -> Pushed:
         if invalid := getattr(answer, f"invalid_{kind}_sources"):
             raise KaggleError(
                 f"Kaggle knows no such {kind}_sources, or they are not yours to read: {', '.join(invalid)}. It saved the kernel "
-                f"without them: mend {METADATA} and push again"
+                f"without them: fix {METADATA} and push again"
             )
     if not answer.version_number:
         raise KaggleError(f"Kaggle gave {metadata.id} no version number: nothing shows that it was saved. Push again")
@@ -119,15 +131,15 @@ def _with_owner(folder: Path, metadata: KernelMetadata, api: Any) -> KernelMetad
     user = api.config_values.get(api.CONFIG_NAME_USER)
     if not user:
         raise KaggleError(f"{METADATA} names no owner: medcot kaggle build --id NAME/{slug}, with your name at Kaggle")
-    owned = KernelMetadata.model_validate(metadata.model_dump() | {"id": f"{user}/{slug}"})
+    owned = validated(metadata.model_dump() | {"id": f"{user}/{slug}"})
     notebook = folder / metadata.code_file
     write_atomic(notebook, notebook.read_text(encoding="utf-8").replace(metadata.id, owned.id))
-    write_atomic(folder / METADATA, owned.model_dump_json(indent=2, exclude_none=True) + "\n")
+    write_metadata(folder, owned)
     return owned
 
 
-def status(kernel: str) -> str:
-    """The state of a kernel's latest session, as one word. Raises KaggleError if the session failed, with Kaggle's reason."""
+def session_state(kernel: str) -> str:
+    """Return the state of a kernel's latest session, as one word. Raises KaggleError with Kaggle's reason if it failed."""
     api = client()
     with _clear(f"ask for the state of {kernel}"):
         answer = api.kernels_status(kernel)
@@ -141,8 +153,9 @@ def status(kernel: str) -> str:
 
 
 def output(kernel: str, run_dir: Path, everything: bool = False) -> Fetched:
-    """Fetch the run that a session left as output and put it together in `run_dir`, verified against its own manifest. The
-    merged model, and the checkpoints of a training that is done, stay at Kaggle unless `everything`.
+    """Fetch the run that a session left as output into `run_dir`, and verify it against its own manifest.
+
+    The merged model, and the checkpoints of a training that is done, stay at Kaggle unless `everything`.
 
     Raises KaggleError if there is no run in the output, a file did not arrive whole, or `run_dir` is taken."""
     if run_dir.exists() and any(run_dir.iterdir()):
@@ -156,7 +169,7 @@ def output(kernel: str, run_dir: Path, everything: bool = False) -> Fetched:
         if archive.exists() and not zipfile.is_zipfile(archive):
             raise KaggleError(f"{archive.name} of {kernel} did not arrive whole: fetch it again")
         packed = find_earlier(download)
-        # A trained adapter needs its checkpoints no more; a paused training goes on from them.
+        # A trained adapter no longer needs its checkpoints; a paused training resumes from them.
         left = (
             []
             if everything

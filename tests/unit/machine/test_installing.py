@@ -178,5 +178,5 @@ def test_a_gpu_that_is_hidden_on_purpose_is_not_looked_for(gpu, home, monkeypatc
 
 def test_without_a_gpu_torch_is_not_asked(home, no_index, monkeypatch):
     monkeypatch.setattr(installing, "has_gpu", lambda: False)
-    monkeypatch.setattr(installing, "check_gpu", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(installing, "require_torch_sees_the_gpu", lambda: pytest.fail("asked"))
     installing.install(home, lambda line: None)

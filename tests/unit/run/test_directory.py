@@ -13,7 +13,8 @@ import pytest
 
 from medcot_utils.config import load_config
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS
-from medcot_utils.run.directory import CONFIG, MANIFEST, Run, RunError, describe_costs
+from medcot_utils.run.directory import CONFIG, MANIFEST, Run, RunError
+from medcot_utils.run.manifest import describe_costs
 
 
 def stale(run: Run) -> set[str]:
@@ -233,7 +234,7 @@ def test_a_step_goes_from_not_run_over_running_to_done(run_factory):
     run.begin("01_setup")
     states.append(run.step_state("01_setup"))
     run.write("machine", {})
-    entry = run.finish("01_setup")
+    entry = run.record_done("01_setup")
     assert [*states, run.step_state("01_setup")] == ["not run", "running", "done"]
     assert entry["seconds"] >= 0 and entry["peak_memory_mb"] > 10
     assert "peak_gpu_memory_mb" in entry

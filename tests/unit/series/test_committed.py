@@ -10,7 +10,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from medcot_utils.run.artifacts import STEPS
-from medcot_utils.series.committed import check, clean, faults, setup_cell
+from medcot_utils.series.committed import check, clean, faults, read_setup_cell
 from medcot_utils.series.runner import notebooks_dir
 
 ROOT = Path(__file__).parents[3]
@@ -180,7 +180,7 @@ def test_the_committed_notebooks_have_no_fault():
 
 
 def test_the_setup_cell_that_is_compared_is_the_one_that_starts_a_notebook():
-    cells = {setup_cell(notebooks_dir() / f"{name}.ipynb") for name in STEPS}
+    cells = {read_setup_cell(notebooks_dir() / f"{name}.ipynb") for name in STEPS}
     assert all("run_dir = start(RUN_DIR)" in cell for cell in cells)
 
 

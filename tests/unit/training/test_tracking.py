@@ -7,7 +7,7 @@ import pytest
 from medcot_utils.config import load_config
 from medcot_utils.errors import PlatformError
 from medcot_utils.training import tracking
-from medcot_utils.training.tracking import TrackingError, check_usable, choose_tracker
+from medcot_utils.training.tracking import TrackingError, check_tracker, choose_tracker
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -35,18 +35,18 @@ def without(monkeypatch):
 def test_auto_takes_wandb_with_a_key_else_trackio_else_none(monkeypatch, without):
     assert choose_tracker(config()).backend == "trackio"
     without("trackio")
-    assert choose_tracker(config()).backend == "none" and "trackio is not installed" in check_usable(config())
+    assert choose_tracker(config()).backend == "none" and "trackio is not installed" in check_tracker(config())
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert mode_of("wandb") == "online"
-    assert check_usable(config()) == "tracking: wandb, online (key from environment WANDB_API_KEY), project medcot"
+    assert check_tracker(config()) == "tracking: wandb, online (key from environment WANDB_API_KEY), project medcot"
     without("wandb", "trackio")
     assert choose_tracker(config()).backend == "none"
 
 
 def test_wandb_without_a_key_is_offline_in_one_line_and_online_by_name_an_error():
-    assert check_usable(config(backend="wandb")) == "tracking: wandb, offline (no key was found), project medcot"
+    assert check_tracker(config(backend="wandb")) == "tracking: wandb, offline (no key was found), project medcot"
     with pytest.raises(PlatformError, match=r"tracking\.mode=online needs a secret for Weights & Biases, and none was found"):
-        check_usable(config("tracking.mode=online", backend="wandb"))
+        check_tracker(config("tracking.mode=online", backend="wandb"))
 
 
 def test_wandbs_own_switch_is_obeyed(monkeypatch):
@@ -67,7 +67,7 @@ def test_auto_with_wandb_switched_off_is_not_wandb(monkeypatch):
 def test_a_tracker_asked_for_by_name_and_not_installed_is_an_error_that_says_what_to_do(without, backend):
     without(backend)
     with pytest.raises(TrackingError, match=f"tracking.backend is {backend}, which is not installed: pip install {backend}"):
-        check_usable(config(backend=backend))
+        check_tracker(config(backend=backend))
 
 
 def test_the_articles_project_and_job_type_are_its_own_and_smoke_is_not_tracked():

@@ -16,8 +16,10 @@ import pytest
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.run.artifacts import STEPS
-from medcot_utils.series.kaggle import build as kaggle_kernel
-from medcot_utils.series.kaggle.build import METADATA, build, carried_files, read_metadata
+from medcot_utils.series.kaggle import carried as carrying
+from medcot_utils.series.kaggle.build import build
+from medcot_utils.series.kaggle.carried import carried_files
+from medcot_utils.series.kaggle.metadata import METADATA, read_metadata
 
 ROOT = Path(__file__).parents[4]
 
@@ -56,7 +58,7 @@ def test_the_carried_notebooks_keep_their_cells_and_tags_without_outputs(tmp_pat
 
 def test_the_same_arguments_give_the_same_bytes(tmp_path):
     first = build(tmp_path / "a", "demo", ["training.max_steps=3"]).notebook.read_bytes()
-    kaggle_kernel._packed.cache_clear()
+    carrying._packed.cache_clear()
     second = build(tmp_path / "b", "demo", ["training.max_steps=3"]).notebook.read_bytes()
     assert first == second
     assert first != build(tmp_path / "c", "demo", ["training.max_steps=4"]).notebook.read_bytes()
@@ -128,8 +130,8 @@ def test_the_session_knows_what_it_is_to_go_on_from_and_that_rows_are_no_session
     built = build(tmp_path, "demo", settings, "ann/heart-run-2", ["ann/heart-run"], ["ann/rows", "ann/kept-run"])
     values = {}
     exec(cells(built)[0], values)
-    assert values["GO_ON_FROM"] == ["ann/heart-run", "ann/kept-run"]
-    assert "session.take_up(run_dir, profile, SETTINGS, GO_ON_FROM)" in "".join(cells(built))
+    assert values["RESUME_FROM"] == ["ann/heart-run", "ann/kept-run"]
+    assert "session.resume_earlier_run(run_dir, profile, SETTINGS, RESUME_FROM)" in "".join(cells(built))
     assert "session.end(exit_code, KERNEL, profile, SETTINGS)" in cells(built)[-1]
     assert "session.read_secrets(profile, SETTINGS)" in "".join(cells(built))
 
@@ -163,7 +165,7 @@ def checkout(request, tmp_path, monkeypatch):
     if request.param == "git":
         for command in (["init", "-q"], ["add", "."]):
             subprocess.run(["git", *command], cwd=folder, check=True)
-    monkeypatch.setattr(kaggle_kernel, "HOME", folder)
+    monkeypatch.setattr(carrying, "HOME", folder)
     return folder
 
 
@@ -178,10 +180,10 @@ def test_what_lies_in_the_tree_and_is_none_of_the_projects_is_not_carried_and_sa
 
 
 def test_pyproject_lists_the_files_that_git_tracks():
-    tracked = set(kaggle_kernel._package_files())
+    tracked = set(carrying._package_files())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", "")
-        listed = set(kaggle_kernel._package_files())
+        listed = set(carrying._package_files())
     assert listed == tracked, "a wheel, and a build without git, hold what the checkout does"
 
 
@@ -257,7 +259,7 @@ def test_a_fault_in_the_metadata_is_one_line_that_names_it(fault, tmp_path):
 def test_metadata_that_is_no_json_is_one_line_and_stays(tmp_path):
     (tmp_path / METADATA).write_text('{"id": "ann/heart-run",')
     for call in (read_metadata, build):
-        with pytest.raises(MedcotError, match=r"is not JSON .*: mend it, or remove it and build again"):
+        with pytest.raises(MedcotError, match=r"is not JSON .*: fix it, or remove it and build again"):
             call(tmp_path)
     assert (tmp_path / METADATA).read_text() == '{"id": "ann/heart-run",'
 

@@ -13,7 +13,7 @@ import zipfile
 import pytest
 
 from medcot_utils.run.directory import Run
-from medcot_utils.series.kaggle import session as session
+from medcot_utils.series.kaggle import session
 
 
 @pytest.fixture
@@ -65,20 +65,20 @@ def test_small_files_go_into_one_zip_and_adapter_and_report_stay_beside_it(finis
     ]
 
 
-@pytest.mark.parametrize("cell", ["take_up", "leave_output"])
+@pytest.mark.parametrize("cell", ["resume_earlier_run", "leave_output"])
 def test_a_cell_run_a_second_time_finds_the_run_whole(cell, finished, kaggle):
     before = contents(finished.path)
     session.leave_output(finished.path)
     if cell == "leave_output":
         session.leave_output(finished.path)
-    session.take_up(finished.path, "smoke")
+    session.resume_earlier_run(finished.path, "smoke")
     assert contents(finished.path) == before and not finished.path.with_suffix(".zip").exists()
 
 
 def test_a_file_made_since_is_not_replaced_by_the_one_in_the_zip(finished, kaggle):
     session.leave_output(finished.path)
     (finished.path / "plan.json").write_text("newer")
-    session.take_up(finished.path, "smoke")
+    session.resume_earlier_run(finished.path, "smoke")
     assert (finished.path / "plan.json").read_text() == "newer" and (finished.path / "manifest.json").exists()
 
 
@@ -93,7 +93,7 @@ def test_an_earlier_run_is_found_wherever_it_is_mounted(packed, place, finished,
         session.leave_output(finished.path)
     move_output(finished, kaggle / "input" / place)
     said = []
-    session.take_up(kaggle / "working" / session.RUN_NAME, "smoke", say=said.append)
+    session.resume_earlier_run(kaggle / "working" / session.RUN_NAME, "smoke", say=said.append)
     assert contents(kaggle / "working" / session.RUN_NAME) == before
     assert said[-1].endswith("3 notebooks are done there")
     assert [path.name for path in (kaggle / "working").iterdir()] == [session.RUN_NAME]
@@ -106,7 +106,7 @@ def test_a_data_set_in_which_kaggle_has_unpacked_the_zip_is_a_run_too(finished, 
         packed.extractall(finished.path)
     archive.unlink()
     move_output(finished, kaggle / "input" / "rows")
-    session.take_up(kaggle / "working" / "run", "smoke")
+    session.resume_earlier_run(kaggle / "working" / "run", "smoke")
     assert contents(kaggle / "working" / "run") == before
 
 
@@ -122,7 +122,7 @@ def test_of_several_runs_the_furthest_of_the_right_profile_is_taken(finished, ru
     (kaggle / "input" / "web" / "manifest.json").write_text('{"name": "a web page", "icons": []}')
     (kaggle / "input" / "web" / "broken.zip").write_bytes(b"PK not a zip")
     said = []
-    session.take_up(kaggle / "working" / "run", "smoke", say=said.append)
+    session.resume_earlier_run(kaggle / "working" / "run", "smoke", say=said.append)
     assert Run.open(kaggle / "working" / "run").step_state("03_dataset_prep") == "done"
     assert any("a run of profile demo and embedded:smollm2-135m-instruct, left alone" in line for line in said)
 
@@ -130,13 +130,13 @@ def test_of_several_runs_the_furthest_of_the_right_profile_is_taken(finished, ru
 def test_a_run_in_the_working_folder_wins_over_the_inputs(finished, run_factory, kaggle):
     move_output(finished, kaggle / "input" / "earlier")
     own = run_factory(name="kaggle/working/run")
-    session.take_up(own.path, "smoke")
+    session.resume_earlier_run(own.path, "smoke")
     assert own.manifest()["steps"] == {}
 
 
 def test_without_an_earlier_run_nothing_is_made(kaggle):
     said = []
-    session.take_up(kaggle / "working" / "run", "smoke", say=said.append)
+    session.resume_earlier_run(kaggle / "working" / "run", "smoke", say=said.append)
     assert said == ["no earlier run among the inputs: starting from the beginning"]
     assert list((kaggle / "working").iterdir()) == []
 
@@ -154,9 +154,9 @@ def test_a_notebook_opened_by_hand_takes_an_earlier_run_up_too(finished, kaggle)
 def test_a_merged_model_without_room_is_left_out_and_said(finished, kaggle, monkeypatch):
     move_output(finished, kaggle / "input" / "earlier")
     usage = shutil.disk_usage(kaggle)
-    monkeypatch.setattr(session.shutil, "disk_usage", lambda folder: usage._replace(free=1_000_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1_000_000_000))
     said = []
-    session.take_up(kaggle / "working" / "run", "smoke", say=said.append)
+    session.resume_earlier_run(kaggle / "working" / "run", "smoke", say=said.append)
     copied = contents(kaggle / "working" / "run")
     assert "adapter/weights.bin" in copied and not any(name.startswith("merged/") for name in copied)
     assert "too little room for the earlier run's merged model" in said[0]
@@ -170,7 +170,7 @@ def test_a_zip_that_points_outside_writes_nothing_there(finished, kaggle):
             archive.writestr(f"{session.RUN_NAME}/{name}", (run / name).read_text())
             (run / name).unlink()
         archive.writestr(f"{session.RUN_NAME}/../../escaped.txt", "out")
-    session.take_up(kaggle / "working" / "run", "smoke")
+    session.resume_earlier_run(kaggle / "working" / "run", "smoke")
     assert not list(kaggle.rglob("escaped.txt"))
 
 
@@ -180,17 +180,17 @@ def test_a_session_that_was_to_go_on_does_not_start_from_the_beginning(inputs, k
         move_output(run_factory(name="other", profile="demo"), kaggle / "input" / "other")
     run_dir = kaggle / "working" / "run"
     with pytest.raises(
-        session.SessionError, match=r"no earlier run of profile smoke .* go on from ann/first-run, ann/rows\."
+        session.SessionError, match=r"no earlier run of profile smoke .* resume ann/first-run, ann/rows\."
     ) as raised:
-        session.take_up(run_dir, "smoke", [], ["ann/first-run", "ann/rows"])
+        session.resume_earlier_run(run_dir, "smoke", [], ["ann/first-run", "ann/rows"])
     assert "To start from the beginning" in str(raised.value) and not run_dir.exists()
     said = []
-    session.take_up(run_dir, "smoke", [], [], say=said.append)
+    session.resume_earlier_run(run_dir, "smoke", [], [], say=said.append)
     assert said[-1] == "no earlier run among the inputs: starting from the beginning"
 
 
 def test_the_series_runs_in_a_process_whose_lines_and_exit_code_come_through(tmp_path, capsys):
-    code = session.run_series(tmp_path / "run", "smoke", ["training.max_step=3"])
+    code = session.run_medcot(tmp_path / "run", "smoke", ["training.max_step=3"])
     assert code == 1 and "did you mean training.max_steps" in capsys.readouterr().out
 
 

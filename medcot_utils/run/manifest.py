@@ -1,0 +1,66 @@
+"""manifest.json of a run: what is made, from what, and what each step has cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+FORMAT = 1
+
+
+class ArtifactEntry(TypedDict):
+    """What the manifest records of an artifact."""
+
+    file: str  # file or folder, as `artifacts.Artifact.file`
+    step: str  # the notebook that made it
+    sha256: str  # as `files.sha256_of`
+    bytes: int
+    fingerprint: str  # sha256 over the settings and inputs it was made from
+    inputs: dict[str, str]  # {input artifact, or `data file`: its sha256}
+    made: str  # time in ISO 8601, UTC
+
+
+class GpuPeak(TypedDict):
+    """The most that a process has held of its GPU, in MB."""
+
+    allocated: int
+    reserved: int
+
+
+class StepEntry(TypedDict):
+    """What the manifest records of a step. Runs of early versions lack the memory."""
+
+    state: str  # running, done, failed or paused
+    started: NotRequired[float]  # seconds since the epoch
+    pid: NotRequired[int]
+    error: NotRequired[str | None]
+    seconds: NotRequired[float]
+    peak_memory_mb: NotRequired[int]
+    peak_gpu_memory_mb: NotRequired[GpuPeak | None]  # None: no GPU was used
+
+
+class Manifest(TypedDict):
+    """The whole file."""
+
+    format: int
+    steps: dict[str, StepEntry]
+    artifacts: dict[str, ArtifactEntry]
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Return the manifest in a file. Raises OSError or ValueError if there is none that this version can read."""
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"not a manifest of format {FORMAT}")
+    for step in manifest["steps"].values():  # its name until 0.1
+        if "peak_card_memory_mb" in step:
+            step["peak_gpu_memory_mb"] = step.pop("peak_card_memory_mb")
+    return manifest
+
+
+def describe_costs(entry: StepEntry) -> str:
+    """Return a done step's seconds and memory in one line."""
+    gpu = entry.get("peak_gpu_memory_mb")
+    of_the_gpu = f", {gpu['reserved']} MB of the GPU" if gpu else ""
+    return f"{entry['seconds']} s, peak memory {entry['peak_memory_mb']} MB{of_the_gpu}"

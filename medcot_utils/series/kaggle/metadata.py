@@ -1,0 +1,128 @@
+"""kernel-metadata.json: what Kaggle's client reads of a pushed notebook, validated before anything is sent."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from medcot_utils.errors import MedcotError
+from medcot_utils.run.files import write_atomic
+
+METADATA = "kernel-metadata.json"
+PLACEHOLDER_OWNER = "your-name"
+_SOURCE = r"[A-Za-z0-9][\w-]*/[\w-]+"
+
+
+class KaggleError(MedcotError):
+    """The kernel cannot be built or pushed, or Kaggle refused; the message says what is wrong and what to do."""
+
+
+class KernelMetadata(BaseModel):
+    """The fields of kernel-metadata.json that this project uses. `validated` makes one of them, or one line of its faults."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    title: str = Field(min_length=5, max_length=50)
+    code_file: str
+    language: Literal["python"] = "python"
+    kernel_type: Literal["notebook"] = "notebook"
+    is_private: bool = True
+    enable_gpu: bool = True
+    enable_internet: bool = True
+    machine_shape: str = Field("NvidiaTeslaT4", pattern=r"^\w*$")
+    dataset_sources: list[str] = []
+    competition_sources: list[str] = []
+    kernel_sources: list[str] = []
+    model_sources: list[str] = []
+    docker_image: str | None = None
+    # What `kaggle kernels pull -m` writes beside.
+    id_no: int | None = None
+    keywords: list[str] | None = None
+    enable_tpu: bool | None = None
+
+    @field_validator("id")
+    @classmethod
+    def _owner_and_slug(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]*/[a-z0-9]+(?:-[a-z0-9]+)*", value) or len(value.partition("/")[2]) < 5:
+            raise ValueError(
+                f"{value!r} is not owner/slug, with a slug of at least five small letters, digits and single hyphens"
+            )
+        return value
+
+    @field_validator("dataset_sources", "kernel_sources")
+    @classmethod
+    def _two_parts(cls, values: list[str]) -> list[str]:
+        for value in values:
+            if not re.fullmatch(_SOURCE, value):
+                raise ValueError(f"{value!r} is not owner/slug")
+        return values
+
+    @field_validator("model_sources")
+    @classmethod
+    def _five_parts(cls, values: list[str]) -> list[str]:
+        for value in values:
+            if not re.fullmatch(rf"{_SOURCE}/[\w-]+/[\w.-]+/\d+", value):
+                raise ValueError(f"{value!r} is not owner/model/framework/variation/VERSION")
+        return values
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> KernelMetadata:
+        from slugify import slugify  # Kaggle's client makes slugs with it
+
+        slug = self.id.partition("/")[2]
+        if slugify(self.title) != slug:
+            raise ValueError(f"title {self.title!r} makes the slug {slugify(self.title)!r}, but id says {slug!r}")
+        if not self.enable_internet:
+            raise ValueError("enable_internet is false, but the session must install its pinned stack")
+        if self.enable_tpu:
+            raise ValueError("enable_tpu is true, but the series runs on a CUDA GPU or the CPU: set it to false")
+        if self.machine_shape == "NvidiaTeslaP100":
+            raise ValueError("machine_shape NvidiaTeslaP100: today's torch has nothing for that GPU, choose NvidiaTeslaT4")
+        if self.enable_gpu != bool(self.machine_shape):
+            raise ValueError(f"enable_gpu is {self.enable_gpu}, but machine_shape is {self.machine_shape!r}")
+        return self
+
+
+def read_metadata(folder: Path) -> KernelMetadata:
+    """Return the validated kernel-metadata.json of a folder. Raises KaggleError with all its faults in one line."""
+    values = read_unvalidated(folder)
+    if values is None:
+        raise KaggleError(f"no {METADATA} in {folder}: make one with medcot kaggle build")
+    return validated(values, f"{METADATA}: ")
+
+
+def read_unvalidated(folder: Path) -> dict[str, Any] | None:
+    """Return what the metadata file of a folder says, right or wrong, or None if there is none. Raises KaggleError if it is
+    not JSON."""
+    path = folder / METADATA
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise KaggleError(f"{METADATA} is not JSON ({error}): fix it, or remove it and build again") from None
+
+
+def validated(values: Mapping[str, Any], prefix: str = "") -> KernelMetadata:
+    """Return the values as metadata. Raises KaggleError with all their faults in one line, after `prefix`."""
+    try:
+        return KernelMetadata.model_validate(values)
+    except ValidationError as error:
+        raise KaggleError(prefix + "; ".join(_explain(fault) for fault in error.errors())) from None
+
+
+def _explain(fault: Mapping[str, Any]) -> str:
+    name = ".".join(map(str, fault["loc"]))
+    message = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]
+    return f"{name}: {message}" if name else message
+
+
+def write_metadata(folder: Path, metadata: KernelMetadata) -> None:
+    """Write kernel-metadata.json into a folder, whole or not at all."""
+    write_atomic(folder / METADATA, json.dumps(metadata.model_dump(exclude_none=True), indent=2) + "\n")

@@ -1,0 +1,149 @@
+"""Preflight: one line a check, or one error, before anything expensive; the same for notebook, command line and Kaggle."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+import pytest
+
+from medcot_utils.cli import doctor
+from medcot_utils.config import load_config
+from medcot_utils.errors import MedcotError, PlatformError
+from medcot_utils.machine import disk, hardware
+from medcot_utils.machine.paths import HOME
+from medcot_utils.series import runner
+from medcot_utils.series.kaggle.build import build
+from medcot_utils.series.preflight import checks, preflight
+
+ALL = ["profile", "data", "questions", "tracker", "hub", "gguf", "disk"]
+
+
+def names(*arguments, **keywords):
+    return list(checks(*arguments, **keywords))
+
+
+def test_every_check_is_one_line(tmp_path):
+    made = preflight(load_config("smoke"), tmp_path / "run")
+    assert [check.name for check in made] == ALL
+    assert all(check.line and "\n" not in check.line for check in made)
+    lines = {check.name: check.line for check in made}
+    assert lines["data"] == "12 rows to train on, 40 held out, 6 of them to be asked"
+    assert lines["questions"] == "4 multiple-choice questions"
+    assert lines["tracker"] == "tracking: none, as asked"
+    assert re.fullmatch(r"\d+\.\d\d GiB needed, and there is room for it", lines["disk"])
+    assert not (tmp_path / "run").exists(), "looking changes nothing"
+
+
+FAILING = {
+    "profile": ("article", [], "profile article needs a CUDA GPU"),
+    "data": ("smoke", ["dataset.path=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    "questions": ("smoke", ["evaluation.mcq_tasks=[nowhere.jsonl]"], "nowhere.jsonl"),
+    "tracker": ("smoke", ["tracking.backend=wandb", "tracking.mode=online"], "needs a secret for Weights & Biases"),
+    "hub": ("smoke", ["hub.repo_id=ann/cot"], "needs a secret for Hugging Face"),
+    "gguf": ("smoke", ["export.gguf=f16"], "llama.cpp's converter is missing"),
+    "disk": ("smoke", [], "too little disk"),
+}
+
+
+@pytest.fixture
+def failing(request, monkeypatch, tmp_path):
+    """(configuration, expected error) of a run in which the one check fails."""
+    profile, overrides, expected = FAILING[request.param]
+    monkeypatch.setattr(hardware, "visible_gpus", list)
+    if request.param == "gguf":
+        find = __import__("importlib").util.find_spec
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if "gguf" in name else find(name, *more))
+    if request.param == "disk":
+        monkeypatch.setattr(disk.paths, "disk_free_gib", lambda folder: 0.01)
+    return load_config(profile, overrides), expected
+
+
+@pytest.mark.parametrize("failing", FAILING, indirect=True)
+def test_a_check_that_fails_is_one_error(failing, tmp_path):
+    config, expected = failing
+    with pytest.raises(MedcotError) as caught:
+        preflight(config, tmp_path / "run")
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("failing", [name for name in FAILING if name not in ("hub", "disk")], indirect=True)
+def test_medcot_run_makes_the_checks_without_network(failing, tmp_path):
+    config, expected = failing
+    overrides = OVERRIDES[expected]
+    with pytest.raises(MedcotError) as caught:
+        runner.plan_config(tmp_path / "run", config.profile, overrides)
+    assert expected in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+OVERRIDES = {expected: overrides for _, overrides, expected in FAILING.values()}
+
+
+def test_offline_leaves_to_notebook_01_what_asks_the_network(tmp_path):
+    assert names(load_config("smoke"), tmp_path, online=False) == ["profile", "data", "questions", "tracker", "gguf"]
+    assert names(load_config("recommended"), tmp_path, online=False) == ["profile", "tracker", "gguf"]
+    embedded = load_config("smoke", ["evaluation.embedding_model=a/b"])
+    assert "questions" not in names(embedded, tmp_path, online=False) and "questions" in names(embedded, tmp_path)
+
+
+def test_for_another_machine_only_shipped_files_are_checked():
+    assert names(load_config("smoke"), None, online=False) == ["data", "questions"]
+    there = ["dataset.path=/kaggle/input/a/rows.jsonl", "evaluation.mcq_tasks=[/kaggle/input/a/mcq.jsonl]"]
+    assert names(load_config("smoke", there), None, online=False) == []
+
+
+def test_secrets_are_handed_on_before_the_checks(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "0" * 40)
+    config = load_config("smoke", ["secrets.wandb=MY_KEY"])
+    preflight(config, None, online=False)
+    assert "WANDB_API_KEY" not in os.environ
+    preflight(config, tmp_path, online=False)
+    assert os.environ["WANDB_API_KEY"] == "0" * 40
+
+
+def test_notebook_01_shows_preflights_lines():
+    notebook = json.loads((HOME / "notebooks" / "01_setup.ipynb").read_text(encoding="utf-8"))
+    code = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
+    assert "preflight(config, run_dir)" in code
+    shown = set(re.findall(r'checks\["(\w+)"\]', code))
+    assert shown == {"data", "questions", "tracker", "hub", "gguf"}
+    assert "resolve_profile(PROFILE)" in code and "disk_table(config, run_dir)" in code, "the other two, in sections of their own"
+
+
+def test_kaggle_build_refuses_too_many_questions(tmp_path):
+    with pytest.raises(MedcotError, match=r"evaluation\.num_questions"):
+        build(tmp_path, "smoke", ["evaluation.num_questions=500"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kaggle_build_asks_for_no_gpu_and_no_key_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "visible_gpus", list)
+    settings = ["tracking.backend=wandb", "tracking.mode=online", "hub.repo_id=ann/cot", "export.gguf=q8_0"]
+    assert build(tmp_path, "article", settings).metadata.enable_gpu
+
+
+# --- doctor ------------------------------------------------------------------------------------------------------------
+
+
+def diagnosis(profile):
+    return next(one for one in doctor.profiles_here(HOME / "no such folder") if one.profile == profile)
+
+
+def test_doctor_names_everything_that_is_missing(monkeypatch):
+    monkeypatch.setattr(hardware, "visible_gpus", list)
+    monkeypatch.setattr(disk.paths, "disk_free_gib", lambda folder: 0.01)
+    found = diagnosis("article")
+    assert not found.ok
+    for part in ("not installed: unsloth", "no CUDA GPU is visible", "disk: "):
+        assert part in found.reason
+
+
+def test_doctor_tells_a_failed_check_of_preflight(monkeypatch):
+    def missing(config):
+        raise PlatformError("the shipped rows are gone")
+
+    monkeypatch.setattr("medcot_utils.data.rows.check_data", missing)
+    found = diagnosis("smoke")
+    assert not found.ok and "the shipped rows are gone" in found.reason
