@@ -29,7 +29,7 @@ def release_gpu_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def free_gpu_memory() -> float:
+def available_gpu_memory() -> float:
     """Return the bytes that this process can still take on its GPU, including those it holds unused; infinite without a GPU.
 
     In a group of processes, return the least of any."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 from medcot_utils.config import GenerationSettings
 from medcot_utils.data.prompts import inference_prompt, parse_completion
 from medcot_utils.errors import MedcotError
-from medcot_utils.machine.gpu import free_gpu_memory
+from medcot_utils.machine.gpu import available_gpu_memory
 
 MAX_BATCH = 64  # more gains little on a GPU: the step is then bound by arithmetic
 CPU_BATCH = 8
@@ -77,7 +77,7 @@ def choose_cache(
     if settings.cache_implementation != "auto":
         return settings.cache_implementation
     steps = -(-questions // MAX_BATCH) * settings.max_new_tokens
-    if patched or steps < STEPS_WORTH_COMPILING or math.isinf(free := free_gpu_memory()):
+    if patched or steps < STEPS_WORTH_COMPILING or math.isinf(free := available_gpu_memory()):
         return "dynamic"
     weights, row = 2 * model.num_parameters(), _cache_bytes(model, prompt_tokens + settings.max_new_tokens)
     return "static" if free > 1.3 * weights + 1.5 * row * min(questions, MAX_BATCH) else "dynamic"
@@ -91,7 +91,7 @@ def choose_batch_size(model: PreTrainedModel, settings: GenerationSettings, ques
         return settings.batch_size
     # A cache that grows is copied when it does. One of fixed size exists once.
     copies = 1.2 if settings.cache_implementation == "static" else 2.5
-    row, free = _cache_bytes(model, prompt_tokens + settings.max_new_tokens), free_gpu_memory()
+    row, free = _cache_bytes(model, prompt_tokens + settings.max_new_tokens), available_gpu_memory()
     fits = CPU_BATCH if math.isinf(free) else int(free / (row * copies))
     batches = -(-questions // max(1, min(MAX_BATCH, fits, questions)))
     return -(-questions // batches)

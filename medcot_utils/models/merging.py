@@ -12,7 +12,7 @@ from psutil import virtual_memory
 
 from medcot_utils.config import ModelSettings
 from medcot_utils.errors import MedcotError
-from medcot_utils.machine.gpu import free_gpu_memory
+from medcot_utils.machine.gpu import available_gpu_memory
 from medcot_utils.models.embedded import find_model_source, load_tokenizer_from
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _placement(source: str | Path, kind: torch.dtype, revision: str | None) -> d
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, revision=revision))
     weights = kind.itemsize * sum(parameter.numel() for parameter in shapes.parameters())
-    free = free_gpu_memory()
+    free = available_gpu_memory()
     if free > 1.25 * weights:
         return {"device_map": {"": 0}}
     room = {0: max(0, int(free - 0.25 * weights)), "cpu": virtual_memory().available}

@@ -137,7 +137,7 @@ def batch_plans(
     return sorted(plans, key=lambda plan: plan.relative_cost)
 
 
-def choose(plans: Sequence[BatchPlan], free: float) -> list[BatchPlan]:
+def choose_plans(plans: Sequence[BatchPlan], free: float) -> list[BatchPlan]:
     """Return the plans to try in turn: the fastest that fits in `free` bytes with a tenth to spare, then ever smaller ones.
 
     Raises:

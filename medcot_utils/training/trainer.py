@@ -16,9 +16,9 @@ from transformers.utils.notebook import NotebookProgressCallback
 from medcot_utils.config import RunConfig
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.disk import full_disk_told
-from medcot_utils.machine.gpu import free_gpu_memory, release_gpu_memory, reset_peak_gpu_memory
+from medcot_utils.machine.gpu import available_gpu_memory, release_gpu_memory, reset_peak_gpu_memory
 from medcot_utils.models.engine import compute_dtype
-from medcot_utils.training.batch_plan import BatchPlan, batch_plans, choose
+from medcot_utils.training.batch_plan import BatchPlan, batch_plans, choose_plans
 from medcot_utils.training.callbacks import LossFigure, ProgressFile, SkippedSteps, TimeBudget, TimeBudgetReached, TqdmProgress
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def plan_training(
 ) -> list[BatchPlan]:
     """Return the batch plans to try in turn for tokenized rows, by the free GPU memory; raise PlanError if none fits."""
     lengths = [len(ids) for ids in rows["input_ids"]]
-    return choose(batch_plans(model, config, lengths, engine.WHOLE_LOGITS, processes), free_gpu_memory())
+    return choose_plans(batch_plans(model, config, lengths, engine.WHOLE_LOGITS, processes), available_gpu_memory())
 
 
 def make_sft_trainer(

@@ -17,7 +17,7 @@ def test_another_system_is_one_line_and_exit_code_1(monkeypatch, capsys):
         command.main()
     said = capsys.readouterr().err.strip()
     assert ended.value.code == 1
-    assert said.startswith("medcot: medcot runs on Linux, and this is win32: on Windows use WSL") and "\n" not in said
+    assert said.startswith("medcot: medcot needs Linux, and this is win32: use WSL on Windows") and "\n" not in said
 
 
 def test_a_notebook_on_another_system_says_the_same(monkeypatch):

@@ -294,7 +294,7 @@ def test_a_batch_size_and_a_cache_as_set_are_kept(unquantized):
 )
 def test_a_simulated_gpu_gets_what_its_memory_holds(unquantized, monkeypatch, free_gib, new_tokens, cache, batch_size):
     model = unquantized[0]
-    monkeypatch.setattr(generation, "free_gpu_memory", lambda: free_gib * 2**30)
+    monkeypatch.setattr(generation, "available_gpu_memory", lambda: free_gib * 2**30)
     asked = settings(batch_size="auto", cache_implementation="auto", max_new_tokens=new_tokens)
     assert choose_cache(model, asked, 100, prompt_tokens=100) == cache
     decided = asked.model_copy(update={"cache_implementation": cache})

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from medcot_utils.config import load_config
-from medcot_utils.machine.gpu import free_gpu_memory
+from medcot_utils.machine.gpu import available_gpu_memory
 from medcot_utils.models.engine import get_engine
 from medcot_utils.training.batch_plan import (
     BatchPlan,
     PlanError,
     batch_plans,
-    choose,
+    choose_plans,
     memory_parts,
     padded_tokens,
     plans_table,
@@ -214,7 +214,7 @@ def article_plans(eight_b, request):
 
 def test_more_memory_never_chooses_a_slower_plan_and_what_is_chosen_fits(article_plans):
     least = min(plan.memory_mb for plan in article_plans) * 1e6 / 0.9
-    chosen = [(free, choose(article_plans, free)[0]) for free in (least * 1.05**step for step in range(1, 90))]
+    chosen = [(free, choose_plans(article_plans, free)[0]) for free in (least * 1.05**step for step in range(1, 90))]
     assert all(plan.memory_mb * 1e6 <= free for free, plan in chosen)
     costs = [plan.relative_cost for _, plan in chosen]
     assert costs == sorted(costs, reverse=True)
@@ -223,13 +223,13 @@ def test_more_memory_never_chooses_a_slower_plan_and_what_is_chosen_fits(article
 
 def test_a_tenth_of_the_free_memory_is_left_alone(article_plans):
     fastest = article_plans[0]
-    assert choose(article_plans, fastest.memory_mb * 1e6 / 0.89)[0] == fastest
-    assert choose(article_plans, fastest.memory_mb * 1e6 / 0.91)[0] != fastest
+    assert choose_plans(article_plans, fastest.memory_mb * 1e6 / 0.89)[0] == fastest
+    assert choose_plans(article_plans, fastest.memory_mb * 1e6 / 0.91)[0] != fastest
 
 
 @pytest.mark.parametrize("free_gib", [6, 8.5, 12, 20, 40, 130, math.inf])
 def test_the_plans_that_stand_by_need_strictly_less_and_less_memory_down_to_the_least(article_plans, free_gib):
-    chosen = choose(article_plans, free_gib * GIB)
+    chosen = choose_plans(article_plans, free_gib * GIB)
     assert all(after.memory_mb < before.memory_mb for before, after in itertools.pairwise(chosen))
     assert chosen[-1].memory_mb == min(plan.memory_mb for plan in article_plans)
     below = [plan for plan in article_plans if plan.memory_mb < chosen[0].memory_mb]
@@ -243,25 +243,25 @@ def test_of_two_plans_that_need_the_same_memory_only_the_faster_stands_by():
         BatchPlan(2, 2, 1, False, memory_mb=20, relative_cost=3),
         BatchPlan(1, 4, 1, False, memory_mb=10, relative_cost=4),
     ]
-    assert choose(plans, math.inf) == [plans[0], plans[1], plans[3]]
+    assert choose_plans(plans, math.inf) == [plans[0], plans[1], plans[3]]
 
 
 def test_too_little_memory_is_refused_with_what_is_needed_and_what_is_free(article_plans):
     smallest = min(article_plans, key=lambda plan: plan.memory_mb)
     need = f"{smallest.memory_mb / 1e3:.1f} GB beside the weights even as 1 rows x 8 micro-batches, unsloth checkpointing"
     with pytest.raises(PlanError) as caught:
-        choose(article_plans, 0.5 * GIB)
+        choose_plans(article_plans, 0.5 * GIB)
     assert f"needs {need}; 0.5 GB are free" in str(caught.value)
     assert "Lower model.max_seq_length or lora.r" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_memory_is_no_limit(article_plans):
-    assert choose(article_plans, free_gpu_memory())[0] == article_plans[0]
+    assert choose_plans(article_plans, available_gpu_memory())[0] == article_plans[0]
 
 
 def test_the_table_has_a_line_for_each_plan_and_marks_the_chosen_one(article_plans):
-    chosen = choose(article_plans, 20 * GIB)[0]
+    chosen = choose_plans(article_plans, 20 * GIB)[0]
     table = plans_table(article_plans, chosen, weights_mb=6000)
     assert len(table) == len(article_plans) == 8
     (line,) = table[table["chosen"] == "yes"].to_dict("records")
@@ -294,13 +294,13 @@ def test_on_a_t4_the_article_is_trained_with_checkpointing_and_on_a_large_gpu_8_
     lengths = [300 + 37 * index % 801 for index in range(500)]
     assert max(lengths) == 1100
     plans = plans_on_a_gpu(eight_b, ARTICLE, lengths, whole_logits)
-    on_a_t4, on_a_large_gpu = choose(plans, 8.5 * GIB)[0], choose(plans, 130 * GIB)[0]
+    on_a_t4, on_a_large_gpu = choose_plans(plans, 8.5 * GIB)[0], choose(plans, 130 * GIB)[0]
     assert on_a_t4.gradient_checkpointing == "unsloth"
     assert shapes([on_a_large_gpu]) == {(8, 1, False)}
 
 
 def test_two_gpus_take_four_rows_each_and_need_half_the_activations(eight_b):
-    alone = choose(plans_on_a_gpu(eight_b, ARTICLE), 130 * GIB)[0]
-    shared = choose(plans_on_a_gpu(eight_b, ARTICLE, num_processes=2), 130 * GIB)[0]
+    alone = choose_plans(plans_on_a_gpu(eight_b, ARTICLE), 130 * GIB)[0]
+    shared = choose_plans(plans_on_a_gpu(eight_b, ARTICLE, num_processes=2), 130 * GIB)[0]
     assert (shared.per_device_train_batch_size, shared.gradient_accumulation_steps, shared.num_processes) == (4, 1, 2)
     assert shared.memory_mb < 0.6 * alone.memory_mb
