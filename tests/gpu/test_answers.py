@@ -37,7 +37,7 @@ def answers(model: str, dtype: str, cache: str, quantized: str = "true") -> list
 
 
 @pytest.mark.parametrize("quantized", ["true", "false"])
-def test_compiled_answers_are_those_of_a_growing_cache_in_float32(wide_llama, quantized):
+def test_compiled_answers_equal_a_growing_caches_in_float32(wide_llama, quantized):
     """In float32 rounding is too small to choose another token, so a wrong mask, position or weight would show."""
     growing = answers(wide_llama, "float32", "dynamic", quantized)
     assert len(growing) == 7 and len(set(growing)) > 1

@@ -47,7 +47,7 @@ def final_losses(run):
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
-def test_a_killed_training_goes_on_to_the_same_losses(prepared, tmp_path):
+def test_a_killed_training_resumes_to_the_same_losses(prepared, tmp_path):
     log = (tmp_path / "log").open("w")
     alone, killed = prepared("alone"), prepared("killed")
     assert start(alone, log).wait(600) == 0, (tmp_path / "log").read_text()[-2000:]

@@ -49,7 +49,7 @@ def one_plan(config, rows_at_once, checkpointing):
     return chosen
 
 
-def test_the_engine_is_unsloth_and_a_large_gpu_takes_all_rows_at_once(make_config, run_training):
+def test_unsloth_is_used_and_a_large_gpu_takes_all_rows_at_once(make_config, run_training):
     import sys
 
     losses, trainer = run_training(make_config())
@@ -74,7 +74,7 @@ def test_unpadded_rows_give_the_losses_of_padded_ones(make_config, run_training)
     assert unpadded == pytest.approx(padded, rel=0.01)
 
 
-def test_memory_that_runs_out_is_met_by_a_smaller_plan_which_loses_no_step(make_config, run_training, capsys):
+def test_out_of_memory_takes_a_smaller_plan_and_loses_no_step(make_config, run_training, capsys):
     import torch
 
     config = make_config()
@@ -94,7 +94,7 @@ def test_memory_that_runs_out_is_met_by_a_smaller_plan_which_loses_no_step(make_
     assert losses == pytest.approx(expected, rel=0.01)
 
 
-def test_float16_skips_its_first_steps_counts_them_and_then_learns(make_config, run_training):
+def test_float16_counts_its_skipped_first_steps_and_then_learns(make_config, run_training):
     import torch
 
     config = make_config("model.dtype=float16", "training.max_steps=12")

@@ -99,7 +99,7 @@ def assert_ends_as(run_dir, uninterrupted):
     assert training_state(run_dir)["state"] == "done"
 
 
-def test_a_killed_kernel_is_told_in_one_line_that_names_the_notebook(killed):
+def test_a_killed_kernel_is_one_line_that_names_the_notebook(killed):
     run_dir, code, errors = killed
     assert code == 1
     assert len(errors.strip().splitlines()) == 1
@@ -110,7 +110,7 @@ def test_a_killed_kernel_is_told_in_one_line_that_names_the_notebook(killed):
     assert not (run_dir / "adapter").exists() and not (run_dir / "training_log.jsonl").exists()
 
 
-def test_the_same_command_goes_on_after_a_kill_and_ends_where_the_uninterrupted_run_did(killed, uninterrupted, tmp_path):
+def test_the_same_command_resumes_a_killed_run_to_the_same_end(killed, uninterrupted, tmp_path):
     run_dir = shutil.copytree(killed[0], tmp_path / "run")
     output = succeed("run", "--run-dir", run_dir, "--to", "5")
     assert output.count("done before") == 4, "only the training is done again"
@@ -119,7 +119,7 @@ def test_the_same_command_goes_on_after_a_kill_and_ends_where_the_uninterrupted_
     assert_ends_as(run_dir, uninterrupted)
 
 
-def test_a_newest_checkpoint_that_is_truncated_is_set_aside_for_the_one_before(killed, uninterrupted, tmp_path):
+def test_a_truncated_checkpoint_is_set_aside_for_the_one_before(killed, uninterrupted, tmp_path):
     run_dir = shutil.copytree(killed[0], tmp_path / "run")
     older, newest = checkpoints(run_dir)[-2:]
     weights = newest / "adapter_model.safetensors"

@@ -159,7 +159,7 @@ def test_two_processes_were_two_and_one_was_one(one, two):
     assert workers(two) == {}
 
 
-def test_two_processes_have_the_losses_of_one_at_every_step_and_end_with_its_adapter(one, two):
+def test_two_processes_match_the_losses_and_adapter_of_one(one, two):
     expected = logged(one)
     assert {step for key, step in expected if key == "loss"} == set(range(1, 21))
     assert {step for key, step in expected if key == "eval_loss"} == {10, 20}
@@ -182,14 +182,14 @@ def test_what_two_processes_trained_is_recorded_as_what_one_did(one, two):
     assert sum(record["nll"] < before[record["id"]] for record in after if record["model"] == "tuned") > len(before) / 2
 
 
-def test_the_executed_notebook_shows_bar_and_loss_figure_of_the_processes(one, two):
+def test_the_notebook_shows_progress_and_loss_of_the_processes(one, two):
     shown = outputs_of_the_launch(two)
     assert sum("image/png" in output.get("data", {}) for output in shown) == 1, "one figure, drawn anew in its place"
     assert "20/20" in "".join("".join(output.get("text", [])) for output in shown)
     assert outputs_of_the_launch(one) == []
 
 
-def test_a_short_last_step_of_an_epoch_is_filled_up_with_its_first_rows_and_nothing_before_it_is(copy_untrained, on_the_cpu):
+def test_only_an_epochs_short_last_step_is_filled_up(copy_untrained, on_the_cpu):
     # 12 rows, 8 to a step: the second step has 4, one process's share. accelerate gives the other the epoch's first rows, as
     # docs/gpu.md says: the weights after it are others, and the loss of the third step shows it.
     settings = ["training.per_device_train_batch_size=4", "training.max_steps=4", "training.eval_steps=null"]
@@ -219,7 +219,7 @@ def killed(copy_untrained):
     return run_dir, process.returncode, errors, time.monotonic() - began, wait_until_gone(run_dir, 5)
 
 
-def test_a_killed_process_ends_the_others_and_the_notebook_within_a_minute(killed):
+def test_a_killed_process_ends_the_others_within_a_minute(killed):
     run_dir, code, errors, seconds, left = killed
     assert seconds < 60 and left == {}
     assert code == 1 and len(errors.strip().splitlines()) == 1
@@ -228,12 +228,12 @@ def test_a_killed_process_ends_the_others_and_the_notebook_within_a_minute(kille
     assert not (run_dir / "adapter").exists()
 
 
-def test_the_error_names_the_killed_process_and_not_the_one_that_lost_its_connection(killed):
+def test_the_error_names_the_killed_process_not_the_cut_off_one(killed):
     told = killed[2].partition("processes failed: ")[2]
     assert re.match(r"process 1\b", told) and re.search(r"SIGKILL|killed|signal 9", told)
 
 
-def test_a_process_that_cannot_read_its_rows_is_named_with_its_error(copy_untrained, on_the_cpu):
+def test_a_process_that_cannot_read_its_rows_is_named(copy_untrained, on_the_cpu):
     run_dir = copy_untrained()
     run = Run.open(run_dir)
     with (run_dir / "train_rows.parquet").open("ab") as rows:
@@ -244,7 +244,7 @@ def test_a_process_that_cannot_read_its_rows_is_named_with_its_error(copy_untrai
     assert workers(run_dir) == {}
 
 
-def test_the_processes_end_when_the_one_that_waits_for_them_is_killed(copy_untrained):
+def test_the_processes_end_when_their_parent_is_killed(copy_untrained):
     run_dir = changed(copy_untrained(), *SETTINGS, "training.max_steps=2000", "training.num_processes=2")
     process = start(sys.executable, "-c", TRAIN, run_dir)
     try:
@@ -269,7 +269,7 @@ def paused(copy_untrained):
     return run_dir, *medcot("run", "--run-dir", run_dir, "--from", "5", "--to", "5", *settings)
 
 
-def test_two_processes_stop_in_time_with_a_whole_checkpoint_and_it_is_no_failure(paused):
+def test_two_processes_pause_in_time_with_a_whole_checkpoint(paused):
     run_dir, code, output, errors = paused
     assert code == 75 and errors == ""
     assert "medcot: paused. 05_training: stopped after step 1 of 20, before training.max_hours were over" in output
@@ -286,7 +286,7 @@ def test_two_processes_stop_in_time_with_a_whole_checkpoint_and_it_is_no_failure
         1,
     ],
 )
-def test_the_next_call_goes_on_and_ends_where_the_uninterrupted_run_did(processes, paused, one, tmp_path, on_the_cpu):
+def test_the_next_call_resumes_to_the_uninterrupted_runs_end(processes, paused, one, tmp_path, on_the_cpu):
     run_dir = shutil.copytree(paused[0], tmp_path / "run")
     train_in_processes(Run.open(changed(run_dir, *SETTINGS, f"training.num_processes={processes}")), processes)
     assert newest_checkpoint(run_dir).name == "checkpoint-20"

@@ -166,7 +166,7 @@ def alter_one_byte(path):
     path.write_bytes(content)
 
 
-def test_an_altered_adapter_is_refused_by_the_notebooks_that_read_it_and_made_again_by_the_series(done):
+def test_notebooks_refuse_an_altered_adapter_the_series_redoes(done):
     weights = done / "adapter" / "adapter_model.safetensors"
     original = weights.read_bytes()
     alter_one_byte(weights)
@@ -197,7 +197,7 @@ def test_a_missing_artifact_is_made_again(done):
 # --- the same again ------------------------------------------------------------------------------------------------
 
 
-def test_the_same_seeds_give_the_same_adapter_bit_for_bit_and_another_one_another(first_call, tmp_path):
+def test_the_same_seeds_give_the_same_adapter_bit_for_bit(first_call, tmp_path):
     weights = Path("adapter") / "adapter_model.safetensors"
     again = tmp_path / "again"
     succeed("run", "--profile", "smoke", "--run-dir", again, "--to", "5")
@@ -212,7 +212,7 @@ def test_the_same_seeds_give_the_same_adapter_bit_for_bit_and_another_one_anothe
 # --- one notebook alone --------------------------------------------------------------------------------------------
 
 
-def test_a_notebook_alone_in_a_fresh_folder_names_the_one_to_run_first(tmp_path):
+def test_a_notebook_in_a_fresh_folder_names_the_one_to_run_first(tmp_path):
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -230,7 +230,7 @@ def test_a_notebook_before_the_one_it_reads_from_names_that_one(tmp_path):
     assert "03_dataset_prep failed" in result.stderr and "run notebook 02_baseline_inference first" in result.stderr
 
 
-def test_a_notebook_on_inputs_of_other_settings_names_the_one_to_run_again(with_other_answers):
+def test_inputs_of_other_settings_name_the_notebook_to_rerun(with_other_answers):
     done, before, _, refused, between = with_other_answers
     assert refused.returncode == 1
     assert "base_answers.jsonl in run/ was made with other settings" in refused.stderr
@@ -248,7 +248,7 @@ def test_a_second_run_in_the_same_directory_is_refused(done):
     assert result.returncode == 1 and "another medcot run is working in" in result.stderr
 
 
-def test_a_notebook_parameter_is_handed_to_the_notebook_that_has_it(done):
+def test_a_parameter_reaches_the_notebook_that_declares_it(done):
     before = notebook_times(done)
     succeed("run", "--run-dir", done, "--from", "2", "--to", "3", "--parameter", "QUESTION=Is a fever of 41.5 = danger?")
     assert redone(before, done) == ["02_baseline_inference"], "03 has no such parameter"

@@ -307,7 +307,7 @@ class Browser:
 
 
 @needs_chromium
-def test_a_browser_shows_the_texts_as_they_are_and_its_clicks_are_kept(tmp_path):
+def test_a_browser_shows_the_texts_verbatim_and_keeps_the_clicks(tmp_path):
     run = fill(tmp_path / "run")
     pairs = read_pairs(run)
     with contextlib.closing(Browser(tmp_path / "profile")) as browser:

@@ -39,7 +39,7 @@ def on_disk(run, artifact):
 # --- what arrives --------------------------------------------------------------------------------------------------
 
 
-def test_a_push_arrives_whole_private_in_one_commit_per_artifact_under_a_tag(hub, finished_run, push):
+def test_a_push_is_private_tagged_and_one_commit_per_artifact(hub, finished_run, push):
     run = finished_run()
     done = push(run)
     assert done.returncode == 0, done.stderr
@@ -64,7 +64,7 @@ def test_a_push_arrives_whole_private_in_one_commit_per_artifact_under_a_tag(hub
     assert WRITE not in done.stdout + done.stderr + json.dumps(record)
 
 
-def test_a_second_push_sends_nothing_and_a_changed_artifact_alone_is_sent_again(hub, finished_run, push):
+def test_a_second_push_sends_only_the_changed_artifact(hub, finished_run, push):
     run = finished_run()
     assert push(run).returncode == 0
     first, tags = head(hub, "doctor/cot")["id"], dict(hub.repos["model", "doctor/cot"]["tags"])
@@ -102,7 +102,7 @@ def table_of(run):
     return file_lines(read_record(run)[-1])
 
 
-def test_weights_of_an_earlier_push_that_the_run_no_longer_has_are_deleted_and_that_is_said(hub, finished_run, push):
+def test_a_push_deletes_and_reports_weights_the_run_has_lost(hub, finished_run, push):
     run, shard = finished_run(), "model-00002-of-00002.safetensors"
     merge_anew(run, {"model.safetensors": b"first", shard: b"second"})
     assert push(run).returncode == 0 and shard in head(hub, "doctor/cot")["files"]
@@ -122,7 +122,7 @@ def test_weights_of_an_earlier_push_that_the_run_no_longer_has_are_deleted_and_t
     assert shard in done.stdout[done.stdout.index("what the Hub lists and gives back") :]
 
 
-def test_separate_repositories_have_a_card_each_that_the_hub_understands(hub, finished_run, push):
+def test_each_separate_repository_has_a_model_card_the_hub_reads(hub, finished_run, push):
     overrides = ["model.name=me/base-8b", "dataset.name=me/cases", "dataset.revision=abc", "dataset.held_out_rows=40"]
     run = finished_run(*overrides)
     done = push(run, "--layout", "separate", "--public")
@@ -142,7 +142,7 @@ def test_separate_repositories_have_a_card_each_that_the_hub_understands(hub, fi
         assert "Not for clinical use" in card.text and f'"{repo_id}"' in card.text
 
 
-def test_a_card_before_any_push_names_no_repository_and_gguf_is_made_from_the_merged_one(finished_run):
+def test_a_model_card_names_no_repository_before_a_push(finished_run):
     run = finished_run("model.name=me/base-8b", "dataset.held_out_rows=40")
     assert "from_pretrained(" not in model_card(run)
     card = ModelCard(model_card(run, "gguf", {"merged": "me/cot-merged", "gguf": "me/cot-gguf"}, "run-1"))
@@ -158,7 +158,7 @@ def test_the_token_may_have_the_articles_name(hub, finished_run, push):
     assert "model.safetensors" not in head(hub, "doctor/cot")["files"]
 
 
-def test_a_gguf_is_pushed_where_the_run_has_one_that_is_the_merged_model(finished_run):
+def test_a_gguf_is_pushed_if_it_was_made_from_the_merged_model(finished_run):
     without = finished_run(name="without")
     assert chosen_artifacts(without, medcot_hub.hub_settings(without)) == ["adapter", "merged"]
     with pytest.raises(RunError, match=r"hub\.artifacts names gguf alone"):
@@ -210,7 +210,7 @@ def test_a_tag_on_other_weights_is_refused(hub, finished_run, push):
     assert len(hub.repos["model", "doctor/cot"]["commits"]) == 1
 
 
-def test_files_that_no_push_put_there_are_neither_replaced_nor_deleted(hub, finished_run, push):
+def test_a_push_only_replaces_or_deletes_files_it_uploaded(hub, finished_run, push):
     run = finished_run()
     strange = {"pytorch_model.bin": b"years of work", "README.md": b"# Mine", "NOTES.md": b"mine"}
     hub.add("model", "doctor/cot", strange, private=True)
@@ -223,14 +223,14 @@ def test_files_that_no_push_put_there_are_neither_replaced_nor_deleted(hub, fini
     assert read_record(run)[-1]["state"] == "failed"
 
 
-def test_a_repository_of_three_that_holds_another_model_stops_the_push_before_the_first(hub, finished_run, push):
+def test_one_repository_with_another_model_stops_the_whole_push(hub, finished_run, push):
     hub.add("model", "doctor/cot-merged", {"model.safetensors": b"years of work"}, private=True)
     done = push(finished_run(), "--layout", "separate")
     assert done.returncode == 1 and "doctor/cot-merged holds files" in done.stderr
     assert "model.safetensors (would be replaced)" in done.stderr and hub.sent("POST", "/commit/") == []
 
 
-def test_what_somebody_changed_since_the_last_push_is_not_replaced(hub, finished_run, push):
+def test_a_push_keeps_files_that_somebody_changed_on_the_hub(hub, finished_run, push):
     run = finished_run()
     assert push(run).returncode == 0
     edited = content(hub, "doctor/cot", "README.md") + b"\nA note by hand."
@@ -240,7 +240,7 @@ def test_what_somebody_changed_since_the_last_push_is_not_replaced(hub, finished
     assert content(hub, "doctor/cot", "README.md") == edited
 
 
-def test_a_name_that_the_hub_does_not_take_is_told_before_anything_is_sent(hub, finished_run, push):
+def test_an_invalid_repository_name_is_refused_before_upload(hub, finished_run, push):
     run = finished_run()
     done = push(run, repo_id="user/a..b")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
@@ -253,7 +253,7 @@ def test_a_name_that_the_hub_does_not_take_is_told_before_anything_is_sent(hub, 
         medcot_hub.check_hub(load_config("smoke", ["hub.repo_id=user/a..b"]))
 
 
-def test_what_is_altered_stale_or_not_what_it_was_merged_from_is_not_pushed(finished_run, monkeypatch):
+def test_altered_stale_or_mismatched_artifacts_are_not_pushed(finished_run, monkeypatch):
     monkeypatch.setattr(medcot_hub, "require_secret", lambda *arguments: pytest.fail("went on to the token"))
     run = finished_run()
     settings = medcot_hub.hub_settings(run, repo_id="doctor/cot")
@@ -272,7 +272,7 @@ def test_what_is_altered_stale_or_not_what_it_was_merged_from_is_not_pushed(fini
         medcot_hub.push_run(run, settings)
 
 
-def test_a_run_without_a_repository_pushes_nothing_and_says_so_in_one_line(finished_run, capsys):
+def test_a_run_without_a_repository_pushes_nothing_and_says_so(finished_run, capsys):
     run = finished_run()
     assert medcot_hub.publish(run) is None and push_table(None) is None
     assert capsys.readouterr().out.splitlines() == [
@@ -281,7 +281,7 @@ def test_a_run_without_a_repository_pushes_nothing_and_says_so_in_one_line(finis
     assert not (run.path / RECORD).exists()
 
 
-def test_a_folder_is_compared_with_the_manifest_by_its_files_digests(finished_run):
+def test_a_folder_is_checked_against_the_manifest_by_digests(finished_run):
     run = finished_run()
 
     def fill(folder):
@@ -296,7 +296,7 @@ def test_a_folder_is_compared_with_the_manifest_by_its_files_digests(finished_ru
     assert folder_digest(digests | {"a.json": "0" * 64}) != run.manifest()["artifacts"]["merged"]["sha256"]
 
 
-def test_the_hub_settings_change_no_result_but_a_push_asked_for_later_redoes_notebook_07(finished_run):
+def test_asking_for_a_push_later_redoes_only_notebook_07(finished_run):
     depend = [name for name, artifact in ARTIFACTS.items() if any(setting.startswith("hub") for setting in artifact.settings)]
     assert depend == ["machine", "model_card"]
     run = finished_run()

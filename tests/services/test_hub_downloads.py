@@ -65,7 +65,7 @@ def python(hub, home, code, *overrides):
 # --- data ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_article_profile_pins_revision_and_digest_of_its_data():
+def test_the_article_profile_pins_its_datas_revision_and_digest():
     settings = load_config("article").dataset
     assert (settings.name, settings.revision) == (NAME, "fc2c9e8a37b38f38da6d449564a8c350b244aef4")
     assert settings.sha256 == "6a0289ebe0d07e3e77e8dbc81c31fcfc02cc99c7bca1602694cb2f76d505667e"
@@ -81,7 +81,7 @@ def versions(hub):
     return first, hashlib.sha256(rows("old", 80)).hexdigest()
 
 
-def test_the_pinned_revision_arrives_once_though_the_name_has_moved_on(hub, versions, tmp_path):
+def test_the_pinned_revision_is_downloaded_though_the_name_moved(hub, versions, tmp_path):
     first, digest = versions
     pinned = [f"dataset.revision='{first}'", f"dataset.sha256={digest}"]
     assert python(hub, tmp_path, LOAD_ROWS, *pinned) == ["ROWS 80 old 0?"]
@@ -89,7 +89,7 @@ def test_the_pinned_revision_arrives_once_though_the_name_has_moved_on(hub, vers
     assert len(downloads) == 1, "checked and loaded from one download"
 
 
-def test_a_changed_file_behind_the_name_is_one_error_with_both_digests(hub, versions, tmp_path):
+def test_a_changed_data_file_is_one_error_with_both_digests(hub, versions, tmp_path):
     moved_on = ["dataset.revision=null", f"dataset.sha256={versions[1]}"]
     (line,) = python(hub, tmp_path, LOAD_ROWS, *moved_on)
     found = hashlib.sha256(rows("new")).hexdigest()
@@ -144,14 +144,14 @@ def loaded(tmp_path_factory):
 
 
 @pytest.mark.model
-def test_the_pinned_revision_of_a_model_is_what_both_loaders_take(loaded):
+def test_both_loaders_take_the_pinned_revision_of_a_model(loaded):
     found, value, _ = loaded
     assert found["pinned"] == pytest.approx([value] * 2, abs=0.01)
     assert found["newest"] == pytest.approx([value + 1] * 2, abs=0.01)
 
 
 @pytest.mark.model
-def test_a_pushed_run_is_loaded_as_its_card_says(loaded):
+def test_a_pushed_run_loads_as_its_model_card_says(loaded):
     found, value, tokens = loaded
     assert found["pushed"] == [pytest.approx(value, abs=0.01), tokens]
     assert found["adapter"] == [128.0, 128.0]

@@ -102,7 +102,7 @@ def test_401_says_that_the_token_is_not_valid(hub, finished_run, push):
     assert "This push has committed nothing" in error and hub.repos == {}
 
 
-def test_a_token_that_may_only_read_is_told_before_anything_is_made(hub, finished_run, push):
+def test_a_read_only_token_is_refused_before_anything_is_created(hub, finished_run, push):
     run = finished_run()
     assert "the token of doctor may only read" in the_error(push(run, token=READ), run, hub)
     assert hub.repos == {}
@@ -128,7 +128,7 @@ def test_a_token_that_the_server_repeats_is_not_shown(hub, finished_run, push):
     assert "403 Forbidden (what is ***?)" in the_error(done, run, hub) and "(cannot read ***): trying again" in done.stdout
 
 
-def test_404_in_the_middle_says_what_is_gone_and_what_was_committed(hub, finished_run, push):
+def test_404_midway_says_what_is_gone_and_what_was_committed(hub, finished_run, push):
     run = finished_run()
     hub.fail("PUT", "/storage/", status=404, message="NoSuchBucket", times=NEVER_ENDS)
     error = the_error(push(run), run, hub)
@@ -182,7 +182,7 @@ def test_the_wait_is_what_the_hub_asks_for_in_each_of_its_ways():
     assert retry_after(refused(500)) is retry_after(OSError("no answer")) is None
 
 
-def test_429_that_asks_for_longer_than_our_patience_is_an_error_at_once(hub, finished_run, push):
+def test_429_with_a_wait_beyond_our_patience_fails_immediately(hub, finished_run, push):
     run = finished_run()
     hub.fail("POST", "/commit/main$", status=429, headers={"Retry-After": "3600"}, times=NEVER_ENDS)
     error = the_error(push(run), run, hub)
@@ -190,7 +190,7 @@ def test_429_that_asks_for_longer_than_our_patience_is_an_error_at_once(hub, fin
     assert len(hub.sent("POST", "/commit/")) == 1
 
 
-def test_500_that_stays_is_the_hubs_fault_and_the_next_push_goes_on(hub, finished_run, push):
+def test_a_lasting_500_blames_the_hub_and_the_next_push_resumes(hub, finished_run, push):
     run = finished_run()
     hub.fail("POST", "/commit/main$", status=500, message="Internal Error", times=0)
     fault = hub.faults[-1]
@@ -211,7 +211,7 @@ def test_500_that_stays_is_the_hubs_fault_and_the_next_push_goes_on(hub, finishe
 # --- cut off -------------------------------------------------------------------------------------------------------
 
 
-def test_a_connection_cut_in_the_middle_of_30_mb_goes_on_with_the_part_it_was_in(hub, finished_run, push):
+def test_a_cut_30_mb_upload_resumes_at_the_part_it_was_in(hub, finished_run, push):
     run = finished_run(weights=BIG)
     hub.fail("PUT", "/storage/.*/2$", cut_after=PART // 2)
     done = push(run)
@@ -221,7 +221,7 @@ def test_a_connection_cut_in_the_middle_of_30_mb_goes_on_with_the_part_it_was_in
     assert record_of(run)["state"] == "pushed"
 
 
-def test_a_push_killed_in_the_middle_goes_on(hub, finished_run, push, tmp_path):
+def test_a_push_killed_midway_resumes(hub, finished_run, push, tmp_path):
     run, came = finished_run(weights=BIG), threading.Event()
     hub.fail("PUT", "/storage/.*/2$", hold=came)
     environment = hub_environment(hub.url, tmp_path / "home")
@@ -261,7 +261,7 @@ def test_a_hub_that_says_yes_and_commits_nothing_is_found_out(hub, finished_run,
     assert not any(line["verified"] for line in record_of(run)["repositories"][0]["files"])
 
 
-def test_a_hub_that_lists_the_weights_but_did_not_keep_them_is_found_out(hub, finished_run, push):
+def test_verification_finds_weights_listed_but_not_stored(hub, finished_run, push):
     run = finished_run()
     hub.forgets_large_files = True
     error = the_error(push(run), run, hub)
@@ -275,7 +275,7 @@ def test_a_hub_that_gives_back_other_weights_is_found_out(hub, finished_run, pus
     assert "adapter/adapter_model.safetensors (a download gives other bytes)" in error and "5 of 7 files agree" in error
 
 
-def test_zeroes_in_the_middle_of_a_large_file_are_found_by_verify_all_alone(hub, finished_run, push):
+def test_only_verify_all_finds_zeroes_inside_a_large_file(hub, finished_run, push):
     run = finished_run(weights=40_000_000)  # more than one piece of a download
     hub.spoils_middles = True
     error = the_error(push(run, "--verify-all"), run, hub)
@@ -296,7 +296,7 @@ def test_verify_all_downloads_every_byte(hub, finished_run, push):
     assert {line["downloaded"] for line in record_of(run)["repositories"][0]["files"]} == {"whole"}
 
 
-def test_an_answer_that_cannot_be_read_is_the_hubs_fault_and_a_wrong_value_of_ours_is_not():
+def test_an_unreadable_answer_blames_the_hub_a_wrong_value_us():
     from huggingface_hub.lfs import _validate_batch_actions
     from huggingface_hub.utils import validate_repo_id
 
@@ -319,7 +319,7 @@ def test_a_hub_that_sets_no_tag_is_found_out(hub, finished_run, push):
 # --- last, because it takes so long ----------------------------------------------------------------------------------
 
 
-def test_a_connection_that_is_always_cut_is_one_error_and_the_next_push_sends_what_is_missing(always_cut, tmp_path):
+def test_the_next_push_sends_what_a_cut_connection_left_out(always_cut, tmp_path):
     hub, run, process = always_cut
     out, err = process.communicate(timeout=120)
     error = the_error(subprocess.CompletedProcess([], process.returncode, out, err), run, hub)

@@ -90,7 +90,7 @@ def test_what_was_built_is_what_kaggle_receives(medcot, server, tmp_path):
     assert "training.max_steps=7" in received.cells[1].source
 
 
-def test_the_pushed_text_holds_no_secret_of_the_machine_that_pushes(medcot, server):
+def test_the_pushed_text_holds_no_secret_of_this_machine(medcot, server):
     secrets = {"HF_TOKEN": "hf_marked0marked1marked2", "WANDB_API_KEY": "marked3" * 6}
     succeed(medcot("build", "--id", "ann/heart-run", **secrets))
     succeed(medcot("push", **secrets))
@@ -105,7 +105,7 @@ def carried_text(notebook):
         return [archive.extractfile(entry).read().decode() for entry in archive]
 
 
-def test_a_clean_checkout_is_pushed_by_kaggles_own_command_after_one_of_ours(server, tmp_path):
+def test_kaggles_own_command_pushes_a_clean_checkout(server, tmp_path):
     checkout = tmp_path / "checkout"
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
@@ -124,7 +124,7 @@ def test_a_clean_checkout_is_pushed_by_kaggles_own_command_after_one_of_ours(ser
     assert server.saved[0]["slug"] == "ann/medcot-series" and "PROJECT" in server.saved[0]["text"]
 
 
-def test_without_a_name_of_ones_own_the_signed_in_user_owns_the_kernel(medcot, server, tmp_path):
+def test_the_signed_in_user_owns_a_kernel_without_a_given_owner(medcot, server, tmp_path):
     assert "its owner is set by medcot kaggle push" in succeed(medcot("build", "--profile", "demo"))
     assert f"pushed {USER}/medcot-series" in succeed(medcot("push"))
     assert server.saved[0]["slug"] == f"{USER}/medcot-series" and "your-name" not in server.saved[0]["text"]
@@ -144,7 +144,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("case", ANSWERS)
-def test_an_answer_that_kaggles_command_takes_for_success_is_an_error_here(case, medcot, server):
+def test_a_refusal_that_kaggles_command_accepts_is_an_error_here(case, medcot, server):
     answer, expected = ANSWERS[case]
     succeed(medcot("build", "--id", "ann/heart-run", "--dataset", "ann/gone", "--continue-from", "ann/gone-run"))
     server.answers["SaveKernel"] = (200, {"ref": "ann/heart-run", "url": "", **answer})
@@ -199,7 +199,7 @@ def test_nothing_is_pushed_before_it_is_built(medcot, server, tmp_path):
 # --- status --------------------------------------------------------------------------------------------------------
 
 
-def test_status_is_kaggles_word_for_the_kernel_of_this_folder_or_another(medcot, server):
+def test_status_reports_this_folders_kernel_or_the_named_one(medcot, server):
     assert succeed(medcot("status", "ann/other-run")) == "ann/other-run: complete\n"
     succeed(medcot("build", "--id", "ann/heart-run"))
     server.answers["GetKernelSessionStatus"] = (200, {"status": "RUNNING"})
@@ -240,7 +240,7 @@ def left(run_factory, content, server, tmp_path):
     return manifest
 
 
-def test_output_puts_the_run_together_again_without_the_merged_model(medcot, server, left, tmp_path):
+def test_output_reassembles_the_run_without_the_merged_model(medcot, server, left, tmp_path):
     said = succeed(medcot("output", "ann/heart-run", "--run-dir", "runs/fetched"))
     run = Run.open(tmp_path / "here" / "runs" / "fetched")
     assert run.manifest() == left and "not there: merged" in said
@@ -276,7 +276,7 @@ def test_a_fetched_run_is_not_written_over(medcot, left):
     assert "runs/kaggle is not empty" in the_one_error(medcot("output", "ann/heart-run"))
 
 
-def test_a_file_that_did_not_arrive_is_told_apart_from_one_that_did(medcot, server, left):
+def test_output_names_a_file_that_did_not_arrive(medcot, server, left):
     server.broken = f"{RUN_NAME}/adapter/weights.bin"  # the client saves the error page under the file's name
     assert "adapter of ann/heart-run did not arrive as the manifest records" in the_one_error(medcot("output", "ann/heart-run"))
     server.broken = f"{RUN_NAME}.zip"

@@ -116,7 +116,7 @@ def assert_complete(place):
 
 
 @pytest.mark.timeout(2400)
-def test_a_bare_session_that_has_nothing_of_the_project_completes_the_series(received, tmp_path):
+def test_a_bare_session_completes_the_series(received, tmp_path):
     profile = os.environ.get("MEDCOT_KAGGLE_PROFILE", "smoke")
     text = received("ann/one-run", profile, SMALL[profile])
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
@@ -139,7 +139,7 @@ def test_a_bare_session_that_has_nothing_of_the_project_completes_the_series(rec
 
 
 @pytest.mark.timeout(1200)
-def test_a_second_session_goes_on_from_what_the_first_one_left(received, tmp_path):
+def test_a_second_session_resumes_what_the_first_one_left(received, tmp_path):
     text = received("ann/one-run", "smoke", ["training.max_hours=0.000001"])
     first, cells = session(sys.executable, text, tmp_path / "first")
     assert first.returncode == 0, first.stderr[-2000:]
@@ -161,7 +161,7 @@ def test_a_second_session_goes_on_from_what_the_first_one_left(received, tmp_pat
     assert "resuming after step 1 of 6 (checkpoint-1)" in training
 
 
-def test_a_failed_series_fails_the_session_and_leaves_what_was_made(received, tmp_path):
+def test_a_failed_series_fails_the_session_and_keeps_its_results(received, tmp_path):
     text = received("ann/one-run", "smoke", ["dataset.path=/kaggle/input/gone/rows.jsonl"])
     done, cells = session(sys.executable, text, tmp_path / "kaggle")
     assert done.returncode != 0 and "the series ended with exit code 1; its last lines above say why" in done.stderr

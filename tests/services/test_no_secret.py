@@ -256,7 +256,7 @@ def produced(world):
     return world
 
 
-def test_no_file_of_a_run_with_failures_in_each_notebook_holds_a_secret(produced):
+def test_no_file_holds_a_secret_even_if_every_notebook_fails(produced):
     folder, _, sources = produced
     searched = [path for path in folder.rglob("*") if path.is_file()]
     kinds = {path.suffix for path in searched}
@@ -286,7 +286,7 @@ def test_control_a_planted_secret_is_found(tmp_path, form):
     assert holding(tmp_path) == [str(path)]
 
 
-def test_control_a_secret_printed_by_a_notebook_of_the_run_is_found(produced, tmp_path):
+def test_control_a_secret_printed_by_a_notebook_is_found(produced, tmp_path):
     run = shutil.copytree(produced[0] / "runs" / "mine" / "notebooks", tmp_path / "notebooks")
     path = run / "05_training.ipynb"
     notebook = nbformat.read(path, as_version=4)

@@ -123,7 +123,7 @@ def test_the_report_opens_from_a_file_without_a_complaint(page, tmp_path):
     assert browse(tmp_path, page, "missing()")[1], "a script that fails is a complaint"
 
 
-def test_text_of_a_model_does_not_run_and_is_shown_as_it_was_written(page, tmp_path):
+def test_model_text_is_shown_verbatim_and_never_executed(page, tmp_path):
     script = """
       const card = field_("q4");
       for (const link of card.querySelectorAll("a")) link.click();
@@ -174,7 +174,7 @@ def require_filtered(folder, page, filtered):
     assert console == []
 
 
-def test_words_specialty_outcome_disagreement_and_order_filter_the_questions(page, tmp_path):
+def test_every_filter_and_the_order_select_the_right_questions(page, tmp_path):
     require_filtered(tmp_path, page, FILTERED)
 
 
@@ -217,7 +217,7 @@ def test_a_link_to_a_question_opens_the_report_there(page, tmp_path):
     assert browse(tmp_path, page, f"setTimeout(() => {{ {WHERE} }}, 1000)")[0][:2] == [None, False], "it is not there by itself"
 
 
-def test_the_question_that_a_link_leads_to_is_not_covered_by_the_filters(page, tmp_path):
+def test_the_filters_do_not_cover_a_linked_question(page, tmp_path):
     assert browse(tmp_path, page, f"setTimeout(() => {{ {WHERE} }}, 1000)", "#q3")[0] == ["q3", True, "q3"]
 
 
@@ -242,7 +242,7 @@ ALL = [*CASES, "5 of 5 questions", "", ""]
     ],
     ids=["opened", "address", "link", "link again"],
 )
-def test_a_link_to_a_question_that_a_filter_hides_clears_the_filters(page, tmp_path, fragment, then):
+def test_a_link_to_a_hidden_question_clears_the_filters(page, tmp_path, fragment, then):
     script = f"""
       const wait = milliseconds => new Promise(done => setTimeout(done, milliseconds));
       async function go() {{
@@ -260,7 +260,7 @@ def test_a_link_to_a_question_that_a_filter_hides_clears_the_filters(page, tmp_p
     assert (target, on_screen, on_top) == ("q3", True, "q3")
 
 
-def test_a_link_to_a_question_that_is_shown_leaves_the_filters_alone(page, tmp_path):
+def test_a_link_to_a_shown_question_keeps_the_filters(page, tmp_path):
     script = f"""choose({{specialty: "neurology"}}); location.hash = "#q3"; setTimeout(() => report({STATE}), 1000)"""
     assert browse(tmp_path, page, script)[0][:3] == ["q3", "q4", "2 of 5 questions"]
 
@@ -275,7 +275,7 @@ PRINTED = """
 """
 
 
-def test_every_table_and_every_answer_is_printed_and_only_folded_thinking_is_not(page, run, tmp_path):
+def test_print_shows_everything_but_the_folded_thinking(page, run, tmp_path):
     measured = run.read("metrics")
     more = {"n_samples": 2, "sampled": measured["metrics"], "n_contaminated": 2, "contaminated": measured["metrics"]}
     run.write("metrics", measured | more)
@@ -290,7 +290,7 @@ def test_every_table_and_every_answer_is_printed_and_only_folded_thinking_is_not
     assert thinking == [True, False] and form == [False]
 
 
-def test_the_question_that_a_link_leads_to_is_marked_in_the_light_and_in_the_dark(page, tmp_path):
+def test_a_linked_question_is_marked_in_light_and_dark_mode(page, tmp_path):
     script = """setTimeout(() => report([matchMedia("(prefers-color-scheme: dark)").matches,
       getComputedStyle(document.querySelector(":target")).outlineColor, getComputedStyle(document.body).color]), 500)"""
     light, dark = (

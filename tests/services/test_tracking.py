@@ -55,7 +55,7 @@ def history(records):
     return lines
 
 
-def test_wandb_offline_holds_one_whole_run_after_kill_resume_and_comparison(trained, train_tracked, in_child):
+def test_wandb_offline_holds_one_run_after_kill_and_resume(trained, train_tracked, in_child):
     choices = ["tracking.project=heart", "tracking.job_type=fine-tuning"]
     run = trained("tracking.backend=wandb", "training.max_steps=6", *choices)
     said = killed_resumed_compared(run, train_tracked, in_child)
@@ -72,7 +72,7 @@ def test_wandb_offline_holds_one_whole_run_after_kill_resume_and_comparison(trai
     assert f"wandb sync run/{file.parent.relative_to(run.path)}" in said[-1]
 
 
-def test_trackio_holds_each_step_once_after_kill_resume_and_comparison(trained, train_tracked, in_child):
+def test_trackio_holds_each_step_once_after_kill_and_resume(trained, train_tracked, in_child):
     run = trained("tracking.backend=trackio")
     said = killed_resumed_compared(run, train_tracked, in_child)
     folder = run.path / "tracking" / "trackio"
@@ -94,7 +94,7 @@ def test_trackio_holds_each_step_once_after_kill_resume_and_comparison(trained, 
     assert run.require("report").read_bytes() in kept
 
 
-def test_tensorboard_holds_each_step_once_after_kill_resume_and_comparison(trained, train_tracked, in_child):
+def test_tensorboard_holds_each_step_once_after_kill_and_resume(trained, train_tracked, in_child):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = trained("tracking.backend=tensorboard")
@@ -120,7 +120,7 @@ def test_tensorboard_holds_each_step_once_after_kill_resume_and_comparison(train
         ("far/away/from", ", in the run directory run", ""),
     ],
 )
-def test_the_printed_path_leads_there_from_where_one_is_and_is_never_absolute(
+def test_the_printed_path_is_relative_to_the_working_folder(
     trained, train_tracked, in_child, tmp_path, monkeypatch, here, place, prefix
 ):
     run = trained("tracking.backend=tensorboard")
@@ -142,7 +142,7 @@ def test_another_training_is_another_tracked_run(trained, train_tracked, in_chil
     assert len(list((run.path / "tracking" / "tensorboard").iterdir())) == 2, "the first one is kept"
 
 
-def test_a_run_trained_untracked_is_tracked_whole_by_the_comparison(trained, in_child):
+def test_the_comparison_tracks_a_run_that_was_trained_untracked(trained, in_child):
     run = trained("tracking.backend=wandb")
     in_child(lambda: tracking.record_comparison(run, metrics_table(run.read("metrics")["metrics"])))
     records, _, _ = wandb_file(run)
@@ -172,7 +172,7 @@ def test_none_writes_nothing_and_imports_no_tracker(trained, train_tracked, in_c
 
 
 @pytest.mark.parametrize("backend", ["wandb", "trackio", "tensorboard"])
-def test_a_tracker_that_cannot_begin_costs_one_line_and_not_the_training(trained, train_tracked, in_child, backend):
+def test_a_tracker_that_cannot_start_costs_one_line_only(trained, train_tracked, in_child, backend):
     run = trained(f"tracking.backend={backend}")
     (run.path / "tracking").write_text("in the way")
     said = in_child(
@@ -182,7 +182,7 @@ def test_a_tracker_that_cannot_begin_costs_one_line_and_not_the_training(trained
     assert len(lines) == 2 and "the run goes on without it" in lines[0], "one line in each of the two sessions"
 
 
-def test_a_tracker_that_fails_on_the_way_is_told_once_and_asked_no_more(trained, train_tracked, in_child):
+def test_a_tracker_that_fails_midway_is_reported_and_dropped(trained, train_tracked, in_child):
     run = trained("tracking.backend=tensorboard")
 
     def session():
@@ -203,7 +203,7 @@ def test_a_tracker_that_fails_on_the_way_is_told_once_and_asked_no_more(trained,
 
 
 @pytest.mark.parametrize("answers", ["nobody", "somebody who is not W&B"])
-def test_wandb_without_its_server_is_tracked_offline_in_reasonable_time(
+def test_wandb_without_a_server_goes_offline_in_reasonable_time(
     trained, train_tracked, in_child, monkeypatch, answers, unhelpful_server
 ):
     with socket.socket() as taken:  # bound and not listening: refused at once, as by a server that is down

@@ -90,7 +90,7 @@ def assert_whole(database, run_id):
     assert ("report",) in held(database, "select artifact_type from artifacts where run_id = ?", run_id)
 
 
-def test_online_run_killed_resumed_and_compared_is_one_run_on_the_server(server, trained, train_tracked, in_child, monkeypatch):
+def test_an_online_run_stays_one_run_after_kill_and_resume(server, trained, train_tracked, in_child, monkeypatch):
     address, key, database = server
     monkeypatch.setenv("WANDB_BASE_URL", address)
     monkeypatch.setenv("WANDB_API_KEY", key)

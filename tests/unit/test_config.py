@@ -60,7 +60,7 @@ def test_article_profile_has_the_articles_number(name, value):
     assert load_config("article").get(name) == value
 
 
-def test_recommended_profile_differs_from_the_article_only_in_the_named_flaws():
+def test_recommended_changes_only_the_articles_named_flaws():
     changed = {name.partition("=")[0] for name in _differences("article", "recommended")}
     assert {"prompt.newline_after_think", "dataset.loss_on", "dataset.overlong", "dataset.repeats"} <= changed
     assert not {name for name in changed if name.startswith(("model.", "lora."))}
@@ -167,7 +167,7 @@ def test_bad_override_is_named_with_what_was_expected(override, message):
         )
     ],
 )
-def test_a_setting_that_takes_a_word_or_something_else_is_refused_once_by_its_own_name(override):
+def test_a_union_setting_is_refused_once_under_its_own_name(override):
     name = override.partition("=")[0]
     with pytest.raises(ConfigError) as caught:
         load_config("smoke", [override])
@@ -178,7 +178,7 @@ def test_a_setting_that_takes_a_word_or_something_else_is_refused_once_by_its_ow
 @pytest.mark.parametrize(
     ("processes", "allowed"), [(1, True), (2, True), (3, False), (4, True), (5, False), (8, True), (16, False)]
 )
-def test_processes_that_cannot_share_the_effective_batch_evenly_are_refused_with_both_numbers(processes, allowed):
+def test_processes_must_divide_the_effective_batch_evenly(processes, allowed):
     override = f"training.num_processes={processes}"
     if allowed:
         assert load_config("article", [override]).training.effective_batch_size == 8
@@ -195,13 +195,13 @@ def test_unknown_profile_is_answered_with_the_known_ones(profile, message):
         load_config(profile)
 
 
-def test_more_questions_than_held_out_rows_is_refused_with_both_numbers():
+def test_more_questions_than_held_out_rows_are_refused():
     with pytest.raises(ConfigError, match=r"evaluation\.num_questions is 51, more than dataset\.held_out_rows \(50\)"):
         load_config("article", ["evaluation.num_questions=51"])
     assert load_config("article", ["evaluation.num_questions=50"]).evaluation.num_questions == 50
 
 
-def test_stored_configuration_with_unknown_and_missing_settings_names_every_fault():
+def test_a_stored_configuration_names_every_wrong_setting():
     values = load_config("smoke").model_dump(mode="json")
     values["training"]["learning_rte"] = 1
     del values["dataset"]["held_out_rows"]
@@ -268,7 +268,7 @@ def test_overrides_of_make_the_same_configuration_again():
         ("dataset.name=me/other-data", ["dataset.subset", "dataset.revision"]),
     ],
 )
-def test_another_model_or_data_set_does_not_inherit_the_profiles_pins(override, pins):
+def test_another_model_or_data_set_drops_the_profiles_pins(override, pins):
     config = load_config("article", [override])
     assert [config.get(pin) for pin in pins] == [None] * len(pins)
     assert load_config("article", [override, f"{pins[0]}=mine"]).get(pins[0]) == "mine"

@@ -55,7 +55,7 @@ def test_ctrl_c_stops_the_answers_to_one_question_only(capsys):
     assert chat.asked == ["base"]
 
 
-def test_show_names_a_model_that_was_stopped_before_its_first_word():
+def test_show_names_a_model_stopped_before_its_first_word():
     def interrupted():
         raise KeyboardInterrupt
         yield

@@ -209,7 +209,7 @@ def test_a_notebook_before_its_predecessor_names_the_one_to_run(tmp_path):
 # --- status, doctor, settings --------------------------------------------------------------------------------------
 
 
-def test_status_of_a_folder_without_a_run_names_the_first_notebook(tmp_path):
+def test_status_without_a_run_names_the_first_notebook(tmp_path):
     assert "run notebook 01_setup first" in the_one_line(medcot("status", tmp_path))
 
 

@@ -87,7 +87,7 @@ def test_every_pair_is_a_record_of_its_own():
     assert sorted(pairs(found)) == [("r0", "q-0"), ("r1", "q-1"), ("r2", "q-0")]
 
 
-def test_a_question_of_fewer_than_8_words_is_found_by_likeness_alone():
+def test_a_question_under_8_words_is_matched_by_similarity_only():
     short = "Which valve is affected in rheumatic fever?"  # 7 words
     train = rows({"Question": short.upper()}, {"Question": f"I wonder. {short} Please answer at length, with all your reasons."})
     for asked in (questions(short), questions(short, OTHER)):
@@ -108,7 +108,7 @@ def test_the_articles_question_is_found_in_the_training_rows():
 # --- thresholds ----------------------------------------------------------------------------------------------------
 
 
-def test_the_similarity_from_which_two_questions_repeat_is_respected():
+def test_the_similarity_threshold_is_respected():
     near, only_similar = rows({"Question": REWORDED}), {"ngram_overlap": 1}
     score = find_repeats(near, questions(ASKED), settings(near_repeat_similarity=50, **only_similar))[0]["similarity"]
     assert 85 < score < 99
@@ -184,7 +184,7 @@ def data_report(repeats: list[dict], dropped: bool) -> dict:
     return {"repeats": repeats, "repeats_dropped": dropped}
 
 
-def test_questions_are_contaminated_unless_their_rows_were_dropped():
+def test_questions_are_contaminated_unless_rows_were_dropped():
     asked, train = questions(OTHER, ASKED, "Why?"), rows({"Question": REWORDED}, {"Question": ASKED}, {})
     repeats = find_repeats(train, asked, settings())
     assert contaminated(data_report(repeats, dropped=False)) == {"q-1"}
@@ -192,7 +192,7 @@ def test_questions_are_contaminated_unless_their_rows_were_dropped():
     assert drop_repeats(train, repeats)["id"] == ["r2"]
 
 
-def test_the_table_shows_the_question_beside_the_row_that_repeats_it():
+def test_the_table_shows_each_question_beside_its_repeating_row():
     asked, train = questions(OTHER, ASKED), rows({"Question": REWORDED})
     (line,) = tabulate_repeats(find_repeats(train, asked, settings()), asked).to_dict("records")
     assert line["question"] == f"q-1: {ASKED}" and line["training row"] == f"r0: {REWORDED}"

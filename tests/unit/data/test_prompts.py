@@ -39,7 +39,7 @@ def test_inference_prompt_ends_inside_the_opened_tag(newline, end):
 
 
 @pytest.mark.parametrize("newline", [True, False])
-def test_training_text_goes_on_where_the_inference_prompt_stops(newline):
+def test_training_text_continues_where_the_prompt_stops(newline):
     text = training_text("Why?", "Because.", "So.", "<eos>")
     assert text.startswith(inference_prompt("Why?", newline))
     rest = text.removeprefix(inference_prompt("Why?", newline))
@@ -98,7 +98,7 @@ def test_no_tag_is_left_in_either_part(completion, opened):
     assert "think>" not in parsed.thinking + parsed.answer
 
 
-def test_a_training_rows_completion_parses_back_into_its_two_texts():
+def test_a_training_completion_parses_back_into_its_two_texts():
     text = training_text("Why?", "Because of this.\n\nAnd that.", "So.", "")
     parsed = parse_completion(text.removeprefix(inference_prompt("Why?")))
     assert (parsed.thinking, parsed.answer, parsed.well_formed) == ("Because of this.\n\nAnd that.", "So.", True)

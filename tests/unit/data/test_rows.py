@@ -50,14 +50,14 @@ def test_every_file_kind_gives_the_same_rows_with_ids(tmp_path, suffix):
     assert rows.to_list() == [row | {"id": f"row-{i}"} for i, row in enumerate(ROWS)]
 
 
-def test_shipped_cases_load_with_their_own_ids_specialties_and_splits():
+def test_shipped_cases_load_with_ids_specialties_and_splits():
     rows = load_rows(settings())
     shipped = [json.loads(line) for line in SHIPPED_CASES.read_text(encoding="utf-8").splitlines()]
     assert rows.to_list() == [{key: row[key] for key in rows.column_names} for row in shipped]
     assert set(rows.column_names) == {*TEXT_COLUMNS, "id", "specialty", "split"}
 
 
-def test_columns_of_other_names_are_mapped_and_further_ones_left_out(tmp_path):
+def test_columns_are_mapped_by_name_and_others_left_out(tmp_path):
     mine = [{"Frage": "q", "Gedanken": "c", "Antwort": "a", "Question": "not this", "id": 7, "note": 1.5}]
     names = [f"dataset.columns.{key}={name}" for key, name in [("question", "Frage"), ("complex_cot", "Gedanken")]]
     rows = load_rows(settings(write(tmp_path / "x.json", mine), *names, "dataset.columns.response=Antwort"))
@@ -144,7 +144,7 @@ def test_a_column_of_numbers_only_is_reported_as_not_text(tmp_path):
         validate_rows(load_rows(settings(path)))
 
 
-def test_validation_table_shows_each_reason_between_read_and_kept():
+def test_the_validation_table_counts_each_reason_for_dropping():
     _, report = validate_rows(dataset({}, {"Response": ""}, {"Response": " "}, {"Question": "q0"}))
     table = report.table()
     assert table["rows"].to_dict() == {"rows read": 4, "Response is empty": 2, "duplicate question": 1, "rows kept": 1}
@@ -160,7 +160,7 @@ def test_questions_in_any_script_are_told_apart_by_their_letters(texts):
 # --- split -------------------------------------------------------------------------------------------------------------
 
 
-def test_split_column_is_followed_and_the_counts_are_upper_limits():
+def test_the_split_column_decides_and_counts_are_upper_limits():
     rows = dataset(*({"split": split} for split in ["train", "held_out", "train", "test", "train"]))
     train, held_out = split_rows(rows, settings(None, "dataset.num_rows=2", "dataset.held_out_rows=9"), 0)
     assert (train["id"], held_out["id"]) == (["r0", "r2"], ["r1", "r3"])
@@ -170,7 +170,7 @@ def test_split_column_is_followed_and_the_counts_are_upper_limits():
     ("num_rows", "held_out_rows", "for_training", "for_judging"),
     [(3, 2, [0, 1, 2], [3, 4]), ("null", 4, [0, 1], [2, 3, 4, 5]), (9, 5, [0], [1, 2, 3, 4, 5])],
 )
-def test_without_a_split_column_held_out_rows_follow_training_rows(num_rows, held_out_rows, for_training, for_judging):
+def test_held_out_rows_follow_training_rows_by_default(num_rows, held_out_rows, for_training, for_judging):
     chosen = settings(None, f"dataset.num_rows={num_rows}", f"dataset.held_out_rows={held_out_rows}")
     train, held_out = split_rows(dataset(*[{}] * 6), chosen, 0)
     assert train["id"] == [f"r{i}" for i in for_training]
@@ -190,7 +190,7 @@ def test_a_split_with_an_empty_side_is_refused():
 
 
 @pytest.mark.parametrize("split", ["train", "Train", "test"])
-def test_a_split_column_with_an_empty_side_is_refused_with_its_values(split):
+def test_a_split_column_with_an_empty_side_is_refused(split):
     with pytest.raises(DataError, match=f"column `split` holds {split}: rows to train on must say train"):
         split_rows(dataset(*[{"split": split}] * 3), settings(None, "dataset.held_out_rows=3"), 0)
 

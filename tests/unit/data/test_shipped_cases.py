@@ -119,13 +119,13 @@ def test_the_right_option_is_not_given_away_by_its_length():
     assert longest <= len(MCQ) / 3
 
 
-def test_no_multiple_choice_question_nearly_repeats_a_case_or_another():
+def test_no_mcq_question_nearly_repeats_a_case_or_another():
     texts = [row["question"] for row in MCQ]
     assert near([case["Question"] for case in CASES], texts) == []
     assert [one for one in near(texts, texts) if one["train_id"] != one["question_id"]] == []
 
 
-def test_no_case_nearly_holds_a_multiple_choice_question_as_a_part():
+def test_no_case_nearly_contains_an_mcq_question():
     found = [
         (row["id"], case["id"])
         for row in MCQ

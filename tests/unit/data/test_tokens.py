@@ -193,7 +193,7 @@ def test_shipped_cases_go_through_the_whole_path_without_a_loss(tokenizer):
 
 
 @pytest.mark.skipif(not REAL_ROWS.is_file(), reason="the sample of real rows is not beside this checkout")
-def test_real_rows_load_through_dataset_path_at_their_real_lengths(tokenizer):
+def test_real_rows_load_from_dataset_path_at_full_length(tokenizer):
     overrides = [f"dataset.path={json.dumps(str(REAL_ROWS))}", "dataset.num_rows=80", "dataset.held_out_rows=20"]
     config = load_config("smoke", overrides)
     rows, validation = validate_rows(load_rows(config.dataset), tokenizer.all_special_tokens)

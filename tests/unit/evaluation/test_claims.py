@@ -90,14 +90,14 @@ def has_no_effect(verdict):
 # --- nothing changed -----------------------------------------------------------------------------------------------
 
 
-def test_of_a_model_compared_with_itself_no_claim_holds_and_most_are_refuted():
+def test_no_claim_holds_for_a_model_compared_with_itself():
     found = judged(drawn(1), drawn(1))
     assert all(map(has_no_effect, found.values()))
     assert found["eval_loss"] == f"{DOES_NOT}: held-out loss, per trained token differs by less than 0.01"
     assert found["mcq_accuracy"] == f"can't tell with {QUESTIONS} questions", "40 questions cannot rule out so little"
 
 
-def test_of_two_draws_of_one_model_a_claim_holds_by_chance_about_as_rarely_as_the_level_allows():
+def test_claims_about_two_draws_hold_as_rarely_as_the_level_says():
     # A 95 % interval lies below zero by chance in 2 or 3 of 100, and above it as often; exact tests, claims of two metrics and
     # those of what most answers are err less. Of 200 pairs 5 are expected; 14 or more come up once in 1,000 such tests.
     pairs, held, against = 200, Counter(), Counter()
@@ -111,7 +111,7 @@ def test_of_two_draws_of_one_model_a_claim_holds_by_chance_about_as_rarely_as_th
 
 
 @pytest.mark.model
-def test_a_real_model_with_an_adapter_of_zeros_makes_no_claim_hold():
+def test_no_claim_holds_for_a_real_model_with_a_zero_adapter():
     from medcot_utils import data
     from medcot_utils.models.engine import get_engine
     from medcot_utils.models.generation import answer_questions, by_sample
@@ -147,7 +147,7 @@ def test_a_real_model_with_an_adapter_of_zeros_makes_no_claim_hold():
 
 
 @pytest.mark.parametrize("metric", BY_METRIC)
-def test_of_a_model_that_was_truly_changed_the_claim_holds_and_of_its_opposite_it_does_not(metric):
+def test_a_claim_holds_for_a_real_change_but_not_its_opposite(metric):
     base, tuned = (drawn(seed, 150, **truth) for seed, truth in enumerate(CLAIMED[metric]))
     assert judged(base, tuned)[metric] == HOLDS
     assert judged(tuned, base)[metric].startswith(f"{DOES_NOT}: ") and "went the other way" in judged(tuned, base)[metric]
@@ -162,7 +162,7 @@ def test_of_a_model_that_was_truly_changed_the_claim_holds_and_of_its_opposite_i
 
 
 @pytest.mark.parametrize("metric", BY_METRIC)
-def test_three_questions_tell_nothing_even_of_a_model_that_was_truly_changed(metric):
+def test_three_questions_cannot_show_even_a_real_change(metric):
     base, tuned = (drawn(seed, 3, **truth) for seed, truth in enumerate(CLAIMED[metric]))
     assert judged(base, tuned)[metric].startswith("can't tell with 3 questions")
 
@@ -170,7 +170,7 @@ def test_three_questions_tell_nothing_even_of_a_model_that_was_truly_changed(met
 # --- what only looks like an effect --------------------------------------------------------------------------------
 
 
-def test_of_a_base_that_never_closes_its_tag_no_claim_about_answers_holds():
+def test_no_answer_claim_holds_if_the_base_never_closes_its_tag():
     base, tuned = drawn(1, 100, closed=0.0, thinking=200.0), drawn(2, 100, thinking=40.0, lists=0.0, likeness=0.9)
     found = judged(base, tuned)
     of_answers = {next(iter(claim.expected)) for claim in CLAIMS if claim.of_answers}
@@ -180,13 +180,13 @@ def test_of_a_base_that_never_closes_its_tag_no_claim_about_answers_holds():
     assert {few[metric].partition(" with ")[0] for metric in of_answers} == {"can't tell"}
 
 
-def test_a_base_that_abstains_and_a_tuned_that_guesses_is_not_more_precise():
+def test_guessing_where_the_base_abstains_is_not_more_precise():
     guesses = drawn(2, 60, right=0.25)
     assert judged(drawn(1, 60, read=0.0), guesses)["mcq_accuracy"].startswith("can't tell")
     assert judged(drawn(1, 100, read=0.2, right=0.8), drawn(2, 100, right=0.4))["mcq_accuracy"] != HOLDS
 
 
-def test_a_base_of_few_lists_did_not_answer_in_lists_though_they_became_fewer():
+def test_fewer_lists_prove_nothing_if_the_base_rarely_used_them():
     found = judged(drawn(1, 150, lists=0.3), drawn(2, 150, lists=0.0))["bullet_rate"]
     assert found == f"{DOES_NOT}: answers written as a list, base: fewer than half"
 
@@ -202,7 +202,7 @@ def test_a_difference_too_small_to_matter_is_none_however_clear():
     assert verdict_of("eval_loss", {"eval_loss": made(-0.008, -0.015, -0.001, n=50)}) == "can't tell with 50 questions"
 
 
-def test_where_the_sampled_answers_say_the_opposite_neither_is_believed():
+def test_sampled_answers_that_disagree_leave_a_claim_undecided():
     metrics = {"thinking_words": made(-20.0, -30.0, -10.0)}
     claim = BY_METRIC["thinking_words"]
     for sampled, expected in (
@@ -246,7 +246,7 @@ def test_a_claim_of_two_metrics_needs_both_and_falls_with_either(rouge, chrf, ex
     assert verdict_of("rouge_l", {"rouge_l": rouge} | ({"chrf": chrf} if chrf else {})) == expected
 
 
-def test_an_exact_test_that_is_not_clear_keeps_a_claim_from_holding():
+def test_an_unclear_exact_test_keeps_a_claim_from_holding():
     def found(n, p):
         levels = {
             "base": {"value": 1.0, "low": 0.6, "high": 1.0, "n": n},
@@ -272,7 +272,7 @@ def test_what_was_not_measured_is_said_to_be_so_for_every_claim():
         assert record["verdict"] == f"can't tell: {why}"
 
 
-def test_a_record_says_by_what_a_claim_is_tested_and_what_came_out():
+def test_a_record_names_the_claims_test_and_its_outcome():
     measured = {"rouge_l": UP, "chrf": UP}
     record = next(r for r in judge({}, measured, {}) if r["claim"] == BY_METRIC["rouge_l"])
     among = "on the questions that both models answered"
@@ -282,7 +282,7 @@ def test_a_record_says_by_what_a_claim_is_tested_and_what_came_out():
 
 
 @pytest.mark.parametrize("seen", [(), ("row-0",), ("row-0", "row-77")])
-def test_the_articles_question_never_makes_its_claim_hold_and_the_training_rows_that_hold_it_are_named(seen):
+def test_the_articles_question_alone_never_proves_its_claim(seen):
     everything_better = {name: made(-9, -9, -9) if METRICS[name].better < 0 else made(9, 9, 9) for name in METRICS}
     *_, record = judge(everything_better, everything_better, {}, seen)
     assert record["claim"] == ARTICLE_CLAIM and record["verdict"].startswith("can't tell: ")
@@ -290,7 +290,7 @@ def test_the_articles_question_never_makes_its_claim_hold_and_the_training_rows_
     assert record["verdict"] == f"can't tell: {where}"
 
 
-def test_every_claim_names_metrics_that_exist_and_a_direction_that_agrees_with_what_is_better():
+def test_every_claim_names_known_metrics_and_their_direction():
     assert set(BY_METRIC) == set(CLAIMED), "each claim has a shift of its own above"
     for claim in CLAIMS:
         for name, sign in claim.expected.items():

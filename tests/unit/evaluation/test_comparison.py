@@ -77,7 +77,7 @@ def compared(base, tuned, held_out=None):
     return compare(paired(base, tuned), held_out or losses(), SETTINGS, 7)
 
 
-def test_identical_answers_differ_by_nothing_and_nothing_is_claimed():
+def test_identical_answers_show_no_difference_and_no_claim():
     metrics = compared(answers(well_formed=12), answers(well_formed=12))
     assert set(metrics) == COMPARED
     for name, metric in metrics.items():
@@ -96,7 +96,7 @@ def test_a_true_rise_of_a_rate_rose_and_is_better():
     assert verdict("closed_think_rate", back["closed_think_rate"]) == "fell, worse"
 
 
-def test_a_lower_loss_fell_and_is_better_and_perplexity_is_its_exponential():
+def test_a_lower_loss_is_better_and_perplexity_its_exponential():
     metrics = compared(answers(), answers(), losses(base=2.0, tuned=1.5))
     assert metrics["eval_loss"]["base"]["value"] == pytest.approx(2.0)
     assert verdict("eval_loss", metrics["eval_loss"]) == "fell, better"
@@ -121,7 +121,7 @@ def test_both_answers_to_a_question_stay_together():
     assert verdict("thinking_tokens", metric) == "rose", "length is neither better nor worse"
 
 
-def test_yes_or_no_metrics_and_no_others_have_the_exact_p_at_the_settings_level():
+def test_only_yes_or_no_metrics_have_an_exact_p_value():
     metrics = compared(answers(well_formed=3), answers(well_formed=27))
     assert {name for name, metric in metrics.items() if "p" in metric["difference"]} == {
         name for name in COMPARED if METRICS[name].yes_or_no
@@ -133,7 +133,7 @@ def test_yes_or_no_metrics_and_no_others_have_the_exact_p_at_the_settings_level(
     assert verdict("closed_think_rate", found) == "no difference shown with 6 questions"
 
 
-def test_three_of_three_questions_changed_are_no_clear_difference_and_six_are_one():
+def test_three_changed_questions_prove_nothing_but_six_do():
     three = compare(paired(answers(3), answers(3, well_formed=3)), [], SETTINGS, 7)["closed_think_rate"]
     assert (three["difference"]["value"], three["difference"]["high"], three["difference"]["p"]) == (1, 1, 0.25)
     assert verdict("closed_think_rate", three) == "no difference shown with 3 questions"
@@ -164,7 +164,7 @@ def test_one_question_is_compared_without_intervals():
     assert {verdict(name, metric) for name, metric in metrics.items()} == {"no difference shown with 1 questions"}
 
 
-def test_needed_is_the_number_for_the_difference_and_spread_that_were_found():
+def test_needed_follows_from_the_difference_and_spread_found():
     base, tuned = answers(), answers()
     changes = np.random.default_rng(4).normal(2, 20, size=30).round()
     for record, change in zip(tuned, changes, strict=True):
@@ -175,7 +175,7 @@ def test_needed_is_the_number_for_the_difference_and_spread_that_were_found():
     assert f"a difference of that size takes about {found['needed']:,} questions" in text
 
 
-def test_needed_for_a_loss_is_told_from_its_rows_and_the_same_for_perplexity():
+def test_needed_rows_for_a_loss_and_its_perplexity_are_equal():
     held_out = losses(2.0, 2.0)
     changes = np.random.default_rng(5).normal(-0.05, 0.3, size=30)
     for record, change in zip(held_out[30:], changes, strict=True):
@@ -205,7 +205,7 @@ def test_a_list_without_a_closed_tag_is_a_list_too():
     assert answer_columns([record], ["x"])["bullet_rate"].tolist() == [1.0]
 
 
-def test_conclusions_say_what_was_shown_and_never_claim_what_was_not():
+def test_conclusions_claim_only_what_was_shown():
     metrics = compared(answers(well_formed=3, bullets=9), answers(well_formed=27, bullets=10))
     shown, rest = conclusions(metrics).split("**Not shown**")
     assert f"{METRICS['closed_think_rate'].label} **rose, better**, from 0.10 [" in shown
@@ -222,7 +222,7 @@ def test_the_table_has_a_line_for_every_metric_with_its_verdict():
     assert table.loc[METRICS["closed_think_rate"].label, "verdict"] == "rose, better"
 
 
-def test_the_table_of_questions_needed_has_the_difference_found_and_given_ones():
+def test_the_needed_table_has_found_and_given_differences():
     metrics = compared(answers(well_formed=3), answers(well_formed=9))
     table = needed_table(metrics, 0.95, sizes=(0.2, 0.1))
     closed = table.loc[METRICS["closed_think_rate"].label]
@@ -277,7 +277,7 @@ def test_one_sample_is_compared_as_the_greedy_answers_are():
     assert found == compare(paired(base, tuned, "x"), [], SETTINGS, 7)
 
 
-def test_more_samples_of_the_same_questions_do_not_narrow_the_interval_as_more_questions_would():
+def test_more_samples_do_not_replace_more_questions():
     generator = np.random.default_rng(11)
 
     def width(n_questions, n_samples):
@@ -292,13 +292,13 @@ def test_more_samples_of_the_same_questions_do_not_narrow_the_interval_as_more_q
     assert many < 0.4 * few
 
 
-def test_three_questions_show_nothing_however_many_samples_each_has():
+def test_three_questions_show_nothing_at_any_number_of_samples():
     base, tuned = ([sample([5] * 3, well_formed=closed)] * 4 for closed in (False, True))
     found = compare_sampled(all_sampled(base, tuned), SETTINGS, 7)["closed_think_rate"]
     assert verdict("closed_think_rate", found) == "no difference shown with 3 questions"
 
 
-def test_samples_of_other_questions_or_of_another_number_are_refused():
+def test_samples_must_match_the_questions_and_their_number():
     with pytest.raises(ValueError, match="different questions"):
         all_sampled([answers(), answers()], [answers(), answers()[::-1]])
     with pytest.raises(ValueError, match="numbers of samples"):
@@ -308,7 +308,7 @@ def test_samples_of_other_questions_or_of_another_number_are_refused():
 # --- before a model is loaded --------------------------------------------------------------------------------------
 
 
-def test_what_the_evaluation_needs_is_looked_at_before_a_model_is_loaded(tmp_path, monkeypatch):
+def test_evaluation_needs_are_checked_before_a_model_is_loaded(tmp_path, monkeypatch):
     from medcot_utils.config import load_config
     from medcot_utils.evaluation.comparison import check_questions
     from medcot_utils.evaluation.mcq.run import McqError

@@ -80,13 +80,13 @@ def test_the_sides_are_a_coin_by_seed_and_question_alone(run):
     assert all(len({seed[name] for seed in seeds}) == 2 for name in sides)
 
 
-def test_the_greedy_answers_are_judged_and_questions_shown_only_come_last(run):
+def test_greedy_answers_are_judged_with_unscored_questions_last(run):
     pairs = read_pairs(run)
     assert [pair.id for pair in pairs] == [*(f"q{i}" for i in range(QUESTIONS)), "article"]
     assert {answer["answer"].split(", ")[1] for pair in pairs for answer in pair.answers.values()} == {"greedy"}
 
 
-def test_the_token_changes_with_every_text_and_does_not_tell_the_label(run, tmp_path):
+def test_the_token_changes_with_every_text_and_hides_the_label(run, tmp_path):
     first = read_pairs(run)
     assert len({pair.token for pair in first} | {pair.digest for pair in first}) > len(first), "digest and token differ"
     swapped = read_pairs(fill(Run.create(tmp_path / "swapped", run.config), base="second", tuned="first"))
@@ -118,7 +118,7 @@ def test_a_click_is_on_the_disk_when_it_returns(run, monkeypatch):
 
 
 @pytest.mark.parametrize("cut", [1, 20, 90])
-def test_a_line_cut_off_is_set_aside_and_the_next_begins_a_new_one(run, capsys, cut):
+def test_a_cut_off_line_is_set_aside_and_a_new_one_begins(run, capsys, cut):
     desk = judge(run, {"q0": "tuned", "q1": "base"})
     path = run.path / GRADES
     path.write_bytes(path.read_bytes()[:-cut])
@@ -132,7 +132,7 @@ def test_a_line_cut_off_is_set_aside_and_the_next_begins_a_new_one(run, capsys, 
     assert read_grades(run)[-1].id == "q2"
 
 
-def test_a_file_that_cannot_be_written_is_an_error_and_not_a_judgement(run):
+def test_an_unwritable_file_is_an_error_not_a_judgment(run):
     desk = Desk(run, "grader")
     (run.path / GRADES).mkdir()
     with pytest.raises(OSError):
@@ -195,7 +195,7 @@ def test_a_question_that_a_training_row_repeats_is_not_counted(run):
     assert summarize_grades(run).win_rate["n"] == 2
 
 
-def test_a_later_judgement_replaces_the_earlier_of_the_same_grader(run):
+def test_a_graders_later_judgment_replaces_the_earlier_one(run):
     judge(run, {"q0": "tuned", "q1": "tuned"})
     judge(run, {"q0": "base"})
     assert summarize_grades(run).counts | {"split": 0} == {"base": 1, "tuned": 1, "tie": 0, "both_wrong": 0, "split": 0}

@@ -38,7 +38,7 @@ def test_one_question_has_a_value_and_no_interval():
     assert estimate(mean_of(np.array([4.0])), 1, SETTINGS, 0) == {"value": 4.0, "low": None, "high": None, "n": 1}
 
 
-def test_the_interval_is_the_same_with_the_same_seed_and_wider_with_more_confidence():
+def test_the_interval_repeats_by_seed_and_widens_with_confidence():
     values = np.random.default_rng(3).normal(size=40)
     narrow = estimate(mean_of(values), 40, SETTINGS, 5)
     assert narrow == estimate(mean_of(values), 40, SETTINGS, 5)
@@ -83,7 +83,7 @@ LOSS = float((_TOKENS * (2 - _TOKENS / 200)).sum() / _TOKENS.sum())
     ],
     ids=["mean of 12", "mean of 24", "skewed difference of 60", "loss per token of 24"],
 )
-def test_a_95_percent_interval_covers_the_truth_about_95_times_in_100(draw, truth):
+def test_a_95_percent_interval_covers_about_95_times_in_100(draw, truth):
     simulations, settings = 1500, SETTINGS.model_copy(update={"n_resamples": 1500})
     generator = np.random.default_rng(3407)
     hits = 0
@@ -94,7 +94,7 @@ def test_a_95_percent_interval_covers_the_truth_about_95_times_in_100(draw, trut
     assert 0.93 <= hits / simulations <= 0.97
 
 
-def test_of_24_very_skewed_lengths_it_covers_nearly_nine_times_in_ten_and_notebook_06_says_so():
+def test_skewed_lengths_are_covered_as_notebook_06_says():
     generator, settings = np.random.default_rng(1), SETTINGS.model_copy(update={"n_resamples": 1000})
     hits = 0
     for index in range(800):
@@ -106,7 +106,7 @@ def test_of_24_very_skewed_lengths_it_covers_nearly_nine_times_in_ten_and_notebo
 # --- shares --------------------------------------------------------------------------------------------------------
 
 
-def test_the_interval_of_a_share_is_wilsons_and_has_a_width_where_all_are_alike():
+def test_a_shares_interval_is_wilsons_and_never_of_zero_width():
     found = estimate_share(np.array([1.0] * 24), 0.95)
     # Wilson with z = 1.96: n / (n + z^2) below, 1 above.
     assert (found["value"], found["high"], found["n"]) == (1, 1, 24) and found["low"] == pytest.approx(
@@ -117,7 +117,7 @@ def test_the_interval_of_a_share_is_wilsons_and_has_a_width_where_all_are_alike(
 
 @pytest.mark.parametrize("truth", [0.04, 0.5, 0.96])
 @pytest.mark.parametrize("n", [20, 24, 60])
-def test_the_interval_of_a_share_covers_it_about_95_times_in_100_also_near_0_and_1(truth, n):
+def test_a_shares_interval_covers_it_also_near_0_and_1(truth, n):
     from scipy.stats import binom
 
     covered = 0.0
@@ -139,7 +139,7 @@ def test_the_interval_of_a_paired_difference_is_newcombes():
     assert found["p"] == exact_p(*columns(36, 2, 12, 0)) and found["changed"] == pytest.approx(14 / 50)
 
 
-def test_of_equal_answers_the_difference_has_a_width_that_shrinks_with_the_questions():
+def test_equal_answers_have_an_interval_that_shrinks_with_n():
     few, many = (estimate_share_difference(*columns(n, 0, 0, n), SETTINGS) for n in (10, 1000))
     assert few["low"] == -few["high"] < many["low"] < 0 == few["value"] and few["p"] == 1
     assert not is_clear(few)
@@ -147,7 +147,7 @@ def test_of_equal_answers_the_difference_has_a_width_that_shrinks_with_the_quest
 
 @pytest.mark.parametrize("truth", [(0.0, 0.0, 0.96), (0.3, 0.1, 0.3), (0.05, 0.02, 0.2), (0.5, 0.15, 0.15)], ids=str)
 @pytest.mark.parametrize("n", [24, 60])
-def test_the_interval_of_a_paired_difference_covers_it_at_least_as_often_as_it_says(truth, n, monkeypatch):
+def test_a_paired_interval_covers_as_often_as_it_says(truth, n, monkeypatch):
     monkeypatch.setattr("medcot_utils.evaluation.intervals.share_questions_needed", lambda *given: None)  # takes most of the time
     generator, hits = np.random.default_rng(5), 0
     for _ in range(1500):
@@ -173,7 +173,7 @@ def test_the_interval_of_a_paired_difference_covers_it_at_least_as_often_as_it_s
         ((5, 4, 4, 5), 1),
     ],
 )
-def test_the_exact_p_is_mcnemars_over_the_questions_on_which_the_models_differ(counts, p):
+def test_the_exact_p_is_mcnemars_over_the_differing_questions(counts, p):
     assert exact_p(*columns(*counts)) == pytest.approx(p)
 
 
@@ -192,7 +192,7 @@ def test_the_exact_p_is_mcnemars_over_the_questions_on_which_the_models_differ(c
         (-0.1, 0.9, {}, False),
     ],
 )
-def test_a_difference_is_clear_only_if_interval_and_exact_test_both_say_so(low, high, test, clear):
+def test_a_clear_difference_needs_interval_and_exact_test(low, high, test, clear):
     assert is_clear({"value": 0.5, "low": low, "high": high, "n": 9} | test) is clear
 
 
@@ -200,7 +200,7 @@ def test_a_difference_is_clear_only_if_interval_and_exact_test_both_say_so(low, 
 
 
 @pytest.mark.parametrize(("spread", "difference"), [(1.0, 0.3), (50.0, -20.0), (0.4, 0.05)])
-def test_with_as_many_questions_as_needed_a_paired_test_finds_the_difference_four_times_in_five(spread, difference):
+def test_a_paired_test_has_80_percent_power_at_the_needed_number(spread, difference):
     from scipy.stats import ttest_rel
 
     n, generator = questions_needed(spread, difference), np.random.default_rng(7)
@@ -209,7 +209,7 @@ def test_with_as_many_questions_as_needed_a_paired_test_finds_the_difference_fou
     assert 0.75 <= (ttest_rel(tuned, base, axis=1).pvalue < 0.05).mean() <= 0.85
 
 
-def test_more_confidence_or_power_or_a_smaller_difference_needs_more_questions():
+def test_confidence_power_and_small_effects_need_more_questions():
     assert questions_needed(1.0, 0.5) == 32  # (1.960 + 0.842)^2 x 4 = 31.4
     assert questions_needed(1.0, 0.5, confidence_level=0.99) == 47  # (2.576 + 0.842)^2 x 4 = 46.7
     assert questions_needed(1.0, 0.5, power=0.9) == 43  # (1.960 + 1.282)^2 x 4 = 42.03
@@ -221,7 +221,7 @@ def test_no_number_of_questions_shows_a_difference_that_is_none():
 
 
 @pytest.mark.parametrize(("changed", "size"), [(0.7, 0.7), (0.3, 0.3), (0.5, 0.2), (0.167, -0.167)])
-def test_with_as_many_questions_as_needed_mcnemars_test_is_clear_four_times_in_five(changed, size):
+def test_mcnemars_test_has_80_percent_power_at_the_needed_number(changed, size):
     n, generator = share_questions_needed(changed, size), np.random.default_rng(3)
     up, down = (changed + size) / 2, (changed - size) / 2
     clear = 0
@@ -231,7 +231,7 @@ def test_with_as_many_questions_as_needed_mcnemars_test_is_clear_four_times_in_f
     assert exact_power(n, changed, size) >= 0.8 > exact_power(max(6, int(0.75 * n)), changed, size)
 
 
-def test_questions_needed_for_a_share_are_never_fewer_than_can_show_anything():
+def test_needed_questions_are_never_too_few_to_show_anything():
     assert share_questions_needed(1.0, 1.0) == 6 and share_questions_needed(0.3, 0.0) is None
     assert share_questions_needed(0.3, 0.05) > 900
     assert share_questions_needed(0.05, 0.2) == share_questions_needed(0.2, 0.2), (

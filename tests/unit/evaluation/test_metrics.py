@@ -78,7 +78,7 @@ def test_paragraphs_are_what_blank_lines_part(text, expected):
     ],
     ids=["one block", "two blocks", "a list", "one bullet", "no answer, one block", "no answer, two blocks", "nothing"],
 )
-def test_one_paragraph_is_exactly_one_that_is_no_list_and_without_an_answer_the_thinking_counts(thinking, answer, expected):
+def test_one_paragraph_means_exactly_one_and_no_list(thinking, answer, expected):
     assert measure_answer(record(thinking, answer), REFERENCE)["one_paragraph_rate"] == expected
 
 
@@ -102,7 +102,7 @@ NORMAL = (
     ],
     ids=["nothing", "too short", "one sequence", "the first comes twice", "case and spaces do not count", "one word"],
 )
-def test_repetition_is_the_share_of_sequences_of_four_words_that_stood_there_before(text, expected):
+def test_repetition_is_the_share_of_repeated_four_word_sequences(text, expected):
     assert repetition(text) == pytest.approx(expected)
 
 
@@ -112,7 +112,7 @@ def test_a_loop_comes_near_1_and_normal_text_stays_near_0():
     assert 0.3 < repetition(f"{NORMAL} {NORMAL}") < 0.6
 
 
-def test_thinking_that_the_answer_says_once_more_is_repetition_too():
+def test_an_answer_that_repeats_the_thinking_is_repetition():
     assert measure_answer(record(NORMAL, NORMAL), REFERENCE)["repetition"] == pytest.approx(repetition(f"{NORMAL} {NORMAL}"))
     assert measure_answer(record(NORMAL, "Vasculitis."), REFERENCE)["repetition"] < 0.02
 
@@ -120,14 +120,14 @@ def test_thinking_that_the_answer_says_once_more_is_repetition_too():
 # --- likeness ------------------------------------------------------------------------------------------------------
 
 
-def test_rouge_l_is_1_for_equal_texts_0_for_unlike_or_empty_ones_and_between_otherwise():
+def test_rouge_l_is_1_for_equal_and_0_for_unlike_or_empty_texts():
     assert rouge_l(REFERENCE, REFERENCE) == 1
     assert rouge_l("", REFERENCE) == 0 and rouge_l("kidney stones hurt", REFERENCE) == 0
     assert rouge_l("The mitral valve", REFERENCE) == pytest.approx(2 * 1 * (3 / 7) / (1 + 3 / 7))
     assert rouge_l("valve mitral the", REFERENCE) == pytest.approx(2 * (1 / 3) * (1 / 7) / (1 / 3 + 1 / 7)), "order counts"
 
 
-def test_chrf_is_1_for_equal_texts_0_for_unlike_or_empty_ones_and_between_otherwise():
+def test_chrf_is_1_for_equal_and_0_for_unlike_or_empty_texts():
     assert chrf(REFERENCE, REFERENCE) == pytest.approx(1)
     assert chrf("", REFERENCE) == 0 and chrf("x" * 30, "y" * 30) == pytest.approx(0, abs=1e-9)
     # One letter of two: precision 1, recall 1/2, and recall counts twice: 5 x 1 x 1/2 / (4 x 1 + 1/2).
@@ -135,25 +135,25 @@ def test_chrf_is_1_for_equal_texts_0_for_unlike_or_empty_ones_and_between_otherw
     assert chrf("The aortic valve", REFERENCE) < chrf("The mitral valve", REFERENCE) < chrf("The mitral valve is", REFERENCE) < 1
 
 
-def test_chrf_sees_the_likeness_of_inflected_words_that_rouge_l_misses():
+def test_chrf_sees_inflected_words_that_rouge_l_misses():
     assert rouge_l("vasculitides", "vasculitis") == 0 < 0.5 < chrf("vasculitides", "vasculitis")
 
 
 # --- records -------------------------------------------------------------------------------------------------------
 
 
-def test_every_metric_but_the_losses_and_multiple_choice_is_measured_of_an_answer():
+def test_every_other_metric_is_measured_per_answer():
     others = ("eval_loss", "perplexity", "mcq_accuracy", "mcq_accuracy_answered", "mcq_abstained", "embedding_similarity")
     assert set(measure_answer(record(), REFERENCE)) == set(METRICS) - set(others)
 
 
-def test_lengths_are_counted_in_words_and_everything_written_is_thinking_and_answer():
+def test_lengths_count_the_words_of_thinking_and_answer():
     found = measure_answer(record("one  two\nthree", " four, five "), REFERENCE)
     assert (found["thinking_words"], found["answer_words"], found["completion_words"]) == (3, 2, 5)
     assert (found["thinking_tokens"], found["answer_tokens"]) == (7, 5), "as the record says: its tokenizer counted them"
 
 
-def test_a_model_without_an_answer_is_measured_by_its_thinking_and_is_like_no_reference():
+def test_no_answer_is_measured_by_its_thinking_alone():
     loop = "1. mitral valve\n2. mitral valve\n" * 20
     found = measure_answer(record(loop, "", well_formed=False, finished=False, answer_tokens=0), REFERENCE)
     assert (found["closed_think_rate"], found["finished_rate"], found["answered_rate"]) == (0, 0, 0)
@@ -175,7 +175,7 @@ def test_an_answer_of_blanks_is_no_answer():
     )
 
 
-def test_columns_hold_a_value_for_each_question_in_order_against_its_own_reference():
+def test_columns_hold_one_value_per_question_in_order():
     columns = answer_columns([record(answer="one two"), record(answer="three")], ["one two", "three three"])
     assert columns["answer_words"].tolist() == [2, 1]
     assert columns["rouge_l"].tolist() == [1, pytest.approx(2 / 3)]
@@ -194,7 +194,7 @@ def test_of_several_samples_each_question_has_its_mean():
 
 
 @pytest.mark.model
-def test_likeness_of_meaning_is_the_cosine_of_the_models_own_embeddings_and_0_without_an_answer():
+def test_semantic_similarity_is_the_cosine_of_the_embeddings():
     from sentence_transformers import SentenceTransformer
 
     from medcot_utils.models.embedded import find_model_source
@@ -210,14 +210,14 @@ def test_likeness_of_meaning_is_the_cosine_of_the_models_own_embeddings_and_0_wi
     assert "embedding_similarity" not in answer_columns([record(answer=answers[0])], [REFERENCE])
 
 
-def test_an_embedding_model_that_is_not_there_is_named_in_one_line(tmp_path, monkeypatch):
+def test_a_missing_embedding_model_is_named_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(MetricError, match=r"evaluation\.embedding_model '.*nowhere' cannot be loaded: ") as error:
         embedder(str(tmp_path / "nowhere"))
     assert "\n" not in str(error.value)
 
 
-def test_a_measures_label_has_its_unit_so_that_no_two_lines_read_alike():
+def test_a_metrics_label_has_its_unit_and_no_two_read_alike():
     labels = [found.label for found in METRICS.values()]
     assert len(set(labels)) == len(labels)
     assert METRICS["answer_words"].label == "length of the answer (words)"

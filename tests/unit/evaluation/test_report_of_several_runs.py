@@ -78,7 +78,7 @@ def test_several_runs_stand_beside_each_other(tmp_path):
     assert all(page.count(f'<article id="{question["id"]}"') == 1 for question in QUESTIONS)
 
 
-def test_questions_of_two_data_sets_with_the_same_ids_are_kept_apart(tmp_path):
+def test_two_data_sets_with_the_same_ids_are_kept_apart(tmp_path):
     nerves = make(tmp_path / "nerves", questions=asking(0, 1), base=said("base"), tuned=said("a"))
     bones = make(tmp_path / "bones", questions=asking(1, 2, text="Which bone"), base=said("base"), tuned=said("b"))
     page = build_report(nerves, bones)
@@ -141,7 +141,7 @@ def test_runs_in_folders_of_one_name_have_names_of_their_own(tmp_path):
     assert str(tmp_path) not in page
 
 
-def test_a_run_that_is_given_as_the_working_folder_has_its_folders_name(tmp_path, monkeypatch):
+def test_a_run_in_the_working_folder_takes_the_folders_name(tmp_path, monkeypatch):
     make(tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     assert "<h2>Run here</h2>" in build_report(Run.open("."), make(tmp_path / "there"))
@@ -187,7 +187,7 @@ def test_a_path_of_this_machine_is_not_in_what_differs(tmp_path):
 # --- the tuned models compared -----------------------------------------------------------------------------------
 
 
-def test_the_tuned_models_are_compared_on_the_questions_that_all_runs_scored(tmp_path):
+def test_tuned_models_are_compared_on_the_shared_questions(tmp_path):
     questions, more = asking(*range(20)), asking(*range(3, 25))
     seen = {"train_id": "t9", "question_id": "row-4", "train_question": "?", "exact": True}
     runs = [
@@ -215,7 +215,7 @@ def test_the_tuned_models_are_compared_on_the_questions_that_all_runs_scored(tmp
     assert by_name["thinking closed once, text on both sides (share)"][6] == "fell, worse"
 
 
-def test_the_losses_are_compared_only_where_the_rows_are_the_same(tmp_path):
+def test_losses_are_compared_only_on_the_same_rows(tmp_path):
     first, second = make(tmp_path / "a", loss=1.5), make(tmp_path / "b", loss=1.25)
     page = build_report(first, second)
     loss = next(line for line in table(page, "tuned") if line[0].startswith("held-out loss"))
@@ -226,7 +226,7 @@ def test_the_losses_are_compared_only_where_the_rows_are_the_same(tmp_path):
     assert "Without the held-out loss: the runs took it on different rows" in text_of(page)
 
 
-def test_runs_without_a_scored_question_in_common_are_not_compared(tmp_path):
+def test_runs_without_a_shared_question_are_not_compared(tmp_path):
     repeats = [{"train_id": "t9", "question_id": q, "train_question": "?", "exact": True} for q in SCORED[:2]]
     rest = [question for question in QUESTIONS if question["id"] not in SCORED[2:]]
     # q0 and q1 are asked in both; one of each pair of runs trained on them, and the article's question counts nowhere.
@@ -239,7 +239,7 @@ def test_runs_without_a_scored_question_in_common_are_not_compared(tmp_path):
 # --- size and speed ----------------------------------------------------------------------------------------------
 
 
-def test_200_questions_with_two_long_answers_are_a_small_page_and_soon_made(tmp_path):
+def test_200_long_questions_make_a_small_page_quickly(tmp_path):
     import numpy as np
 
     words = [f"{start}{end}ia" for start in ("nephr", "carcin", "oste", "hepat") for end in ("om", "opath", "it")]

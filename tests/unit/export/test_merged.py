@@ -85,7 +85,7 @@ def test_the_report_shows_every_claim_with_its_test_and_verdict(page, run):
         assert cells in page.replace("&lt;", "<").replace("&gt;", ">").replace("&#39;", "'") and claim["verdict"] in seen.text
 
 
-def test_every_question_has_a_link_to_itself_and_no_link_leads_nowhere(page):
+def test_every_question_links_to_itself_and_no_link_is_broken(page):
     seen = Tags(page)
     inner = [address[1:] for address in seen.addresses if address.startswith("#")]
     assert sorted(inner) == sorted(question["id"] for question in QUESTIONS)
@@ -99,7 +99,7 @@ def test_marks_say_where_an_answer_differs_from_the_first_models(page):
     assert "base does not, tuned reasons and answers" in seen and seen.count("(no answer)") == len(QUESTIONS)
 
 
-def test_sampled_and_set_apart_questions_have_tables_of_their_own_and_notes_are_shown(tmp_path, run, page):
+def test_sampled_and_set_apart_questions_have_their_own_tables(tmp_path, run, page):
     plain = Tags(page).text
     assert "greedy answers, 4 questions" in plain and "sampled answers, 1 a question" in plain
     assert "A sampled one." not in plain, "side by side stand the greedy answers"
@@ -123,7 +123,7 @@ def test_sampled_and_set_apart_questions_have_tables_of_their_own_and_notes_are_
     assert "sampled answers" not in seen and "apart from all other figures" not in seen and "greedy answers" in seen
 
 
-def test_repeated_questions_are_listed_in_report_and_card(tmp_path):
+def test_the_report_and_model_card_list_repeated_questions(tmp_path):
     shares = {"similarity": 91.5, "overlap": 0.58, "exact": False}
     repeat = {"train_id": "case-9", "question_id": "q1", "train_question": "Which valve, then?"} | shares
     repeated = fill(Run.create(tmp_path / "run", CONFIG), [repeat])
@@ -133,7 +133,7 @@ def test_repeated_questions_are_listed_in_report_and_card(tmp_path):
     assert "1 training rows repeat a held-out question and were left out" in model_card(repeated)
 
 
-def test_a_repeat_of_a_held_out_row_that_was_not_asked_has_no_link_into_nowhere(tmp_path):
+def test_a_repeat_of_an_unasked_row_has_no_broken_link(tmp_path):
     # Notebook 03 looks at all held-out rows, of which only the first are asked.
     repeat = {"train_id": "case-9", "question_id": "row-77", "train_question": "?", "exact": True}
     seen = Tags(build_report(fill(Run.create(tmp_path / "run", CONFIG), [repeat])))
@@ -153,7 +153,7 @@ def test_two_models_that_wrote_nothing_are_not_furthest_apart(tmp_path):
     assert set(re.findall(r'data-apart="([^"]*)"', build_report(silent))) <= {"0", "0.0"}
 
 
-def test_the_cards_of_questions_that_were_trained_on_say_so(tmp_path, page):
+def test_questions_that_were_trained_on_are_labeled(tmp_path, page):
     repeats = [{"train_id": "t9", "question_id": q, "train_question": "Which?", "exact": True} for q in ("q0", "article")]
     page_ = build_report(fill(Run.create(tmp_path / "run", CONFIG), repeats, trained_on=("q0",)))
     assert tags_of(page_) == {
@@ -169,7 +169,7 @@ def test_the_cards_of_questions_that_were_trained_on_say_so(tmp_path, page):
 BRACKETS = "% intervals: Wilson's for shares, Newcombe's for differences of shares, else bootstrap over questions."
 
 
-def test_report_and_card_say_which_intervals_they_give_and_how_sure(tmp_path, page):
+def test_the_report_and_model_card_name_intervals_and_confidence(tmp_path, page):
     assert f"Brackets: 95 {BRACKETS}" in " ".join(Tags(page).text.split())
     sure = fill(Run.create(tmp_path / "run", load_config("smoke", ["evaluation.confidence_level=0.995"])))
     for text in (Tags(build_report(sure)).text, model_card(sure)):
@@ -196,7 +196,7 @@ def tags_of(page):
 # --- model card ----------------------------------------------------------------------------------------------------
 
 
-def test_the_card_has_the_measured_numbers_the_license_and_the_limits(run):
+def test_the_model_card_has_numbers_license_and_limits(run):
     from huggingface_hub import ModelCard
 
     text = model_card(run)
@@ -213,13 +213,13 @@ def test_the_card_has_the_measured_numbers_the_license_and_the_limits(run):
     assert str(run.path) not in text
 
 
-def test_the_card_says_greedy_also_where_notebook_02_samples(tmp_path):
+def test_the_model_card_says_greedy_even_if_notebook_02_samples(tmp_path):
     sampling = fill(Run.create(tmp_path / "run", load_config("smoke", ["generation.do_sample=true"])))
     card = " ".join(model_card(sampling).split())
     assert "held-out questions, greedy answers of at most" in card and "sampled" not in card
 
 
-def test_every_metric_stands_in_the_cards_table_as_it_is_called(run):
+def test_the_model_cards_table_has_every_metric_by_its_label(run):
     import markdown_it
 
     shown = Tags(markdown_it.MarkdownIt().enable("table").render(model_card(run).split("---", 2)[2]))
@@ -237,7 +237,7 @@ def test_every_metric_stands_in_the_cards_table_as_it_is_called(run):
         ),
     ],
 )
-def test_the_card_has_the_base_models_license(tmp_path, name, license_data):
+def test_the_model_card_has_the_base_models_license(tmp_path, name, license_data):
     from huggingface_hub import ModelCard
 
     run = fill(Run.create(tmp_path / "run", load_config("smoke", [f"model.name={name}"])))
@@ -246,7 +246,7 @@ def test_the_card_has_the_base_models_license(tmp_path, name, license_data):
     assert f"`{license_data.get('license_name', license_data['license'])}`: the base model's licence" in card.text
 
 
-def test_an_embedded_base_is_no_hub_address_in_the_cards_data(run):
+def test_the_model_card_gives_no_hub_address_to_an_embedded_base(run):
     from huggingface_hub import ModelCard
 
     data = ModelCard(model_card(run)).data.to_dict()
@@ -256,7 +256,7 @@ def test_an_embedded_base_is_no_hub_address_in_the_cards_data(run):
 # --- merge ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_merge_that_does_not_fit_is_refused_before_anything_is_loaded(run, tmp_path, monkeypatch):
+def test_a_merge_that_does_not_fit_is_refused_before_loading(run, tmp_path, monkeypatch):
     small = fill(Run.create(tmp_path / "run", CONFIG))
     small.write("adapter", lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"1" * 1000))
     monkeypatch.setattr(paths, "disk_free_gib", lambda folder: 2.0)
@@ -287,7 +287,7 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.model
-def test_the_saved_adapter_names_its_base_and_no_folder_of_this_machine(exported):
+def test_the_saved_adapter_names_its_base_and_no_local_folder(exported):
     adapter = exported[1].require("adapter")
     text = (adapter / "adapter_config.json").read_text(encoding="utf-8")
     assert '"base_model_name_or_path": "embedded:tiny-random-llama"' in text
@@ -344,7 +344,7 @@ def test_a_check_that_is_not_ok_is_an_error_with_its_numbers():
 # --- grades --------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_gives_the_win_rate_of_what_was_graded_with_its_interval(tmp_path):
+def test_the_report_gives_the_graded_win_rate_with_its_interval(tmp_path):
     from datetime import UTC, datetime
 
     from medcot_utils.evaluation.grades import Grade, append_grade, read_pairs, summarize_grades

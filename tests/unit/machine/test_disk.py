@@ -47,7 +47,7 @@ def by_name(wanted):
     return {need.what: need for need in wanted}
 
 
-def test_the_articles_needs_are_its_downloads_checkpoints_and_merged_model(tmp_path, monkeypatch):
+def test_the_articles_needs_include_downloads_and_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "_hub_cache", lambda: tmp_path / "hub")
     found = by_name(needs(ARTICLE, tmp_path / "run"))
     assert {name: round(need.gib, 1) for name, need in found.items()} == {
@@ -61,7 +61,7 @@ def test_the_articles_needs_are_its_downloads_checkpoints_and_merged_model(tmp_p
     assert {need.place for need in found.values()} == {"Hub cache", "run directory"}
 
 
-def test_what_is_in_the_cache_is_not_needed_again_and_other_models_there_do_not_count(tmp_path, monkeypatch):
+def test_only_the_cached_model_itself_lowers_the_disk_need(tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "_hub_cache", lambda: tmp_path)
     before = by_name(needs(ARTICLE, tmp_path / "run"))["base model, 4 bits"].gib
     ours = f"models--{ARTICLE.model.quantized_name.replace('/', '--')}"
@@ -75,7 +75,7 @@ def test_what_is_in_the_cache_is_not_needed_again_and_other_models_there_do_not_
     assert after["base model, 16 bits"].gib == pytest.approx(14.96, abs=0.01)
 
 
-def test_a_local_model_is_measured_and_an_unknown_one_is_said_to_be_unknown(tmp_path, monkeypatch):
+def test_a_local_model_is_measured_and_others_are_called_unknown(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     with (tmp_path / "model" / "model.safetensors").open("wb") as stream:
         stream.truncate(4 * GIB)
@@ -87,7 +87,7 @@ def test_a_local_model_is_measured_and_an_unknown_one_is_said_to_be_unknown(tmp_
     assert "checkpoints and adapter" not in table.index
 
 
-def test_needs_on_one_disk_are_added_up_and_the_message_says_how_much_and_where(tmp_path, monkeypatch):
+def test_needs_on_one_disk_add_up_and_the_message_says_where(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "disk_free_gib", lambda folder: 4.0)
     wanted = [Need("merged", "run directory", tmp_path / "a", 3.0), Need("base", "Hub cache", tmp_path / "b", 2.5)]
     assert [require_room([need]) for need in wanted] == [None, None], "each alone has room"
@@ -133,7 +133,7 @@ def kaggle(monkeypatch, tmp_path):
     return working, tmp
 
 
-def test_on_kaggle_the_merged_model_lies_on_scratch_and_is_verified_there(kaggle, write_all):
+def test_kaggles_merged_model_is_kept_and_verified_on_scratch(kaggle, write_all):
     working, tmp = kaggle
     run = write_all(Run.create(working / "run", load_config("smoke")))
     merged = run.require("merged")
@@ -155,9 +155,7 @@ def colab(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("platform", ["kaggle", "colab", "colab, not on Drive", "local"])
 @pytest.mark.parametrize(("overrides", "pushed"), [([], False), (["hub.repo_id=me/cot"], True)])
-def test_a_merge_that_ends_with_the_session_and_is_not_pushed_is_told(
-    platform, overrides, pushed, request, tmp_path, write_all, capsys
-):
+def test_a_merge_lost_with_the_session_is_announced(platform, overrides, pushed, request, tmp_path, write_all, capsys):
     lasting = tmp_path if platform == "local" else request.getfixturevalue(platform.partition(",")[0])[0]
     folder = tmp_path / "content" if "not on" in platform else lasting
     run = write_all(Run.create(folder / "run", load_config("smoke", overrides)))
@@ -169,7 +167,7 @@ def test_a_merge_that_ends_with_the_session_and_is_not_pushed_is_told(
     assert told is (platform != "local" and not pushed)
 
 
-def test_of_a_run_on_google_drive_the_large_files_lie_on_colabs_own_disk(colab, write_all, monkeypatch, tmp_path):
+def test_a_drive_run_keeps_large_files_on_colabs_own_disk(colab, write_all, monkeypatch, tmp_path):
     drive, scratch = colab
     run = write_all(Run.create(drive / "medcot" / "run", load_config("smoke")))
     assert run.require("merged").is_relative_to(scratch) and run.require("adapter").parent == run.path
@@ -190,7 +188,7 @@ def test_elsewhere_everything_lies_in_the_run_directory(tmp_path, kaggle, monkey
     assert scratch_dir(kaggle[0] / "run") == kaggle[0] / "run"
 
 
-def test_kaggles_output_folder_has_no_more_room_than_its_quota_leaves(kaggle, monkeypatch):
+def test_kaggles_output_folder_is_limited_by_its_quota(kaggle, monkeypatch):
     working, _ = kaggle
     monkeypatch.setattr(paths, "KAGGLE_QUOTA_GIB", 0.003)
     (working / "model").write_bytes(b"0" * int(0.002 * GIB))
@@ -203,7 +201,7 @@ def test_kaggles_output_folder_has_no_more_room_than_its_quota_leaves(kaggle, mo
 # --- a disk that is full -------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_in_the_middle_of_a_write_keeps_the_old_artifact_whole_and_says_so_once(small_disk):
+def test_a_full_disk_during_a_write_keeps_the_old_artifact(small_disk):
     run = Run.create(small_disk / "run", load_config("smoke"))
     run.write("questions", [{"id": "q"}])
     run.write("train_rows", _rows(1))
@@ -227,7 +225,7 @@ def _rows(number):
     return Dataset.from_dict({"id": list(range(number))})
 
 
-def test_a_manifest_without_room_leaves_artifact_and_manifest_as_they_were(small_disk):
+def test_a_full_disk_leaves_artifact_and_manifest_unchanged(small_disk):
     run = Run.create(small_disk / "run", load_config("smoke"))
     run.write("questions", [{"id": "first"}])
     manifest = run.manifest()
@@ -249,7 +247,7 @@ def test_a_full_disk_leaves_a_text_file_as_it_was(small_disk):
     assert path.read_text() == "first" and [one.name for one in small_disk.iterdir()] == ["config.json"]
 
 
-def test_a_full_disk_is_known_from_what_torch_safetensors_and_pyarrow_raise(small_disk):
+def test_a_full_disk_is_recognized_from_library_errors(small_disk):
     import numpy
     import pyarrow
     import pyarrow.parquet

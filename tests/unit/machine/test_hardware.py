@@ -32,7 +32,7 @@ def test_platform_is_known_from_the_environment_alone(monkeypatch, environment, 
     assert platform_name() == name
 
 
-def test_default_run_dir_follows_the_platform_and_is_overruled_by_the_environment(monkeypatch, tmp_path):
+def test_the_environment_overrides_the_platforms_run_directory(monkeypatch, tmp_path):
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
     assert default_run_dir() == tmp_path / "runs" / "notebooks"
@@ -52,7 +52,7 @@ def test_default_run_dir_follows_the_platform_and_is_overruled_by_the_environmen
         ([], "demo", "no CUDA GPU is visible"),
     ],
 )
-def test_auto_takes_the_article_only_on_a_gpu_that_can_hold_it_and_says_why(gpus, profile, reason):
+def test_auto_takes_the_article_only_if_the_gpu_can_hold_it(gpus, profile, reason):
     chosen, why = resolve_profile("auto", gpus)
     assert chosen == profile
     assert reason in why and "\n" not in why
@@ -62,7 +62,7 @@ def test_auto_takes_the_article_only_on_a_gpu_that_can_hold_it_and_says_why(gpus
 @pytest.mark.parametrize(
     ("gpus", "reason"), [([], "no CUDA GPU is visible"), ([P100], "compute capability 6.0"), ([SMALL], "6.0 GiB of memory")]
 )
-def test_8b_profile_without_a_fitting_gpu_says_what_is_missing_and_what_to_do(profile, gpus, reason):
+def test_an_8b_profile_without_enough_gpu_says_what_to_do(profile, gpus, reason):
     with pytest.raises(PlatformError) as caught:
         resolve_profile(profile, gpus)
     assert reason in str(caught.value)
@@ -79,7 +79,7 @@ def test_cache_folder_is_taken_from_the_environment(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path
 
 
-def test_versions_come_from_metadata_and_are_none_for_what_is_missing():
+def test_versions_come_from_metadata_and_are_none_if_missing():
     versions = installed_versions(["pydantic", "no-such-package-at-all"])
     assert versions["pydantic"] == pydantic.VERSION
     assert versions["no-such-package-at-all"] is None

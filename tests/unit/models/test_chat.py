@@ -34,7 +34,7 @@ QUESTION, THINKING, ANSWER = "Why is he dizzy?", "First the pulse. Then the rhyt
         "",
     ],
 )
-def test_a_streamed_answer_ends_as_a_scored_one_however_it_is_cut(completion):
+def test_a_streamed_answer_equals_the_scored_one_in_any_pieces(completion):
     expected, dice = parse_completion(completion), random.Random(1)
     for _ in range(60):
         cuts = sorted(dice.randrange(len(completion) + 1) for _ in range(dice.randrange(6)))
@@ -50,7 +50,7 @@ def test_a_piece_is_shown_at_once_unless_it_may_become_a_tag():
     assert shown == [("one", ""), ("one <two", ""), ("one <two", "three"), ("one <two", "three")]
 
 
-def test_the_fold_says_how_long_the_thinking_was_and_whether_it_ended():
+def test_the_fold_gives_the_thinkings_length_and_if_it_ended():
     thinking, answered, _ = grow_answer(["three words here", "</think>x"])
     assert thinking.summarize_thinking() == "thinking, not finished: 3 words"
     assert re.fullmatch(r"thinking: 3 words, \d+\.\d s", answered.summarize_thinking())
@@ -143,7 +143,7 @@ def test_closing_the_stream_ends_the_generation(trained, monkeypatch):
     assert last_of(chat.stream(QUESTION, "tuned")).text == ANSWER
 
 
-def test_a_run_without_an_adapter_is_one_error_that_names_the_notebook(run_factory):
+def test_a_missing_adapter_is_one_error_that_names_the_notebook(run_factory):
     done = medcot("chat", run_factory().path, given="a question\n")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.strip() == "medcot: adapter is not in run/ yet: run notebook 05_training first"
@@ -177,7 +177,7 @@ class Typist:
 
 
 @pytest.mark.model
-def test_on_a_terminal_thinking_folds_and_ctrl_c_stops_one_answer(trained):
+def test_a_terminal_folds_thinking_and_ctrl_c_stops_one_answer(trained):
     typist = Typist(trained.path)
     try:
         assert WARNING.split(":")[0] in typist.until("question> ")

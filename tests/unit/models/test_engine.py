@@ -139,7 +139,7 @@ def test_without_4_bit_nothing_is_quantized(engine):
 
 
 @pytest.mark.parametrize("in_4bit", [True, False])
-def test_fresh_lora_trains_only_its_matrices_and_changes_no_logit(engine, in_4bit):
+def test_a_fresh_lora_trains_only_its_matrices_and_keeps_logits(engine, in_4bit):
     model, _ = engine.load(load_config("smoke", [f"model.load_in_4bit={in_4bit}"]).model)
     ids = token_ids(model)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_the_merge_adds_to_the_16_bit_base_not_the_4_bit_one(engine, tmp_path):
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_the_merge_is_pefts_own_in_float32_and_its_files_are_split(monkeypatch, tmp_path, use_rslora):
+def test_the_merge_equals_pefts_in_float32_and_splits_its_files(monkeypatch, tmp_path, use_rslora):
     import huggingface_hub
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file
@@ -251,7 +251,7 @@ def test_another_models_adapter_is_refused_by_its_layer(tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_base_without_safetensors_or_other_adapters_are_refused(tmp_path):
+def test_a_merge_requires_safetensors_and_a_lora_adapter(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     base, _ = load_base(CONFIG.model, "float32")
@@ -288,7 +288,7 @@ def assert_gradients_reach_the_first_layer(model):
 @pytest.mark.skipif(
     torch.cuda.is_available() or not has_avx512bf16(), reason="bitsandbytes packs weights only on CPUs with AVX512-BF16"
 )
-def test_training_has_gradients_after_inference_packed_the_weights(engine):
+def test_training_after_inference_still_has_gradients(engine):
     model = engine.for_inference(engine.load(CONFIG.model)[0])
     with torch.inference_mode():
         packed_logits = model(token_ids(model)).logits
@@ -302,7 +302,7 @@ def test_training_has_gradients_after_inference_packed_the_weights(engine):
     assert_gradients_reach_the_first_layer(tuned)
 
 
-def test_an_evaluation_before_training_leaves_the_gradients_whole(engine):
+def test_an_evaluation_before_training_keeps_the_gradients(engine):
     tuned = engine.add_lora(engine.load(CONFIG.model)[0], CONFIG.lora)
     tuned.eval()
     with torch.inference_mode():
@@ -314,7 +314,7 @@ def test_an_evaluation_before_training_leaves_the_gradients_whole(engine):
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-def test_a_deleted_model_is_given_back_before_the_next_one_is_loaded(engine):
+def test_a_deleted_models_memory_is_freed_before_the_next_load(engine):
     class Wrapped:  # as accelerate and PEFT wrap a model: what is wrapped knows its wrapper
         def __init__(self):
             self.forward = lambda: self

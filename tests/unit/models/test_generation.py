@@ -62,7 +62,7 @@ def test_an_answer_cut_at_the_limit_is_not_finished(loaded):
     assert [(record["finished"], record["completion_tokens"]) for record in records] == [(False, 12)] * len(QUESTIONS)
 
 
-def test_an_answer_that_ends_early_is_finished_without_its_padding(loaded):
+def test_an_early_answer_is_finished_without_its_padding(loaded):
     _, tokenizer = loaded
     made = {question["id"]: greedy_ids(loaded, question) for question in QUESTIONS}
     # A token in the middle of some answers and in none of the others stands for the EOS, which random weights never give.
@@ -141,7 +141,7 @@ def test_greedy_answers_do_not_depend_on_the_seed(loaded):
     assert [r["completion"] for r in answers(loaded, seed=1)] == [r["completion"] for r in answers(loaded, seed=2)]
 
 
-def test_sampling_settings_reach_generate_only_when_sampling_is_on(loaded):
+def test_sampling_settings_reach_generate_only_if_sampling_is_on(loaded):
     _, tokenizer = loaded
     assert generate_arguments(settings(do_sample=False), tokenizer)["temperature"] is None
     sampled = generate_arguments(settings(do_sample=True, temperature=0.7, top_p=0.9), tokenizer)
@@ -159,7 +159,7 @@ def test_a_streamed_answer_is_printed_and_is_the_batched_one(loaded, capsys):
     }
 
 
-def test_the_tokenizers_padding_side_is_as_before_also_after_an_error(loaded):
+def test_the_padding_side_is_restored_even_after_an_error(loaded):
     _, tokenizer = loaded
     for side in ("right", "left"):
         tokenizer.padding_side = side

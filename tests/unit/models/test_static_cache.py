@@ -159,7 +159,7 @@ def test_the_adapters_scale_and_projections_are_merged_too(overrides, load_tuned
 
 @pytest.mark.model
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_at_16_bits_the_merged_model_keeps_its_dtype_and_rounds_once(dtype, load_tuned):
+def test_a_16_bit_merge_keeps_its_dtype_and_rounds_once(dtype, load_tuned):
     tuned, tokenizer = load_tuned("embedded:tiny-random-llama", f"model.dtype={dtype}")
     ids = prompt_ids(tokenizer)
     adapter_on = logits(tuned, ids).float()
@@ -249,7 +249,7 @@ def test_caches_agree_with_4_bits_and_an_adapter(name, load_tuned):
 @pytest.mark.model
 @on_the_cpu
 @pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes packs weights only on CPUs with AVX512-BF16")
-def test_a_static_cache_gives_the_same_records_from_packed_weights():
+def test_a_static_cache_gives_the_same_from_packed_weights():
     def records(streamed):
         model, tokenizer = load()
         model = get_engine(config().model).for_inference(model)
@@ -351,9 +351,7 @@ def run_out_of_memory_above(limit, model, monkeypatch, message="CUDA out of memo
         ("static", 9, 4, [9, 2, 2, 2]),  # half of the five questions, not of the nine places
     ],
 )
-def test_out_of_memory_simulated_halves_the_batch_and_loses_no_answer(
-    unquantized, expected, cache, batch_size, limit, sizes, monkeypatch, capsys
-):
+def test_simulated_out_of_memory_halves_the_batch(unquantized, expected, cache, batch_size, limit, sizes, monkeypatch, capsys):
     model, tokenizer = unquantized
     asked = run_out_of_memory_above(limit, model, monkeypatch)
     assert untimed(answers(model, tokenizer, batch_size=batch_size, cache_implementation=cache)) == expected
@@ -362,7 +360,7 @@ def test_out_of_memory_simulated_halves_the_batch_and_loses_no_answer(
 
 
 @pytest.mark.model
-def test_out_of_memory_simulated_with_a_single_question_is_raised(unquantized, monkeypatch):
+def test_simulated_out_of_memory_with_one_question_is_raised(unquantized, monkeypatch):
     asked = run_out_of_memory_above(0, unquantized[0], monkeypatch)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
         answers(*unquantized, batch_size=2)

@@ -34,7 +34,7 @@ def test_a_made_run_opens_with_the_same_configuration(run_factory):
     assert Run.open(made.path).manifest() == {"format": 1, "steps": {}, "artifacts": {}}
 
 
-def test_taking_a_run_up_again_keeps_its_artifacts_and_takes_the_new_settings(run_factory, write_all):
+def test_resuming_a_run_keeps_artifacts_and_takes_new_settings(run_factory, write_all):
     write_all(run_factory())
     again = run_factory("evaluation.n_resamples=600")
     assert again.config.evaluation.n_resamples == Run.open(again.path).config.evaluation.n_resamples == 600
@@ -53,7 +53,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, smoke_config, below
         Run.create(tmp_path / below, smoke_config)
 
 
-def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(tmp_path, smoke_config):
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path, smoke_config):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(RunError, match="is not empty and holds no run"):
         Run.create(tmp_path, smoke_config, force=True)
@@ -61,7 +61,7 @@ def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(tmp_path, 
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_model_folder_with_its_own_config_json_is_not_taken_for_a_run(tmp_path, smoke_config, force):
+def test_a_model_folder_with_a_config_json_is_not_a_run(tmp_path, smoke_config, force):
     (tmp_path / CONFIG).write_text('{"architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(RunError, match=r"config\.json cannot be read"):
         Run.create(tmp_path, smoke_config, force)
@@ -71,7 +71,7 @@ def test_a_model_folder_with_its_own_config_json_is_not_taken_for_a_run(tmp_path
 @pytest.mark.parametrize(
     ("other", "named"), [({"profile": "demo"}, "profile 'smoke', not 'demo'"), ({"overrides": ["model.name=x"]}, "not 'x'")]
 )
-def test_a_run_of_another_profile_or_model_is_refused_unless_forced(run_factory, other, named, write_all):
+def test_another_profile_or_model_is_refused_unless_forced(run_factory, other, named, write_all):
     write_all(run_factory())
     overrides, kind = other.get("overrides", []), {"profile": other.get("profile", "smoke")}
     with pytest.raises(RunError, match=named):
@@ -82,7 +82,7 @@ def test_a_run_of_another_profile_or_model_is_refused_unless_forced(run_factory,
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"profile": "smoke"}'])
-def test_an_unreadable_configuration_is_one_error_and_forcing_mends_it(run_factory, text):
+def test_force_fixes_an_unreadable_configuration(run_factory, text):
     run = run_factory()
     (run.path / CONFIG).write_text(text)
     for call in (lambda: Run.open(run.path), run_factory):
@@ -112,7 +112,7 @@ def _fill_half_and_raise(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter", "plan", "questions"])
-def test_a_write_that_fails_leaves_the_old_artifact_and_the_manifest_whole(run_factory, name, write_all, content):
+def test_a_failed_write_keeps_the_old_artifact_and_manifest(run_factory, name, write_all, content):
     run = write_all(run_factory())
     before, old = run.manifest(), content(name, "first")
     with pytest.raises(MemoryError):
@@ -131,7 +131,7 @@ def test_data_that_is_not_json_leaves_no_part_of_a_file(run_factory, write_all, 
     assert leftovers(run) == []
 
 
-def test_a_process_killed_in_the_middle_of_a_write_leaves_the_old_artifact(run_factory, write_all):
+def test_a_kill_during_a_write_keeps_the_old_artifact(run_factory, write_all):
     run = write_all(run_factory())
     script = (
         "import os, signal, sys\nfrom medcot_utils.run.directory import Run\n"
@@ -267,7 +267,7 @@ def test_a_failed_step_stays_failed_until_it_begins_again(run_factory, write_all
     assert run.manifest()["steps"]["02_baseline_inference"]["error"] is None
 
 
-def test_a_done_step_is_stale_when_its_settings_change_or_its_artifact_goes(run_factory, write_all):
+def test_changed_settings_or_a_lost_artifact_make_a_step_stale(run_factory, write_all):
     run = write_all(run_factory())
     for step in STEPS:
         run.record_step(step, state="done")
@@ -278,7 +278,7 @@ def test_a_done_step_is_stale_when_its_settings_change_or_its_artifact_goes(run_
     assert run_factory().step_state("06_comparison", deep=False) == "stale"
 
 
-def test_a_forgotten_step_is_not_run_and_its_checkpoints_are_gone(run_factory, write_all):
+def test_forgetting_a_step_removes_its_record_and_checkpoints(run_factory, write_all):
     run = write_all(run_factory())
     run.record_step("05_training", state="done")
     (run.checkpoint_dir("adapter") / "checkpoint-2").mkdir()
@@ -289,7 +289,7 @@ def test_a_forgotten_step_is_not_run_and_its_checkpoints_are_gone(run_factory, w
     assert json.loads((run.path / MANIFEST).read_text())["steps"] == {}
 
 
-def test_what_killed_processes_left_half_written_is_removed_at_the_next_step(run_factory, write_all):
+def test_the_next_step_removes_half_written_files_after_a_kill(run_factory, write_all):
     run = write_all(run_factory())
     gone, alive = run.path / ".merged.4194305.tmp", run.path / f".merged.{os.getpid()}.tmp"  # above Linux's largest PID
     for folder in (gone, alive):
@@ -299,7 +299,7 @@ def test_what_killed_processes_left_half_written_is_removed_at_the_next_step(run
     assert not gone.exists() and alive.exists()
 
 
-def test_a_step_on_inputs_of_other_settings_is_refused_with_the_notebook_to_run_again(run_factory, write_all):
+def test_inputs_of_other_settings_are_refused_with_the_notebook(run_factory, write_all):
     write_all(run_factory())
     changed = run_factory("dataset.loss_on=full")
     with pytest.raises(RunError, match=r"made with other settings .* run notebook 02_baseline_inference again"):

@@ -73,20 +73,20 @@ def test_a_setting_put_back_makes_all_fresh_again(run_factory, write_all, overri
 
 
 @pytest.mark.parametrize(("name", "expected"), BY_INPUT)
-def test_changed_content_of_an_input_makes_stale_only_what_is_made_from_it(run_factory, write_all, content, name, expected):
+def test_a_changed_input_makes_only_its_products_stale(run_factory, write_all, content, name, expected):
     run = write_all(run_factory())
     run.write(name, content(name, "second"))
     assert stale(run) == expected
 
 
 @pytest.mark.parametrize("name", [name for name, _ in BY_INPUT])
-def test_an_input_made_again_with_the_same_content_makes_nothing_stale(run_factory, write_all, content, name):
+def test_an_input_redone_with_the_same_content_keeps_all_fresh(run_factory, write_all, content, name):
     run = write_all(run_factory())
     run.write(name, content(name))
     assert stale(run) == set()
 
 
-def test_a_step_is_done_without_what_its_settings_leave_out_and_stale_once_it_is_asked_for(run_factory, content):
+def test_an_optional_artifact_makes_its_step_stale_if_requested(run_factory, content):
     run = run_factory()
     for step in STEPS:
         for name in run.makes(step):
@@ -98,7 +98,7 @@ def test_a_step_is_done_without_what_its_settings_leave_out_and_stale_once_it_is
     assert {step for step in STEPS if asked.step_state(step) == "stale"} == {"01_setup", "07_export"}
 
 
-def test_new_generation_settings_redo_both_answers_but_not_the_training(run_factory, write_all, content):
+def test_new_generation_settings_redo_answers_but_not_training(run_factory, write_all, content):
     write_all(run_factory())
     run = run_factory("generation.max_new_tokens=25")
     for name in ("base_answers", "tuned_answers"):
@@ -175,13 +175,13 @@ def test_every_input_is_made_before_it_is_read():
     assert sorted(made) == sorted(ARTIFACTS)
 
 
-def test_every_step_reads_what_its_artifacts_are_made_from_and_nothing_of_its_own():
+def test_every_step_reads_the_inputs_of_its_artifacts_alone():
     for step in STEPS.values():
         wanted = {source for name in step.makes for source in ARTIFACTS[name].inputs}
         assert set(step.reads) == wanted - set(step.makes)
 
 
-def test_every_setting_named_in_the_table_exists_and_every_file_is_one_artifacts():
+def test_the_table_names_real_settings_and_one_artifact_per_file():
     names = setting_names()
     for name, artifact in ARTIFACTS.items():
         for setting in artifact.settings:
@@ -189,7 +189,7 @@ def test_every_setting_named_in_the_table_exists_and_every_file_is_one_artifacts
     assert len({artifact.file for artifact in ARTIFACTS.values()}) == len(ARTIFACTS)
 
 
-def test_every_setting_but_how_the_work_is_shared_out_or_pushed_makes_some_artifact_beside_the_machine_report_stale():
+def test_every_setting_that_affects_results_makes_one_stale():
     used = {setting for name, artifact in ARTIFACTS.items() if name != "machine" for setting in artifact.settings}
     unused = [name for name in setting_names() if not any(name == one or name.startswith(f"{one}.") for one in used)]
     how = {f"training.{name}" for name in ("batch_plan", "padding", "num_processes", "max_hours")}

@@ -136,7 +136,7 @@ def cleaned(*outputs, **metadata):
     return clean(new_notebook(cells=[cell])).cells[0]
 
 
-def test_cleaning_strips_widgets_and_timestamps_and_keeps_tags_and_kernel():
+def test_cleaning_strips_widgets_and_times_but_keeps_tags():
     notebook = executed()
     notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {}}
     notebook.metadata["papermill"] = {"start_time": "2026-01-01"}
@@ -151,7 +151,7 @@ def test_cleaning_strips_widgets_and_timestamps_and_keeps_tags_and_kernel():
     assert result.metadata.kernelspec.name == "python3"
 
 
-def test_a_progress_bar_is_left_in_its_last_state_and_each_stream_becomes_one():
+def test_a_progress_bar_keeps_its_last_state_in_one_stream():
     def stream(name, text):
         return new_output("stream", name=name, text=text)
 
@@ -164,7 +164,7 @@ def test_a_progress_bar_is_left_in_its_last_state_and_each_stream_becomes_one():
     assert [(output.name, output.text) for output in outputs] == [("stderr", "answers: 100%|#\n"), ("stdout", "one\ntwo\n")]
 
 
-def test_a_figure_between_two_prints_is_kept_and_an_empty_stream_is_not():
+def test_cleaning_keeps_a_figure_and_drops_an_empty_stream():
     figure = new_output("display_data", data={"image/png": "iVBO", "text/plain": "<Figure>"}, metadata={"needs": "nothing"})
     blank = new_output("stream", name="stderr", text="   \n")
     kept = cleaned(new_output("stream", name="stdout", text="a\n"), figure, blank).outputs
@@ -179,7 +179,7 @@ def test_the_committed_notebooks_have_no_fault():
     assert check() == []
 
 
-def test_the_setup_cell_that_is_compared_is_the_one_that_starts_a_notebook():
+def test_the_compared_setup_cell_starts_a_notebook():
     cells = {read_setup_cell(notebooks_dir() / f"{name}.ipynb") for name in STEPS}
     assert all("run_dir = start(RUN_DIR)" in cell for cell in cells)
 

@@ -53,7 +53,7 @@ def test_the_cell_is_short_and_passes_the_linter(tmp_path):
         assert done.returncode == 0, done.stdout
 
 
-def test_a_repository_is_written_everywhere_and_a_second_time_changes_nothing(checkout):
+def test_a_repository_is_written_everywhere_once(checkout):
     written = {path.name for path in write(checkout, "ann/hearts")}
     assert written == {"pyproject.toml", "README.md", *(f"{name}.ipynb" for name in STEPS)}
     after = texts(checkout)
@@ -68,7 +68,7 @@ def test_a_repository_is_written_everywhere_and_a_second_time_changes_nothing(ch
         assert notebook.cells[2].source == setup_cell("ann/hearts")
 
 
-def test_make_badges_writes_them_and_the_rules_for_committed_notebooks_accept_them(checkout):
+def test_make_badges_writes_badges_the_notebook_rules_accept(checkout):
     shutil.copytree(ROOT / "medcot_utils", checkout / "medcot_utils", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(ROOT / "Makefile", checkout / "Makefile")
     bin_folder = Path(sys.executable).parent
@@ -89,7 +89,7 @@ def test_make_badges_writes_them_and_the_rules_for_committed_notebooks_accept_th
     assert refused.returncode != 0 and "medcot: '' is not owner/name: make badges REPO=owner/name" in refused.stderr
 
 
-def test_another_repository_replaces_the_first_and_none_leaves_no_badge(checkout):
+def test_another_repository_replaces_the_first(checkout):
     bare = texts(checkout)
     write(checkout, "ann/hearts")
     write(checkout, "bob/lungs")
@@ -101,7 +101,7 @@ def test_another_repository_replaces_the_first_and_none_leaves_no_badge(checkout
     assert not any(b"Open in Colab" in content for content in bare.values())
 
 
-def test_badges_and_setup_cells_leave_the_rest_of_a_notebook_as_it_was(checkout):
+def test_badges_and_setup_cells_keep_the_rest_of_a_notebook(checkout):
     before = nbformat.read(checkout / "notebooks" / "05_training.ipynb", as_version=4)
     write(checkout, "ann/hearts")
     after = nbformat.read(checkout / "notebooks" / "05_training.ipynb", as_version=4)
@@ -171,7 +171,7 @@ def test_the_package_among_kaggles_inputs_is_used_at_any_depth(project, tmp_path
     assert Path(package).parents[1] == home
 
 
-def test_the_project_is_fetched_from_its_repository_and_found_there_the_next_time(project, tmp_path):
+def test_the_project_is_fetched_once_and_found_the_next_time(project, tmp_path):
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *command], cwd=project, check=True)
@@ -237,7 +237,7 @@ def test_a_refused_mount_says_how_to_do_it_by_hand(body, colab):
         drive.run_dir_of("drive")
 
 
-def test_without_a_front_end_nothing_is_asked_and_elsewhere_drive_is_refused(colab, monkeypatch):
+def test_no_front_end_asks_nothing_and_drive_needs_colab(colab, monkeypatch):
     colab("raise RuntimeError('asked')")
     monkeypatch.setenv("PAPERMILL", "1")
     with pytest.raises(PlatformError, match=r"which is not mounted\. Run `from google.colab"):

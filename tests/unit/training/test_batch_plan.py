@@ -78,7 +78,7 @@ def beside_the_weights(parts):
         (["training.per_device_train_batch_size=7", "training.gradient_accumulation_steps=1"], [1, 7]),
     ],
 )
-def test_on_a_gpu_every_divisor_of_the_effective_batch_is_a_plan_with_and_without_checkpointing(tiny, overrides, sizes):
+def test_every_divisor_of_the_effective_batch_is_a_gpu_plan(tiny, overrides, sizes):
     config = load_config("smoke", ["lora.use_gradient_checkpointing=unsloth", *overrides])
     rows = config.training.effective_batch_size
     plans = plans_on_a_gpu(tiny, config)
@@ -116,7 +116,7 @@ def test_processes_share_the_effective_batch_evenly(tiny, num_processes, batch_p
 
 
 @pytest.mark.model
-def test_as_set_keeps_the_set_rows_at_once_where_a_processes_share_allows_it(tiny):
+def test_as_set_keeps_the_rows_if_a_processs_share_allows(tiny):
     def rows_at_once(per_device, accumulation, processes):
         settings = [
             "training.batch_plan=as_set",
@@ -162,7 +162,7 @@ def test_padded_tokens_by_hand(lengths, rows, expected):
 
 
 @pytest.mark.model
-def test_the_parts_of_the_memory_add_up_and_are_those_of_the_formula(tiny):
+def test_the_parts_of_the_memory_add_up_as_in_the_formula(tiny):
     parts = memory_parts(tiny, CONFIG, 500, False, True)
     assert parts["total"] == pytest.approx(sum(size for part, size in parts.items() if part != "total"), abs=0.5)
     trained = 32_768  # 28 matrices of rank 16, four bytes a number
@@ -176,7 +176,7 @@ def test_the_parts_of_the_memory_add_up_and_are_those_of_the_formula(tiny):
     assert twice["base weights"] == parts["base weights"]
 
 
-def test_checkpointing_lowers_the_activations_and_unsloths_own_lowers_them_further(eight_b):
+def test_checkpointing_lowers_activations_and_unsloths_even_more(eight_b):
     plain, saved, offloaded = (memory_parts(eight_b, ARTICLE, 2000, kind, True) for kind in (False, True, "unsloth"))
     assert plain["activations"] > 4 * saved["activations"] > 4 * offloaded["activations"] > 0
     others = set(plain) - {"activations", "total"}
@@ -197,7 +197,7 @@ def test_an_8_bit_optimizer_takes_a_quarter_of_the_others_states(eight_b):
     assert full == pytest.approx(4 * eight_bit, abs=0.2) and full == pytest.approx(8 * 41_943_040 / 1e6, abs=0.1)
 
 
-def test_a_plans_memory_is_what_its_largest_micro_batch_needs_beside_the_weights(eight_b):
+def test_a_plans_memory_is_weights_plus_the_largest_micro_batch(eight_b):
     for plan in plans_on_a_gpu(eight_b, ARTICLE, whole_logits=True):
         tokens = plan.per_device_train_batch_size * max(LENGTHS)
         parts = memory_parts(eight_b, ARTICLE, tokens, plan.gradient_checkpointing, True)
@@ -212,7 +212,7 @@ def article_plans(eight_b, request):
     return plans_on_a_gpu(eight_b, ARTICLE, whole_logits=request.param)
 
 
-def test_more_memory_never_chooses_a_slower_plan_and_what_is_chosen_fits(article_plans):
+def test_the_chosen_plan_fits_and_more_memory_is_never_slower(article_plans):
     least = min(plan.memory_mb for plan in article_plans) * 1e6 / 0.9
     chosen = [(free, choose_plans(article_plans, free)[0]) for free in (least * 1.05**step for step in range(1, 90))]
     assert all(plan.memory_mb * 1e6 <= free for free, plan in chosen)
@@ -228,7 +228,7 @@ def test_a_tenth_of_the_free_memory_is_left_alone(article_plans):
 
 
 @pytest.mark.parametrize("free_gib", [6, 8.5, 12, 20, 40, 130, math.inf])
-def test_the_plans_that_stand_by_need_strictly_less_and_less_memory_down_to_the_least(article_plans, free_gib):
+def test_each_fallback_plan_needs_less_memory_than_the_last(article_plans, free_gib):
     chosen = choose_plans(article_plans, free_gib * GIB)
     assert all(after.memory_mb < before.memory_mb for before, after in itertools.pairwise(chosen))
     assert chosen[-1].memory_mb == min(plan.memory_mb for plan in article_plans)
@@ -236,7 +236,7 @@ def test_the_plans_that_stand_by_need_strictly_less_and_less_memory_down_to_the_
     assert len(chosen) == 1 + len({plan.memory_mb for plan in below}), "none is left out"
 
 
-def test_of_two_plans_that_need_the_same_memory_only_the_faster_stands_by():
+def test_only_the_faster_of_two_equal_memory_plans_is_a_fallback():
     plans = [
         BatchPlan(4, 1, 1, False, memory_mb=30, relative_cost=1),
         BatchPlan(4, 1, 1, True, memory_mb=20, relative_cost=2),
@@ -246,7 +246,7 @@ def test_of_two_plans_that_need_the_same_memory_only_the_faster_stands_by():
     assert choose_plans(plans, math.inf) == [plans[0], plans[1], plans[3]]
 
 
-def test_too_little_memory_is_refused_with_what_is_needed_and_what_is_free(article_plans):
+def test_too_little_memory_is_refused_with_needed_and_free(article_plans):
     smallest = min(article_plans, key=lambda plan: plan.memory_mb)
     need = f"{smallest.memory_mb / 1e3:.1f} GB beside the weights even as 1 rows x 8 micro-batches, unsloth checkpointing"
     with pytest.raises(PlanError) as caught:
@@ -260,7 +260,7 @@ def test_without_a_gpu_memory_is_no_limit(article_plans):
     assert choose_plans(article_plans, available_gpu_memory())[0] == article_plans[0]
 
 
-def test_the_table_has_a_line_for_each_plan_and_marks_the_chosen_one(article_plans):
+def test_the_table_lists_each_plan_and_marks_the_chosen_one(article_plans):
     chosen = choose_plans(article_plans, 20 * GIB)[0]
     table = plans_table(article_plans, chosen, weights_mb=6000)
     assert len(table) == len(article_plans) == 8
@@ -281,7 +281,7 @@ def test_the_8b_shape_has_the_articles_trainable_parameters(eight_b):
     assert eight_b.get_nb_trainable_parameters()[0] == 41_943_040
 
 
-def test_the_estimate_for_8_rows_without_checkpointing_is_within_a_quarter_of_the_measured_step(eight_b):
+def test_the_8_row_estimate_is_within_a_quarter_of_the_measured(eight_b):
     # Measured on a GPU with the unsloth engine: 38.8 GiB reserved, 5.7 of them the 4-bit weights. (Here the weights would
     # count 16 bits each, so the parts beside them are compared.)
     parts = memory_parts(eight_b, ARTICLE, 8 * 1097, False, whole_logits=False)
@@ -290,16 +290,16 @@ def test_the_estimate_for_8_rows_without_checkpointing_is_within_a_quarter_of_th
 
 
 @pytest.mark.parametrize("whole_logits", [True, False])
-def test_on_a_t4_the_article_is_trained_with_checkpointing_and_on_a_large_gpu_8_rows_without(eight_b, whole_logits):
+def test_the_article_needs_checkpointing_on_a_t4_only(eight_b, whole_logits):
     lengths = [300 + 37 * index % 801 for index in range(500)]
     assert max(lengths) == 1100
     plans = plans_on_a_gpu(eight_b, ARTICLE, lengths, whole_logits)
-    on_a_t4, on_a_large_gpu = choose_plans(plans, 8.5 * GIB)[0], choose(plans, 130 * GIB)[0]
+    on_a_t4, on_a_large_gpu = choose_plans(plans, 8.5 * GIB)[0], choose_plans(plans, 130 * GIB)[0]
     assert on_a_t4.gradient_checkpointing == "unsloth"
     assert shapes([on_a_large_gpu]) == {(8, 1, False)}
 
 
-def test_two_gpus_take_four_rows_each_and_need_half_the_activations(eight_b):
+def test_two_gpus_take_4_rows_each_and_half_the_activations(eight_b):
     alone = choose_plans(plans_on_a_gpu(eight_b, ARTICLE), 130 * GIB)[0]
     shared = choose_plans(plans_on_a_gpu(eight_b, ARTICLE, num_processes=2), 130 * GIB)[0]
     assert (shared.per_device_train_batch_size, shared.gradient_accumulation_steps, shared.num_processes) == (4, 1, 2)

@@ -63,12 +63,12 @@ def process(code="pass"):
 
 
 @pytest.mark.parametrize("log", [[], [{"step": 1, "eval_loss": 7.0}, {"step": 1, "skipped_step": 1}]])
-def test_without_a_logged_loss_no_figure_is_drawn_on_a_simulated_display(shown, log):
+def test_simulated_display_draws_no_figure_without_a_loss(shown, log):
     LossFigure().draw(log)
     assert shown.figures == []
 
 
-def test_the_figure_is_shown_once_and_then_drawn_anew_in_its_place_on_a_simulated_display(shown):
+def test_simulated_display_redraws_the_figure_in_place(shown):
     figure = LossFigure()
     figure.draw([])
     figure.draw(LOG[:1])
@@ -80,7 +80,7 @@ def test_the_figure_is_shown_once_and_then_drawn_anew_in_its_place_on_a_simulate
 # --- the first process's lines -------------------------------------------------------------------------------------
 
 
-def test_the_lines_of_the_first_process_are_read_into_one_bar_and_one_figure_on_a_simulated_display(tell, shown, capsys):
+def test_simulated_display_shows_one_bar_and_figure_of_process_0(tell, shown, capsys):
     tell("on_train_begin")
     tell("on_step_end", 1)
     tell("on_log", 1, LOG[:1])
@@ -94,7 +94,7 @@ def test_the_lines_of_the_first_process_are_read_into_one_bar_and_one_figure_on_
     assert "2/6" in bar and "loss=6.500" in bar
 
 
-def test_the_lines_are_read_while_the_processes_run_on_a_simulated_display(tell, shown):
+def test_simulated_display_reads_lines_while_processes_run(tell, shown):
     # The process writes as ProgressFile does, half a second before it ends: what came after the first look counts too.
     tell("on_log", 1, LOG[:1])
     line = json.dumps({"step": 2, "max_steps": 6, "log_history": LOG})
@@ -104,7 +104,7 @@ def test_the_lines_are_read_while_the_processes_run_on_a_simulated_display(tell,
     assert shown.updates == 1, "one figure, drawn anew"
 
 
-def test_a_resumed_training_begins_its_bar_and_figure_where_it_stopped_on_a_simulated_display(tell, shown, capsys):
+def test_simulated_display_resumes_its_bar_where_it_stopped(tell, shown, capsys):
     tell("on_train_begin", 2, LOG)
     _show(process(), tell.path)
     assert shown.points() == [[(1, 2), (7.25, 6.5)]]
@@ -117,7 +117,7 @@ def test_only_the_first_process_writes(tell):
     assert not tell.path.exists()
 
 
-def test_a_line_that_is_half_written_is_left_for_the_next_look_on_a_simulated_display(tell, shown):
+def test_simulated_display_leaves_a_half_written_line_for_later(tell, shown):
     tell("on_log", 1, LOG[:1])
     line = json.dumps({"step": 2, "max_steps": 6, "log_history": LOG})
     code = f"import time; time.sleep(1); open({str(tell.path)!r}, 'a').write({line[40:]!r} + '\\n'); time.sleep(1)"
@@ -127,7 +127,7 @@ def test_a_line_that_is_half_written_is_left_for_the_next_look_on_a_simulated_di
     assert shown.points()[-1] == [(1, 2), (7.25, 6.5)]
 
 
-def test_processes_that_end_before_the_first_line_show_nothing_on_a_simulated_display(tell, shown):
+def test_simulated_display_shows_nothing_before_the_first_line(tell, shown):
     _show(process(), tell.path)
     assert shown.figures == []
 

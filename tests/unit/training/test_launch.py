@@ -55,14 +55,14 @@ def test_a_simulated_launch_that_ends_well_is_the_only_one(prepared, ending, cap
     assert skipped == [0] and capsys.readouterr().out == ""
 
 
-def test_memory_that_runs_out_in_a_simulated_launch_is_followed_by_one_with_the_next_plan(prepared, ending, capsys):
+def test_simulated_launch_out_of_memory_tries_the_next_plan(prepared, ending, capsys):
     skipped = ending(OUT_OF_MEMORY, OUT_OF_MEMORY, None)
     train_in_processes(prepared, 2)
     assert skipped == [0, 1, 2]
     assert capsys.readouterr().out.count("out of memory: going on with the next smaller batch plan from the start") == 2
 
 
-def test_another_failure_of_a_simulated_launch_is_raised_with_the_process_and_its_message(prepared, ending):
+def test_simulated_launch_failure_names_the_process_and_message(prepared, ending):
     skipped = ending(Failure("process 0", "ValueError", "no such column"))
     with pytest.raises(TrainingError, match=r"training in 2 processes failed: process 0: ValueError: no such column"):
         train_in_processes(prepared, 2)
@@ -76,14 +76,14 @@ def test_a_secret_in_the_message_is_redacted(prepared, ending, monkeypatch):
         train_in_processes(prepared, 2)
 
 
-def test_a_simulated_launch_that_stopped_in_time_is_a_pause_and_no_failure(prepared, ending):
+def test_simulated_launch_that_stops_in_time_is_a_pause(prepared, ending):
     ending(Failure("process 1", "TimeBudgetReached", "stopped after step 3 of 6"))
     with pytest.raises(TimeBudgetReached, match=r"^stopped after step 3 of 6$"):
         train_in_processes(prepared, 2)
 
 
 @pytest.mark.parametrize(("gpus", "refused"), [(0, False), (1, True), (2, False), (4, False)])
-def test_fewer_simulated_gpus_than_processes_are_refused_and_none_at_all_is_the_cpu(gpus, refused, monkeypatch):
+def test_fewer_simulated_gpus_than_processes_are_refused(gpus, refused, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     if refused:
@@ -144,7 +144,7 @@ def test_time_that_was_over_is_told_without_a_process(end):
     assert (found.kind, found.message) == ("TimeBudgetReached", "stopped after step 3 of 6")
 
 
-def test_out_of_memory_is_told_before_what_followed_in_the_same_second(end):
+def test_out_of_memory_is_reported_before_what_it_caused(end):
     class OutOfMemoryError(RuntimeError):
         pass
 
@@ -155,7 +155,7 @@ def test_out_of_memory_is_told_before_what_followed_in_the_same_second(end):
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
 @pytest.mark.parametrize("later", [-60, 60])
-def test_a_killed_process_is_told_and_not_one_whose_connection_it_took_with_it(order, later, end):
+def test_a_killed_process_is_reported_not_the_cut_off_one(order, later, end):
     # torchrun takes the earliest as the root cause; a file's time is before or after its own look.
     codes = {0: 1, 1: -signal.SIGKILL, 2: -signal.SIGTERM}
     found = end({rank: codes[rank] for rank in order}, {0: (LOST, time.time() + later)})
@@ -166,11 +166,11 @@ def test_a_crash_is_not_told_as_a_lack_of_memory(end):
     assert str(end({0: -signal.SIGTERM, 1: -signal.SIGSEGV})) == "process 1: killed by signal 11"
 
 
-def test_an_error_is_told_before_the_abort_of_a_process_that_waited_for_the_one_that_had_it(end):
+def test_an_error_is_reported_before_the_abort_it_caused(end):
     assert end({0: -signal.SIGABRT, 1: 1}, {1: (ValueError("row 7: no labels"), 1700000002)}) == NO_LABELS
 
 
-def test_a_process_that_aborted_is_told_before_one_that_lost_its_connection_to_it(end):
+def test_an_abort_is_reported_before_the_lost_connection(end):
     assert str(end({0: 1, 1: -signal.SIGABRT}, {0: (LOST, 1700000002)})) == "process 1: killed by signal 6"
 
 
@@ -178,14 +178,14 @@ def test_an_error_of_several_lines_is_told_in_one(end):
     assert end({1: 1}, {1: (ValueError("row 7:\nno labels"), None)}) == NO_LABELS
 
 
-def test_processes_that_leave_no_file_are_told_by_their_last_line(end, tmp_path):
+def test_processes_without_an_error_file_are_known_by_last_line(end, tmp_path):
     folder = tmp_path / "none_abc" / "attempt_0" / "1"
     folder.mkdir(parents=True)
     (folder / "stderr.log").write_text("Traceback\nImportError: no torch\n")
     assert str(end({0: -signal.SIGTERM, 1: 3})) == "process 1: ended with exit code 3: ImportError: no torch"
 
 
-def test_a_process_that_was_only_ended_is_told_if_there_is_no_other(end):
+def test_an_ended_process_is_reported_if_there_is_no_other(end):
     assert str(end({1: -signal.SIGTERM})) == "process 1: killed by signal 15"
 
 

@@ -23,7 +23,7 @@ def test_the_article_profile_meets_every_condition():
     assert reference_differences(ARTICLE) == {}
 
 
-def test_every_condition_is_a_setting_of_this_project_or_the_effective_batch():
+def test_every_condition_is_a_setting_or_the_effective_batch():
     names = set(read_reference()["conditions"])
     assert names - set(setting_names()) == {"effective_batch_size"}
 
@@ -39,7 +39,7 @@ def test_every_condition_is_a_setting_of_this_project_or_the_effective_batch():
         ("training.gradient_accumulation_steps=2", "effective_batch_size", 8, 4),
     ],
 )
-def test_one_changed_setting_is_named_with_both_values_and_nothing_else_is(override, name, theirs, ours):
+def test_one_changed_setting_is_named_alone_with_both_values(override, name, theirs, ours):
     assert reference_differences(load_config("article", [override])) == {name: (theirs, ours)}
 
 
@@ -59,7 +59,7 @@ def test_how_the_same_steps_are_taken_forbids_no_comparison(overrides):
 
 
 @pytest.mark.parametrize("profile", ["demo", "smoke", "recommended", "full"])
-def test_another_profile_is_not_placed_and_the_table_says_what_differs(profile):
+def test_another_profile_is_not_ranked_but_compared(profile):
     table = compare_with_reference(load_config(profile), log(FOUR_RUNS))
     assert list(table.columns) == ["public T4 runs", "this run"]
     assert set(table.index) == set(reference_differences(load_config(profile))) != set()
@@ -79,7 +79,7 @@ def test_the_curve_of_four_runs_stands_in_the_file():
     assert four["losses"] == FOUR_RUNS and read_reference()["steps"] == STEPS
 
 
-def test_the_band_holds_every_run_it_is_made_of_with_room_on_both_sides():
+def test_the_band_holds_all_its_runs_with_room_on_both_sides():
     bounds = reference_band()
     assert list(bounds) == STEPS
     for run in read_reference()["runs"]:

@@ -43,7 +43,7 @@ def test_auto_takes_wandb_with_a_key_else_trackio_else_none(monkeypatch, without
     assert choose_tracker(config()).backend == "none"
 
 
-def test_wandb_without_a_key_is_offline_in_one_line_and_online_by_name_an_error():
+def test_wandb_without_a_key_is_offline_unless_online_is_set():
     assert check_tracker(config(backend="wandb")) == "tracking: wandb, offline (no key was found), project medcot"
     with pytest.raises(PlatformError, match=r"tracking\.mode=online needs a secret for Weights & Biases, and none was found"):
         check_tracker(config("tracking.mode=online", backend="wandb"))
@@ -64,13 +64,13 @@ def test_auto_with_wandb_switched_off_is_not_wandb(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["wandb", "trackio", "tensorboard"])
-def test_a_tracker_asked_for_by_name_and_not_installed_is_an_error_that_says_what_to_do(without, backend):
+def test_a_named_tracker_that_is_not_installed_is_an_error(without, backend):
     without(backend)
     with pytest.raises(TrackingError, match=f"tracking.backend is {backend}, which is not installed: pip install {backend}"):
         check_tracker(config(backend=backend))
 
 
-def test_the_articles_project_and_job_type_are_its_own_and_smoke_is_not_tracked():
+def test_article_has_its_project_and_job_type_smoke_is_untracked():
     article = load_config("article").tracking
     assert article.project == "Fine-tune-DeepSeek-R1-Distill-Llama-8B on Medical COT Dataset"
     assert article.job_type == "training" and article.backend == "auto"

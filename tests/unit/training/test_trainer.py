@@ -37,7 +37,7 @@ pytest_plugins = ("training_fixtures",)
 
 
 @pytest.mark.parametrize("asked", ["unsloth", True, False])
-def test_trls_defaults_for_row_length_and_checkpointing_are_overruled(asked, tmp_path):
+def test_trls_length_and_checkpointing_defaults_are_overridden(asked, tmp_path):
     from trl import SFTConfig
 
     engine = get_engine(CONFIG.model)
@@ -86,7 +86,7 @@ def test_an_effective_batch_that_differs_is_refused(tmp_path):
 
 
 @pytest.mark.model
-def test_with_two_gpus_visible_stood_in_for_by_their_count_one_is_used_and_the_batch_stays(tmp_path):
+def test_one_of_two_gpus_is_used_and_the_batch_stays_simulated(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.args._n_gpu = 2  # what the Trainer counts, and what it then makes of its batch
     trainer._train_batch_size = trainer.args.train_batch_size
@@ -102,7 +102,7 @@ def test_with_two_gpus_visible_stood_in_for_by_their_count_one_is_used_and_the_b
 
 
 @pytest.mark.model
-def test_training_moves_the_adapter_and_keeps_the_two_newest_checkpoints(uninterrupted):
+def test_training_changes_the_adapter_and_keeps_two_checkpoints(uninterrupted):
     folder, by_step, weights = uninterrupted
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     assert sorted(by_step) == [1, 2, 3, 4, 5, 6]
@@ -150,7 +150,7 @@ FAULTS = {
 
 @pytest.mark.model
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_checkpoint_that_is_not_whole_is_set_aside_for_the_one_before(fault, checkpoints, capsys):
+def test_an_incomplete_checkpoint_is_set_aside_for_an_older_one(fault, checkpoints, capsys):
     assert checkpoint_fault(checkpoints / "checkpoint-6") is None
     FAULTS[fault](checkpoints / "checkpoint-6")
     assert last_good_checkpoint(checkpoints).name == "checkpoint-4"
@@ -161,7 +161,7 @@ def test_a_checkpoint_that_is_not_whole_is_set_aside_for_the_one_before(fault, c
 
 
 @pytest.mark.model
-def test_a_checkpoint_broken_twice_at_the_same_step_is_set_aside_twice(checkpoints):
+def test_a_checkpoint_broken_twice_is_set_aside_twice(checkpoints):
     for _ in range(2):
         truncate(checkpoints / "checkpoint-6" / "optimizer.pt")
         assert last_good_checkpoint(checkpoints).name == "checkpoint-4"
@@ -177,7 +177,7 @@ def test_when_no_checkpoint_is_whole_training_starts_anew(checkpoints):
 
 
 @pytest.mark.model
-def test_a_finished_run_is_taken_up_without_another_step(tmp_path, capsys):
+def test_a_finished_run_resumes_without_another_step(tmp_path, capsys):
     # Four of six steps: in the middle of an epoch, where the Trainer alone would take a fifth.
     config = load_config("smoke", ["training.max_steps=4", "training.save_steps=2", "training.eval_steps=null"])
     first = trained(tmp_path, config)
@@ -213,9 +213,7 @@ SHAPES = [(4, 1, False), (2, 2, False), (1, 4, False), (4, 1, True), (2, 2, True
 
 @pytest.mark.model
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: str(plan(*shape)).replace(" ", "-"))
-def test_every_plan_of_one_effective_batch_takes_the_same_rows_in_the_same_order_to_the_same_losses(
-    shape, uninterrupted, rows_of_the_uninterrupted, tmp_path
-):
+def test_every_plan_takes_the_same_rows_to_the_same_losses(shape, uninterrupted, rows_of_the_uninterrupted, tmp_path):
     _, by_step, weights = uninterrupted
     seen = []
     trainer = trained(tmp_path, plans=[plan(*shape)], change=lambda trainer, plan: record_rows(trainer, seen))
@@ -265,7 +263,7 @@ def test_the_plan_counts_optimizer_steps_and_passes(overrides, rows, expected):
     assert {key: planned[key] for key in expected} == expected
 
 
-def test_the_articles_plan_is_60_steps_of_8_rows_which_is_not_one_pass_over_500():
+def test_the_article_takes_60_steps_of_8_rows_not_a_full_pass():
     assert step_plan(load_config("article"), 500) == {"rows": 500, "effective_batch": 8, "steps": 60, "epochs": 0.95}
 
 

@@ -67,9 +67,7 @@ def failing(at, error=OUT_OF_MEMORY):
 
 @pytest.mark.model
 @pytest.mark.parametrize("step", [1, 3, 4, 5])
-def test_a_plan_that_runs_out_of_memory_simulated_is_followed_by_the_next_from_the_last_finished_step(
-    step, uninterrupted, tmp_path, capsys
-):
+def test_simulated_out_of_memory_resumes_with_the_next_plan(step, uninterrupted, tmp_path, capsys):
     _, by_step, weights = uninterrupted
     trainer = trained(tmp_path, plans=[plan(2, 2), plan(1, 4)], change=failing([step]))
     said = capsys.readouterr().out
@@ -87,7 +85,7 @@ def test_a_plan_that_runs_out_of_memory_simulated_is_followed_by_the_next_from_t
 
 
 @pytest.mark.model
-def test_memory_that_runs_out_twice_simulated_goes_down_two_plans(uninterrupted, tmp_path, capsys):
+def test_simulated_out_of_memory_twice_moves_down_two_plans(uninterrupted, tmp_path, capsys):
     _, by_step, weights = uninterrupted
     plans = [plan(2, 2), plan(1, 4), plan(1, 4, True)]
     trainer = trained(tmp_path, plans=plans, change=failing([2, 4]))
@@ -99,14 +97,14 @@ def test_memory_that_runs_out_twice_simulated_goes_down_two_plans(uninterrupted,
 
 
 @pytest.mark.model
-def test_the_last_plan_that_runs_out_of_memory_simulated_raises_the_gpus_own_error(tmp_path):
+def test_simulated_out_of_memory_in_the_last_plan_is_raised(tmp_path):
     with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\. Tried to allocate"):
         trained(tmp_path, plans=[plan(2, 2), plan(1, 4)], change=failing([3, 3]))
     assert last_good_checkpoint(tmp_path).name == "checkpoint-2", "what was finished is kept"
 
 
 @pytest.mark.model
-def test_another_error_is_raised_at_once_and_no_smaller_plan_is_tried(tmp_path, capsys):
+def test_another_error_is_raised_without_trying_a_smaller_plan(tmp_path, capsys):
     tried = []
     fail = failing([3], RuntimeError("expected scalar type Half but found Float"))
     with pytest.raises(RuntimeError, match="expected scalar type Half"):
@@ -122,9 +120,7 @@ def timed(max_hours, *more):
 
 
 @pytest.mark.model
-def test_a_budget_that_is_over_stops_after_one_step_with_a_whole_checkpoint_and_the_next_call_ends_the_run(
-    uninterrupted, tmp_path, capsys
-):
+def test_a_spent_budget_stops_after_one_step_and_the_run_resumes(uninterrupted, tmp_path, capsys):
     _, by_step, weights = uninterrupted
     with pytest.raises(TimeBudgetReached, match=r"stopped after step 1 of 6, before training\.max_hours were over"):
         trained(tmp_path, timed(1e-6))
@@ -137,7 +133,7 @@ def test_a_budget_that_is_over_stops_after_one_step_with_a_whole_checkpoint_and_
 
 
 @pytest.mark.model
-def test_a_budget_that_is_over_at_every_call_still_ends_the_run_one_step_a_call(uninterrupted, tmp_path):
+def test_a_spent_budget_still_makes_one_step_per_call(uninterrupted, tmp_path):
     stopped = []
     for _ in range(10):
         try:
@@ -178,7 +174,7 @@ class SlowSteps(TrainerCallback):
 
 
 @pytest.mark.model
-def test_the_budget_leaves_time_for_two_more_steps_and_a_minute_to_save(tmp_path):
+def test_the_budget_reserves_two_steps_and_a_minute_to_save(tmp_path):
     # A step of two seconds ends at second 2: 2 + 2 x 2 + 60 are more than 64, 2 + 60 alone are not.
     with pytest.raises(TimeBudgetReached, match="after step 1 of 6"):
         trained(tmp_path, timed(64 / 3600), change=lambda trainer, plan: trainer.add_callback(SlowSteps()))
@@ -203,7 +199,7 @@ def skipping(script):
 
 
 @pytest.mark.model
-def test_five_skipped_steps_by_a_scripted_accelerator_are_counted_and_kept_in_log_and_checkpoint(uninterrupted, tmp_path):
+def test_scripted_five_skipped_steps_are_counted_and_stored(uninterrupted, tmp_path):
     trainer = trained(tmp_path, change=skipping([True, True, False, True, True, True]))
     assert skipped_steps(trainer.state.log_history) == 5
     assert [entry["step"] for entry in trainer.state.log_history if "skipped_step" in entry] == [1, 2, 4, 5, 6]
@@ -213,7 +209,7 @@ def test_five_skipped_steps_by_a_scripted_accelerator_are_counted_and_kept_in_lo
 
 
 @pytest.mark.model
-def test_the_sixth_skipped_step_by_a_scripted_accelerator_ends_the_run_with_the_number(tmp_path):
+def test_scripted_sixth_skipped_step_ends_the_run(tmp_path):
     with pytest.raises(SkippedStepsError, match=r"6 of 7 optimizer steps were skipped.*up to 5.*lower training\.learning_rate"):
         trained(
             tmp_path,
@@ -224,7 +220,7 @@ def test_the_sixth_skipped_step_by_a_scripted_accelerator_ends_the_run_with_the_
 
 @pytest.mark.model
 @pytest.mark.parametrize(("script", "raises"), [([True, False], False), ([True, True], True)])
-def test_steps_skipped_by_a_scripted_accelerator_before_a_resume_count_after_it(script, raises, tmp_path):
+def test_scripted_skipped_steps_before_a_resume_count_after_it(script, raises, tmp_path):
     trained(tmp_path, change=skipping([True] * 4 + [False] * 2))
     shutil.rmtree(tmp_path / "checkpoint-6")
     if raises:
@@ -235,7 +231,7 @@ def test_steps_skipped_by_a_scripted_accelerator_before_a_resume_count_after_it(
 
 
 @pytest.mark.model
-def test_a_trainer_made_ready_counts_skipped_steps_and_watches_the_time_only_if_asked(tmp_path):
+def test_a_prepared_trainer_watches_time_only_if_requested(tmp_path):
     from medcot_utils.training.callbacks import TimeBudget
 
     def kinds(config):

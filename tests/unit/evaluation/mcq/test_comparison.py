@@ -25,7 +25,7 @@ def train():
     return Dataset.from_list([row | {"Complex_CoT": "", "Response": ""} for row in rows])
 
 
-def test_a_question_that_a_training_row_repeats_is_found_by_task_and_id_and_does_not_count(train):
+def test_a_contaminated_question_does_not_count(train):
     questions = load_questions("shipped", 9)
     repeated = load_questions("shipped", 3)[1]
     assert repeated in load_questions("shipped")
@@ -45,7 +45,7 @@ def test_where_every_question_was_seen_nothing_is_compared():
 
 
 @pytest.mark.model
-def test_a_batch_that_a_simulated_gpu_cannot_hold_is_halved_and_the_answers_stay(monkeypatch, capsys):
+def test_a_batch_too_large_for_the_gpu_is_halved_simulated(monkeypatch, capsys):
     import torch
 
     from medcot_utils.models.engine import get_engine

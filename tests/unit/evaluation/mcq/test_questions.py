@@ -60,7 +60,7 @@ def test_every_usual_shape_of_a_file_gives_the_same_question(write, row):
     assert [*load_questions(path)[0]["options"]] == ["A", "B", "C"], "the prompt shows them in this order"
 
 
-def test_id_and_specialty_are_used_where_a_file_has_them_and_options_may_differ_in_number(write):
+def test_optional_ids_and_specialties_are_used_if_present(write):
     rows = [{"id": 7, "question": "q", "options": [1, 0], "answer": 1, "specialty": "toxicology"}]
     rows += [{"id": "x", "question": "r", "options": list("pqrst"), "answer": "E"}]
     first, second = load_questions(write(*rows))
@@ -96,7 +96,7 @@ def test_a_faulty_row_is_named_with_what_was_expected(write, row, message):
     assert "own.jsonl, row 2" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_missing_file_a_broken_line_and_an_empty_file_are_named(tmp_path):
+def test_missing_broken_and_empty_files_are_named(tmp_path):
     with pytest.raises(McqError, match=r"none\.jsonl: no such file"):
         load_questions(str(tmp_path / "none.jsonl"))
     broken = tmp_path / "broken.jsonl"
@@ -188,7 +188,7 @@ def test_rows_of_the_hubs_shapes_become_questions(task, tmp_path, monkeypatch, w
         assert first["specialty"] == ("Physiology" if task == "medmcqa" else "")
 
 
-def test_a_limit_takes_its_share_of_every_specialty_and_the_same_for_the_same_seed(capsys):
+def test_a_limit_samples_every_specialty_by_share_and_seed(capsys):
     chosen = load_questions("shipped", 20, seed=3)
     assert len({question["specialty"] for question in chosen}) == 20, "one of each: the file is grouped by specialty"
     assert chosen == load_questions("shipped", 20, seed=3)
@@ -198,7 +198,7 @@ def test_a_limit_takes_its_share_of_every_specialty_and_the_same_for_the_same_se
     assert capsys.readouterr().out == ""
 
 
-def test_specialties_of_unlike_size_keep_their_shares_and_every_question_its_chance():
+def test_uneven_specialties_keep_shares_and_equal_chances():
     questions = [{"id": i, "specialty": "large" if i < 87 else "rare" if i < 90 else "small"} for i in range(100)]
     seen = dict.fromkeys(range(100), 0)
     for seed in range(600):
@@ -209,14 +209,14 @@ def test_specialties_of_unlike_size_keep_their_shares_and_every_question_its_cha
     assert min(seen.values()) >= 30 and max(seen.values()) <= 95, "60 are expected of each, give or take 7"
 
 
-def test_fewer_questions_than_the_limit_are_all_taken_and_it_is_said(write, capsys):
+def test_all_questions_are_taken_and_reported_below_the_limit(write, capsys):
     path = write({"question": "q", "options": TEXTS, "answer": 0}, {"question": "r", "options": TEXTS, "answer": 0})
     assert len(load_questions(path, limit=5)) == 2
     assert "has 2 questions, fewer than the 5 asked for" in capsys.readouterr().out
     assert len(load_questions(path, limit=2)) == 2 and capsys.readouterr().out == ""
 
 
-def test_the_prompt_is_the_projects_own_with_the_options_as_lines():
+def test_the_prompt_is_the_projects_own_plus_one_line_per_option():
     question = {"question": "Which ion? {x}", "options": {"A": "Na", "B": "K"}}
     text = prompt(question)
     assert f"### Question:\nWhich ion? {{x}}\n\nA. Na\nB. K\n\n{ASK}\n\n### Response:\n<think>\n" in text

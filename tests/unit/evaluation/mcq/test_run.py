@@ -81,7 +81,7 @@ LETTERS = {"A": "Sodium", "B": "Potassium", "C": "Calcium"}
         ("", None),
     ],
 )
-def test_an_answer_after_the_thinking_is_read_in_the_asked_form_alone(after_thinking, expected):
+def test_an_answer_is_read_only_in_the_requested_form(after_thinking, expected):
     assert read_answer(f"Sodium rushes in.\n</think>\n{after_thinking}", OPTIONS) == expected
 
 
@@ -98,7 +98,7 @@ def test_an_answer_after_the_thinking_is_read_in_the_asked_form_alone(after_thin
         "",
     ],
 )
-def test_thinking_that_is_unfinished_or_closed_twice_has_no_answer(completion):
+def test_unfinished_or_twice_closed_thinking_has_no_answer(completion):
     assert read_answer(completion, OPTIONS) is None
 
 
@@ -183,7 +183,7 @@ def test_lm_eval_asks_the_tiny_model_exactly_what_was_meant(tiny, spy, newline, 
 
 
 @pytest.mark.model
-def test_completions_are_those_that_the_projects_own_generation_makes(tiny):
+def test_completions_equal_the_projects_own_generation(tiny):
     from medcot_utils.models.generation import answer_questions
 
     model, tokenizer = tiny
@@ -197,7 +197,7 @@ def test_completions_are_those_that_the_projects_own_generation_makes(tiny):
 
 
 @pytest.mark.model
-def test_the_callers_generators_streams_and_log_levels_are_left_alone(tiny):
+def test_the_callers_rng_streams_and_log_levels_stay_untouched(tiny):
     import numpy as np
     import torch
 
@@ -219,7 +219,7 @@ def test_the_callers_generators_streams_and_log_levels_are_left_alone(tiny):
 
 
 @pytest.mark.model
-def test_a_scripted_model_whose_outputs_are_known_is_scored_as_they_deserve(tiny, monkeypatch, write):
+def test_a_scripted_model_gets_the_score_its_outputs_deserve(tiny, monkeypatch, write):
     # Real lm-eval, real tokenizer, made-up token ids in place of the model's: only so is a right answer known beforehand.
     import torch
 
@@ -274,7 +274,7 @@ def test_lm_eval_itself_can_run_the_task_files(tiny, write):
 
 
 @pytest.mark.embedded
-def test_smollm2_is_asked_with_one_bos_and_its_records_hold_together(spy, capsys):
+def test_smollm2_is_prompted_with_one_bos_and_consistent_records(spy, capsys):
     from medcot_utils.models.engine import get_engine
 
     config = load_config("demo", ["model.load_in_4bit=false"])

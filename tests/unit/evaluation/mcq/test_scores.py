@@ -38,7 +38,7 @@ def wilson(p, n, z=1.959963984540054):
     return centre - half, centre + half
 
 
-def test_accuracy_and_abstentions_are_shares_of_all_questions_with_wilsons_interval():
+def test_accuracy_and_abstentions_have_wilson_intervals():
     found = score_answers(records(right=6, abstained=5))
     assert found["n"] == 20
     for name, share in (("accuracy", 0.3), ("abstained", 0.25)):
@@ -50,7 +50,7 @@ def test_accuracy_and_abstentions_are_shares_of_all_questions_with_wilsons_inter
     assert (round(found["accuracy"]["low"], 3), round(found["accuracy"]["high"], 3)) == (0.145, 0.519)
 
 
-def test_none_right_has_an_interval_above_zero_and_one_question_no_standard_error():
+def test_no_right_answers_still_have_an_interval_above_zero():
     found = score_answers(records(right=0, n=10))["accuracy"]
     assert (found["value"], found["low"]) == (0, 0) and found["high"] == pytest.approx(0.2775, abs=1e-4)
     assert score_answers(records(right=1, n=1))["accuracy"]["stderr"] is None
@@ -60,7 +60,7 @@ def test_none_right_has_an_interval_above_zero_and_one_question_no_standard_erro
         score_answers([])
 
 
-def test_the_table_by_specialty_has_both_models_and_counts_right_and_abstained_apart():
+def test_the_specialty_table_counts_right_and_abstained_by_model():
     table = scores_table(records(right=2), records(right=7, abstained=4, label="tuned"), "specialty")
     assert list(table.index) == ["s0", "s1"] and list(table["n"]) == [10, 10]
     low, high = wilson(0.4, 10)
@@ -74,7 +74,7 @@ def of_task(task, *given, **more):
     return [record | {"task": task} for record in records(*given, **more)]
 
 
-def test_each_task_has_its_own_line_and_none_is_pooled_with_another():
+def test_each_task_has_its_own_line_and_is_never_pooled():
     base, tuned = ([*of_task("shipped", 0), *of_task("medqa", right, n=40)] for right in (10, 40))
     table = scores_table(base, tuned, "task")
     assert list(table.index) == ["medqa", "shipped"] and list(table["n"]) == [40, 20]
@@ -85,7 +85,7 @@ def test_each_task_has_its_own_line_and_none_is_pooled_with_another():
     }
 
 
-def test_without_questions_there_is_nothing_to_say_and_nothing_fails():
+def test_no_questions_give_an_empty_result_without_an_error():
     assert scores_table([], [], "task").empty and scores_table([], [], "specialty").empty
     assert "no questions asked" in overview([])["multiple choice"]
     assert compare_mcq([], [], set(), SETTINGS) == {} and seen_in_training([], None, None) == set()
@@ -112,7 +112,7 @@ def test_paired_counts_and_mcnemars_exact_p_by_hand():
     assert found["base"]["low"] == pytest.approx(wilson(0.3, 20)[0])
 
 
-def test_paired_judges_abstentions_too_and_equal_answers_differ_by_nothing():
+def test_a_paired_comparison_also_judges_abstentions():
     found = compare_records(records(3, abstained=9), records(3, abstained=2), SETTINGS, key="abstained")
     assert (found["both"], found["only_base"], found["only_tuned"], found["neither"]) == (2, 7, 0, 11)
     assert found["difference"]["p"] == pytest.approx(2 / 2**7)
@@ -120,7 +120,7 @@ def test_paired_judges_abstentions_too_and_equal_answers_differ_by_nothing():
     assert (same["value"], same["p"], same["needed"]) == (0, 1, None) and same["low"] == -same["high"] < 0
 
 
-def test_paired_takes_the_same_questions_only_and_fits_the_projects_verdicts():
+def test_a_paired_comparison_requires_the_same_questions():
     from medcot_utils.evaluation.comparison import verdict
     from medcot_utils.evaluation.intervals import format_interval
 
@@ -139,14 +139,14 @@ def test_the_published_file_names_a_source_for_every_score():
         assert set(data["sources"][entry["source"]]) == {"source", "scoring"} and set(data["questions"]) <= set(entry)
 
 
-def test_notebook_06_tells_to_the_last_word_how_a_published_score_was_scored():
+def test_notebook_06_quotes_how_each_published_score_was_scored():
     notebook = (Path(__file__).parents[4] / "notebooks" / "06_comparison.ipynb").read_text(encoding="utf-8")
     data = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     for name in {entry["source"] for entry in data["scores"]}:
         assert data["sources"][name]["scoring"] in notebook
 
 
-def test_published_scores_stand_below_our_own_of_that_task_alone_with_source_and_scoring():
+def test_published_scores_follow_ours_for_the_same_task_only():
     base = [*of_task("shipped", 20), *of_task("medqa", 6)]
     table = published_scores(base, [*of_task("shipped", 20), *of_task("medqa", 9, abstained=2)]).loc["medqa"]
     assert list(table.index[:2]) == ["base", "tuned"] and list(table["accuracy"][:2]) == [6 / 20, 9 / 20]
@@ -165,13 +165,13 @@ def test_published_scores_stand_below_our_own_of_that_task_alone_with_source_and
         assert (of_others["accuracy"] * 100).round(1).tolist() == scores
 
 
-def test_beside_a_task_without_published_scores_medqas_stand_for_orientation_without_our_own():
+def test_medqa_scores_orient_tasks_without_published_ones():
     table = published_scores(of_task("shipped", 6), of_task("shipped", 9))
     assert set(table.index.get_level_values("task")) == {"medqa"}
     assert not {"base", "tuned"} & set(table.index.get_level_values("model"))
 
 
-def test_where_no_question_was_answered_by_both_there_is_no_accuracy_among_those():
+def test_accuracy_among_both_answered_needs_such_questions():
     base, tuned = records(0, abstained=20), records(5, label="tuned")
     assert set(compare_mcq(base, tuned, set(), SETTINGS)) == {"mcq_accuracy", "mcq_abstained"}
     some = compare_mcq(records(4, abstained=10), records(9, abstained=2, label="tuned"), set(), SETTINGS)

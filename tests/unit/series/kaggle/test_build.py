@@ -36,7 +36,7 @@ def carried(built):
         return {entry.name: archive.extractfile(entry).read() for entry in archive}
 
 
-def test_the_notebook_carries_package_notebooks_and_pins_and_stays_small(tmp_path):
+def test_the_built_notebook_carries_the_project_and_stays_small(tmp_path):
     built = build(tmp_path, "demo")
     files = carried(built)
     tracked = subprocess.run(["git", "ls-files", "medcot_utils"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -48,7 +48,7 @@ def test_the_notebook_carries_package_notebooks_and_pins_and_stays_small(tmp_pat
     assert built.bytes == built.notebook.stat().st_size < 400_000, "Kaggle takes less than 1 MB"
 
 
-def test_the_carried_notebooks_keep_their_cells_and_tags_without_outputs(tmp_path):
+def test_carried_notebooks_keep_cells_and_tags_without_outputs(tmp_path):
     for name in STEPS:
         original = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
         carried_one = nbformat.reads(carried_files()[0][f"notebooks/{name}.ipynb"].decode(), as_version=4)
@@ -102,7 +102,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(arguments, expect
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_the_metadata_has_is_kept_and_what_is_given_is_added(tmp_path):
+def test_existing_metadata_is_kept_and_given_values_are_added(tmp_path):
     build(tmp_path, "demo", kernel="ann/heart-run", datasets=["ann/rows"], public=True)
     held = json.loads((tmp_path / METADATA).read_text())
     assert "docker_image" not in held
@@ -115,7 +115,7 @@ def test_what_the_metadata_has_is_kept_and_what_is_given_is_added(tmp_path):
     assert build(tmp_path, "article", continue_from=["ann/first-run"], public=False).metadata.kernel_sources == ["ann/first-run"]
 
 
-def test_without_a_profile_it_stays_the_one_that_the_folder_holds(tmp_path):
+def test_a_build_without_a_profile_keeps_the_folders_profile(tmp_path):
     assert build(tmp_path / "empty").profile == "article"
     build(tmp_path, "recommended", kernel="ann/heart-run")
     again = build(tmp_path, kernel="ann/heart-run-2", continue_from=["ann/heart-run"])
@@ -125,7 +125,7 @@ def test_without_a_profile_it_stays_the_one_that_the_folder_holds(tmp_path):
     assert build(tmp_path).profile == "article"
 
 
-def test_the_session_knows_what_it_is_to_go_on_from_and_that_rows_are_no_session(tmp_path):
+def test_the_session_knows_which_inputs_to_resume_from(tmp_path):
     settings = ["dataset.path=/kaggle/input/rows/mine.jsonl"]
     built = build(tmp_path, "demo", settings, "ann/heart-run-2", ["ann/heart-run"], ["ann/rows", "ann/kept-run"])
     values = {}
@@ -169,7 +169,7 @@ def checkout(request, tmp_path, monkeypatch):
     return folder
 
 
-def test_what_lies_in_the_tree_and_is_none_of_the_projects_is_not_carried_and_said(checkout, tmp_path):
+def test_files_outside_the_project_are_not_carried_and_listed(checkout, tmp_path):
     whole = set(carried(build(tmp_path, "demo")))
     (checkout / "notebooks" / "Untitled.ipynb").write_text((checkout / "notebooks" / "01_setup.ipynb").read_text())
     (checkout / "medcot_utils" / "data" / "patients.jsonl").write_text('{"name": "a patient"}\n')

@@ -47,7 +47,7 @@ def move_output(run, place):
             path.rename(place / path.name)
 
 
-def test_small_files_go_into_one_zip_and_adapter_and_report_stay_beside_it(finished):
+def test_small_files_are_zipped_beside_adapter_and_report(finished):
     checkpoint = finished.path / "checkpoints" / "abc" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     (checkpoint / "optimizer.pt").write_bytes(bytes(8_000_000))
@@ -99,7 +99,7 @@ def test_an_earlier_run_is_found_wherever_it_is_mounted(packed, place, finished,
     assert [path.name for path in (kaggle / "working").iterdir()] == [session.RUN_NAME]
 
 
-def test_a_data_set_in_which_kaggle_has_unpacked_the_zip_is_a_run_too(finished, kaggle):
+def test_a_data_set_with_the_zip_unpacked_is_a_run_too(finished, kaggle):
     before = contents(finished.path)
     archive = session.leave_output(finished.path)
     with zipfile.ZipFile(archive) as packed:
@@ -110,7 +110,7 @@ def test_a_data_set_in_which_kaggle_has_unpacked_the_zip_is_a_run_too(finished, 
     assert contents(kaggle / "working" / "run") == before
 
 
-def test_of_several_runs_the_furthest_of_the_right_profile_is_taken(finished, run_factory, kaggle):
+def test_the_furthest_run_with_the_right_profile_is_resumed(finished, run_factory, kaggle):
     behind = run_factory(name="behind")
     behind.record_step("01_setup", state="done")
     other = run_factory(name="other", profile="demo")
@@ -175,7 +175,7 @@ def test_a_zip_that_points_outside_writes_nothing_there(finished, kaggle):
 
 
 @pytest.mark.parametrize("inputs", ["nothing", "another profile"])
-def test_a_session_that_was_to_go_on_does_not_start_from_the_beginning(inputs, kaggle, run_factory):
+def test_a_session_meant_to_resume_never_starts_over(inputs, kaggle, run_factory):
     if inputs == "another profile":
         move_output(run_factory(name="other", profile="demo"), kaggle / "input" / "other")
     run_dir = kaggle / "working" / "run"
@@ -189,7 +189,7 @@ def test_a_session_that_was_to_go_on_does_not_start_from_the_beginning(inputs, k
     assert said[-1] == "no earlier run among the inputs: starting from the beginning"
 
 
-def test_the_series_runs_in_a_process_whose_lines_and_exit_code_come_through(tmp_path, capsys):
+def test_the_series_process_passes_on_its_lines_and_exit_code(tmp_path, capsys):
     code = session.run_medcot(tmp_path / "run", "smoke", ["training.max_step=3"])
     assert code == 1 and "did you mean training.max_steps" in capsys.readouterr().out
 
@@ -209,7 +209,7 @@ def test_secrets_are_read_under_the_names_that_the_settings_say(kaggle, monkeypa
     assert session._environment()["HF_TOKEN"] == "hf_verysecretvalue0123456789"
 
 
-def test_a_pause_says_how_to_go_on_and_a_failure_fails_the_session(capsys):
+def test_a_pause_says_how_to_resume_and_a_failure_fails(capsys):
     session.end(0, "ann/medcot-series", "article")
     assert "medcot kaggle output ann/medcot-series" in capsys.readouterr().out
     settings = ["training.max_steps=7", "dataset.path=/kaggle/input/my rows.jsonl"]
@@ -237,7 +237,7 @@ def test_the_report_is_shown_in_a_frame_of_its_own(finished):
     assert session.show_report(finished.path) == "no report yet: notebook 06 makes it"
 
 
-def test_the_module_needs_no_library_before_the_stack_is_installed():
+def test_the_module_imports_before_the_stack_is_installed():
     code = (
         "import sys; import medcot_utils.series.kaggle.session, medcot_utils.machine.installing; "
         "print(json.dumps(sorted({n.split('.')[0] for n in sys.modules} - set(sys.stdlib_module_names))))"
