@@ -108,9 +108,9 @@ def describe_batches(settings: GenerationSettings, questions: int) -> str:
     """Return one line that says how many questions are answered at once, and how."""
     import torch
 
-    how = "a cache that grows, weights as loaded"
+    how = "a cache that grows"
     if settings.cache_implementation == "static":
-        how = "a static cache, weights dequantized" + (", compiled steps" if torch.cuda.is_available() else "")
+        how = "a static cache" + (", compiled steps" if torch.cuda.is_available() else "")
     return f"{questions} questions in batches of {settings.batch_size}: {how}"
 
 

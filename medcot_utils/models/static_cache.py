@@ -12,8 +12,6 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from medcot_utils.models.transformers_engine import cpu_packing
-
 GROUPED = "grouped_decode"
 
 
@@ -38,7 +36,6 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
                     deltas[name] = layer.get_delta_weight("default").float().cpu()
         model = model.unload()
     if getattr(model, "is_quantized", False):
-        cpu_packing(model, allowed=False)  # an answer before may have packed them, which dequantize() does not know
         model = model.dequantize()
     for name, delta in deltas.items():
         weight = model.get_submodule(name).weight

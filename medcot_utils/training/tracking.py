@@ -146,7 +146,7 @@ class Session:
         except Exception as error:  # noqa: BLE001 - whatever a tracker does, the training is worth more
             self.tracker = None
             print(
-                f"tracking ends here ({describe_error(error)[:300]}): the run goes on without it, and its own log in "
+                f"tracking ends here ({describe_error(error)[:300]}): the run continues without it, and its own log in "
                 f"{self.run.path.name}/ has everything"
             )
 

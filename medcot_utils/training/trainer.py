@@ -173,7 +173,7 @@ def _train_or_resume(trainer: SFTTrainer) -> None:
     if any(budget.stopped for budget in budgets):
         raise TimeBudgetReached(
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, before training.max_hours were over; "
-            f"a checkpoint is saved, and the same command or notebook goes on from it"
+            f"a checkpoint is saved, and the same command or notebook resumes from it"
         )
 
 

@@ -179,7 +179,7 @@ def test_a_tracker_that_cannot_start_costs_one_line_only(trained, train_tracked,
         lambda: (train_tracked(run, 0, 6), tracking.record_comparison(run, metrics_table(run.read("metrics")["metrics"])))
     )
     lines = [line for line in said.splitlines() if line.startswith("tracking ends here (FileExistsError")]
-    assert len(lines) == 2 and "the run goes on without it" in lines[0], "one line in each of the two sessions"
+    assert len(lines) == 2 and "the run continues without it" in lines[0], "one line in each of the two sessions"
 
 
 def test_a_tracker_that_fails_midway_is_reported_and_dropped(trained, train_tracked, in_child):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import types
 import weakref
 
 import pytest
 import torch
-from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 
 from medcot_utils.config import load_config
 from medcot_utils.errors import PlatformError
-from medcot_utils.models import embedded
+from medcot_utils.models import embedded, transformers_engine
 from medcot_utils.models.engine import get_engine
 from medcot_utils.models.merging import MergeError, load_base, load_unquantized, merge
 from medcot_utils.run.files import sha256_of
@@ -266,12 +266,17 @@ def test_a_merge_requires_safetensors_and_a_lora_adapter(tmp_path):
         merge(settings, tmp_path / "dora", tmp_path / "merged", "float16")
 
 
-# --- packed weights on a CPU ---------------------------------------------------------------------------------------
+# --- 4-bit weights on a CPU ----------------------------------------------------------------------------------------
+
+on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the 4-bit layers are fast as they are")
+
+
+def layers_in_4_bits(model):
+    return [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
 
 
 def packed_layers(model):
-    layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
-    return sum(bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False)) for layer in layers), len(layers)
+    return [layer for layer in layers_in_4_bits(model) if getattr(layer.weight.quant_state, "packing_format_for_cpu", False)]
 
 
 def assert_gradients_reach_the_first_layer(model):
@@ -285,21 +290,47 @@ def assert_gradients_reach_the_first_layer(model):
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() or not has_avx512bf16(), reason="bitsandbytes packs weights only on CPUs with AVX512-BF16"
-)
+@on_the_cpu
+def test_for_inference_computes_with_the_4_bit_values(engine):
+    model = engine.load(CONFIG.model)[0].eval()
+    with torch.inference_mode():
+        expected = model(token_ids(model)).logits
+        model = engine.for_inference(model)
+        assert layers_in_4_bits(model) == [] and model.config._attn_implementation == "grouped_decode"
+        assert torch.allclose(model(token_ids(model)).logits, expected, atol=1e-4)
+
+
+@on_the_cpu
+def test_for_inference_keeps_the_adapter_and_its_switch(engine):
+    tuned = engine.add_lora(engine.load(CONFIG.model)[0], CONFIG.lora).eval()
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+
+    def both(model):
+        with torch.inference_mode():
+            with model.disable_adapter():
+                base = model(token_ids(model)).logits
+            return base, model(token_ids(model)).logits
+
+    base, with_adapter = both(tuned)
+    same_base, same_adapter = both(engine.for_inference(tuned))
+    assert layers_in_4_bits(tuned) == [] and not torch.allclose(base, with_adapter, atol=1e-2)
+    assert torch.allclose(base, same_base, atol=1e-4) and torch.allclose(with_adapter, same_adapter, atol=1e-4)
+
+
+@on_the_cpu
+def test_a_model_too_large_for_main_memory_stays_in_4_bits(engine, monkeypatch):
+    memory = types.SimpleNamespace(available=1e5)
+    monkeypatch.setattr(transformers_engine.psutil, "virtual_memory", lambda: memory)
+    assert layers_in_4_bits(engine.for_inference(engine.load(CONFIG.model)[0]))
+
+
 def test_training_after_inference_still_has_gradients(engine):
     model = engine.for_inference(engine.load(CONFIG.model)[0])
     with torch.inference_mode():
-        packed_logits = model(token_ids(model)).logits
-    packed, layers = packed_layers(model)
-    assert packed == layers, "for_inference no longer packs: this test would guard nothing"
-    tuned = engine.add_lora(model, CONFIG.lora)
-    assert packed_layers(tuned)[0] == 0
-    with torch.no_grad():
-        unpacked_logits = tuned.eval()(token_ids(model)).logits
-    assert torch.allclose(packed_logits, unpacked_logits, atol=0.05), "unpacking must give the same weights back"
-    assert_gradients_reach_the_first_layer(tuned)
+        model(token_ids(model))
+    assert_gradients_reach_the_first_layer(engine.add_lora(model, CONFIG.lora))
 
 
 def test_an_evaluation_before_training_keeps_the_gradients(engine):
@@ -307,7 +338,7 @@ def test_an_evaluation_before_training_keeps_the_gradients(engine):
     tuned.eval()
     with torch.inference_mode():
         tuned(token_ids(tuned))
-    assert packed_layers(tuned)[0] == 0
+    assert packed_layers(tuned) == []
     assert_gradients_reach_the_first_layer(tuned)
 
 
