@@ -106,18 +106,17 @@ def test_float16_counts_its_skipped_first_steps_and_then_learns(make_config, run
 
 
 def test_float16_that_overflows_at_every_step_ends_the_run(make_config, run_training, monkeypatch):
+    from medcot_utils.training import trainer as module
     from medcot_utils.training.callbacks import SkippedStepsError
 
     config = make_config("model.dtype=float16", "training.max_steps=12")
-    from medcot_utils import training
-
-    prepare = training.prepare_trainer
+    prepare = module.prepare_trainer
 
     def with_an_absurd_scale(trainer, config):
         prepare(trainer, config)
         trainer.accelerator.scaler._init_scale = 2.0**60
         return trainer
 
-    monkeypatch.setattr(training, "prepare_trainer", with_an_absurd_scale)
+    monkeypatch.setattr(module, "prepare_trainer", with_an_absurd_scale)
     with pytest.raises(SkippedStepsError, match="6 of 6 optimizer steps were skipped"):
         run_training(config)
