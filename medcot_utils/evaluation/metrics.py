@@ -159,10 +159,10 @@ def embedding_similarity(answers: Sequence[str], references: Sequence[str], name
     It is likeness of meaning as that model sees it, which takes a denial for nearly the same as what it denies.
     Raises MetricError as `embedder` does."""
     model = embedder(name)
-    ours, theirs = (
-        model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False) for texts in (answers, references)
-    )
-    return np.where([bool(answer.strip()) for answer in answers], (ours * theirs).sum(axis=1), 0.0).astype(float)
+    # In float64, because a 16-bit model would normalize in 16 bits, and a text would be 0.999 like itself.
+    ours, theirs = (np.asarray(model.encode(list(texts), show_progress_bar=False), float) for texts in (answers, references))
+    cosine = (ours * theirs).sum(axis=1) / (np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1))
+    return np.where([bool(answer.strip()) for answer in answers], cosine, 0.0)
 
 
 @cache
