@@ -8,7 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "scored_set": ["score"],
         "comparison": [
-            "check_questions",
             "compare",
             "compare_sampled",
             "metrics_table",
