@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,45 +43,75 @@ def chat(
 
         serve(run, base_too, port, open_browser)
     else:
-        Terminal(Chat.open(run), base_too).talk(iter(question) if question else None)
+        Terminal(Chat.open(run), base_too, iter(question) if question else None).talk()
 
 
 class Terminal:
-    """Hold the conversation on standard input and output. Colors and folding thinking appear only on a terminal."""
+    """Hold the conversation on standard input and output. Colors and folding thinking appear only on a terminal.
 
-    def __init__(self, chat: Chat, base_too: bool):
-        self.chat, self.base_too = chat, base_too
+    Ctrl-C stops the answer that is being made, and gives a hint at any other moment. Its handler raises only while a question
+    is typed: an exception anywhere else could be lost in a library, or end the chat between an answer and the next prompt."""
+
+    def __init__(self, chat: Chat, base_too: bool, questions: Iterator[str] | None = None):
+        self.chat, self.base_too, self.questions = chat, base_too, questions
+        self.interactive = questions is None and sys.stdin.isatty()
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self.last: dict[Who, Answer] = {}
+        self._stop: threading.Event | None = None  # of the answer that is being made
+        self._typing, self._hint_owed = False, False
 
-    def talk(self, questions: Iterator[str] | None) -> None:
-        """Answer the given questions, or those that are typed, until they end."""
+    def talk(self) -> None:
+        """Answer the given questions, or those that are typed, until they end.
+
+        Raises KeyboardInterrupt after Ctrl-C if nobody types the questions at a terminal."""
         from medcot_utils.models.chat import WARNING, ChatError
 
-        typed = questions is None
         self.console.print(WARNING, style="yellow")
-        if typed and sys.stdin.isatty():
+        if self.interactive:
             self.console.print(HELP, style="dim")
-        for line in self._typed() if questions is None else questions:
-            if typed and line.startswith("/"):
-                if not self._command(line):
-                    return
-                continue
-            try:
-                self._ask(line)
-            except ChatError as error:
-                if not (typed and sys.stdin.isatty()):
-                    raise
-                self.console.print(f"medcot: {error}", style="bold red")
+        before = signal.signal(signal.SIGINT, self._interrupted)
+        try:
+            for line in self._typed() if self.questions is None else self.questions:
+                if self.questions is None and line.startswith("/"):
+                    if not self._command(line):
+                        return
+                    continue
+                try:
+                    stopped = self._ask(line)
+                except ChatError as error:
+                    if not self.interactive:
+                        raise
+                    self.console.print(f"medcot: {error}", style="bold red")
+                else:
+                    if stopped and not self.interactive:
+                        raise KeyboardInterrupt
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _interrupted(self, *_: object) -> None:
+        if self._stop is not None:
+            self._stop.set()
+        elif self._typing or not self.interactive:
+            self._typing = False  # one exception for each prompt: a second could leave the handler of the first
+            raise KeyboardInterrupt
+        else:
+            self._hint_owed = True
 
     def _typed(self) -> Iterator[str]:
-        ask = "question> " if sys.stdin.isatty() else ""
+        ask = "question> " if self.interactive else ""
         while True:
             try:
+                self._typing = True
+                if self._hint_owed:
+                    raise KeyboardInterrupt
                 line = input(ask).strip()
+                self._typing = False
             except EOFError:
                 return
             except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                self._typing = self._hint_owed = False
                 self.console.print("\n/exit leaves", style="dim")
                 continue
             if line:
@@ -101,24 +133,32 @@ class Terminal:
             self.console.print(HELP, style="dim")
         return True
 
-    def _ask(self, question: str) -> None:
-        from medcot_utils.models.chat import choose_sides
+    def _ask(self, question: str) -> bool:
+        """Show the answers to one question. Returns True if Ctrl-C stopped them."""
+        from medcot_utils.models.chat import NO_ANSWER, Answer, choose_sides
 
-        self.last = {}
+        self._stop = stop = threading.Event()
         try:
+            self.last = {}
             for who in choose_sides(self.base_too):
-                with contextlib.closing(self.chat.stream(question, who)) as growing:
+                self.last[who] = Answer()
+                with contextlib.closing(self.chat.stream(question, who, stop)) as growing:
                     if self.base_too:
                         self.console.print(f"[{who}]", style="bold")
                     self._show(who, growing)
-        except KeyboardInterrupt:
-            self.console.print("\n(stopped)", style="dim")
+                if stop.is_set():
+                    break
+                if not self.last[who].text:
+                    self.console.print(NO_ANSWER)
+        finally:
+            self._stop = None
+        if stop.is_set():
+            self.console.print("(stopped)", style="dim")
+        return stop.is_set()
 
     def _show(self, who: Who, growing: Iterator[Answer]) -> None:
         """Print one answer as it comes. The thinking streams in a live region that folds into one line when it ends."""
-        from medcot_utils.models.chat import NO_ANSWER, Answer
-
-        printed, self.last[who] = 0, Answer()
+        printed = 0
         # Off a terminal rich prints nothing of a transient region.
         with Live(console=self.console, transient=True, refresh_per_second=8) as fold:
             for answer in growing:
@@ -131,7 +171,8 @@ class Terminal:
                     self.console.print(f"({answer.summarize_thinking()}; /show)", style="dim")
                 self.console.print(answer.text[printed:], end="")
                 printed = len(answer.text)
-        self.console.print("" if printed else NO_ANSWER)
+        if printed:
+            self.console.print()
 
     def _end_of(self, thinking: str) -> Text:
         """Return as much of the thinking's end as fits the screen, dim."""

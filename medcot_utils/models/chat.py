@@ -91,15 +91,16 @@ class Chat:
         model, tokenizer = engine.load(run.config.model, adapter)
         return cls(run, engine.for_inference(model), tokenizer)
 
-    def stream(self, question: str, who: Who = "tuned") -> Iterator[Answer]:
+    def stream(self, question: str, who: Who = "tuned", stop: threading.Event | None = None) -> Iterator[Answer]:
         """Yield the growing answer to one question, made with the run's prompt and generation settings.
 
-        Closing the iterator stops the generation. Raises ChatError, before the model is asked, for an empty question or one
-        that leaves no room for an answer. Errors of the generation are raised here too."""
-        return self._stream(self._encode(question), who)
+        Setting `stop` ends the answer after the token that is being made; so does closing the iterator. Raises ChatError,
+        before the model is asked, for an empty question or one that leaves no room for an answer. Errors of the generation are
+        raised here too."""
+        return self._stream(self._encode(question), who, stop or threading.Event())
 
-    def _stream(self, inputs: BatchEncoding, who: Who) -> Iterator[Answer]:
-        with contextlib.closing(self._pieces(inputs, who)) as pieces:
+    def _stream(self, inputs: BatchEncoding, who: Who, stop: threading.Event) -> Iterator[Answer]:
+        with contextlib.closing(self._pieces(inputs, who, stop)) as pieces:
             yield from grow_answer(pieces)
 
     def _encode(self, question: str) -> BatchEncoding:
@@ -113,18 +114,18 @@ class Chat:
             raise ChatError(f"the question is too long: with the prompt {length} tokens, and model.max_seq_length is {room}")
         return inputs.to(self.model.device)
 
-    def _pieces(self, inputs: BatchEncoding, who: Who) -> Iterator[str]:
+    def _pieces(self, inputs: BatchEncoding, who: Who, stop: threading.Event) -> Iterator[str]:
         import torch
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-        stopped = threading.Event()
+        closed = threading.Event()
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         arguments = generate_arguments(self.run.config.generation, self.tokenizer)
         room = self.model.config.get_text_config().max_position_embeddings - inputs["input_ids"].shape[1]
         arguments["max_new_tokens"] = min(arguments["max_new_tokens"], room)
 
         def enough(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            return torch.full((ids.shape[0],), stopped.is_set(), device=ids.device)
+            return torch.full((ids.shape[0],), stop.is_set() or closed.is_set(), device=ids.device)
 
         def generate() -> None:
             torch.manual_seed(self.run.config.seed)
@@ -138,5 +139,5 @@ class Chat:
             try:
                 yield from streamer
             finally:
-                stopped.set()
+                closed.set()
             made.result()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import signal
 
 import pytest
 
-from medcot_utils.cli.chat import Terminal
+from medcot_utils.cli.chat import HELP, Terminal
 from medcot_utils.models.chat import NO_ANSWER, WARNING, Answer, ChatError, grow_answer
 
 
@@ -16,15 +18,19 @@ class Scripted:
     def __init__(self, **pieces):
         self.pieces, self.asked = pieces, []
 
-    def stream(self, question, who):
+    def stream(self, question, who, stop):
         self.asked.append(who)
         if not question:
             raise ChatError("the question is empty")
-        return grow_answer(self.pieces[who])
+        return grow_answer(itertools.takewhile(lambda _: not stop.is_set(), self.pieces[who]))
 
 
 def printed(capsys, chat, *questions, base_too=False):
-    Terminal(chat, base_too).talk(iter(questions))
+    Terminal(chat, base_too, iter(questions)).talk()
+    return lines_of(capsys)
+
+
+def lines_of(capsys):
     warning, *lines = capsys.readouterr().out.splitlines()
     assert warning == WARNING
     return [re.sub(r"\d+\.\d s", "0.0 s", line) for line in lines]
@@ -45,29 +51,67 @@ def test_both_models_are_named_and_the_base_comes_first(capsys):
     assert [line for line in lines if "thinking" not in line] == ["[base]", "no", "[tuned]", "yes"]
 
 
-def test_ctrl_c_stops_the_answers_to_one_question_only(capsys):
-    def interrupted():
-        yield "I "
-        raise KeyboardInterrupt
-
-    chat = Scripted(base=interrupted(), tuned=["b</think>yes"])
-    assert printed(capsys, chat, "Why?", base_too=True) == ["[base]", "", "(stopped)"]
-    assert chat.asked == ["base"]
+def press_ctrl_c(value=""):
+    signal.raise_signal(signal.SIGINT)
+    return value
 
 
-def test_show_names_a_model_stopped_before_its_first_word():
-    def interrupted():
-        raise KeyboardInterrupt
-        yield
+@pytest.fixture
+def typed(monkeypatch):
+    """`typed(*lines)`: what somebody types at a terminal; a function among them is called instead, while a line is awaited."""
 
-    terminal = Terminal(Scripted(base=interrupted()), True)
-    terminal.talk(iter(["Why?"]))
-    assert terminal.last == {"base": Answer()}
+    def type_lines(*lines):
+        to_come = iter(lines)
+
+        def read(_prompt):
+            line = next(to_come, None)
+            if line is None:
+                raise EOFError
+            return line() if callable(line) else line
+
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+
+    return type_lines
+
+
+def test_ctrl_c_stops_the_answers_to_one_question_only(capsys, typed):
+    chat = Scripted(base=(press_ctrl_c(piece) for piece in ["I ", "am"]), tuned=["b</think>yes"])
+    typed("Why?", "/base", "Why?")
+    Terminal(chat, True).talk()
+    help_line, *lines = lines_of(capsys)
+    assert help_line == HELP and lines[2:4] == ["(stopped)", "the tuned model alone"] and lines[-1] == "yes"
+    assert chat.asked == ["base", "tuned"]
+
+
+def test_ctrl_c_at_any_other_moment_gives_the_hint(capsys, typed, monkeypatch):
+    typed(press_ctrl_c, "/base", press_ctrl_c, "/exit")
+    terminal = Terminal(Scripted(tuned=["b</think>yes"]), False)
+    command = terminal._command
+    monkeypatch.setattr(terminal, "_command", lambda line: command(press_ctrl_c(line)))  # neither an answer nor a prompt
+    terminal.talk()
+    hint = ["", "/exit leaves"]
+    assert lines_of(capsys) == [HELP, *hint, "the base model answers too", *hint, *hint]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_ends_a_list_of_questions_after_the_answer_stopped(capsys):
+    chat = Scripted(tuned=(press_ctrl_c(piece) for piece in ["b</think>yes", "no"]))
+    with pytest.raises(KeyboardInterrupt):
+        Terminal(chat, False, iter(["Why?", "And then?"])).talk()
+    assert lines_of(capsys)[-1] == "(stopped)" and chat.asked == ["tuned"]
+
+
+def test_show_names_a_model_stopped_before_its_first_word(typed):
+    typed("Why?")
+    terminal = Terminal(Scripted(base=iter(press_ctrl_c, "")), True)
+    terminal.talk()
+    assert terminal.last == {"base": Answer(done=True)}
 
 
 def test_an_empty_question_given_as_an_option_is_an_error():
     with pytest.raises(ChatError, match="is empty"):
-        Terminal(Scripted(), False).talk(iter([""]))
+        Terminal(Scripted(), False, iter([""])).talk()
 
 
 @pytest.mark.parametrize(
