@@ -135,13 +135,12 @@ class Terminal:
 
     def _ask(self, question: str) -> bool:
         """Show the answers to one question. Returns True if Ctrl-C stopped them."""
-        from medcot_utils.models.chat import NO_ANSWER, Answer, choose_sides
+        from medcot_utils.models.chat import NO_ANSWER, choose_sides
 
         self._stop = stop = threading.Event()
         try:
             self.last = {}
             for who in choose_sides(self.base_too):
-                self.last[who] = Answer()
                 with contextlib.closing(self.chat.stream(question, who, stop)) as growing:
                     if self.base_too:
                         self.console.print(f"[{who}]", style="bold")
