@@ -32,17 +32,20 @@ demo: $(INSTALLED) ## install, then run the seven notebooks on the embedded defa
 
 # Tiers of tests (tests/README.md). A tier of its own gets a target of its own here, so that quick and test keep their limits:
 # 2 and 25 minutes on two cores.
-.PHONY: suite
+.PHONY: suite sessions
 # Two workers take whole files, in the order that tests/conftest.py gives them: the slowest first.
 PYTEST := $(BIN)/python -m pytest -p no:nbval -n 2 --dist loadfile --no-loadscope-reorder
 LIGHT := not (model or embedded or series or server or browser or gpu)
 quick: lint ## lint, then every test that loads no model and starts no notebook, server or browser (2 minutes)
 	$(PYTEST) tests/unit -m "$(LIGHT)"
 
-test: suite nbval ## everything that needs no GPU: all tests, then the committed notebooks (25 minutes)
+test: suite nbval ## all tests, then the committed notebooks (25 minutes); whole sessions are `make sessions`
 
-suite: $(INSTALLED) ## all tests under tests/, two files at a time
-	$(PYTEST) tests
+suite: $(INSTALLED) ## all tests under tests/ but its sessions, two files at a time
+	$(PYTEST) tests -m "not session"
+
+sessions: $(INSTALLED) ## whole series made from nothing: as Kaggle runs them, from a wheel, in two processes, killed (13 minutes)
+	$(PYTEST) tests/sessions
 
 nbval: $(INSTALLED) ## execute the committed notebooks and compare their marked outputs
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(ON_CPU) MEDCOT_RUN_DIR="$$folder/notebooks" \

@@ -47,18 +47,21 @@ TESTS = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark by folder what starts a server, a browser or notebooks, and begin with the files that take longest.
+    """Mark by folder what starts a session, a server, a browser or notebooks, and begin with the files that take longest.
 
     xdist hands out whole files in this order (`--dist loadfile --no-loadscope-reorder`), so that no long one comes last."""
     for item in items:
         tier = item.path.relative_to(TESTS).parts[0]
         if tier in ("series", "gpu"):
             item.add_marker(tier)
+        elif tier == "sessions":
+            item.add_marker("series")
+            item.add_marker("session")
         elif tier == "services":
             item.add_marker("server")
             if any(hasattr(item.module, name) for name in ("CHROMIUM", "Browser")):
                 item.add_marker("browser")
-    slow = [item.path for item in items if item.get_closest_marker("series") and item.path.parent.name in ("series", "services")]
+    slow = [item.path for item in items if item.get_closest_marker("series") and item.path.parent.name in ("series", "sessions")]
     first = {path: rank for rank, path in enumerate(sorted(set(slow), key=_longest_first))}
     heavy = {item.path for item in items if item.get_closest_marker("model") or item.get_closest_marker("embedded")}
     items.sort(key=lambda item: (first.get(item.path, len(first)), item.path not in heavy))

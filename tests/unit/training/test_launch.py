@@ -1,4 +1,4 @@
-"""Several processes from a notebook: which failure is told, and what follows on it. The launch itself is in tests/series."""
+"""Several processes from a notebook: which failure is told, and what follows on it. The launch itself is in tests/sessions."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_an_ended_process_is_reported_if_there_is_no_other(end):
 
 # --- the agent -----------------------------------------------------------------------------------------------------
 
-# The real torchrun over processes that raise or are killed is in tests/series/test_processes.py.
+# The real torchrun over processes that raise or are killed is in tests/sessions/test_processes.py.
 WORKER = """
 import os, sys, time
 if os.environ["RANK"] == "1":

@@ -14,8 +14,6 @@ from wheels import build, copy_of_the_project
 
 from medcot_utils.run.artifacts import STEPS
 
-pytestmark = pytest.mark.series
-
 
 @pytest.fixture
 def installed(tmp_path):

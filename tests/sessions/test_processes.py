@@ -21,8 +21,6 @@ from medcot_utils.run.directory import Run
 from medcot_utils.training.launch import train_in_processes
 from medcot_utils.training.trainer import TrainingError, checkpoint_fault
 
-pytestmark = pytest.mark.series
-
 MEDCOT = Path(sys.executable).with_name("medcot")
 SETTINGS = ["training.max_steps=20", "training.save_steps=5", "training.eval_steps=10"]
 # What notebook 05 calls, without the rest of it, in a process that can be killed.

@@ -21,8 +21,6 @@ from medcot_utils.run.directory import Run
 from medcot_utils.series.kaggle import build, client
 from medcot_utils.series.kaggle.earlier import RUN_NAME, copy_run, find_earlier
 
-pytestmark = pytest.mark.series
-
 ROOT = Path(__file__).parents[2]
 # What a Kaggle image has of itself; everything else the pushed notebook must bring.
 BARE = ("papermill", "ipykernel")

@@ -14,8 +14,6 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.series
-
 MEDCOT = Path(sys.executable).with_name("medcot")
 SETTINGS = ("--set", "training.max_steps=40", "--set", "training.save_steps=5")
 

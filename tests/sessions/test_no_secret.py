@@ -26,8 +26,6 @@ from kaggle_server import KaggleServer
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.series.runner import notebooks_dir
 
-pytestmark = pytest.mark.series
-
 MARK = "mArKeDsEcReT"  # in the middle of each, so that a shortened one is found too
 PLACES = {
     "HF_TOKEN": f"hf_env{MARK}hub0000000000000000",
