@@ -32,7 +32,7 @@ demo: $(INSTALLED) ## install, then run the seven notebooks on the embedded defa
 
 # Tiers of tests (tests/README.md). A tier of its own gets a target of its own here, so that quick and test keep their limits:
 # 2 and 25 minutes on two cores.
-.PHONY: suite sessions
+.PHONY: suite sessions campaign
 # Two workers take whole files, in the order that tests/conftest.py gives them: the slowest first.
 PYTEST := $(BIN)/python -m pytest -p no:nbval -n 2 --dist loadfile --no-loadscope-reorder
 LIGHT := not (model or embedded or series or server or browser or gpu)
@@ -42,10 +42,15 @@ quick: lint ## lint, then every test that loads no model and starts no notebook,
 test: suite nbval ## all tests, then the committed notebooks (25 minutes); whole sessions are `make sessions`
 
 suite: $(INSTALLED) ## all tests under tests/ but its sessions, two files at a time
-	$(PYTEST) tests -m "not session"
+	$(PYTEST) tests -m "not session and not campaign"
 
 sessions: $(INSTALLED) ## whole series made from nothing: as Kaggle runs them, from a wheel, in two processes, killed (13 minutes)
 	$(PYTEST) tests/sessions
+
+# SEED repeats a campaign; CASES and SERIES are how many cases it draws for the preparation and for the whole series.
+campaign: $(INSTALLED) ## [SEED=] [CASES=180] [SERIES=20]: generated settings, files and paths against the series (20 minutes)
+	MEDCOT_SEED=$(SEED) MEDCOT_CASES=$(CASES) MEDCOT_SERIES=$(SERIES) \
+	  $(BIN)/python -m pytest -p no:nbval -n 3 --dist load tests/campaign
 
 nbval: $(INSTALLED) ## execute the committed notebooks and compare their marked outputs
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(ON_CPU) MEDCOT_RUN_DIR="$$folder/notebooks" \

@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     xdist hands out whole files in this order (`--dist loadfile --no-loadscope-reorder`), so that no long one comes last."""
     for item in items:
         tier = item.path.relative_to(TESTS).parts[0]
-        if tier in ("series", "gpu"):
+        if tier in ("series", "gpu", "campaign"):
             item.add_marker(tier)
         elif tier == "sessions":
             item.add_marker("series")
