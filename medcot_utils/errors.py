@@ -4,6 +4,17 @@
 class MedcotError(Exception):
     """Something the user can fix. The message says what is wrong, what was expected, and what to do."""
 
+    def __str__(self) -> str:
+        """Return the message as one line of printable characters: it may quote data or another library that are neither."""
+        line = " ".join(part.strip() for part in super().__str__().splitlines())
+        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+
+
+def quote(value: object, limit: int = 80) -> str:
+    """Return a value as a message quotes it: its repr, cut in the middle to about `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
 
 class PlatformError(MedcotError):
     """This machine cannot run what was asked for; the message says what is missing and what to do."""
