@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from medcot_utils.config import DatasetSettings, RunConfig
 from medcot_utils.data.contamination import Repeat, normalize
+from medcot_utils.data.files import DataError, as_text, is_whole, read_file
 from medcot_utils.data.prompts import ARTICLE_ANSWER, ARTICLE_QUESTION
-from medcot_utils.errors import MedcotError
 from medcot_utils.run.artifacts import SHIPPED_CASES
 
 if TYPE_CHECKING:
@@ -20,11 +19,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TEXT_COLUMNS = ("Question", "Complex_CoT", "Response")
-_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-
-
-class DataError(MedcotError):
-    """Say why the data cannot be used: the file, row or column, what was expected and what to do."""
+_LABELS = ("id", "specialty", "split")
+_SHOWN_COLUMNS = 20
+# What stands for a text that Arrow cannot hold beside the others, and says why `validate_rows` drops its row.
+_NOT_A_STRING, _HALF_A_CHARACTER = "\0is not a string", "\0holds half a character"
 
 
 class Row(TypedDict):
@@ -64,15 +62,22 @@ def load_rows(settings: DatasetSettings) -> Dataset:
     """Return all rows (see `Row`) of `settings.path`, of the shipped cases, or of the Hub at the pinned revision.
 
     Raises DataError if the file is missing, empty, unreadable, lacks a column or does not match `settings.sha256`."""
-    if settings.path:
-        rows = _read_file(Path(settings.path))
-    elif settings.name == "shipped":
-        rows = _read_file(SHIPPED_CASES)
+    from datasets import Dataset
+
+    if settings.path or settings.name == "shipped":
+        held = read_file(Path(settings.path or SHIPPED_CASES), lambda names: _choose_columns(names, settings))
+        cells = {new: held[old] for old, new in _choose_columns([*held], settings).items()}
+        texts = {name: [_clean_text(cell) for cell in cells[name]] for name in TEXT_COLUMNS}
+        labels = {name: _clean_labels(name, cells[name]) for name in _LABELS if name in cells}
+        rows = Dataset.from_dict(texts | labels)
     else:
-        rows = _load_from_hub(settings)
-    rows = _map_columns(rows, settings)
-    if "id" in rows.column_names and len(set(rows["id"])) < len(rows):
-        rows = rows.remove_columns("id")  # ids must tell answers and losses apart
+        held = _load_from_hub(settings)
+        chosen = _choose_columns(held.column_names, settings)
+        rows = held.select_columns([*chosen]).rename_columns({old: new for old, new in chosen.items() if old != new})
+        for name in [name for name in _LABELS if name in rows.column_names]:
+            names = getattr(held.features[name], "names", None)  # of a ClassLabel, whose cells are numbers
+            labels = _clean_labels(name, [cell if names is None or cell is None else names[cell] for cell in held[name]])
+            rows = rows.remove_columns(name).add_column(name, labels)
     if "id" not in rows.column_names:
         rows = rows.add_column("id", [f"row-{index}" for index in range(len(rows))])
     return rows
@@ -136,63 +141,47 @@ def check_data(config: RunConfig) -> str:
     return f"{len(train)} rows to train on, {len(held_out)} held out, {asked} of them to be asked"
 
 
-def _read_file(path: Path) -> Dataset:
-    import pandas as pd
-    from datasets import Dataset
-
-    if path.suffix not in _SUFFIXES:
-        raise DataError(f"dataset.path {path.name}: expected a file ending in {', '.join(_SUFFIXES)}")
-    if not path.is_file():
-        raise DataError(f"dataset.path {path}: no such file")
-    if path.stat().st_size == 0:
-        raise DataError(f"dataset.path {path.name}: the file is empty")
-    try:
-        if path.suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        elif path.suffix == ".csv":
-            frame = pd.read_csv(path, keep_default_na=False)
-        else:
-            frame = pd.DataFrame(_read_json(path))
-    except (ValueError, OSError) as error:  # pandas', pyarrow's and json's parse errors are all ValueErrors
-        raise DataError(f"dataset.path {path.name}: not valid {path.suffix[1:]} ({error})") from error
-    if frame.empty:
-        raise DataError(f"dataset.path {path.name}: the file holds no rows")
-    # Rows of mixed types (a number among the texts) must reach validation, which counts them, and not stop Arrow.
-    for column in frame.columns:
-        if frame[column].map(type).nunique() > 1:
-            frame[column] = frame[column].map(lambda value: value if isinstance(value, str) else f"\0{value!r}")
-    return Dataset.from_pandas(frame, preserve_index=False)
-
-
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):  # str.splitlines would cut texts at U+2028 and its like
-            try:
-                rows.extend([json.loads(line)] if line.strip() else [])
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
-    else:
-        rows = json.loads(text)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("expected a list of objects")
-    return rows
-
-
-def _map_columns(rows: Dataset, settings: DatasetSettings) -> Dataset:
+def _choose_columns(names: Sequence[str], settings: DatasetSettings) -> dict[str, str]:
+    """Return {column in the data: its name here}. Raises DataError for a column that is missing or mapped twice."""
     wanted = settings.columns.model_dump()
-    missing = {key: column for key, column in wanted.items() if column not in rows.column_names}
-    if missing:
+    for key, column in wanted.items():
+        if others := [f"dataset.columns.{other}" for other in wanted if other != key and wanted[other] == column]:
+            raise DataError(f"dataset.columns.{key} and {', '.join(others)} all name {column!r}: each text needs its own column")
+    if missing := {key: column for key, column in wanted.items() if column not in names}:
         source = Path(settings.path).name if settings.path else settings.name
-        key, column = next(iter(missing.items()))
+        columns = f"column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing.values()))}"
+        held = ", ".join(names[:_SHOWN_COLUMNS]) + f" and {len(names) - _SHOWN_COLUMNS} more" * (len(names) > _SHOWN_COLUMNS)
         raise DataError(
-            f"{source} has no column {column!r} (it has {', '.join(rows.column_names)}): name yours with "
-            f"--set dataset.columns.{key}=NAME"
+            f"{source} has no {columns} (it has {held}): name yours with "
+            f"{' '.join(f'--set dataset.columns.{key}=NAME' for key in missing)}"
         )
-    keep = [*wanted.values(), *(c for c in ("id", "specialty", "split") if c in rows.column_names and c not in wanted.values())]
-    renames = {old: new for old, new in zip(wanted.values(), TEXT_COLUMNS, strict=True) if old != new}
-    return rows.select_columns(keep).rename_columns(renames)
+    texts = dict(zip(wanted.values(), TEXT_COLUMNS, strict=True))
+    return texts | {name: name for name in ("id", "specialty", "split") if name in names and name not in texts}
+
+
+def _clean_text(cell: object) -> str:
+    """Return a text as it is, and for anything else a mark that `validate_rows` counts: Arrow would stop at mixed types."""
+    if not isinstance(cell, str):
+        return _NOT_A_STRING
+    if not is_whole(cell):
+        return _HALF_A_CHARACTER
+    return cell
+
+
+def _clean_ids(cells: Sequence[object]) -> list[int] | list[str]:
+    """Return ids that tell answers and losses apart: the given ones, or `row-N` for one that is missing and for all if some
+    stand twice."""
+    numbers = all(type(cell) is int and abs(cell) < 2**63 for cell in cells)
+    ids = list(cells) if numbers else [as_text(cell) or f"row-{index}" for index, cell in enumerate(cells)]
+    return ids if len(set(ids)) == len(ids) else [f"row-{index}" for index in range(len(ids))]
+
+
+def _clean_labels(name: str, cells: Sequence[object]) -> list[int] | list[str]:
+    """Return the cells of id, specialty or split. Raises DataError for a list or an object."""
+    try:
+        return _clean_ids(cells) if name == "id" else [as_text(cell) for cell in cells]
+    except ValueError as error:
+        raise DataError(f"the column `{name}` cannot be used, a row {error}. Rename it if it means something else") from error
 
 
 # --- validate ------------------------------------------------------------------------------------------------------
@@ -239,8 +228,8 @@ def validate_rows(rows: Dataset, special_tokens: Sequence[str] = ()) -> tuple[Da
 def _find_fault(row: Row, forbidden: Sequence[str]) -> str | None:
     for column in TEXT_COLUMNS:
         value = row[column]
-        if not isinstance(value, str) or value.startswith("\0"):
-            return f"{column} is not a string"
+        if not isinstance(value, str) or value in (_NOT_A_STRING, _HALF_A_CHARACTER):
+            return f"{column} {(value if isinstance(value, str) else _NOT_A_STRING)[1:]}"
         if not value.strip():
             return f"{column} is empty"
         for token in forbidden:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from datasets import Dataset
 
@@ -171,6 +173,13 @@ def test_normalize_keeps_letters_and_digits_only():
 @pytest.mark.parametrize(("one", "other"), [("दिल", "दाल"), ("กัน", "กิน")], ids=["Hindi", "Thai"])
 def test_normalize_tells_words_apart_that_differ_in_a_vowel_sign(one, other):
     assert normalize(one) != normalize(other)
+
+
+@pytest.mark.parametrize("marks", ["\u0301\u0316", "\u0308\u0301", "\uff9e\u0316", "\u0344\u0316"], ids=ascii)
+def test_normalize_takes_linear_time_over_combining_marks(marks):
+    began = time.process_time()
+    assert normalize("e\u0301" + "x" + marks * 50_000) == normalize("É" + "X" + marks * 50_000)
+    assert time.process_time() - began < 2  # canonical ordering of one long run takes minutes
 
 
 def test_normalize_joins_a_letter_and_its_accent():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -47,6 +50,16 @@ def record(thinking="so", answer="the mitral valve", **changes):
 )
 def test_a_bullet_list_is_two_lines_with_a_bullet_or_a_number(answer, expected):
     assert is_bullet_list(answer) is expected
+
+
+@pytest.mark.parametrize("blank", ["\n", "\n ", "\r\n", " ", "- \n", "1", "x\n"], ids=repr)
+def test_the_form_of_odd_long_texts_is_found_in_linear_time(blank):
+    began = time.process_time()
+    for text in (blank * 60_000, f"- aspirin{blank * 60_000}\n- rest"):
+        is_bullet_list(text)
+        count_paragraphs(text)
+    assert is_bullet_list("\n" * 60_000 + "\r\n\n - aspirin\n\n \n\x85 - rest")
+    assert time.process_time() - began < 2  # searches that begin anew at each blank line take minutes
 
 
 @pytest.mark.parametrize(
@@ -133,6 +146,19 @@ def test_chrf_is_1_for_equal_and_0_for_unlike_or_empty_texts():
     # One letter of two: precision 1, recall 1/2, and recall counts twice: 5 x 1 x 1/2 / (4 x 1 + 1/2).
     assert chrf("a", "ab") == pytest.approx(5 / 9)
     assert chrf("The aortic valve", REFERENCE) < chrf("The mitral valve", REFERENCE) < chrf("The mitral valve is", REFERENCE) < 1
+
+
+def test_rouge_l_of_long_texts_takes_little_memory_and_time():
+    words = NORMAL.split()
+    answer, reference = " ".join(words * 30), " ".join(words * 1500)
+    began = time.process_time()
+    tracemalloc.start()
+    try:
+        assert rouge_l(answer, reference) == pytest.approx(2 * (30 / 1500) / (1 + 30 / 1500))
+        assert tracemalloc.get_traced_memory()[1] < 100e6  # a table of words against words takes a gigabyte
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - began < 10
 
 
 def test_chrf_sees_inflected_words_that_rouge_l_misses():
