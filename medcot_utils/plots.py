@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -42,13 +43,21 @@ def _points(log: LossLog, key: str) -> Iterable[tuple[float, ...]]:
     return zip(*((entry["step"], float(entry[key])) for entry in log if key in entry), strict=True)
 
 
+def _say(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
+
+
 def loss_figure(log: LossLog) -> Figure:
     """Draw the training loss over optimizer steps, and the held-out loss if the log has it. Loss in nats per token."""
     figure, axes = _figure("Loss during fine-tuning", "optimizer step", "loss (nats per token)")
-    axes.plot(*_points(log, "loss"), color=TUNED, marker="o", markersize=3.5, label="training rows")
+    if trained := [*_points(log, "loss")]:
+        axes.plot(*trained, color=TUNED, marker="o", markersize=3.5, label="training rows")
     if held_out := [*_points(log, "eval_loss")]:
         axes.plot(*held_out, color=ACCENT, marker="s", markersize=5, linestyle="--", label="held-out rows")
-    axes.legend(frameon=False)
+    if trained or held_out:
+        axes.legend(frameon=False)
+    else:
+        _say(axes, "no loss was logged")
     return figure
 
 
@@ -87,27 +96,35 @@ _PANELS = (
 
 
 def comparison_figure(metrics: Metrics) -> Figure:
-    """Draw base and tuned side by side with their intervals: loss, the three rates and ROUGE-L, lengths."""
+    """Draw base and tuned side by side with their intervals: loss, the three rates and ROUGE-L, lengths.
+
+    A metric that was not measured is left out, and so is a bar that would have no finite height."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     figure = Figure(figsize=(9.2, 3.4), layout="constrained", dpi=110)
-    for axes, (title, unit, names) in zip(figure.subplots(1, 3, width_ratios=[1, 2.6, 1.5]), _PANELS, strict=True):
-        for offset, side, color in ((-0.2, "base", BASE), (0.2, "tuned", TUNED)):
-            estimates = [metrics[name][side] for name in names]
+    sides = ((-0.2, "base", BASE), (0.2, "tuned", TUNED))
+    for axes, (title, unit, labels) in zip(figure.subplots(1, 3, width_ratios=[1, 2.6, 1.5]), _PANELS, strict=True):
+        names = [name for name in labels if name in metrics]
+        for offset, side, color in sides:
+            drawn = [index for index, name in enumerate(names) if math.isfinite(metrics[name][side]["value"])]
+            estimates = [metrics[names[index]][side] for index in drawn]
             values = [estimate["value"] for estimate in estimates]
             # Without an interval the bar has none: it ends where the value is.
             low, high = (
                 [abs(one["value"] - (one["value"] if one[end] is None else one[end])) for one in estimates]
                 for end in ("low", "high")
             )
-            places = [index + offset for index in range(len(values))]
-            axes.bar(places, values, 0.38, color=color, label=side)
+            places = [index + offset for index in drawn]
+            axes.bar(places, values, 0.38, color=color)
             axes.errorbar(places, values, yerr=[low, high], fmt="none", ecolor=GREY, capsize=3, linewidth=1)
-        axes.set(title=title, ylabel=unit, xticks=range(len(names)), xticklabels=list(names.values()))
+        if not axes.patches:
+            _say(axes, "none measured")
+        axes.set(title=title, ylabel=unit, xticks=range(len(names)), xticklabels=[labels[name] for name in names])
         axes.set_ylim(bottom=0)
         _tidy(axes)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    handles = [Patch(color=color, label=side) for _, side, color in sides]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

@@ -62,7 +62,7 @@ class Desk:
         progress = f"{len(self.judged)} of {len(self.pairs)} judged"
         if pair is None:
             return f"<p>{progress}. That was the last one: this page can be closed.</p>"
-        tags = [pair.question["specialty"], "" if pair.question["scored"] else "shown, not scored"]
+        tags = [str(pair.question["specialty"]), "" if pair.question["scored"] else "shown, not scored"]
         if grade := self.judged.get(pair.id):
             said = dict(zip(pair.shown, "ab", strict=True)).get(grade.verdict, grade.verdict)
             tags.append(f"you said: {CHOICES[said]}")

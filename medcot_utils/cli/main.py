@@ -165,12 +165,16 @@ def _print_status(found: Status, run_dir: Path) -> None:
         seconds = "" if step["seconds"] is None else f"{step['seconds']:.0f}"
         steps.add_row(step["name"], step["state"] + (f": {step['error']}" if step["error"] else ""), seconds, *cells)
     console.print(steps)
+    compared = next(step["state"] == "done" for step in found["steps"] if step["name"] == "06_comparison")
     if found["metrics"]:
         metrics = Table("metric", "base", "tuned", "difference", "verdict", title="before and after", title_justify="left")
         for name, metric in found["metrics"].items():
             cells = [format_interval(metric[side]) for side in ("base", "tuned", "difference")]
             metrics.add_row(METRICS[name].label, *cells, verdict(name, metric))
         console.print(metrics)
+    elif compared:
+        console.print("before and after: none of the headline metrics was measured")
+    if found["metrics"] or compared:
         console.print(
             f"report: {run_dir / ARTIFACTS['report'].file}\nexecuted notebooks: {run_dir / 'notebooks'}/", highlight=False
         )

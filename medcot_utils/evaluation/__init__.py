@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "compare_sampled",
             "metrics_table",
             "conclusions",
+            "describe_counting",
             "needed_table",
             "Measured",
         ],

@@ -112,7 +112,7 @@ def _decide(claim: Claim, metrics: Metrics, sampled: Metrics) -> str:
     differences = {name: metrics[name]["difference"] for name in claim.expected}
     n = min(difference["n"] for difference in differences.values())
     cannot_tell = f"{CANNOT_TELL} with {n} questions" + (" that both answered" if claim.of_answers else "")
-    if n < FEWEST_QUESTIONS:
+    if n < FEWEST_QUESTIONS or any(difference["low"] is None for difference in differences.values()):
         return cannot_tell
     for name, sign in claim.expected.items():
         if is_clear(differences[name]) and sign * differences[name]["value"] < 0:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from medcot_utils.config import EvaluationSettings, RunConfig
+from medcot_utils.data.words import counts_characters
 from medcot_utils.evaluation.intervals import (
     Array,
     Difference,
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from medcot_utils.models.generation import AnswerRecord
     from medcot_utils.models.losses import RowLoss
 
+_COUNTED_BY_CHARACTER = (
+    "Words are counted by white space. Chinese, Japanese, Thai and some other scripts have none between words: there each "
+    "character counts as a word, in lengths, repetition and ROUGE-L."
+)
 _NEVER_TESTED = """- whether an answer is medically right: no metric here reads for that
 - anything about questions unlike these, or about patients"""
 
@@ -167,7 +172,8 @@ def _compare_statistics(
     """Compare a statistic of both models. `changes`: what it changed by from base to tuned, question by question."""
     n = len(changes)
     difference = estimate(lambda drawn: tuned(drawn) - base(drawn), n, settings, seed)
-    spread = float(np.std(changes, ddof=1)) if n > 1 else 0.0
+    with np.errstate(all="ignore"):
+        spread = float(np.std(changes, ddof=1)) if n > 1 else 0.0
     needed = questions_needed(spread, difference["value"], settings.confidence_level)
     return {
         "base": estimate(base, n, settings, seed),
@@ -190,6 +196,12 @@ class MetricLine:
     verdict: str
 
 
+def describe_counting(questions: Sequence[AnsweredQuestion]) -> list[str]:
+    """Return what a reader must know of how these questions' texts were counted, one note a line; nothing for most scripts."""
+    texts = [text for one in questions for text in (one.question["Response"], *(a["answer"] for a in one.greedy.values()))]
+    return [_COUNTED_BY_CHARACTER] if any(map(counts_characters, texts)) else []
+
+
 def metric_lines(metrics: Metrics) -> list[MetricLine]:
     """Return a line for every metric: values with their intervals, and the verdict."""
     return [
@@ -207,6 +219,8 @@ def verdict(name: str, metric: ComparedMetric) -> str:
 
     It goes by interval and test alone."""
     difference = metric["difference"]
+    if not np.isfinite(difference["value"]):
+        return "can't tell: not a finite number"
     if not is_clear(difference):
         return f"no difference shown with {difference['n']} questions"
     direction = "rose" if difference["value"] > 0 else "fell"
@@ -249,7 +263,9 @@ def needed_table(metrics: Metrics, confidence_level: float, sizes: Sequence[floa
             needed = [questions_needed(found["spread"], size, confidence_level) for size in sizes]
         of_sizes = {f"for {size:.2f}": number for size, number in zip(sizes, needed, strict=True)}
         lines.append({"metric": METRICS[name].label, "found": f"{found['value']:.2f}", "for that": found["needed"]} | of_sizes)
-    table = pd.DataFrame(lines).set_index("metric")
+    table = pd.DataFrame(lines, columns=["metric", "found", "for that", *(f"for {size:.2f}" for size in sizes)]).set_index(
+        "metric"
+    )
     return table.astype(dict.fromkeys(table.columns[1:], "Int64"))
 
 
@@ -262,4 +278,4 @@ def metrics_table(metrics: Metrics) -> pd.DataFrame:
         | {"verdict": line.verdict}
         for line in metric_lines(metrics)
     ]
-    return pd.DataFrame(lines).set_index("metric")
+    return pd.DataFrame(lines, columns=["metric", "base", "tuned", "difference", "verdict"]).set_index("metric")

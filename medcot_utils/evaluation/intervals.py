@@ -21,7 +21,7 @@ _EXACT_POWER_UP_TO = 5000
 class Estimate(TypedDict):
     """Hold a number measured on `n` questions, with its interval at evaluation.confidence_level.
 
-    low, high: None if one question is all there is, or none."""
+    low, high: None if one question is all there is, or none, and if the value is no finite number."""
 
     value: float
     low: float | None
@@ -66,18 +66,19 @@ def estimate(statistic: Statistic, n: int, settings: EvaluationSettings, seed: i
     from scipy.stats import bootstrap
 
     questions = np.arange(n)
-    value = float(statistic(questions))
-    if n < 2:
-        return {"value": value, "low": None, "high": None, "n": n}
-    found = bootstrap(
-        (questions,),
-        lambda drawn, axis: statistic(drawn),
-        vectorized=True,
-        n_resamples=settings.n_resamples,
-        confidence_level=_expanded(settings.confidence_level, n),
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    with np.errstate(all="ignore"):  # a diverged model's loss or perplexity is no finite number
+        value = float(statistic(questions))
+        if n < 2 or not math.isfinite(value):
+            return {"value": value, "low": None, "high": None, "n": n}
+        found = bootstrap(
+            (questions,),
+            lambda drawn, axis: statistic(drawn),
+            vectorized=True,
+            n_resamples=settings.n_resamples,
+            confidence_level=_expanded(settings.confidence_level, n),
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
     return {"value": value, "low": float(found.low), "high": float(found.high), "n": n}
 
 
@@ -91,11 +92,11 @@ def questions_needed(spread: float, difference: float, confidence_level: float =
     """Return how many questions a paired comparison needs to show a mean difference of this size with this power.
 
     By the normal approximation: ((z_confidence + z_power) x spread / difference)^2, where `spread` is the standard
-    deviation of the difference between questions; at least FEWEST_QUESTIONS, and None if nothing differs.
+    deviation of the difference between questions; at least FEWEST_QUESTIONS. None if nothing differs, or by no finite number.
     Source: Chow, Shao and Wang, "Sample Size Calculations in Clinical Research", 3.1."""
     from scipy.stats import norm
 
-    if difference == 0 or spread == 0:
+    if not difference or not spread or not math.isfinite(spread / difference):
         return None
     z = norm.ppf(0.5 + confidence_level / 2) + norm.ppf(power)
     return max(FEWEST_QUESTIONS, math.ceil((z * spread / difference) ** 2))

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from medcot_utils.data.contamination import normalize
+from medcot_utils.data.words import split_words
 from medcot_utils.errors import MedcotError
 
 if TYPE_CHECKING:
@@ -68,13 +70,16 @@ METRICS: dict[str, Metric] = {
 }
 # A model that never closes its tag has no answer: its style is read off what it wrote last, which is its thinking.
 
-# The indent stays on its line: over blank lines, the search would begin anew at each of them.
-_BULLET = re.compile(r"^[^\S\n]*(?:[-*•]|\d+[.)])\s+\S", re.MULTILINE)
+# A bullet, a number or both in bold; in Chinese and Japanese the marks stand right before the text. The indent stays on its
+# line: over blank lines, the search would begin anew at each of them.
+_SPACED = r"[-+*•‣◦▪●○■□–—]|(?:\*\*|__)?(?:\d+[.)]|\(\d+\))(?:\*\*|__)?"
+_UNSPACED = r"(?:\*\*|__)?(?:(?:\d+|[一二三四五六七八九十]+)[、．]|（(?:\d+|[一二三四五六七八九十]+)）|[①-⑳])|[・·]"
+_BULLET = re.compile(rf"^[^\S\n]*(?:(?:{_SPACED})\s+|(?:{_UNSPACED})\s*)\S", re.MULTILINE)
 _REPEATED_WORDS = 4
 
 
 def is_bullet_list(text: str) -> bool:
-    """Return True for two or more lines that begin with a bullet or a number.
+    """Return True for two or more lines that begin with a bullet or a number, as in `- a`, `1. a`, `**1. a**` or `1、a`.
 
     That is what the article says the base model does."""
     return len(_BULLET.findall(text)) >= 2
@@ -87,21 +92,27 @@ def count_paragraphs(text: str) -> int:
 
 def repetition(text: str) -> float:
     """Return the share of 4-word sequences that stood in the text before; 0 for a shorter text. A loop comes near 1."""
-    words = text.lower().split()
+    words = split_words(text.lower())
     sequences = [tuple(words[i : i + _REPEATED_WORDS]) for i in range(len(words) - _REPEATED_WORDS + 1)]
     return 1 - len(set(sequences)) / len(sequences) if sequences else 0.0
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """Return ROUGE-L F1 (rouge-score's stemmed tokens) of an answer against the reference response; 0 for an empty answer."""
+    """Return ROUGE-L F1 of an answer against the reference response; 0 for an empty answer.
+
+    rouge-score's own words are those of ASCII letters alone. These are the same for ASCII texts, and words of any script for
+    others; all are stemmed as there (Porter's stemmer, words of more than 3 letters)."""
+    from nltk.stem.porter import PorterStemmer
     from rapidfuzz.distance import LCSseq
     from rouge_score.scoring import fmeasure
-    from rouge_score.tokenizers import DefaultTokenizer
 
-    ours, theirs = map(DefaultTokenizer(use_stemmer=True).tokenize, (answer, reference))
+    stemmer = PorterStemmer()
+    ours, theirs = (
+        [stemmer.stem(word) if len(word) > 3 else word for word in split_words(normalize(text))] for text in (answer, reference)
+    )
     if not ours or not theirs:
         return 0.0
-    # rouge-score's own table of words against words takes a gigabyte and minutes for a text of some thousand lines.
+    # Not rouge-score's table of words against words, which takes a gigabyte for a text of some thousand lines.
     common = LCSseq.similarity(ours, theirs)
     return fmeasure(common / len(ours), common / len(theirs))
 
@@ -125,10 +136,10 @@ def measure_answer(record: AnswerRecord, reference: str) -> dict[str, float]:
         "finished_rate": float(record["finished"]),
         "answered_rate": float(bool(answer.strip())),
         "thinking_tokens": float(record["thinking_tokens"]),
-        "thinking_words": float(len(thinking.split())),
+        "thinking_words": float(len(split_words(thinking))),
         "answer_tokens": float(record["answer_tokens"]),
-        "answer_words": float(len(answer.split())),
-        "completion_words": float(len(thinking.split()) + len(answer.split())),
+        "answer_words": float(len(split_words(answer))),
+        "completion_words": float(len(split_words(thinking)) + len(split_words(answer))),
         "bullet_rate": float(is_bullet_list(written)),
         "one_paragraph_rate": float(count_paragraphs(written) == 1 and not is_bullet_list(written)),
         "repetition": repetition(f"{thinking} {answer}"),

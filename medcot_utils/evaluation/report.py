@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from medcot_utils import plots
 from medcot_utils.config import RunConfig, setting_names
 from medcot_utils.data.contamination import contaminated
+from medcot_utils.data.words import split_words
 from medcot_utils.evaluation.comparison import MetricLine, compare_all, metric_lines
 from medcot_utils.evaluation.grades import describe_grades, summarize_grades
 from medcot_utils.evaluation.metrics import chrf, is_bullet_list
@@ -71,7 +72,8 @@ def build_report(*runs: Run) -> str:
         differences=_differences(shown) if several else {},
         tuned=_tuned_compared(shown) if several else None,
         questions=questions,
-        specialties=sorted({one.question["specialty"] for one in questions} - {""}),
+        # As text: a data set may number its specialties.
+        specialties=sorted({str(one.question["specialty"]) for one in questions} - {""}),
         outcomes=sorted({one.outcome for one in questions}),
     )
 
@@ -360,13 +362,13 @@ def _outcome(labels: Sequence[str], records: Sequence[AnswerRecord], n_runs: int
 
 
 def _shown_answer(label: str, record: AnswerRecord, base: AnswerRecord | None) -> _ShownAnswer:
-    thinking, answer = len(record["thinking"].split()), len(record["answer"].split())
+    thinking, answer = len(split_words(record["thinking"])), len(split_words(record["answer"]))
     marks = [] if record["well_formed"] else ["does not close the tag properly"]
     if not record["finished"]:
         marks.append("cut off")
     if is_bullet_list(record["answer"] or record["thinking"]):
         marks.append("a list")
-    before, now = (len(f"{one['thinking']} {one['answer']}".split()) for one in (base or record, record))
+    before, now = (len(split_words(f"{one['thinking']} {one['answer']}")) for one in (base or record, record))
     if before and now and not 1 / _MARKED_RATIO < now / before < _MARKED_RATIO:
         marks.append(f"{now / before:.1f} times the words" if now > before else f"{before / now:.1f} times fewer words")
     return _ShownAnswer(label, record["thinking"], record["answer"], thinking, answer, marks)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from medcot_utils.data.prompts import inference_prompt, parse_completion
+from medcot_utils.data.words import split_words
 from medcot_utils.errors import MedcotError
 from medcot_utils.models.generation import generate_arguments
 from medcot_utils.run.directory import Run
@@ -51,7 +52,7 @@ class Answer:
 
     def summarize_thinking(self) -> str:
         """Return the thinking as one line: its length, and how long it took or that it never ended."""
-        words = len(self.thinking.split())
+        words = len(split_words(self.thinking))
         if self.seconds_thinking is None:
             return f"thinking, not finished: {words} words"
         return f"thinking: {words} words, {self.seconds_thinking:.1f} s"

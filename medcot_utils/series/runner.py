@@ -234,7 +234,7 @@ class Status(TypedDict):
     run_dir: str
     profile: str
     steps: list[StepStatus]
-    metrics: dict[str, object]  # the headline ones as metrics.json holds them; empty before notebook 06
+    metrics: dict[str, object]  # the headline ones that metrics.json holds; empty before notebook 06
 
 
 def status(run: Run) -> Status:
@@ -248,5 +248,5 @@ def status(run: Run) -> Status:
     metrics = {}
     if run.is_fresh("metrics", deep=False):
         measured = run.read("metrics")["metrics"]
-        metrics = {name: measured[name] for name in HEADLINE}
+        metrics = {name: measured[name] for name in HEADLINE if name in measured}
     return {"run_dir": str(run.path), "profile": run.config.profile, "steps": steps, "metrics": metrics}

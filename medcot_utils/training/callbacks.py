@@ -15,6 +15,8 @@ from transformers import TrainerCallback
 from medcot_utils.errors import MedcotError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from medcot_utils.training.tracking import Session
 
 SESSION_STARTED = (
@@ -134,6 +136,15 @@ class SkippedSteps(TrainerCallback):
 def skipped_steps(log_history: Sequence[LogEntry]) -> int:
     """Return how many optimizer steps GradScaler skipped, by the trainer's log."""
     return sum(entry.get("skipped_step", 0) for entry in log_history)
+
+
+def tabulate_log(log_history: Sequence[LogEntry]) -> pd.DataFrame:
+    """Return the logged losses by step, with gradient norm and learning rate if they were logged; no line if no step was."""
+    import pandas as pd
+
+    lines = [entry for entry in log_history if "loss" in entry or "eval_loss" in entry]
+    columns = [name for name in ("loss", "eval_loss", "grad_norm", "learning_rate") if any(name in line for line in lines)]
+    return pd.DataFrame(lines, columns=["step", *columns]).set_index("step").astype(float).round(5).fillna("")
 
 
 class TrackLog(TrainerCallback):

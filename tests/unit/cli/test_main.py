@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_up_runs import fill
 
 from medcot_utils.cli import main
 from medcot_utils.cli.main import _parse_parameters
@@ -237,6 +238,20 @@ def test_status_as_json_has_no_metrics_before_the_comparison(tmp_path):
     run.record_step("01_setup", peak_gpu_memory_mb={"allocated": 7700, "reserved": 8812})
     shown = medcot("status", tmp_path / "run").stdout
     assert "of the GPU" in shown and "8812 MB" in shown
+
+
+@pytest.mark.parametrize("left", [(), ("answer_tokens", "rouge_l")], ids=["none", "two"])
+def test_status_shows_the_headline_metrics_that_there_are(tmp_path, medcot_here, left):
+    run = fill(Run.create(tmp_path / "run", load_config("smoke")))
+    measured = run.read("metrics")
+    run.write("metrics", measured | {"metrics": {name: measured["metrics"][name] for name in left}})
+    run.write("report", "<html>")
+    run.record_step("06_comparison", state="done")
+    table, stored = medcot_here("status", run.path), medcot_here("status", run.path, "--json")
+    assert table.returncode == stored.returncode == 0, table.stderr
+    assert list(json.loads(stored.stdout)["metrics"]) == sorted(left, reverse=True)
+    assert ("before and after: none of the headline metrics was measured" in table.stdout) is (not left)
+    assert ("length of the answer (tokens)" in table.stdout) is bool(left)
 
 
 def test_doctor_says_of_every_profile_whether_it_can_run_here(tmp_path):

@@ -324,3 +324,28 @@ def test_evaluation_needs_are_checked_before_a_model_is_loaded(tmp_path, monkeyp
         check_questions(load_config("smoke", [f"evaluation.mcq_tasks=[{tmp_path / 'nowhere.jsonl'}]"]))
     with pytest.raises(MetricError, match="nowhere"):
         check_questions(load_config("smoke", [f"evaluation.embedding_model={tmp_path / 'nowhere'}"]))
+
+
+# --- nothing, and no number ----------------------------------------------------------------------------------------
+
+
+def test_of_nothing_compared_the_tables_are_empty_and_say_none():
+    assert metrics_table({}).empty and metrics_table({}).columns.tolist() == ["base", "tuned", "difference", "verdict"]
+    assert needed_table({}, 0.95).empty and "for 0.20" in needed_table({}, 0.95)
+    assert needed_table({"eval_loss": compared(answers(), answers())["eval_loss"]}, 0.95).empty, "no metric from 0 to 1"
+    assert "- nothing" in conclusions({})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_loss_that_is_no_number_costs_no_other_result(value):
+    metrics = compared(answers(well_formed=3), answers(well_formed=27), losses(tuned=value))
+    assert verdict("closed_think_rate", metrics["closed_think_rate"]) == "rose, better"
+    assert verdict("eval_loss", metrics["eval_loss"]) == "can't tell: not a finite number"
+    assert metrics["eval_loss"]["difference"]["needed"] is None
+    assert len(metrics_table(metrics)) == len(COMPARED) and "can't tell: not a finite number" in conclusions(metrics)
+
+
+def test_a_perplexity_beyond_the_largest_float_is_infinite():
+    metrics = compared(answers(), answers(), losses(base=800.0, tuned=900.0))
+    assert metrics["perplexity"]["base"]["value"] == np.inf and metrics["eval_loss"]["difference"]["value"] > 0
+    assert verdict("perplexity", metrics["perplexity"]) == "can't tell: not a finite number"

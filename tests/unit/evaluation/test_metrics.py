@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import time
 import tracemalloc
+import unicodedata
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from medcot_utils.evaluation.metrics import (
     rouge_l,
     sampled_columns,
 )
+from medcot_utils.run.artifacts import SHIPPED_CASES
 
 REFERENCE = "The mitral valve is most often affected"
 
@@ -46,6 +50,22 @@ def record(thinking="so", answer="the mitral valve", **changes):
         ("-not a bullet\n-nor this", False),
         ("**bold**\n**bolder**", False),
         ("- \n- ", False),
+        ("+ aspirin\n+ rest", True),
+        ("– aspirin\n– rest", True),
+        ("— аспирин\n— покой", True),
+        ("**1. Aspirin**\nat once\n**2. Rest**\nfor days", True),
+        ("**1)** aspirin\n**2)** rest", True),
+        ("(1) aspirin\n(2) rest", True),
+        ("1、阿司匹林\n2、休息", True),
+        ("一、阿司匹林\n二、休息", True),
+        ("（1）阿司匹林\n（2）休息", True),
+        ("①阿司匹林\n②休息", True),
+        ("・アスピリン\n・安静", True),
+        ("+5 mg\n+10 mg", False),
+        ("–5 °C\n–10 °C", False),
+        ("**1.5 mg** now\n**2.5 mg** later", False),
+        ("1.5 mg\n2.5 mg", False),
+        ("十二指腸\n一個", False),
     ],
 )
 def test_a_bullet_list_is_two_lines_with_a_bullet_or_a_number(answer, expected):
@@ -138,6 +158,39 @@ def test_rouge_l_is_1_for_equal_and_0_for_unlike_or_empty_texts():
     assert rouge_l("", REFERENCE) == 0 and rouge_l("kidney stones hurt", REFERENCE) == 0
     assert rouge_l("The mitral valve", REFERENCE) == pytest.approx(2 * 1 * (3 / 7) / (1 + 3 / 7))
     assert rouge_l("valve mitral the", REFERENCE) == pytest.approx(2 * (1 / 3) * (1 / 7) / (1 / 3 + 1 / 7)), "order counts"
+
+
+TEXTS = {
+    "Chinese": "急性心肌梗死，需要立即进行冠状动脉造影。",
+    "Russian": "Острый инфаркт миокарда требует срочной коронарографии.",
+    "Thai": "ผู้ป่วยมีไข้สูงและไอ",
+    "Hindi": "रोगी को तेज़ बुखार है",
+    "Arabic": "يعاني المريض من حمى شديدة",
+    "German": "Ödeme, Übelkeit und ein großes Geschwür",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_rouge_l_is_1_for_equal_texts_of_any_script(text):
+    assert rouge_l(text, text) == 1 and rouge_l(text, unicodedata.normalize("NFD", text)) == 1
+    assert 0 < rouge_l(text[: len(text) // 2], text) < 1
+    assert rouge_l(text, REFERENCE) == 0 and repetition(text) < 0.2 and repetition(f"{text} " * 30) > 0.8
+
+
+def test_rouge_l_of_ascii_texts_is_rouge_scores_own():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    cases = [json.loads(line)["Response"] for line in SHIPPED_CASES.read_text(encoding="utf-8").splitlines()]
+    texts = [text for text in cases if text.isascii()][:40] + ["snake_case, it's 2.5 mg/kg--daily", "DIED dying lies 'n'", "_"]
+    assert len(texts) > 30
+    for one, other in itertools.pairwise([*texts, *texts[::3]]):
+        assert rouge_l(one, other) == scorer.score(other, one)["rougeL"].fmeasure
+
+
+def test_lengths_count_characters_where_a_script_has_no_spaces():
+    found = measure_answer(record("先看心电图", "急性心梗，休克。 PCI"), "急性心梗")
+    assert (found["thinking_words"], found["answer_words"], found["completion_words"]) == (5, 7, 12)
 
 
 def test_chrf_is_1_for_equal_and_0_for_unlike_or_empty_texts():

@@ -1,0 +1,120 @@
+"""Cells of notebooks 05 and 06 after the expensive work, run without a model on what a run may hold."""
+
+from __future__ import annotations
+
+import ast
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+from computed_once import statistics_computed_once, undrawn_figures
+from made_up_runs import QUESTIONS, fill
+
+from medcot_utils import evaluation, models, training
+from medcot_utils.config import load_config
+from medcot_utils.run.directory import Run
+from medcot_utils.series.notebook import table
+from medcot_utils.series.runner import notebooks_dir
+
+__all__ = ["statistics_computed_once", "undrawn_figures"]
+SCORED = [question["id"] for question in QUESTIONS if question["scored"]]
+
+
+def cells_from(notebook, heading):
+    """The code of a notebook's cells from this heading on, without its end."""
+    cells = nbformat.read(notebooks_dir() / f"{notebook}.ipynb", as_version=4).cells
+    start = next(index for index, cell in enumerate(cells) if cell.source.startswith(heading))
+    return [cell.source for cell in cells[start:] if cell.cell_type == "code" and not cell.source.startswith("finish(")]
+
+
+def execute(sources, names):
+    """Run cells as a kernel does, and return what each showed at its end, as text and as the HTML that a reader sees."""
+    shown = []
+    for source in sources:
+        body = ast.parse(source).body
+        last = ast.Expression(body.pop().value) if isinstance(body[-1], ast.Expr) else None
+        exec(compile(ast.Module(body, []), source[:60], "exec"), names)
+        value = eval(compile(last, source[:60], "eval"), names) if last else None
+        page = value._repr_html_() if hasattr(value, "_repr_html_") else ""
+        shown.append(f"{value}\n{page}")
+    return shown
+
+
+def repeated(name):
+    return {"train_id": "t9", "question_id": name, "train_question": "Which?", "exact": True}
+
+
+# --- 06 --------------------------------------------------------------------------------------------------------------
+
+
+def compared_in_06(tmp_path, apart, others, questions):
+    run = fill(Run.create(tmp_path / "run", load_config("smoke")), map(repeated, apart), apart, questions=questions)
+    if not others:
+        for name in ("held_out_loss", "base_mcq", "tuned_mcq"):
+            run.write(name, [])
+    (run.path / "metrics.json").unlink()
+    names = {"run": run, "config": run.config, "evaluation": evaluation, "models": models, "SHOW": 3, "seed": run.config.seed}
+    names |= {"questions": run.read("questions"), "tuned": run.read("tuned_answers"), "n_samples": 1}
+    names["tuned_mcq"] = [record | {"question": f"Which {record['id']}?"} for record in run.read("tuned_mcq")]
+    return run, execute(cells_from("06_comparison", "## 6.3"), names)
+
+
+@pytest.mark.usefixtures("undrawn_figures")
+@pytest.mark.parametrize(
+    ("apart", "others", "none"),
+    [((), True, 0), (SCORED, True, 1), (SCORED, False, 4)],
+    ids=["as usual", "every question set apart", "neither loss nor multiple choice"],
+)
+def test_notebook_06_records_and_shows_whatever_was_measured(tmp_path, apart, others, none):
+    numbered = [question | {"specialty": 7 if question["scored"] else "the article's question"} for question in QUESTIONS]
+    run, shown = compared_in_06(tmp_path, apart, others, numbered)
+    measured = run.read("metrics")
+    assert (measured["n_questions"], measured["n_contaminated"]) == (0, 4) if apart else (4, 0)
+    assert ("eval_loss" in measured["metrics"]) is ("mcq_accuracy" in measured["metrics"]) is others
+    assert run.require("report").exists() and len(measured["claims"]) == 8
+    assert [text.startswith("none") for text in shown].count(True) == none, shown
+
+
+def test_notebook_06_records_the_metrics_before_it_shows_any():
+    sources = cells_from("06_comparison", "## 6.3")
+    recorded = next(
+        index for index, source in enumerate(sources) if 'run.write("metrics"' in source or "run.write('metrics'" in source
+    )
+    assert not [source for source in sources[:recorded] if "_table(" in source or "figure" in source or "Markdown" in source]
+
+
+# --- 05 --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "log", [[], [{"step": 6, "train_loss": 1.5}], [{"step": 2, "eval_loss": 2.0}], [{"step": 2, "loss": 2.0, "grad_norm": 1.0}]]
+)
+def test_notebook_05_saves_and_shows_a_training_whatever_it_logged(tmp_path, log):
+    run = fill(Run.create(tmp_path / "run", load_config("smoke", ["tracking.backend=none"])))
+    for name in ("adapter", "training_log", "held_out_loss"):
+        manifest = run.manifest()
+        del manifest["artifacts"][name]
+        run._save(manifest)
+    trainer = SimpleNamespace(state=SimpleNamespace(log_history=log, global_step=6))
+    done = {name: getattr(training, name) for name in training.__all__ if name != "train"}
+    loss = [{"model": "base", "id": "h1", "nll": 20.0, "tokens": 10}]
+    run.write("plan", run.read("plan") | {"plan_memory_mb": 100})
+    names = {
+        "run": run,
+        "config": run.config,
+        "table": table,
+        "training": SimpleNamespace(**done, train=lambda *given: trainer),
+        "models": SimpleNamespace(row_losses=lambda *given: [loss[0] | {"model": "tuned"}]),
+        "export": SimpleNamespace(save_adapter=lambda model, tokenizer, config, folder: (folder / "weights").write_text("x")),
+        "display": lambda figure: None,
+        "losses": loss,
+        **dict.fromkeys(("make_trainer", "plans", "model", "tokenizer", "held_out_rows", "eval_batch")),
+    }
+    sources = cells_from("05_training", "## 5.5")
+    shown = execute(sources, names)
+    assert all(run.require(name).exists() for name in ("adapter", "training_log", "held_out_loss"))
+    assert run.read("training_log") == log
+    assert any(text.startswith("none: no step was logged") for text in shown) is (
+        not any({"loss", "eval_loss"} & set(entry) for entry in log)
+    )
+    assert "save_adapter" in sources[0], "saved in the cell that trains, before anything is shown"
