@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from medcot_utils.machine.paths import expand_home
+
 if TYPE_CHECKING:
     from medcot_utils.models.chat import Answer, Chat, Who
 
@@ -20,7 +22,7 @@ HELP = "/show: the thinking of the last answer   /base: the base model too, or n
 
 
 def chat(
-    run_dir: Annotated[Path, typer.Argument(help="a run that notebook 05 has trained")],
+    run_dir: Annotated[Path, typer.Argument(parser=expand_home, help="a run that notebook 05 has trained")],
     question: Annotated[list[str] | None, typer.Option("--question", "-q", help="ask this and leave; may be repeated")] = None,
     base_too: Annotated[bool, typer.Option("--base-too", help="let the untrained model answer beside the tuned one")] = False,
     page: Annotated[bool, typer.Option("--page", help="a page in the browser instead of the terminal")] = False,
@@ -49,7 +51,7 @@ class Terminal:
 
     def __init__(self, chat: Chat, base_too: bool):
         self.chat, self.base_too = chat, base_too
-        self.console = Console(highlight=False, markup=False, soft_wrap=True)
+        self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self.last: dict[Who, Answer] = {}
 
     def talk(self, questions: Iterator[str] | None) -> None:
