@@ -6,13 +6,16 @@ import contextlib
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.settings import (
@@ -39,6 +42,16 @@ _PINS = {
     "dataset.name": ("dataset.subset", "dataset.revision", "dataset.sha256"),
 }
 
+# Settings that hold a path of this machine, or may hold one in place of a name.
+_PATHS = (
+    "dataset.path",
+    "dataset.name",
+    "model.name",
+    "model.quantized_name",
+    "evaluation.mcq_tasks",
+    "evaluation.embedding_model",
+)
+
 # What people type for a setting whose name in this field is another: string distance would never find these.
 _ALIASES = {
     "lr": "training.learning_rate",
@@ -54,6 +67,9 @@ _ALIASES = {
 }
 
 
+_NULL = ("null", "Null", "NULL", "~")
+
+
 class ConfigError(MedcotError):
     """A profile, setting or value that the series does not know or cannot use; the message names it and the nearest valid one."""
 
@@ -62,7 +78,7 @@ class RunConfig(Section):
     """All settings of one run. Frozen: a notebook reads it and never changes it."""
 
     profile: str
-    seed: int = 3407
+    seed: int = Field(3407, ge=0, lt=2**32, description="of everything random; NumPy and PYTHONHASHSEED take 32 bits")
     model: ModelSettings
     prompt: PromptSettings = PromptSettings()
     dataset: DatasetSettings
@@ -109,16 +125,31 @@ def _value_at(values: Mapping[str, Any], dotted: str) -> Any:
     return values
 
 
-def setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+def setting_names(model: type[BaseModel] = RunConfig) -> list[str]:
     """Return every dotted setting name; a section is not a setting."""
-    names = []
+    return list(_fields(model))
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    fields = {}
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            names += setting_names(kind, f"{prefix}{name}.")
+            fields |= _fields(kind, f"{prefix}{name}.")
         else:
-            names.append(prefix + name)
-    return names
+            fields[prefix + name] = field
+    return fields
+
+
+def _types(annotation: Any) -> set[type]:
+    """Return the types of the values that an annotation allows: those of every alternative, of a Literal's values, and tuple."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return {type(value) for value in arguments}
+    if origin in (Union, UnionType, Annotated):
+        alternatives = arguments[:1] if origin is Annotated else arguments
+        return set().union(*map(_types, alternatives))
+    return {origin or annotation}
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -132,38 +163,79 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {by_leaf.get(match[0], match[0])}?" if match else "; `medcot settings` lists them all"
 
 
-def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
-    """Return `["training.max_steps=10"]` as `{"training.max_steps": 10}`, with values read as YAML scalars or lists.
+def override_pairs(given: Iterable[str] | str) -> list[str]:
+    """Return overrides as a list; a single text, which is what `papermill -p OVERRIDES a.b=1` gives, is a list of one.
 
-    Raises ConfigError for a pair without `=` or a name that is no setting."""
-    valid, overrides = setting_names(), {}
-    for pair in pairs:
+    Raises ConfigError for anything but texts."""
+    listed = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
+    pairs = list(given) if listed else [given]
+    if not all(isinstance(pair, str) for pair in pairs):
+        raise ConfigError(f'OVERRIDES is {given!r}: expected a list of "section.setting=value" texts')
+    return pairs
+
+
+def parse_overrides(given: Iterable[str] | str) -> dict[str, Any]:
+    """Return `["training.max_steps=10"]` as `{"training.max_steps": 10}`, each value read by its setting's type (`parse_value`).
+
+    Raises ConfigError for a pair without `=`, a name that is no setting, or a value that is no YAML."""
+    fields, overrides = _fields(RunConfig), {}
+    for pair in override_pairs(given):
         name, equals, text = pair.partition("=")
         name = name.strip()
         if not equals:
             raise ConfigError(f"--set {pair}: expected NAME=VALUE, as in --set training.max_steps=10")
         if name == "profile":
             raise ConfigError("profile is no setting: choose it with --profile, or PROFILE in notebook 01_setup")
-        if name not in valid:
-            raise ConfigError(f"unknown setting {name!r}{nearest(name, valid)}")
-        try:
-            overrides[name] = yaml.safe_load(text) if text.strip() else None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {name}: {text!r} is not a YAML value ({getattr(error, 'problem', error)})") from error
-        if overrides[name] == text.strip():  # a plain text, not one in quotation marks
-            overrides[name] = _number(overrides[name])
+        if name not in fields:
+            raise ConfigError(f"unknown setting {name!r}{nearest(name, fields)}")
+        overrides[name] = parse_value(f"--set {name}", text.strip(), _types(fields[name].annotation))
     return overrides
 
 
-def _number(text: str) -> Any:
-    # YAML 1.1 reads 2e-4 (no dot) as a string; people write learning rates so.
+def parse_value(what: str, text: str, types: Set[type]) -> Any:
+    """Return a value as somebody types it, read by the types that it may have.
+
+    A text is taken as it is written, up to quotation marks around the whole of it. So are the texts in a list, and a text
+    without brackets for a list; a number is decimal; everything else is YAML. Empty is None, and so is null unless only a
+    text is possible. Raises ConfigError beginning with `what` for a value that cannot be read."""
+    if not text or (text in _NULL and types != {str}):
+        return None
+    if tuple in types and text.startswith("["):
+        return _parse_list(what, text)
+    if tuple in types or types <= {str, NoneType}:
+        return _unquote(text)
+    for number in types & {int, float} and (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
     try:
-        return float(text) if "e" in text.lower() else text
-    except ValueError:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what}: {text!r} is not a YAML value ({getattr(error, 'problem', error)})") from error
+    return text if isinstance(value, int) and ":" in text else value  # YAML 1.1 takes 1:30 for 90
+
+
+def _parse_list(what: str, text: str) -> list[str]:
+    with contextlib.suppress(ValueError):  # first, because YAML folds some characters that JSON leaves alone
+        values = json.loads(text)
+        if all(isinstance(value, str) for value in values):
+            return values
+    try:
+        return yaml.load(text, yaml.BaseLoader)  # safe: it makes texts of all scalars
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what}: {text!r} is not a list ({getattr(error, 'problem', error)})") from error
+
+
+def _unquote(text: str) -> str:
+    """Return a text without the quotation marks around it; one that only begins and ends with such marks stays as it is."""
+    if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"":
         return text
+    for read, fault in ((json.loads, ValueError), (yaml.safe_load, yaml.YAMLError)):
+        with contextlib.suppress(fault):
+            return read(text)
+    return text
 
 
-def load_config(profile: str, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(profile: str, overrides: Iterable[str] | str = ()) -> RunConfig:
     """Return the configuration of a profile with `a.b=value` overrides laid over it. Another model or data set by name drops
     the pinned revisions of the profile's own.
 
@@ -188,6 +260,46 @@ def overrides_of(config: RunConfig) -> list[str]:
     pins = [pin for name, pins in _PINS.items() if config.get(name) != default.get(name) for pin in pins]
     changed = (name for name in setting_names() if name in pins or config.get(name) != default.get(name))
     return [f"{name}={json.dumps(config.get(name), ensure_ascii=False)}" for name in changed]
+
+
+# --- local paths ---------------------------------------------------------------------------------------------------
+
+
+def local_paths(config: RunConfig) -> dict[str, list[str]]:
+    """Return the settings that name files or folders of this machine, each with its paths as they are written."""
+    found = {}
+    for name in _PATHS:
+        value = config.get(name)
+        values = value if isinstance(value, list) else [value]
+        found[name] = [text for text in values if text is not None and _is_local(name, text)]
+    return {name: paths for name, paths in found.items() if paths}
+
+
+def _is_local(setting: str, text: str) -> bool:
+    if setting == "evaluation.mcq_tasks":
+        return text.endswith(".jsonl")
+    return setting == "dataset.path" or text.startswith(("/", "~", "./", "../")) or (text != "shipped" and Path(text).is_dir())
+
+
+def with_absolute_paths(config: RunConfig, held: RunConfig | None = None) -> RunConfig:
+    """Return a configuration that means the same from every folder: its local paths absolute, `~` replaced.
+
+    A path that `held`, the configuration of an existing run, names in another way stays as it is there: the name is part of
+    fingerprints, and another name for the same file redoes nothing."""
+    values = config.model_dump(mode="json")
+    for setting, found in local_paths(config).items():
+        spelled = {path: _absolute(path) for path in found}
+        for earlier in local_paths(held).get(setting, []) if held else []:
+            same = [path for path in found if os.path.realpath(_absolute(earlier)) == os.path.realpath(spelled[path])]
+            spelled |= dict.fromkeys(same, earlier)
+        section, leaf = setting.split(".")
+        value = values[section][leaf]
+        values[section][leaf] = [spelled.get(one, one) for one in value] if isinstance(value, list) else spelled[value]
+    return config_from_dict(values)
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - links stay, and no unknown ~name is an error
 
 
 @dataclass(frozen=True)
@@ -216,7 +328,7 @@ def read_profile(profile: str) -> dict[str, Any]:
 def _profile_file(profile: str) -> dict[str, Any]:
     if profile not in PROFILES:
         choices = ", ".join((*PROFILES, "auto"))
-        match = difflib.get_close_matches(profile, PROFILES, 1)
+        match = difflib.get_close_matches(str(profile), PROFILES, 1)
         hint = f"; did you mean {match[0]}?" if match else ""
         raise ConfigError(f"unknown profile {profile!r}: expected one of {choices}{hint}")
     values = yaml.safe_load((PROFILES_DIR / f"{profile}.yaml").read_text(encoding="utf-8"))

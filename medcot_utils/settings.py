@@ -53,6 +53,11 @@ class Section(BaseModel):
         return values
 
 
+def _listed(value: Any) -> Any:
+    # Not for lora.target_modules: to PEFT a single text is a pattern.
+    return (value,) if isinstance(value, str) else value
+
+
 class ModelSettings(Section):
     name: str = Field(description="Hub id, local folder, or embedded:smollm2-135m-instruct / embedded:tiny-random-llama")
     revision: str | None = Field(None, description="commit of the Hub repository; None for a local folder")
@@ -108,7 +113,7 @@ class LoraSettings(Section):
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     use_rslora: bool = False
     use_gradient_checkpointing: Literal["unsloth"] | bool = "unsloth"
-    random_state: int = 3407
+    random_state: int = Field(3407, ge=-(2**63), lt=2**64, description="seed of the matrices A, as torch takes it")
 
 
 class TrainingSettings(Section):
@@ -180,6 +185,11 @@ class EvaluationSettings(Section):
     confidence_level: float = Field(0.95, gt=0.5, lt=1)
     n_resamples: int = Field(5000, ge=200, description="bootstrap resamples")
 
+    @field_validator("mcq_tasks", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return _listed(value)
+
 
 class ExportSettings(Section):
     dtype: Literal["float16", "bfloat16"] = "float16"
@@ -216,6 +226,11 @@ class HubSettings(Section):
     )
     verify_all: bool = Field(False, description="true downloads every byte of a push again, not only both ends of large files")
 
+    @field_validator("artifacts", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return _listed(value)
+
     def addresses(self, names: Iterable[str], repo_id: str) -> dict[str, str]:
         """Return {artifact: the repository it goes to}, as the layout says."""
         suffixes = {"adapter": "-lora", "merged": "-merged", "gguf": "-gguf"}
@@ -247,7 +262,7 @@ class SecretsSettings(Section):
     @field_validator("*", mode="before")
     @classmethod
     def _names_only(cls, value: Any, info: ValidationInfo) -> Any:
-        names = [value] if isinstance(value, str) else value
+        names = _listed(value)
         good = isinstance(names, list | tuple) and all(isinstance(name, str) and _is_name(name) for name in names)
         if not good or not names:  # what was given may be a secret, so it is not repeated
             raise ValueError(

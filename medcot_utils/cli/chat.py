@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from medcot_utils.machine.paths import expand_home
+
 if TYPE_CHECKING:
     from medcot_utils.models.chat import Answer, Chat, Who
 
@@ -22,7 +24,7 @@ HELP = "/show: the thinking of the last answer   /base: the base model too, or n
 
 
 def chat(
-    run_dir: Annotated[Path, typer.Argument(help="a run that notebook 05 has trained")],
+    run_dir: Annotated[Path, typer.Argument(parser=expand_home, help="a run that notebook 05 has trained")],
     question: Annotated[list[str] | None, typer.Option("--question", "-q", help="ask this and leave; may be repeated")] = None,
     base_too: Annotated[bool, typer.Option("--base-too", help="let the untrained model answer beside the tuned one")] = False,
     page: Annotated[bool, typer.Option("--page", help="a page in the browser instead of the terminal")] = False,
@@ -55,7 +57,7 @@ class Terminal:
     def __init__(self, chat: Chat, base_too: bool, questions: Iterator[str] | None = None):
         self.chat, self.base_too, self.questions = chat, base_too, questions
         self.interactive = questions is None and sys.stdin.isatty()
-        self.console = Console(highlight=False, markup=False, soft_wrap=True)
+        self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self.last: dict[Who, Answer] = {}
         self._stop: threading.Event | None = None  # of the answer that is being made
         self._typing, self._hint_owed = False, False

@@ -8,14 +8,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from medcot_utils.machine.paths import expand_home
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Run the series on Kaggle: one notebook that carries the project, pushed with Kaggle's own client.",
 )
-console = Console()
+console = Console(markup=False, emoji=False)
 
-Folder = Annotated[Path, typer.Option("--folder", help="where kernel-metadata.json lies or is written")]
+Folder = Annotated[
+    Path, typer.Option("--folder", parser=expand_home, metavar="<path>", help="where kernel-metadata.json lies or is written")
+]
 Kernel = Annotated[str | None, typer.Argument(help="owner/slug; that of kernel-metadata.json if not given")]
 
 
@@ -71,7 +75,9 @@ def status(kernel: Kernel = None, folder: Folder = Path()) -> None:
 @app.command()
 def output(
     kernel: Kernel = None,
-    run_dir: Annotated[Path, typer.Option("--run-dir", help="the run directory to make")] = Path("runs/kaggle"),
+    run_dir: Annotated[
+        Path, typer.Option("--run-dir", parser=expand_home, metavar="<path>", help="the run directory to make")
+    ] = Path("runs/kaggle"),
     everything: Annotated[bool, typer.Option("--all", help="the merged 16-bit model and old checkpoints too")] = False,
     folder: Folder = Path(),
 ) -> None:

@@ -15,6 +15,7 @@ from medcot_utils.cli.chat import chat
 from medcot_utils.cli.kaggle import app as kaggle_app
 from medcot_utils.errors import EX_PAUSED, MedcotError, SeriesPaused
 from medcot_utils.machine import installing
+from medcot_utils.machine.paths import expand_home
 
 if TYPE_CHECKING:
     from medcot_utils.series.runner import Status
@@ -27,9 +28,12 @@ app = typer.Typer(
     help="Fine-tune a reasoning model on medical chain-of-thought data in seven notebooks, and judge the result.",
 )
 app.add_typer(kaggle_app, name="kaggle")
-console = Console()
+console = Console(markup=False, emoji=False)
 
-RunDir = Annotated[Path | None, typer.Option("--run-dir", help="where the run is kept; runs/<profile> if not given")]
+RunDir = Annotated[
+    Path | None,
+    typer.Option("--run-dir", parser=expand_home, metavar="<path>", help="where the run is kept; runs/<profile> if not given"),
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="override a setting: --set training.max_steps=10")]
 
 
@@ -56,7 +60,9 @@ def run(
 
 @app.command()
 def train(
-    run_dir: Annotated[Path, typer.Option("--run-dir", help="a run that notebooks 01 to 04 have prepared")],
+    run_dir: Annotated[
+        Path, typer.Option("--run-dir", parser=expand_home, metavar="<path>", help="a run that notebooks 01 to 04 have prepared")
+    ],
     nproc: Annotated[int, typer.Option("--nproc", min=1, help="processes, each on a GPU of its own")] = 1,
     settings: Settings = None,
 ) -> None:
@@ -114,7 +120,7 @@ def _run_notebooks(
 
 
 def _parse_parameters(pairs: list[str]) -> dict[str, object]:
-    import yaml
+    from medcot_utils.series import runner
 
     parsed = {}
     for pair in pairs:
@@ -123,18 +129,13 @@ def _parse_parameters(pairs: list[str]) -> dict[str, object]:
             raise MedcotError(f"--parameter {pair}: expected NAME=VALUE")
         if name in ("RUN_DIR", "PROFILE", "OVERRIDES"):
             raise MedcotError(f"--parameter {name}: use --run-dir, --profile or --set")
-        try:
-            parsed[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            parsed[name] = value
-        if isinstance(parsed[name], dict):  # a question with a colon in it is a text
-            parsed[name] = value
+        parsed[name] = runner.parse_parameter(name, value)
     return parsed
 
 
 @app.command()
 def status(
-    run_dir: Annotated[Path, typer.Argument(help="a run directory")],
+    run_dir: Annotated[Path, typer.Argument(parser=expand_home, help="a run directory")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Show what each step of a run has done, and the headline metrics."""
@@ -182,8 +183,11 @@ def _print_status(found: Status, run_dir: Path) -> None:
 
 @app.command()
 def report(
-    run_dirs: Annotated[list[Path], typer.Argument(help="one or more runs that notebook 06 has compared")],
-    out: Annotated[Path | None, typer.Option(help="the HTML file; report.html in the first run if not given")] = None,
+    run_dirs: Annotated[list[Path], typer.Argument(parser=expand_home, help="one or more runs that notebook 06 has compared")],
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=expand_home, metavar="<path>", help="the HTML file; report.html in the first run if not given"),
+    ] = None,
 ) -> None:
     """Make the HTML report again; with several runs, one that compares them side by side."""
     from medcot_utils.evaluation.report import build_report
@@ -202,7 +206,7 @@ def report(
 
 @app.command()
 def grade(
-    run_dir: Annotated[Path, typer.Argument(help="a run whose base and tuned model have answered")],
+    run_dir: Annotated[Path, typer.Argument(parser=expand_home, help="a run whose base and tuned model have answered")],
     grader: Annotated[str, typer.Option(help="whose judgements these are")] = "grader",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 0,
     open_browser: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
@@ -253,5 +257,7 @@ def main() -> None:
         typer.echo(f"medcot: paused. {pause}")
         raise SystemExit(EX_PAUSED) from None
     except MedcotError as error:
-        Console(stderr=True).print(f"medcot: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(
+            f"medcot: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True
+        )
         raise SystemExit(1) from None

@@ -9,9 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from medcot_utils.machine.paths import expand_home
+
 
 def push(
-    run_dir: Annotated[Path, typer.Argument(help="a run that notebook 07 has exported")],
+    run_dir: Annotated[Path, typer.Argument(parser=expand_home, help="a run that notebook 07 has exported")],
     repo_id: Annotated[str | None, typer.Option("--repo-id", help="user/name; hub.repo_id if not given")] = None,
     public: Annotated[bool | None, typer.Option("--public/--private", help="who can see it; private if not given")] = None,
     layout: Annotated[str | None, typer.Option(help="one repository, or separate: -lora, -merged, -gguf")] = None,
@@ -33,7 +35,7 @@ def push(
     from medcot_utils.export.hub import push, records
     from medcot_utils.run.directory import Run
 
-    console, run = Console(), Run.open(run_dir)
+    console, run = Console(markup=False, emoji=False), Run.open(run_dir)
     private = None if public is None else not public
     changes = {
         "repo_id": repo_id,

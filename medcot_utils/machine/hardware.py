@@ -13,7 +13,7 @@ from typing import TypedDict
 
 import psutil
 
-from medcot_utils.config import load_config, profile_needs
+from medcot_utils.config import load_config, override_pairs, profile_needs
 from medcot_utils.errors import PlatformError
 from medcot_utils.machine.paths import GIB, cache_dir, disk_free_gib, platform_name
 from medcot_utils.machine.secrets import secrets_found
@@ -134,12 +134,12 @@ class MachineReport(TypedDict):
     secrets: dict[str, str]  # {service: where its secret was found}; never a value
 
 
-def machine_report(run_dir: Path, overrides: Iterable[str] = ()) -> MachineReport:
+def machine_report(run_dir: Path, overrides: Iterable[str] | str = ()) -> MachineReport:
     """Return what a reader must know of the machine.
 
     Secrets are looked for under the names that `overrides` set; its other settings are not looked at. Raises ConfigError for
     a name that is no name of a secret."""
-    names = load_config("smoke", [pair for pair in overrides if pair.strip().startswith("secrets.")]).secrets
+    names = load_config("smoke", [pair for pair in override_pairs(overrides) if pair.strip().startswith("secrets.")]).secrets
     memory = psutil.virtual_memory()
     return {
         "platform": platform_name(),

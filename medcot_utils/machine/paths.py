@@ -32,15 +32,20 @@ def platform_name() -> str:
     return "colab" if "COLAB_RELEASE_TAG" in os.environ else "local"
 
 
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """Return a path with `~` or `~name` at its start replaced by that home folder; as it is if there is no such folder."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises where there is none
+
+
 def kaggle_root() -> Path:
     """Return the folder of Kaggle's `working` and `input`; MEDCOT_KAGGLE_ROOT puts another in its place for a rehearsal."""
-    return Path(os.environ.get("MEDCOT_KAGGLE_ROOT") or "/kaggle")
+    return expand_home(os.environ.get("MEDCOT_KAGGLE_ROOT") or "/kaggle")
 
 
 def default_run_dir() -> Path:
     """Return where notebooks opened by hand keep their run: MEDCOT_RUN_DIR, else a place in the platform's working folder."""
     if chosen := os.environ.get("MEDCOT_RUN_DIR"):
-        return Path(chosen)
+        return expand_home(chosen)
     roots = {"kaggle": kaggle_root() / "working", "colab": Path("/content")}
     root = roots.get(platform_name())
     if root is None:
@@ -59,7 +64,7 @@ def disk_of(folder: Path) -> tuple[int, Path]:
 
 def under_quota(folder: Path) -> bool:
     """Return whether files written there count as a Kaggle notebook's output."""
-    return platform_name() == "kaggle" and folder.absolute().is_relative_to((kaggle_root() / "working").absolute())
+    return platform_name() == "kaggle" and folder.resolve().is_relative_to((kaggle_root() / "working").resolve())
 
 
 def disk_free_gib(folder: Path) -> float:
@@ -75,18 +80,22 @@ def scratch_dir(run_dir: Path) -> Path:
     """Return the folder of a run's large artifacts: below MEDCOT_SCRATCH if that is set; below /kaggle/tmp for a run in Kaggle's
     output folder, which holds 20 GB; on Colab's own disk for a run on Google Drive; else the run directory itself.
 
-    The scratch folder may be gone in the next session; its artifacts are then made again."""
+    It is the same folder through whatever links the run is reached. It may be gone in the next session; its artifacts are then
+    made again."""
     scratch = os.environ.get("MEDCOT_SCRATCH", _scratch_of_the_session(run_dir))
     if not scratch:
         return run_dir
-    whose = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:8]
-    return Path(scratch) / "medcot" / f"{run_dir.absolute().name}-{whose}"
+    # The second is where an earlier version kept a run that it reached through a link.
+    ways = (run_dir.resolve(), run_dir.absolute())
+    names = [f"{way.name}-{hashlib.sha256(str(way).encode()).hexdigest()[:8]}" for way in ways]
+    places = [expand_home(scratch) / "medcot" / name for name in names]
+    return next((place for place in places if place.exists()), places[0])
 
 
 def _scratch_of_the_session(run_dir: Path) -> Path | None:
     if under_quota(run_dir):
         return kaggle_root() / "tmp"
-    if platform_name() == "colab" and run_dir.absolute().is_relative_to(COLAB_DRIVE):
+    if platform_name() == "colab" and run_dir.resolve().is_relative_to(COLAB_DRIVE.resolve()):
         return COLAB_SCRATCH
     return None
 
@@ -94,7 +103,7 @@ def _scratch_of_the_session(run_dir: Path) -> Path | None:
 def ends_with_the_session(folder: Path) -> bool:
     """Return whether files there are lost when this Kaggle or Colab session ends: all but Kaggle's output and Google Drive."""
     lasting = {"kaggle": kaggle_root() / "working", "colab": COLAB_DRIVE}.get(platform_name())
-    return lasting is not None and not folder.absolute().is_relative_to(lasting.absolute())
+    return lasting is not None and not folder.resolve().is_relative_to(lasting.resolve())
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -117,4 +126,4 @@ def cache_dir() -> Path:
     """Return where converted models are kept between runs: MEDCOT_CACHE, else the user's cache folder."""
     import platformdirs
 
-    return Path(os.environ.get("MEDCOT_CACHE") or platformdirs.user_cache_dir("medcot"))
+    return expand_home(os.environ.get("MEDCOT_CACHE") or platformdirs.user_cache_dir("medcot"))

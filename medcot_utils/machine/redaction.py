@@ -9,11 +9,11 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from medcot_utils.config import SecretsSettings
 from medcot_utils.machine import secrets
+from medcot_utils.machine.paths import expand_home
 from medcot_utils.machine.secrets import SECRET_NAMES, SHORTEST_SECRET, found_secrets
 
 LOOKS_LIKE = {
@@ -43,7 +43,7 @@ def known_secrets(settings: SecretsSettings | None = None) -> dict[str, str]:
 
 
 def _kaggle_files() -> Iterator[str]:
-    folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or "~/.kaggle").expanduser()
+    folder = expand_home(os.environ.get("KAGGLE_CONFIG_DIR") or "~/.kaggle")
     with contextlib.suppress(OSError):
         yield (folder / "access_token").read_text(encoding="utf-8")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from medcot_utils.config import SecretsSettings
 from medcot_utils.errors import PlatformError
-from medcot_utils.machine.paths import platform_name
+from medcot_utils.machine.paths import expand_home, platform_name
 
 
 class Secret(NamedTuple):
@@ -44,14 +44,13 @@ class Service:
 
 
 def _hugging_face_file() -> str | None:
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
-    path = Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token")
-    return path.read_text(encoding="utf-8").strip()
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return expand_home(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token").read_text(encoding="utf-8").strip()
 
 
 def _netrc() -> str | None:
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    found = netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser()).authenticators(host or "")
+    found = netrc.netrc(expand_home(os.environ.get("NETRC") or "~/.netrc")).authenticators(host or "")
     return found[2] if found else None
 
 

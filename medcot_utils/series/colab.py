@@ -7,21 +7,26 @@ from pathlib import Path
 
 from medcot_utils.errors import PlatformError
 from medcot_utils.machine import paths
-from medcot_utils.machine.paths import default_run_dir, platform_name
+from medcot_utils.machine.paths import default_run_dir, expand_home, platform_name
 
 _MINE = "MyDrive"
 
 
-def run_dir_of(chosen: str) -> Path:
+def run_dir_of(chosen: str | int | Path) -> Path:
     """Return the run directory that a notebook's RUN_DIR names: `auto`, `drive` (a folder on Google Drive), or a path. A run
-    directory on Drive is mounted.
+    directory on Drive is mounted. A whole number is what `papermill -p RUN_DIR 20251125` makes of such a name.
 
-    Raises PlatformError if Drive cannot be mounted, saying what to do."""
+    Raises PlatformError if Drive cannot be mounted, or for a value that papermill changed, saying what to do."""
+    if isinstance(chosen, bool) or not isinstance(chosen, str | int | Path):
+        raise PlatformError(
+            f"RUN_DIR is {chosen!r}, no text: expected a path, auto or drive. papermill -p reads numbers, True and None; give a "
+            f"path that looks like one with papermill -r RUN_DIR"
+        )
     if chosen == "drive":
         folder = paths.COLAB_DRIVE / _MINE / "medcot" / "runs" / "notebooks"
     else:
-        folder = default_run_dir() if chosen == "auto" else Path(chosen)
-    if folder.is_relative_to(paths.COLAB_DRIVE) and not (paths.COLAB_DRIVE / _MINE).is_dir():
+        folder = default_run_dir() if chosen == "auto" else expand_home(str(chosen))
+    if folder.resolve().is_relative_to(paths.COLAB_DRIVE.resolve()) and not (paths.COLAB_DRIVE / _MINE).is_dir():
         _mount(folder)
     return folder
 

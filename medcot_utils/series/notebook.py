@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _started = time.time()
 
 
-def start(run_dir: str) -> Path:
+def start(run_dir: str | int | Path) -> Path:
     """Prepare the kernel for a notebook and return the run directory (`auto`: the default; `drive`: on Google Drive).
 
     Installs the pinned stack where the platform lacks it, sets the environment before torch is imported, quiets the libraries

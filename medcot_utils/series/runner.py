@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -12,11 +11,11 @@ from typing import Any, TypedDict
 
 from filelock import FileLock, Timeout
 
-from medcot_utils.config import RunConfig, load_config, overrides_of, parse_overrides
+from medcot_utils.config import RunConfig, load_config, overrides_of, parse_overrides, parse_value, with_absolute_paths
 from medcot_utils.errors import MedcotError, SeriesPaused
 from medcot_utils.machine import hardware, redaction
 from medcot_utils.machine.disk import full_disk_told
-from medcot_utils.machine.paths import HOME, PACKAGE
+from medcot_utils.machine.paths import HOME, PACKAGE, expand_home
 from medcot_utils.models.engine import quiet_start
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.run.directory import CONFIG, Run
@@ -43,7 +42,7 @@ def notebooks_dir() -> Path:
     Raises SeriesError if none of them holds all seven."""
     candidates = [HOME / "notebooks", PACKAGE / "notebooks", Path.cwd() / "notebooks", Path.cwd()]
     if chosen := os.environ.get("MEDCOT_NOTEBOOKS"):
-        candidates = [Path(chosen)]
+        candidates = [expand_home(chosen)]
     for folder in candidates:
         if all((folder / f"{name}.ipynb").exists() for name in NOTEBOOKS):
             return folder
@@ -58,7 +57,7 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
 
     A named profile starts from that profile. Without one, an existing run keeps its stored settings, with the overrides
     laid over them. Raises a MedcotError for an unknown profile or setting, and that of the first check that fails."""
-    overrides = list(overrides)
+    overrides, stored = list(overrides), None
     if profile is None and (run_dir / CONFIG).exists():
         stored = Run.open(run_dir).config
         names = set(parse_overrides(overrides))
@@ -67,16 +66,13 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
     else:
         name, line = hardware.resolve_profile(profile or "auto")
         config = load_config(name, overrides)
-    if config.dataset.path:  # kernels and later calls may run in other folders
-        absolute = json.dumps(str(Path(config.dataset.path).absolute()))
-        others = [pair for pair in overrides_of(config) if not pair.startswith("dataset.path=")]
-        config = load_config(config.profile, [*others, f"dataset.path={absolute}"])
+    config = with_absolute_paths(config, stored)
     preflight(config, run_dir, online=False)
     return config, line
 
 
-def parameters_of(notebook: Path) -> set[str]:
-    """Return the names in a notebook's `parameters` cell.
+def parameters_of(notebook: Path) -> dict[str, object]:
+    """Return the names in a notebook's `parameters` cell, with their defaults.
 
     Read by Python's own parser: papermill's gives up, with a warning only, on a line whose comment holds a `=`."""
     import ast
@@ -85,12 +81,30 @@ def parameters_of(notebook: Path) -> set[str]:
 
     cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])]
     lines = [node for cell in cells for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)]
-    return {target.id for node in lines for target in node.targets if isinstance(target, ast.Name)}
+    named = [(target, node.value) for node in lines for target in node.targets if isinstance(target, ast.Name)]
+    return {target.id: ast.literal_eval(value) for target, value in named}
+
+
+def parse_parameter(name: str, text: str) -> object:
+    """Return a parameter's value as somebody types it, read by the type of its default in the notebooks; YAML if none has it.
+
+    Raises SeriesError for a value of another type."""
+    folder = notebooks_dir()
+    defaults = {key: value for step in NOTEBOOKS for key, value in parameters_of(folder / f"{step}.ipynb").items()}
+    default = defaults.get(name)
+    value = parse_value(f"--parameter {name}", text.strip(), {type(default) if name in defaults else object})
+    if isinstance(default, str):
+        return value or ""
+    if isinstance(default, int) and type(value) is not int:
+        raise SeriesError(
+            f"--parameter {name}: {text!r} is not its kind of value: expected a whole number, as in {name}={default}"
+        )
+    return value
 
 
 def check_parameters(parameters: Mapping[str, Any], folder: Path) -> None:
     """Raise SeriesError for a parameter that no notebook has: papermill itself would only warn."""
-    known = set().union(*(parameters_of(folder / f"{name}.ipynb") for name in NOTEBOOKS)) if parameters else set()
+    known: set[str] = set().union(*(parameters_of(folder / f"{name}.ipynb") for name in NOTEBOOKS)) if parameters else set()
     for name in parameters:
         if name not in known:
             raise SeriesError(f"unknown notebook parameter {name!r}: the notebooks take {', '.join(sorted(known))}")
@@ -139,7 +153,7 @@ def _run_steps(
     for name in names:
         if force:
             run.forget(name)
-        elif not set(parameters) & parameters_of(folder / f"{name}.ipynb") and run.step_state(name) == "done":
+        elif not parameters.keys() & parameters_of(folder / f"{name}.ipynb") and run.step_state(name) == "done":
             say(f"{name}: done before with the same settings and inputs")
             continue
         given = {"RUN_DIR": str(run.path.absolute()), **parameters}
@@ -165,8 +179,8 @@ def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Re
     _register_engine(name, report)
     try:
         papermill.execute_notebook(
-            str(notebook),
-            str(executed),
+            _escape(notebook),
+            _escape(executed),
             parameters={key: value for key, value in given.items() if key in known},
             engine_name="medcot",
             progress_bar=False,
@@ -191,6 +205,11 @@ def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Re
         ) from error
     if run.step_state(name) != "done":
         raise SeriesError(f"notebook {name} ended without recording its results: its last cell did not run")
+
+
+def _escape(path: Path) -> str:
+    """Return a path for papermill, which takes what stands in braces for a parameter's name."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _register_engine(name: str, report: Report) -> None:

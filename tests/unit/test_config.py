@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from pydantic import ValidationError
 
 from medcot_utils.config import (
+    _PATHS,
     PROFILES,
     ConfigError,
+    RunConfig,
+    _fields,
     config_from_dict,
     load_config,
     overrides_of,
     profile_needs,
     read_profile,
     setting_names,
+    with_absolute_paths,
 )
 
 ARTICLE = {
@@ -97,6 +103,32 @@ def test_full_profile_trains_on_all_rows_for_one_epoch():
         ("training.max_hours=null", None),
         ("training.num_processes=2", 2),
         (" seed =7", 7),
+        ("hub.tag=1.0", "1.0"),
+        ("hub.tag=2025-11-25", "2025-11-25"),
+        ("hub.tag=null", None),
+        ("hub.tag='null'", "null"),
+        ("model.revision=7e12345", "7e12345"),
+        ("model.revision=0012", "0012"),
+        ("dataset.revision=true", "true"),
+        ("dataset.path=/data/case #2: final.csv", "/data/case #2: final.csv"),
+        ("dataset.columns.question=# of days?", "# of days?"),
+        ("dataset.columns.question=[Frage]", "[Frage]"),
+        ("dataset.columns.question=*star & {brace}", "*star & {brace}"),
+        ("dataset.columns.question='Frage '", "Frage "),
+        ("dataset.columns.question='Who' or 'what'", "'Who' or 'what'"),
+        ('dataset.columns.question="a\u2028b"', "a\u2028b"),
+        ('dataset.columns.question="\\ud83d\\ude00"', "😀"),
+        ("tracking.project=off", "off"),
+        ("tracking.backend=none", "none"),
+        ("evaluation.mcq_tasks=[shipped, 2025.jsonl, 1e5.jsonl]", ["shipped", "2025.jsonl", "1e5.jsonl"]),
+        ("evaluation.mcq_tasks=own #2.jsonl", ["own #2.jsonl"]),
+        ("evaluation.mcq_tasks=[]", []),
+        ("lora.target_modules=[1, true]", ["1", "true"]),
+        ("hub.artifacts=adapter", ["adapter"]),
+        ("secrets.huggingface=MY_TOKEN", ["MY_TOKEN"]),
+        ("training.max_steps=010", 10),
+        ("training.max_steps=1_000", 1000),
+        ("training.max_steps=1e2", 100),
     ],
 )
 def test_override_is_read_with_its_type(override, value):
@@ -146,6 +178,14 @@ def test_overrides_do_not_leak_into_the_next_configuration():
         ("training.max_hours=0", r"setting training\.max_hours is 0: input should be greater than 0"),
         ("training.num_processes=0", r"setting training\.num_processes is 0: input should be greater than or equal to 1"),
         ("training.batch_plan=manual", r"setting training\.batch_plan is 'manual': input should be 'auto' or 'as_set'"),
+        ("training.max_hours=1:30", r"setting training\.max_hours is '1:30': input should be a valid number"),
+        ("model.name=", r"setting model\.name is None: input should be a valid string"),
+        ("tracking.mode=off", r"setting tracking\.mode is 'off': input should be 'auto', 'online' or 'offline'"),
+        ("evaluation.mcq_tasks=null", r"setting evaluation\.mcq_tasks is None: input should be a valid tuple"),
+        ("evaluation.mcq_tasks=[shipped", r"--set evaluation\.mcq_tasks: '\[shipped' is not a list"),
+        ("seed=-1", r"setting seed is -1: input should be greater than or equal to 0"),
+        ("seed=4294967296", r"setting seed is 4294967296: input should be less than"),
+        ("lora.random_state=20000000000000000000", r"setting lora\.random_state is 2\d+: input should be less than"),
         ("lora.target_modules=q_proj", r"setting lora\.target_modules is 'q_proj': input should be a valid tuple"),
     ],
 )
@@ -153,6 +193,23 @@ def test_bad_override_is_named_with_what_was_expected(override, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_config("smoke", [override])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["training.max_steps=4", ["training.max_steps=4"], ("training.max_steps=4",)])
+def test_one_override_may_be_given_without_its_list(given):
+    assert load_config("smoke", given).training.max_steps == 4  # papermill -p OVERRIDES training.max_steps=4
+
+
+@pytest.mark.parametrize("given", [4, None, {"training.max_steps": 4}, [4], 0.5])
+def test_overrides_that_are_no_texts_are_refused(given):
+    with pytest.raises(ConfigError, match=r'OVERRIDES .*expected a list of "section.setting=value" texts'):
+        load_config("smoke", given)
+
+
+@pytest.mark.parametrize("profile", [3, None, 1.5])
+def test_a_profile_that_is_no_text_is_unknown(profile):
+    with pytest.raises(ConfigError, match=f"unknown profile {profile!r}: expected one of smoke, demo"):
+        load_config(profile)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +306,10 @@ def test_overrides_of_make_the_same_configuration_again():
         "training.learning_rate=1e-05",
         "dataset.num_rows=null",
         "dataset.path='/data/é 😀: #1.csv'",
-        "dataset.columns.question=Frage",
+        'dataset.columns.question="[a\u2028b #1"',
+        "dataset.columns.response=null",
+        "evaluation.mcq_tasks=[1.0.jsonl, a\u2028b.jsonl]",
+        "hub.tag=1e5",
         "lora.target_modules=[q_proj]",
         "lora.use_gradient_checkpointing=true",
         "model.revision='1234567e8'",
@@ -295,3 +355,69 @@ def test_every_profile_says_what_it_needs(profile):
     assert needs.memory_gib > 0 and needs.expect
     assert (needs.gpu_gib is not None) == ("unsloth" in needs.packages) == (profile not in ("smoke", "demo"))
     assert "needs" not in read_profile(profile)
+
+
+# --- local paths -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a model, a data set and an embedding model in it, as the working and the home folder."""
+    for name in ("models/llama", "me/data", "minilm"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+LOCAL = [
+    ("model.name", "models/llama", "models/llama"),
+    ("model.name", "./models/other/", "models/other"),
+    ("model.name", "~/models/llama", "models/llama"),
+    ("model.quantized_name", "models/llama", "models/llama"),
+    ("dataset.name", "me/data", "me/data"),
+    ("dataset.path", "rows.jsonl", "rows.jsonl"),
+    ("dataset.path", "~/x/../rows #1.jsonl", "rows #1.jsonl"),
+    ("evaluation.mcq_tasks", "[shipped, own.jsonl, ~/more.jsonl]", ["shipped", "own.jsonl", "more.jsonl"]),
+    ("evaluation.embedding_model", "minilm", "minilm"),
+]
+
+
+@pytest.mark.parametrize(("setting", "given", "path"), LOCAL)
+def test_a_local_path_becomes_absolute(setting, given, path, here):
+    config = with_absolute_paths(load_config("smoke", [f"{setting}={given}", "evaluation.num_questions=1"]))
+    texts = path if isinstance(path, list) else [path]
+    absolute = [text if text == "shipped" else str(here / text) for text in texts]
+    assert config.get(setting) == (absolute if isinstance(path, list) else absolute[0])
+    assert with_absolute_paths(config) == config == load_config("smoke", overrides_of(config))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.name=me/other",
+        "model.name=embedded:smollm2-135m-instruct",
+        "dataset.name=shipped",
+        "evaluation.mcq_tasks=[medqa, shipped]",
+        "evaluation.embedding_model=a/b",
+    ],
+)
+def test_a_name_on_the_hub_is_no_path(override, here):
+    (here / "shipped").mkdir()
+    config = load_config("smoke", [override])
+    assert with_absolute_paths(config) == config
+
+
+@pytest.mark.parametrize(("setting", "given", "path"), LOCAL)
+def test_a_path_in_a_run_of_before_stays_as_it_was_written(setting, given, path, here):
+    held = load_config("smoke", [f"{setting}={given}", "evaluation.num_questions=1"])
+    again = with_absolute_paths(held)
+    assert with_absolute_paths(held, held) == with_absolute_paths(again, held) == held
+    (here.parent / f"{here.name}-link").symlink_to(here)
+    linked = load_config("smoke", [pair.replace(str(here), f"{here}-link") for pair in overrides_of(again)])
+    assert with_absolute_paths(linked, held) == held
+
+
+def test_settings_that_may_be_local_are_all_known():
+    told = {name for name, field in _fields(RunConfig).items() if re.search("local|folder", field.description or "", re.I)}
+    assert told - {"model.revision"} <= set(_PATHS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import nbformat
 
-from medcot_utils.config import PROFILES, load_config, profile_needs
+from medcot_utils.config import PROFILES, load_config, local_paths, profile_needs
 from medcot_utils.run.files import write_atomic
 from medcot_utils.series.kaggle.carried import carried_files, payload, refuse_secrets
 from medcot_utils.series.kaggle.earlier import RUN_NAME
@@ -114,15 +115,21 @@ def _checked_settings(profile: str, settings: list[str]) -> list[str]:
     """Return the settings, with a time limit for a session on a GPU. Raises a MedcotError for what cannot run on Kaggle."""
     for name in ("demo", "article") if profile == "auto" else (profile,):
         config = load_config(name, settings)
-        if config.dataset.path and not config.dataset.path.startswith("/kaggle/input/"):
-            raise KaggleError(
-                f"dataset.path {config.dataset.path} is a file of this machine: make it a data set on Kaggle, add that with "
-                f"--dataset owner/slug, and give its path there, below /kaggle/input/"
-            )
+        for setting, found in local_paths(config).items():
+            _refuse_files_of_this_machine(setting, found)
         preflight(config, run_dir=None, online=False)
     if _on_a_gpu(profile) and config.training.max_hours is None:
         settings = [*settings, f"training.max_hours={MAX_HOURS}"]
     return settings
+
+
+def _refuse_files_of_this_machine(setting: str, paths: list[str]) -> None:
+    for path in paths:
+        if not os.path.normpath(path).startswith("/kaggle/input/"):
+            raise KaggleError(
+                f"{setting} {path} is a file or folder of this machine: make it a data set on Kaggle, add that with "
+                f"--dataset owner/slug, and give its path there, below /kaggle/input/"
+            )
 
 
 # --- the cells -------------------------------------------------------------------------------------------------------

@@ -271,6 +271,23 @@ def test_settings_lists_every_setting_with_its_value():
     assert [name for name in setting_names() if name not in result.stdout] == []
 
 
+def test_a_tilde_after_the_equals_sign_is_the_home_folder(medcot_here, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Run.create(tmp_path / "run", load_config("smoke"))
+    assert "profile smoke" in medcot_here("status", "~/run").stdout
+    line = the_one_line(medcot_here("run", "--profile", "demo", "--run-dir=~/run"))
+    assert f"run directory {tmp_path / 'run'} holds a run of profile 'smoke'" in line
+
+
+@pytest.mark.parametrize("name", ["[/b] [red]x", ":cat: {1}"])
+def test_names_and_errors_are_shown_as_they_are_written(name, medcot_here, tmp_path):
+    run = Run.create(tmp_path / name, load_config("smoke"))
+    run.record_step("02_baseline_inference", state="failed", error=f"ValueError: {name} [/INST]")
+    shown = medcot_here("status", run.path).stdout
+    assert f"failed: ValueError: {name} [/INST]" in shown
+    assert f"run directory {run.path} holds" in the_one_line(medcot_here("run", "--profile", "demo", "--run-dir", run.path))
+
+
 # --- parameters ----------------------------------------------------------------------------------------------------
 
 
@@ -279,3 +296,16 @@ def test_parameters_are_read_as_numbers_lists_and_texts():
     assert _parse_parameters(pairs) == {"SHOW": 5, "QUESTION": "Why = so?", "FLAG": True}
     with pytest.raises(MedcotError, match="use --run-dir, --profile or --set"):
         _parse_parameters(["OVERRIDES=[]"])
+
+
+@pytest.mark.parametrize(
+    "question", ["Why? case #2: fever", "# of days?", "[a] or {b}?", "42", "1e5", "null and void", "*", "yes", "'tis", "a: b"]
+)
+def test_a_question_is_asked_as_it_is_written(question):
+    assert _parse_parameters([f"QUESTION={question}"]) == {"QUESTION": question}
+
+
+@pytest.mark.parametrize("value", ["many", "2.5", "", "[1]"])
+def test_a_parameter_of_another_type_than_its_default_is_refused(value):
+    with pytest.raises(MedcotError, match=r"--parameter SHOW: .*expected a whole number, as in SHOW=3"):
+        _parse_parameters([f"SHOW={value}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,15 @@ import pytest
 
 from medcot_utils.errors import PlatformError
 from medcot_utils.machine.hardware import Gpu, installed_versions, machine_report, resolve_profile
-from medcot_utils.machine.paths import cache_dir, default_run_dir, platform_name
+from medcot_utils.machine.paths import (
+    cache_dir,
+    default_run_dir,
+    ends_with_the_session,
+    kaggle_root,
+    platform_name,
+    scratch_dir,
+    under_quota,
+)
 
 T4 = Gpu("Tesla T4", 14.7, 14.5, (7, 5))
 P100 = Gpu("Tesla P100-PCIE-16GB", 15.9, 15.6, (6, 0))
@@ -91,3 +100,54 @@ def test_machine_report_is_json_and_names_the_place(tmp_path):
     assert report["platform"] == "local"
     assert 0 < report["memory_free_gib"] <= report["memory_gib"]
     assert report["disk_free_gib"] > 0
+
+
+# --- places --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def linked(tmp_path, monkeypatch):
+    """A run directory `real/run`, and the same one through a link, from inside, and by a way around."""
+    monkeypatch.setenv("MEDCOT_SCRATCH", str(tmp_path / "scratch"))
+    (tmp_path / "real" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "real" / "run")
+    return tmp_path / "real" / "run", [tmp_path / "link" / "run", Path(), tmp_path / "real" / "run" / ".." / "run"]
+
+
+def test_a_run_has_one_scratch_folder_however_it_is_reached(linked):
+    run_dir, ways = linked
+    assert {scratch_dir(way) for way in ways} == {scratch_dir(run_dir)}
+    assert scratch_dir(run_dir).name.startswith("run-")
+
+
+def test_a_scratch_folder_of_an_earlier_version_is_found_again(linked, tmp_path):
+    run_dir, (link, *_) = linked
+    earlier = tmp_path / "scratch" / "medcot" / f"run-{hashlib.sha256(str(link).encode()).hexdigest()[:8]}"
+    earlier.mkdir(parents=True)
+    assert scratch_dir(link) == earlier
+    assert scratch_dir(run_dir) != earlier
+
+
+@pytest.mark.parametrize(
+    ("variable", "place"),
+    [
+        ("MEDCOT_RUN_DIR", lambda: default_run_dir()),
+        ("MEDCOT_CACHE", lambda: cache_dir()),
+        ("MEDCOT_KAGGLE_ROOT", lambda: kaggle_root()),
+        ("MEDCOT_SCRATCH", lambda: scratch_dir(Path("run")).parents[1]),
+    ],
+)
+def test_a_place_in_the_environment_may_begin_with_a_tilde(variable, place, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(variable, "~/place")
+    assert place() == tmp_path / "place"
+
+
+def test_output_reached_through_a_link_counts_for_the_quota(monkeypatch, tmp_path):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setenv("MEDCOT_KAGGLE_ROOT", str(tmp_path))
+    (tmp_path / "working").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "working")
+    assert under_quota(tmp_path / "link" / "run") and not ends_with_the_session(tmp_path / "link" / "run")
+    assert not under_quota(tmp_path / "working" / ".." / "tmp")

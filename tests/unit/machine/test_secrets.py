@@ -90,6 +90,26 @@ def test_secrets_come_from_argument_environment_store_then_file(monkeypatch, ser
     assert shown(secret_of(HUB, given="given")) == ("given", "argument")
 
 
+@pytest.mark.parametrize(
+    ("variable", "service", "file"),
+    [
+        ("HF_TOKEN_PATH", HUB, "token"),
+        ("HF_HOME", HUB, "token"),
+        ("NETRC", WANDB, "netrc"),
+        ("XDG_CACHE_HOME", HUB, "huggingface/token"),
+    ],
+)
+def test_a_token_file_may_lie_behind_a_tilde(variable, service, file, monkeypatch, tmp_path):
+    path = tmp_path / "mine" / file
+    path.parent.mkdir(parents=True)
+    path.write_text("thekey" if service == HUB else "machine api.wandb.ai login user password thekey\n")
+    for name in ("HF_TOKEN_PATH", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(variable, "~/mine" if variable.endswith("HOME") else f"~/mine/{file}")
+    assert shown(secret_of(service)) == ("thekey", "token file")
+
+
 def test_the_wandb_key_comes_from_netrc_for_the_address_in_use(monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password thekey\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

@@ -251,3 +251,36 @@ def test_the_environment_may_put_the_run_on_drive_too(colab, monkeypatch):
     folder = colab("(pathlib.Path(where) / 'MyDrive').mkdir(parents=True)")
     monkeypatch.setenv("MEDCOT_RUN_DIR", str(folder))
     assert drive.run_dir_of("auto") == folder and (paths.COLAB_DRIVE / "MyDrive").is_dir()
+
+
+# --- where the run directory is -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        (20251125, "20251125"),
+        ("2025.0", "2025.0"),
+        ("~/runs/a", "HOME/runs/a"),
+        (Path("~/b"), "HOME/b"),
+        ("~nobody-here/x", None),
+    ],
+)
+def test_a_run_directory_is_taken_as_it_is_written(given, path, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = str(given) if path is None else path.replace("HOME", str(tmp_path))
+    assert drive.run_dir_of(given) == Path(expected)
+
+
+@pytest.mark.parametrize("given", [100000.0, True, None])
+def test_a_run_directory_that_papermill_changed_is_refused(given):
+    with pytest.raises(PlatformError, match=rf"RUN_DIR is {given}, .*expected .* papermill -r RUN_DIR"):
+        drive.run_dir_of(given)
+
+
+def test_a_link_to_drive_counts_as_drive(colab, tmp_path):
+    folder = colab("(pathlib.Path(where) / 'MyDrive').mkdir(parents=True)")
+    (tmp_path / "link").symlink_to(paths.COLAB_DRIVE / "MyDrive")
+    drive.run_dir_of(str(tmp_path / "link" / "medcot" / "runs" / "notebooks"))
+    assert (paths.COLAB_DRIVE / "MyDrive").is_dir()
+    assert paths.scratch_dir(tmp_path / "link" / "run") == paths.scratch_dir(folder.parents[2] / "run") != folder

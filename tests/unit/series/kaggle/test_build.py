@@ -102,6 +102,35 @@ def test_what_cannot_run_is_refused_before_anything_is_written(arguments, expect
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "model.name=models/llama",
+        "model.name=./absent",
+        "model.name=/data/llama",
+        "model.quantized_name=~/llama",
+        "dataset.name=models/llama",
+        "dataset.path=/kaggle/input/../working/rows.jsonl",
+        "dataset.path=../input/mine/rows.jsonl",
+        "evaluation.mcq_tasks=own.jsonl",
+        "evaluation.mcq_tasks=[shipped, /data/own.jsonl]",
+        "evaluation.embedding_model=models/llama",
+    ],
+)
+def test_every_file_of_this_machine_is_refused(setting, tmp_path, monkeypatch):
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    name = setting.partition("=")[0]
+    with pytest.raises(MedcotError, match=f"{name} .*is a file or folder of this machine: make it a data set on Kaggle"):
+        build(tmp_path, "demo", [setting, "evaluation.num_questions=1"])
+    assert not (tmp_path / METADATA).exists()
+
+
+def test_files_among_kaggles_inputs_are_taken(tmp_path):
+    settings = ["model.name=/kaggle/input/llama/1b", "evaluation.mcq_tasks=[shipped, /kaggle/input/own/mcq.jsonl]"]
+    assert build(tmp_path, "demo", settings).notebook.exists()
+
+
 def test_existing_metadata_is_kept_and_given_values_are_added(tmp_path):
     build(tmp_path, "demo", kernel="ann/heart-run", datasets=["ann/rows"], public=True)
     held = json.loads((tmp_path / METADATA).read_text())
