@@ -295,3 +295,15 @@ def test_every_profile_says_what_it_needs(profile):
     assert needs.memory_gib > 0 and needs.expect
     assert (needs.gpu_gib is not None) == ("unsloth" in needs.packages) == (profile not in ("smoke", "demo"))
     assert "needs" not in read_profile(profile)
+
+
+@pytest.mark.parametrize(
+    ("override", "setting", "value"),
+    [
+        ("evaluation.mcq_tasks=own.jsonl", "evaluation.mcq_tasks", ["own.jsonl"]),
+        ("hub.artifacts=adapter", "hub.artifacts", ["adapter"]),
+        ("secrets.wandb=MY_KEY", "secrets.wandb", ["MY_KEY"]),
+    ],
+)
+def test_one_value_is_taken_as_a_list_of_one(override, setting, value):
+    assert load_config("smoke", [override]).get(setting) == value
