@@ -118,6 +118,12 @@ class RunConfig(Section):
                 chosen[name] = _value_at(counted, name)
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
+    def leaves(self, dotted_names: Iterable[str]) -> dict[str, object]:
+        """Return {setting: value, JSON-ready} of the named settings and of all in the named sections."""
+        values, wanted = self.model_dump(mode="json"), tuple(dotted_names)
+        names = [name for name in setting_names() if any(f"{name}.".startswith(f"{one}.") for one in wanted)]
+        return {name: _value_at(values, name) for name in names}
+
 
 def _value_at(values: Mapping[str, Any], dotted: str) -> Any:
     for part in dotted.split("."):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -24,6 +24,14 @@ def added_later(default: Any, **rules: Any) -> Any:
 def is_added_later(field: FieldInfo) -> bool:
     """Return whether a setting was declared with `added_later`."""
     return field.json_schema_extra == _ADDED_LATER
+
+
+def _as_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+# One name without brackets is a list of one. Not for lora.target_modules, where PEFT takes a text for a pattern.
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 
 
 class Section(BaseModel):
@@ -176,7 +184,7 @@ class EvaluationSettings(Section):
     n_samples: int = Field(
         0, ge=0, description="sampled answers a question (temperature, top_p of generation) beside the greedy one"
     )
-    mcq_tasks: tuple[str, ...] = Field(("shipped",), description="shipped, medqa, medmcqa, pubmedqa, or a local .jsonl file")
+    mcq_tasks: Names = Field(("shipped",), description="shipped, medqa, medmcqa, pubmedqa, or a local .jsonl file")
     mcq_limit: int | None = Field(None, ge=1, description="questions per task, spread over the specialties; None: all")
     mcq_max_new_tokens: int = Field(1200, ge=1)
     embedding_model: str | None = Field(
@@ -215,7 +223,7 @@ class HubSettings(Section):
         "one", description="one: merged model at the root, adapter/ and gguf/ below; separate: NAME-lora, NAME-merged, NAME-gguf"
     )
     private: bool = Field(True, description="false publishes to everybody")
-    artifacts: tuple[Literal["adapter", "merged", "gguf"], ...] = Field(
+    artifacts: Annotated[tuple[Literal["adapter", "merged", "gguf"], ...], BeforeValidator(_as_list)] = Field(
         ("adapter", "merged", "gguf"), min_length=1, description="what is sent; gguf only where the run has made one"
     )
     tag: str | None = Field(

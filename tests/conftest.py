@@ -140,6 +140,22 @@ def copy_before_training(smoke_series: Path) -> Callable[[Path], Path]:
 
 
 @pytest.fixture
+def work_elsewhere() -> Iterator[Callable[[Path], None]]:
+    """`work_elsewhere(run_dir)`: until the test ends, another process holds the lock of that run directory."""
+    code = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    started: list[subprocess.Popen] = []
+
+    def work(run_dir: Path) -> None:
+        command = [sys.executable, "-c", code, str(run_dir / ".lock")]
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        started[-1].stdout.readline()
+
+    yield work
+    for process in started:
+        process.communicate(b"\n")
+
+
+@pytest.fixture
 def smoke_config() -> RunConfig:
     return load_config("smoke")
 

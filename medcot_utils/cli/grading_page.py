@@ -9,8 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils.cli import web
+from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation.grades import GRADES, Grade, GradingError, Pair, append_grade, latest_grades, read_grades, read_pairs
 from medcot_utils.run.directory import Run
+from medcot_utils.run.lock import hold
 
 if TYPE_CHECKING:
     import gradio
@@ -21,6 +23,7 @@ CSS = """
 .question { font-size: 1.1rem; font-weight: 600; }
 .tag { border: 1px solid #8888; border-radius: 1em; padding: 0 .6em; margin-left: .4em; display: inline-block; }
 """
+JUDGED = ("questions", "base_answers", "tuned_answers")
 CHOICES = {"a": "A better", "b": "B better", "tie": "Tie", "both_wrong": "Both wrong"}
 
 
@@ -33,7 +36,12 @@ class Desk:
         self.by_token = {pair.token: pair for pair in self.pairs}
         latest, self.stale = latest_grades(self.pairs, read_grades(run))
         self.judged = {name: grade for (who, name), grade in latest.items() if who == grader}
+        self._judged = self._answers()
         self._lock = threading.Lock()  # gradio calls from several threads
+
+    def _answers(self) -> list[str | None]:
+        entries = self.run.manifest()["artifacts"]
+        return [entry["sha256"] if (entry := entries.get(name)) else None for name in JUDGED]
 
     def next_pair(self, after: Pair | None = None) -> Pair | None:
         """Return the first ungraded pair after `after`, then from the beginning; None if all are graded."""
@@ -47,7 +55,11 @@ class Desk:
         return next((pair for pair in self.pairs if pair.id in before[-1:]), None)
 
     def judge(self, pair: Pair, choice: str, note: str) -> None:
-        """Record a judgement; `choice` is one of CHOICES. Raises OSError if it cannot be written."""
+        """Record a judgement; `choice` is one of CHOICES.
+
+        Raises OSError if it cannot be written, and GradingError if the answers were made again meanwhile."""
+        if self._answers() != self._judged:
+            raise GradingError("the answers were made again since this page was started: start medcot grade again")
         now = datetime.now(UTC).replace(microsecond=0)
         verdict = dict(zip("ab", pair.shown, strict=True)).get(choice, choice)
         kept = {"note": note.strip(), "shown_as_a": pair.shown[0], "grader": self.grader, "at": now, "answers": pair.digest}
@@ -106,8 +118,9 @@ def build_page(desk: Desk) -> gradio.Blocks:
         if pair and act in CHOICES:
             try:
                 desk.judge(pair, act, note)
-            except OSError as error:
-                raise gr.Error(f"Not kept: {GRADES} cannot be written ({error.strerror})", print_exception=False) from error
+            except (OSError, MedcotError) as error:
+                why = f"{GRADES} cannot be written ({error.strerror})" if isinstance(error, OSError) else error
+                raise gr.Error(f"Not kept: {why}", print_exception=False) from error
         return view(desk.next_pair(pair))
 
     with gr.Blocks(title="Blind grading", analytics_enabled=False) as page:
@@ -144,7 +157,8 @@ def serve(run: Run, port: int = 0, open_browser: bool = False, grader: str = "gr
     answers or no question, the name is empty or the port is taken."""
     if not grader.strip():
         raise GradingError("the grader needs a name: give one with --grader, or leave it out")
-    desk = Desk(run, grader.strip())
+    with hold(run.path, "medcot grade"):  # only to see that nobody is making other answers: two graders may work at a time
+        desk = Desk(run, grader.strip())
     listener = web.listen(port, GradingError)
     progress = f"of {len(desk.pairs)} questions judged by {desk.grader}"
     print(f"{len(desk.judged)} {progress}; judgements go to {run.path / GRADES}")

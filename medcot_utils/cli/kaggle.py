@@ -45,6 +45,8 @@ def build(
 
     built = build_notebook(folder, profile, settings or [], kernel, continue_from or [], dataset or [], public)
     console.print(f"{built.notebook}: {built.bytes / 1e3:.0f} kB, profile {built.profile}", highlight=False, soft_wrap=True)
+    for setting in built.added:
+        console.print(f"added: {setting}, since Kaggle ends a session after 12 hours", highlight=False, soft_wrap=True)
     if built.left_out:
         names = ", ".join(built.left_out)
         console.print(f"not carried, since they are none of the project's files (git add makes them so): {names}", soft_wrap=True)

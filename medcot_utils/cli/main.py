@@ -13,7 +13,7 @@ from rich.table import Table
 from medcot_utils.cli import push
 from medcot_utils.cli.chat import chat
 from medcot_utils.cli.kaggle import app as kaggle_app
-from medcot_utils.errors import EX_PAUSED, MedcotError, SeriesPaused
+from medcot_utils.errors import EX_INTERRUPTED, EX_PAUSED, MedcotError, SeriesInterrupted, SeriesPaused
 from medcot_utils.machine import installing
 from medcot_utils.machine.paths import expand_home
 
@@ -193,13 +193,17 @@ def report(
     from medcot_utils.evaluation.report import build_report
     from medcot_utils.run.directory import Run
     from medcot_utils.run.files import write_atomic
+    from medcot_utils.run.lock import hold
 
     if out is None and len(run_dirs) > 1:
         raise MedcotError("a report of several runs belongs to none of them: name a file with --out")
-    page, first = build_report(*(Run.open(run_dir) for run_dir in run_dirs)), Run.open(run_dirs[0])
+    runs = [Run.open(run_dir) for run_dir in run_dirs]
     if out is None:
-        out = first.write("report", page)
+        with hold(runs[0].path, "medcot report"):
+            page = build_report(*runs)
+            out = runs[0].write("report", page)
     else:
+        page = build_report(*runs)
         write_atomic(out, page)
     console.print(f"{out} ({len(page.encode()) / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
 
@@ -249,13 +253,16 @@ app.command("push")(push.push)
 
 def main() -> None:
     """Run the command line. An error that the user can fix is one line and exit code 1; a paused training is exit code
-    EX_PAUSED."""
+    EX_PAUSED, and Ctrl-C in a series EX_INTERRUPTED."""
     try:
         installing.require_linux()
         app()
     except SeriesPaused as pause:
         typer.echo(f"medcot: paused. {pause}")
         raise SystemExit(EX_PAUSED) from None
+    except SeriesInterrupted as interruption:
+        typer.echo(f"medcot: {interruption}", err=True)
+        raise SystemExit(EX_INTERRUPTED) from None
     except MedcotError as error:
         Console(stderr=True, emoji=False).print(
             f"medcot: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True

@@ -34,6 +34,7 @@ def push(
     it uploaded itself; if others are in the way, it refuses before it sends anything. Exit code 0 only if every file agrees."""
     from medcot_utils.export.hub import push, records
     from medcot_utils.run.directory import Run
+    from medcot_utils.run.lock import hold
 
     console, run = Console(markup=False, emoji=False), Run.open(run_dir)
     private = None if public is None else not public
@@ -47,7 +48,8 @@ def push(
         "verify_all": verify_all,
     }
     settings = push.hub_settings(run, **changes)
-    record = push.push_run(run, settings, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    with hold(run.path, "medcot push"):  # what is sent must not be made again meanwhile
+        record = push.push_run(run, settings, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
     table = Table("file", "bytes", "sha256", "sent", "read back", title="what the Hub lists and gives back", title_justify="left")
     for line in records.file_lines(record):
         table.add_row(line["file"], f"{line['bytes']:,}", line["sha256"], line["sent"], line["read back"])

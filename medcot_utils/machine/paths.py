@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
+import time
 from pathlib import Path
 
 import psutil
@@ -23,6 +25,8 @@ MORE_ROOM = (
     "Free some space there, or take a larger disk: --run-dir for the run, MEDCOT_SCRATCH for the merged model, HF_HOME for "
     "downloads, MEDCOT_CACHE for the embedded models"
 )
+
+_ABANDONED_SECONDS = 3600  # a merged model of 16 GB is written in less, file by file
 
 
 def platform_name() -> str:
@@ -106,15 +110,34 @@ def ends_with_the_session(folder: Path) -> bool:
     return lasting is not None and not folder.resolve().is_relative_to(lasting.resolve())
 
 
+def host_name() -> str:
+    """Return this machine's name as it can stand in a file name."""
+    return re.sub(r"[^\w-]", "_", platform.node()) or "localhost"
+
+
+def place_beside(final: Path, kind: str = "tmp") -> Path:
+    """Return where this process writes a file or folder before it takes the place of `final`: `.NAME.HOST-PID.tmp`."""
+    return final.with_name(f".{final.name}.{host_name()}-{os.getpid()}.{kind}")
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove the files that killed processes left half written: `.NAME.PID.tmp` and `.NAME.PID.old` of a PID that is gone."""
+    """Remove what killed processes left half written (see `place_beside`): of this machine, if the process is gone; of another
+    one, whose processes cannot be seen from here, if nothing has been written to it for an hour. Earlier versions wrote no
+    machine's name, and theirs count as this machine's."""
     for path in folder.glob(".*"):
-        leftover = re.fullmatch(r"\..+\.(\d+)\.(?:tmp|old)", path.name)
-        if leftover and not psutil.pid_exists(int(leftover[1])):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        leftover = re.fullmatch(r"\..+\.(?:([\w-]+)-)?(\d+)\.(?:tmp|old)", path.name)
+        if not leftover:
+            continue
+        here = leftover[1] in (None, host_name())
+        gone = not psutil.pid_exists(int(leftover[2])) if here else time.time() - _last_written(path) > _ABANDONED_SECONDS
+        if gone and path.is_dir():
+            shutil.rmtree(path)
+        elif gone:
+            path.unlink(missing_ok=True)
+
+
+def _last_written(path: Path) -> float:
+    return max(file.stat().st_mtime for file in [path, *path.rglob("*")])
 
 
 def folder_gib(folder: Path) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +53,7 @@ def _cached(folder_name: str, make: Callable[[Path], None]) -> Path:
     if not final.exists():
         final.parent.mkdir(parents=True, exist_ok=True)
         paths.remove_leftovers(final.parent)
-        beside = final.with_name(f".{folder_name}.{os.getpid()}.tmp")
+        beside = paths.place_beside(final)
         shutil.rmtree(beside, ignore_errors=True)
         try:
             make(beside)

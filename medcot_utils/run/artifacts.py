@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from medcot_utils.config import TrainingSettings
 from medcot_utils.machine.paths import PACKAGE
 
-SHIPPED_CASES = PACKAGE / "data" / "cases.jsonl"
+SHIPPED_CASES, SHIPPED_MCQ = PACKAGE / "data" / "cases.jsonl", PACKAGE / "data" / "mcq.jsonl"
+PROGRESS = "progress.jsonl"  # beside the checkpoints: a line of JSON for each step that is taken
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,21 @@ class Artifact:
     large: bool = False  # kept on the scratch disk where the platform has one
     version: int = 1  # raised when the code that makes it changes what it means
     when: str | None = None  # made only where this setting is not None
+
+    @property
+    def reads_model(self) -> bool:
+        """Whether the base model or its tokenizer is loaded for it."""
+        return self.step != _SETUP and not {"model", "model.name"}.isdisjoint(self.settings)
+
+    @property
+    def asks_mcq(self) -> bool:
+        """Whether the multiple-choice questions are asked for it."""
+        return self.step != _SETUP and "evaluation.mcq_tasks" in self.settings
+
+    @property
+    def measures(self) -> bool:
+        """Whether answers are measured for it, with the embedding model if there is one."""
+        return self.step != _SETUP and "evaluation" in self.settings
 
 
 _SETUP, _BASELINE, _DATA, _LORA = "01_setup", "02_baseline_inference", "03_dataset_prep", "04_lora_config"

@@ -14,7 +14,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,21 @@ from typing import Any
 import psutil
 
 from medcot_utils.config import ConfigError, RunConfig, config_from_dict, with_absolute_paths
-from medcot_utils.errors import MedcotError
 from medcot_utils.machine import paths
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.gpu import peak_gpu_memory_mb
-from medcot_utils.run.artifacts import ARTIFACTS, SHIPPED_CASES, STEPS, Artifact
+from medcot_utils.run.artifacts import ARTIFACTS, STEPS, Artifact
+from medcot_utils.run.changes import why_stale
 from medcot_utils.run.files import fsync, remove, sha256_of, take_the_place, to_json, write_atomic, write_beside
+from medcot_utils.run.lock import HOLDER, LOCK, RunError, cannot_be_written, hold, is_held, keep, let_go
 from medcot_utils.run.manifest import FORMAT, ArtifactEntry, Manifest, StepEntry, read_manifest
+from medcot_utils.run.sources import DATA_FILE, digest_sources, find_hub_commits
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
-
-
-class RunError(MedcotError):
-    """The run directory or one of its artifacts cannot be used; the message names it and the notebook to run."""
+_WHOSE = ("profile", "model.name")  # a run of another one is another run, whatever it has made
+# The same once something was made from it.
+_MADE_FROM_MODEL = ("model.revision",)
+_MADE_FROM_DATA = ("dataset.name", "dataset.subset", "dataset.revision", "dataset.path")
 
 
 class Run:
@@ -50,43 +52,71 @@ class Run:
     def create(cls, path: str | Path, config: RunConfig, force: bool = False) -> Run:
         """Make the run directory, or reuse that of a run of the same profile and write the new settings into it.
 
-        Raises RunError if the folder cannot be written, holds something else, or holds a run of another profile or model
-        (unless `force`, which keeps the folder and redoes what differs). A manifest that cannot be read is replaced by an
-        empty one: then nothing counts as made."""
-        path, config = Path(path), with_absolute_paths(config)
+        Raises RunError as `check_place` does, and if another process works there; then nothing was written. A manifest that
+        cannot be read is replaced by an empty one: then nothing counts as made."""
+        path = Path(path)
+        cls.check_place(path, config, force)
+        with hold(path, "notebook 01_setup"):
+            config = with_absolute_paths(config, cls.stored_config(path))
+            write_atomic(path / CONFIG, to_json(config.model_dump(mode="json")))
+            run = cls(path, config)
+            try:
+                run.manifest()
+            except RunError:
+                run._save({"format": FORMAT, "steps": {}, "artifacts": {}})
+        return run
+
+    @classmethod
+    def stored_config(cls, path: Path) -> RunConfig | None:
+        """Return the settings of the run in a folder; None if there is no run, or none that can be read."""
+        try:
+            return cls.open(path).config
+        except RunError:
+            return None
+
+    @classmethod
+    def check_place(cls, path: Path, config: RunConfig, force: bool = False) -> None:
+        """Make the folder if it is not there, and write nothing.
+
+        Raises RunError if it cannot be made or read, holds something else, or holds a run of another profile or model, or one
+        whose results come from other data or another revision (unless `force`, which redoes in place what differs)."""
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write_atomic(path / ".writable", "x")
-            (path / ".writable").unlink()
+            there = {file.name for file in path.iterdir()} - {LOCK, HOLDER}
         except OSError as error:
-            raise RunError(f"run directory {path} cannot be written ({error.strerror}): choose another with --run-dir") from error
-        if force and (path / MANIFEST).exists():
-            pass  # a run, whatever its settings were
-        elif (path / CONFIG).exists():
-            held = cls.open(path).config
-            config = with_absolute_paths(config, held)
-            for name in ("profile", "model.name"):
-                if held.get(name) != config.get(name):
-                    raise RunError(
-                        f"run directory {path} holds a run of {name} {held.get(name)!r}, not {config.get(name)!r}: "
-                        f"choose another with --run-dir, or redo it in place with --force"
-                    )
-        elif any(path.iterdir()):
+            raise cannot_be_written(path, error) from error
+        if force and MANIFEST in there:
+            return  # a run, whatever its settings were
+        if CONFIG in there:
+            cls.open(path)._refuse_another(config)
+        elif there and not _is_manifest(path / MANIFEST):
             raise RunError(f"run directory {path} is not empty and holds no run: choose another with --run-dir")
-        write_atomic(path / CONFIG, to_json(config.model_dump(mode="json")))
-        run = cls(path, config)
+
+    def _refuse_another(self, config: RunConfig) -> None:
+        """Raise RunError if settings that say what a run is of are others than this run's."""
         try:
-            run.manifest()
+            made = [ARTIFACTS[name] for name in self.manifest()["artifacts"]]
         except RunError:
-            run._save({"format": FORMAT, "steps": {}, "artifacts": {}})
-        return run
+            made = []
+        names = list(_WHOSE)
+        names += _MADE_FROM_MODEL if any(artifact.reads_model for artifact in made) else ()
+        names += _MADE_FROM_DATA if any(artifact.reads_dataset for artifact in made) else ()
+        config = with_absolute_paths(config, self.config)
+        for name in names:
+            if self.config.get(name) != config.get(name):
+                raise RunError(
+                    f"run directory {self.path} holds a run of {name} {self.config.get(name)!r}, not {config.get(name)!r}: "
+                    f"choose another one (--run-dir, RUN_DIR), or redo it in place with --force"
+                )
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
         """Return a run that notebook 01 made. Raises RunError if there is none or it cannot be read."""
         path = Path(path)
         if not (path / CONFIG).exists():
-            raise RunError(f"no run in {path.name}/: run notebook 01_setup first, or give the run directory of one (RUN_DIR)")
+            raise RunError(
+                f"no run in {path.absolute()}/: run notebook 01_setup first, or give the run directory of one (RUN_DIR)"
+            )
         try:
             config = config_from_dict(json.loads((path / CONFIG).read_text(encoding="utf-8")))
         except (OSError, ValueError, ConfigError) as error:
@@ -106,29 +136,34 @@ class Run:
             raise RunError(f"{self.path.name}/{MANIFEST} cannot be read ({error}): run notebook 01_setup again") from error
 
     def _save(self, manifest: Manifest) -> None:
+        # Only while this process holds the lock: another one's changes since it was read would be lost.
         write_atomic(self.path / MANIFEST, to_json(manifest))
 
     # --- fingerprints ----------------------------------------------------------------------------------------
 
-    def fingerprint(self, name: str) -> str:
-        """Return the sha256 over the settings and the input artifacts (by content) that the artifact is made from.
+    def fingerprint(self, name: str, recorded: Mapping[str, str] | None = None) -> str:
+        """Return the sha256 over the settings, the input artifacts and the local files that the artifact is made from.
 
-        Raises RunError if an input is not there yet."""
+        `recorded`: inputs of the manifest's entry, to compare with that (see `input_digests`). Raises RunError if an input is
+        not there yet."""
         artifact = ARTIFACTS[name]
         made_from = {
             "settings": self.config.digest(artifact.settings),
-            "inputs": self._input_digests(artifact),
+            "inputs": self.input_digests(artifact, recorded),
             "version": artifact.version,
         }
         return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
-    def _input_digests(self, artifact: Artifact) -> dict[str, str]:
-        digests = {name: self._entry(name)["sha256"] for name in artifact.inputs}
-        # A data file may change under its name: its content counts, not its path.
-        data_file = self.config.dataset.path or (SHIPPED_CASES if self.config.dataset.name == "shipped" else None)
-        if artifact.reads_dataset and data_file and Path(data_file).is_file():
-            digests["data file"] = sha256_of(Path(data_file))[0]
-        return digests
+    def input_digests(self, artifact: Artifact, recorded: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return {input: digest} of what an artifact is made from.
+
+        With `recorded`, files that the record does not have do not count, since earlier versions did not look at them; and
+        those that are gone count as unchanged: a run that was copied to another machine is not undone for that."""
+        found, digests = digest_sources(artifact, self.config), {name: self._entry(name)["sha256"] for name in artifact.inputs}
+        if recorded is not None:
+            kept = {key: digest for key, digest in recorded.items() if key not in ARTIFACTS and key != DATA_FILE}
+            found = {key: found.get(key, digest) for key, digest in kept.items()} | _only(found, DATA_FILE)
+        return digests | found
 
     def _entry(self, name: str) -> ArtifactEntry:
         artifact, entry = ARTIFACTS[name], self.manifest()["artifacts"].get(name)
@@ -141,7 +176,7 @@ class Run:
         size alone if not `deep`."""
         try:
             entry = self._entry(name)
-            if entry["fingerprint"] != self.fingerprint(name) or self._size_on_disk(name) != entry["bytes"]:
+            if entry["fingerprint"] != self.fingerprint(name, entry["inputs"]) or self._size_on_disk(name) != entry["bytes"]:
                 return False
             return not deep or self.require(name).exists()
         except RunError:
@@ -166,10 +201,14 @@ class Run:
 
         `value` is JSON-ready data (a list of records for .jsonl), text, a `datasets.Dataset` for .parquet, or a function that
         fills the folder or file path it is given. Raises DiskError on a full disk."""
+        with hold(self.path, f"notebook {ARTIFACTS[name].step}"):
+            return self._write(name, value)
+
+    def _write(self, name: str, value: Any) -> Path:
         artifact, final = ARTIFACTS[name], self.place(name)
         fingerprint = self.fingerprint(name)
         final.parent.mkdir(parents=True, exist_ok=True)
-        beside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        beside = paths.place_beside(final)
         remove(beside)
         try:
             with full_disk_told(artifact.file, final.parent):
@@ -184,8 +223,10 @@ class Run:
                     "sha256": digest,
                     "bytes": size,
                     "fingerprint": fingerprint,
-                    "inputs": self._input_digests(artifact),
+                    "inputs": self.input_digests(artifact),
                     "made": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "settings": self.config.leaves(artifact.settings),
+                    "commits": find_hub_commits(artifact, self.config),
                 }
                 # On disk before the artifact takes its place: then only renames are left, and those need no room.
                 recorded = write_beside(self.path / MANIFEST, to_json(manifest))
@@ -261,7 +302,12 @@ class Run:
 
     def checkpoint_dir(self, name: str) -> Path:
         """Return the folder of the trainer's checkpoints for this artifact's present fingerprint, made if it is not there."""
-        folder = self.path / "checkpoints" / self.fingerprint(name)[:12]
+        folder, earlier = (
+            self.path / "checkpoints" / self.fingerprint(name, recorded)[:12]
+            for recorded in (None, self.input_digests(ARTIFACTS[name], {}))
+        )
+        if earlier.is_dir() and not folder.is_dir():  # begun by a version that did not look at the model's files
+            return earlier
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -274,20 +320,28 @@ class Run:
     # --- steps -----------------------------------------------------------------------------------------------
 
     def begin(self, step: str) -> None:
-        """Record the step as running, after removing what killed processes left half written.
+        """Record the step as running, after removing what killed processes left half written. The run is locked for other
+        processes until `record_done`.
 
-        Raises RunError naming the notebook to run if an artifact that the step reads is missing, damaged or stale."""
-        for folder in {self.path, paths.scratch_dir(self.path)}:
-            paths.remove_leftovers(folder)
-        for name in STEPS[step].reads:
-            self.require(name)
-            if stale := self._stale_origin(name):
-                artifact = ARTIFACTS[stale]
-                raise RunError(
-                    f"{artifact.file} in {self.path.name}/ was made with other settings or inputs than the run has now: "
-                    f"run notebook {artifact.step} again, and those after it"
-                )
-        self.record_step(step, state="running", started=time.time(), pid=os.getpid(), error=None)
+        Raises RunError if another process works in the run, and naming the notebook to run if an artifact that the step reads is
+        missing, damaged or stale."""
+        keep(self.path, f"notebook {step}")
+        try:
+            for name in STEPS[step].reads:
+                self.require(name)
+                if stale := self._stale_origin(name):
+                    artifact = ARTIFACTS[stale]
+                    raise RunError(
+                        f"{artifact.file} in {self.path.name}/ was made with other settings or inputs than the run has now "
+                        f"({'; '.join(why_stale(self, stale))}): run notebook {artifact.step} again, and those after it"
+                    )
+            for folder in {self.path, paths.scratch_dir(self.path)}:
+                paths.remove_leftovers(folder)
+            here = {"pid": os.getpid(), "host": paths.host_name()}
+            self.record_step(step, state="running", started=time.time(), **here, error=None)
+        except BaseException:
+            let_go(self.path)
+            raise
 
     def _stale_origin(self, name: str) -> str | None:
         """Return the first artifact on the way to this one that is stale or missing, or None."""
@@ -305,23 +359,26 @@ class Run:
         memory = {"peak_memory_mb": round(peak), "peak_gpu_memory_mb": peak_gpu_memory_mb()}
         entry: StepEntry = {"state": "done", "seconds": round(time.time() - began, 1), **memory}
         self.record_step(step, **entry)
+        let_go(self.path)
         return entry
 
     def record_step(self, step: str, **fields: Any) -> None:
         """Write fields of a step's entry in the manifest."""
-        manifest = self.manifest()
-        manifest["steps"].setdefault(step, {}).update(fields)
-        self._save(manifest)
+        with hold(self.path, f"notebook {step}"):
+            manifest = self.manifest()
+            manifest["steps"].setdefault(step, {}).update(fields)
+            self._save(manifest)
 
     def forget(self, step: str) -> None:
         """Drop the manifest's entries of a step, and its checkpoints, so that it is redone. The files stay until replaced."""
-        manifest = self.manifest()
-        manifest["steps"].pop(step, None)
-        for name in STEPS[step].makes:
-            manifest["artifacts"].pop(name, None)
-        self._save(manifest)
-        if "adapter" in STEPS[step].makes:
-            remove(self.path / "checkpoints")
+        with hold(self.path, f"notebook {step}"):
+            manifest = self.manifest()
+            manifest["steps"].pop(step, None)
+            for name in STEPS[step].makes:
+                manifest["artifacts"].pop(name, None)
+            self._save(manifest)
+            if "adapter" in STEPS[step].makes:
+                remove(self.path / "checkpoints")
 
     def makes(self, step: str) -> tuple[str, ...]:
         """Return the artifacts that a step makes with this configuration: not those whose setting is None (`Artifact.when`)."""
@@ -334,8 +391,29 @@ class Run:
         entry = self.manifest()["steps"].get(step)
         if entry is None:
             return "not run"
-        if entry["state"] == "running" and not psutil.pid_exists(entry["pid"]):
+        if entry["state"] == "running" and not self._is_running(entry):
             return "interrupted"
         if entry["state"] == "done" and not all(self.is_fresh(name, deep) for name in self.makes(step)):
             return "stale"
         return entry["state"]
+
+    def _is_running(self, entry: StepEntry) -> bool:
+        if entry.get("host") in (None, paths.host_name()):
+            return psutil.pid_exists(entry["pid"])
+        return is_held(self.path)  # another machine's processes cannot be seen from here
+
+    def why_stale(self, step: str) -> list[str]:
+        """Return what has changed since the step was done: a setting with its old and new value, an input, a file."""
+        found = [reason for name in self.makes(step) if not self.is_fresh(name) for reason in why_stale(self, name)]
+        return list(dict.fromkeys(found))
+
+
+def _is_manifest(path: Path) -> bool:
+    try:
+        return bool(read_manifest(path))
+    except (OSError, ValueError):
+        return False
+
+
+def _only(values: Mapping[str, str], key: str) -> dict[str, str]:
+    return {key: values[key]} if key in values else {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medcot_utils.machine.disk import full_disk_told
+from medcot_utils.machine.paths import place_beside
 
 
 def sha256_of(path: Path) -> tuple[str, int]:
@@ -49,7 +50,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 def write_beside(path: Path, text: str) -> Path:
     """Write a text beside `path`, on disk before this returns; return the path to rename."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = place_beside(path)
     try:
         with beside.open("w", encoding="utf-8") as stream:
             stream.write(text)
@@ -70,7 +71,7 @@ def take_the_place(beside: Path, final: Path) -> None:
     """Rename `beside` to `final`, in place of the file or folder of that name."""
     old = None
     if final.is_dir():  # a folder cannot be renamed over: move the old one aside first
-        old = final.with_name(f".{final.name}.{os.getpid()}.old")
+        old = place_beside(final, "old")
         remove(old)
         final.rename(old)
     beside.replace(final)

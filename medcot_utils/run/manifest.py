@@ -17,8 +17,10 @@ class ArtifactEntry(TypedDict):
     sha256: str  # as `files.sha256_of`
     bytes: int
     fingerprint: str  # sha256 over the settings and inputs it was made from
-    inputs: dict[str, str]  # {input artifact, or `data file`: its sha256}
+    inputs: dict[str, str]  # {input artifact, or file or folder of this machine: its digest}
     made: str  # time in ISO 8601, UTC
+    settings: NotRequired[dict[str, object]]  # {setting: value} it was made with; runs of early versions lack it
+    commits: NotRequired[dict[str, str]]  # {setting without a revision: the commit that the Hub gave for it}
 
 
 class GpuPeak(TypedDict):
@@ -34,6 +36,7 @@ class StepEntry(TypedDict):
     state: str  # running, done, failed or paused
     started: NotRequired[float]  # seconds since the epoch
     pid: NotRequired[int]
+    host: NotRequired[str]  # the machine of the pid
     error: NotRequired[str | None]
     seconds: NotRequired[float]
     peak_memory_mb: NotRequired[int]

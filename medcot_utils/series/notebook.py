@@ -16,6 +16,7 @@ from medcot_utils.series.kaggle import session
 
 if TYPE_CHECKING:
     import pandas as pd
+    from IPython.core.interactiveshell import ExecutionResult
 
     from medcot_utils.run.directory import Run
 
@@ -43,6 +44,7 @@ def start(run_dir: str | int | Path) -> Path:
 
     pd.set_option("display.max_colwidth", 90)
     _show_figures()
+    _let_go_after_an_error()
     folder = colab.run_dir_of(run_dir)
     if hardware.platform_name() == "kaggle" and run_dir == "auto":
         session.resume_earlier_run(folder)
@@ -64,6 +66,21 @@ def _show_figures() -> None:
 
     if shell := get_ipython():
         select_figure_formats(shell, {"png"})
+
+
+def _let_go_after_an_error() -> None:
+    # A notebook that stopped at an error may stand open for hours: meanwhile the run is free for others.
+    from IPython import get_ipython
+
+    if shell := get_ipython():
+        shell.events.register("post_run_cell", _let_go_if_failed)
+
+
+def _let_go_if_failed(result: ExecutionResult) -> None:
+    from medcot_utils.run import lock
+
+    if not result.success:
+        lock.let_go()
 
 
 def table(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:

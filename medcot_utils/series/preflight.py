@@ -46,10 +46,11 @@ def checks(config: RunConfig, run_dir: Path | None, online: bool = True) -> dict
     from medcot_utils.training.tracking import check_tracker
 
     here = run_dir is not None
+    asked = config if online else _with_questions_at_hand(config, here)
     known: dict[str, tuple[bool, Callable[[], str]]] = {  # {name: (whether it can be made, the check)}
         "profile": (here, lambda: hardware.check_profile(config.profile)),
         "data": (online or _data_is_at_hand(config, here), lambda: check_data(config)),
-        "questions": (online or _questions_are_at_hand(config, here), lambda: check_questions(config)),
+        "questions": (bool(asked), lambda: check_questions(asked)),
         "tracker": (here, lambda: check_tracker(config)),  # may ask for a key, which papermill's kernels cannot
         "hub": (here and online, lambda: check_hub(config)),
         "gguf": (here, lambda: check_gguf(config)),
@@ -62,6 +63,16 @@ def _data_is_at_hand(config: RunConfig, here: bool) -> bool:
     return here if config.dataset.path else config.dataset.name == "shipped"
 
 
-def _questions_are_at_hand(config: RunConfig, here: bool) -> bool:
-    files = all(task == "shipped" or (here and task.endswith(".jsonl")) for task in config.evaluation.mcq_tasks)
-    return files and config.evaluation.embedding_model is None
+def _with_questions_at_hand(config: RunConfig, here: bool) -> RunConfig | None:
+    """Return the configuration with only the multiple-choice tasks that can be checked without the network, or that are none;
+    None if there is nothing of one's own among them."""
+    from medcot_utils.evaluation.mcq.run import TASK_NAMES
+
+    given = config.evaluation
+    known = [task for task in given.mcq_tasks if task == "shipped"]
+    own = [task for task in given.mcq_tasks if task not in TASK_NAMES and (here or not task.endswith(".jsonl"))]
+    whole = len(known) == len(given.mcq_tasks) and given.embedding_model is None
+    if not own and not whole:
+        return None
+    offline = given.model_copy(update={"mcq_tasks": (*known, *own), "embedding_model": None})
+    return config.model_copy(update={"evaluation": offline})

@@ -9,20 +9,31 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from filelock import FileLock, Timeout
-
-from medcot_utils.config import RunConfig, load_config, overrides_of, parse_overrides, parse_value, with_absolute_paths
-from medcot_utils.errors import MedcotError, SeriesPaused
+from medcot_utils.config import (
+    RunConfig,
+    load_config,
+    overrides_of,
+    parse_overrides,
+    parse_value,
+    setting_names,
+    with_absolute_paths,
+)
+from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused
 from medcot_utils.machine import hardware, redaction
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.paths import HOME, PACKAGE, expand_home
 from medcot_utils.models.engine import quiet_start
-from medcot_utils.run.artifacts import STEPS
-from medcot_utils.run.directory import CONFIG, Run
+from medcot_utils.run.artifacts import ARTIFACTS, PROGRESS, STEPS
+from medcot_utils.run.changes import describe_changes
+from medcot_utils.run.directory import CONFIG, Run, RunError
+from medcot_utils.run.files import write_atomic
+from medcot_utils.run.lock import hold
 from medcot_utils.run.manifest import GpuPeak, describe_costs
 from medcot_utils.series.preflight import preflight
 
 NOTEBOOKS = tuple(STEPS)
+TRAINING = ARTIFACTS["adapter"].step
+_MOST_REASONS = 5  # of a step's being done again, in its line
 HEADLINE = ("eval_loss", "closed_think_rate", "finished_rate", "rouge_l", "thinking_tokens", "answer_tokens")
 
 # A headless kernel's own log (a note on its transport, the interrupt at shutdown) says nothing of the notebook.
@@ -52,12 +63,17 @@ def notebooks_dir() -> Path:
 
 
 def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) -> tuple[RunConfig, str]:
-    """Return the configuration of this call and a line saying where it comes from, after the checks of `preflight` that need
-    no network. In a terminal somebody can type a key that is asked for; under papermill nobody can.
+    """Return the configuration of this call, and a line saying where it comes from with one for each setting that it changes
+    in the run, after the checks of `preflight` that need no network. In a terminal somebody can type a key that is asked for;
+    under papermill nobody can.
 
     A named profile starts from that profile. Without one, an existing run keeps its stored settings, with the overrides
-    laid over them. Raises a MedcotError for an unknown profile or setting, and that of the first check that fails."""
-    overrides, stored = list(overrides), None
+    laid over them. Raises a MedcotError for an unknown profile or setting, a run that another process works in, and that of the
+    first check that fails."""
+    overrides = list(overrides)
+    if (run_dir / CONFIG).exists():
+        with hold(run_dir, "medcot run"):  # before checks that take a while
+            pass
     if profile is None and (run_dir / CONFIG).exists():
         stored = Run.open(run_dir).config
         names = set(parse_overrides(overrides))
@@ -66,9 +82,11 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
     else:
         name, line = hardware.resolve_profile(profile or "auto")
         config = load_config(name, overrides)
+    stored = Run.stored_config(run_dir)  # None for a new run, or for one that --force is to make readable again
     config = with_absolute_paths(config, stored)
     preflight(config, run_dir, online=False)
-    return config, line
+    changes = describe_changes(stored.leaves(setting_names()), config.leaves(setting_names())) if stored else []
+    return config, "\n".join([line, *(f"changed: {change}" for change in changes)])
 
 
 def parameters_of(notebook: Path) -> dict[str, object]:
@@ -123,22 +141,51 @@ def run_series(
     """Run notebooks `first` to `last` into `run_dir`, skipping those that are done with these settings and inputs. This
     machine's secrets are removed from the cells' output before it is written.
 
-    `report(name, cell, cells)` is called before each cell. Raises SeriesError at the first notebook that fails or whose
-    kernel dies, and SeriesPaused if training.max_hours ended it. Finished work is kept, and the next call resumes there."""
+    `report(name, cell, cells)` is called before each cell. Raises RunError if another process works in the run, before anything
+    is written, SeriesError at the first notebook that fails or whose kernel dies, SeriesPaused if training.max_hours ended it,
+    and SeriesInterrupted at Ctrl-C. Finished work is kept, and the next call resumes there."""
     folder = notebooks_dir()
     os.environ.setdefault("MEDCOT_SESSION_STARTED", str(time.time()))
     check_parameters(parameters or {}, folder)
     quiet_start(config.seed)
     redaction.known_secrets(config.secrets)  # all that `redact` must know, also what no kernel was handed
-    run = Run.create(run_dir, config, force)
-    try:
-        with FileLock(run.path / ".lock", timeout=0):
-            _run_steps(run, NOTEBOOKS[first - 1 : last], folder, force, parameters or {}, say, report)
-    except Timeout:
-        raise SeriesError(
-            f"another medcot run is working in {run.path.name}/: wait for it, or choose another --run-dir"
-        ) from None
+    Run.check_place(run_dir, config, force)
+    with hold(run_dir, "medcot run"):
+        before = (run_dir / CONFIG).read_text(encoding="utf-8") if (run_dir / CONFIG).exists() else None
+        run = Run.create(run_dir, config, force)
+        reached = ["before the first cell"]
+
+        def report_and_remember(name: str, cell: int, cells: int) -> None:
+            reached[:] = [f"in {name}, cell {cell} of {cells}"]
+            report(name, cell, cells)
+
+        try:
+            _run_steps(run, NOTEBOOKS[first - 1 : last], folder, force, parameters or {}, say, report_and_remember)
+        except KeyboardInterrupt:
+            raise SeriesInterrupted(f"interrupted {reached[0]}{_training_step(run)}; the same command resumes") from None
+        except SeriesError:
+            if first == 1 and run.step_state(NOTEBOOKS[0]) == "failed":  # which refuses what cannot be used
+                _put_back(run_dir / CONFIG, before)
+            raise
     return run
+
+
+def _training_step(run: Run) -> str:
+    """Return ` at step 14 of 90` if the run is training, else nothing."""
+    entry = run.manifest()["steps"].get(TRAINING, {})
+    files = [file for file in run.path.glob(f"checkpoints/*/{PROGRESS}") if file.stat().st_mtime > entry.get("started", 0)]
+    if entry.get("state") != "running" or not files:
+        return ""
+    lines = max(files, key=lambda file: file.stat().st_mtime).read_text(encoding="utf-8").split("\n")
+    state = json.loads(lines[-2])  # the last whole line
+    return f", at step {state['step']} of {state['max_steps']}"
+
+
+def _put_back(path: Path, text: str | None) -> None:
+    if text is None:
+        path.unlink()
+    else:
+        write_atomic(path, text)
 
 
 def _run_steps(
@@ -151,17 +198,25 @@ def _run_steps(
     report: Report,
 ) -> None:
     for name in names:
+        asked = sorted(parameters.keys() & parameters_of(folder / f"{name}.ipynb"))
         if force:
             run.forget(name)
-        elif not parameters.keys() & parameters_of(folder / f"{name}.ipynb") and run.step_state(name) == "done":
+        elif (state := run.step_state(name)) == "done" and not asked:
             say(f"{name}: done before with the same settings and inputs")
             continue
+        elif state in ("done", "stale"):
+            say(f"{name}: done again, because {_in_short(run.why_stale(name) or [f'{one} is given' for one in asked])}")
         given = {"RUN_DIR": str(run.path.absolute()), **parameters}
         if name == NOTEBOOKS[0]:
             given |= {"PROFILE": run.config.profile, "OVERRIDES": overrides_of(run.config)}
         _run_notebook(run, folder / f"{name}.ipynb", given, report)
         say(f"{name}: {describe_costs(run.manifest()['steps'][name])}")
     return run
+
+
+def _in_short(reasons: list[str]) -> str:
+    more = f", and {len(reasons) - _MOST_REASONS} more" if len(reasons) > _MOST_REASONS else ""
+    return ", ".join(reasons[:_MOST_REASONS]) + more
 
 
 def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Report) -> None:

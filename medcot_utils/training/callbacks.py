@@ -92,10 +92,11 @@ class LossFigure(TrainerCallback):
 
 
 class ProgressFile(TrainerCallback):
-    """Write step and log of the first process as lines of JSON, for the notebook that waits for several processes."""
+    """Write the step that the first process has taken as a line of JSON: for whoever ends the training, and, with the log, for
+    the notebook that waits for several processes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, with_log: bool = True) -> None:
+        self.path, self.with_log = path, with_log
 
     def _write(self, state, **more) -> None:
         if state.is_world_process_zero:
@@ -103,13 +104,14 @@ class ProgressFile(TrainerCallback):
                 lines.write(json.dumps({"step": state.global_step, "max_steps": state.max_steps} | more) + "\n")
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._write(state, log_history=state.log_history)
+        self._write(state, **({"log_history": state.log_history} if self.with_log else {}))
 
     def on_step_end(self, args, state, control, **kwargs):
         self._write(state)
 
     def on_log(self, args, state, control, **kwargs):
-        self._write(state, log_history=state.log_history)
+        if self.with_log:
+            self._write(state, log_history=state.log_history)
 
 
 class SkippedSteps(TrainerCallback):

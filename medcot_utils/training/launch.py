@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 
 from medcot_utils.machine.paths import HOME
 from medcot_utils.machine.redaction import redact
+from medcot_utils.run.artifacts import PROGRESS
 from medcot_utils.run.directory import Run
 from medcot_utils.training.agent import Failure, read_last_line
 from medcot_utils.training.callbacks import LossFigure, TimeBudgetReached
-from medcot_utils.training.trainer import PROGRESS, TrainingError, last_good_checkpoint
+from medcot_utils.training.trainer import TrainingError, last_good_checkpoint
 
 _OUT_OF_MEMORY = "out of memory"
 _PR_SET_PDEATHSIG = 1  # prctl(2)

@@ -18,6 +18,7 @@ from medcot_utils.errors import MedcotError
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.gpu import available_gpu_memory, release_gpu_memory, reset_peak_gpu_memory
 from medcot_utils.models.engine import compute_dtype
+from medcot_utils.run.artifacts import PROGRESS
 from medcot_utils.training.batch_plan import BatchPlan, batch_plans, choose_plans
 from medcot_utils.training.callbacks import LossFigure, ProgressFile, SkippedSteps, TimeBudget, TimeBudgetReached, TqdmProgress
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from trl import SFTTrainer
 
     from medcot_utils.models.engine import Engine
-
-PROGRESS = "progress.jsonl"
 
 
 class TrainingError(MedcotError):
@@ -249,9 +248,9 @@ def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
     trainer.add_callback(SkippedSteps(trainer.accelerator))
     if config.training.max_hours:
         trainer.add_callback(TimeBudget(config.training.max_hours))
-    if trainer.args.world_size > 1:
-        trainer.add_callback(ProgressFile(Path(trainer.args.output_dir) / PROGRESS))
-    else:
+    several = trainer.args.world_size > 1
+    trainer.add_callback(ProgressFile(Path(trainer.args.output_dir) / PROGRESS, with_log=several))
+    if not several:
         print(f"{rows} rows per optimizer step")
         trainer.add_callback(TqdmProgress())
         trainer.add_callback(LossFigure())

@@ -21,8 +21,11 @@ def main() -> None:
 
     from medcot_utils.models.engine import get_engine
     from medcot_utils.run.directory import Run
+    from medcot_utils.run.lock import keep
 
     run = Run.open(options.run_dir)
+    if os.environ.get("RANK") in (None, "", "0"):  # one lock for all processes; the notebook that starts them has it already
+        keep(run.path, "training worker")
     config = run.config
     engine = get_engine(config.model)  # before trl, transformers and peft
     import torch

@@ -421,3 +421,15 @@ def test_a_path_in_a_run_of_before_stays_as_it_was_written(setting, given, path,
 def test_settings_that_may_be_local_are_all_known():
     told = {name for name, field in _fields(RunConfig).items() if re.search("local|folder", field.description or "", re.I)}
     assert told - {"model.revision"} <= set(_PATHS)
+
+
+@pytest.mark.parametrize(
+    ("override", "setting", "value"),
+    [
+        ("evaluation.mcq_tasks=own.jsonl", "evaluation.mcq_tasks", ["own.jsonl"]),
+        ("hub.artifacts=adapter", "hub.artifacts", ["adapter"]),
+        ("secrets.wandb=MY_KEY", "secrets.wandb", ["MY_KEY"]),
+    ],
+)
+def test_one_value_is_taken_as_a_list_of_one(override, setting, value):
+    assert load_config("smoke", [override]).get(setting) == value

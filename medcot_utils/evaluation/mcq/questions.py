@@ -13,9 +13,7 @@ from string import ascii_uppercase
 from typing import Any, TypedDict
 
 from medcot_utils.errors import MedcotError
-from medcot_utils.machine.paths import PACKAGE
-
-SHIPPED_MCQ = PACKAGE / "data" / "mcq.jsonl"
+from medcot_utils.run.artifacts import SHIPPED_MCQ
 
 
 class McqError(MedcotError):

@@ -39,6 +39,7 @@ class Built:
     metadata: KernelMetadata
     profile: str
     bytes: int
+    added: list[str]  # settings that were not given
     left_out: list[str]  # files that lie among the carried ones, but are none of the project's
 
 
@@ -60,7 +61,8 @@ def build(
     Raises a MedcotError for what cannot run on Kaggle, or for a secret in what would be pushed, before anything is written."""
     held = read_unvalidated(folder) or {}
     profile = profile or _held_profile(folder / str(held.get("code_file"))) or "article"
-    settings = _checked_settings(profile, list(settings))
+    given = list(settings)
+    settings = _checked_settings(profile, given)
     kernel = kernel or held.get("id", f"{PLACEHOLDER_OWNER}/medcot-series")
     slug = kernel.rpartition("/")[2]
     gpu = _on_a_gpu(profile)
@@ -90,7 +92,7 @@ def build(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
     write_metadata(folder, metadata)
-    return Built(path, metadata, profile, size, left_out)
+    return Built(path, metadata, profile, size, [setting for setting in settings if setting not in given], left_out)
 
 
 def _held_profile(notebook_path: Path) -> str | None:

@@ -14,7 +14,7 @@ from made_up_runs import fill
 from medcot_utils.cli import main
 from medcot_utils.cli.main import _parse_parameters
 from medcot_utils.config import PROFILES, load_config, setting_names
-from medcot_utils.errors import MedcotError, SeriesPaused
+from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.run.directory import Run
 
@@ -109,6 +109,17 @@ def test_a_paused_training_is_no_error(monkeypatch, capsys):
     assert ended.value.code == 75 and capsys.readouterr().out == "medcot: paused. 05_training: 3 of 6 steps\n"
 
 
+def test_ctrl_c_is_one_line_and_exit_code_130(monkeypatch, capsys):
+    def stop():
+        raise SeriesInterrupted("interrupted in 05_training; the same command resumes")
+
+    monkeypatch.setattr(main, "app", stop)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "medcot: interrupted in 05_training; the same command resumes\n"
+
+
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +209,19 @@ def test_a_run_of_another_profile_is_not_overwritten(medcot_here, tmp_path):
     line = the_one_line(medcot_here("run", "--profile", "demo", "--run-dir", tmp_path / "run"))
     assert "holds a run of profile 'smoke', not 'demo'" in line and "--force" in line
     assert (tmp_path / "run" / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "command", [["report"], ["grade"], ["push", "--repo-id", "ann/cot"], ["train", "--nproc", "2"], ["run", "--set", "lora.r=8"]]
+)
+def test_a_command_beside_a_run_changes_nothing(medcot_here, run_factory, write_all, work_elsewhere, command):
+    run = write_all(run_factory())
+    work_elsewhere(run.path)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    name, *options = command
+    place = ["--run-dir", run.path] if name in ("train", "run") else [run.path]
+    assert "another medcot run is working in run/: wait until it ends" in the_one_line(medcot_here(name, *place, *options))
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.series

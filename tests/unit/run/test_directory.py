@@ -42,7 +42,7 @@ def test_resuming_a_run_keeps_artifacts_and_takes_new_settings(run_factory, writ
 
 
 def test_opening_without_a_run_names_notebook_01(tmp_path):
-    with pytest.raises(RunError, match=r"no run in empty/: run notebook 01_setup first"):
+    with pytest.raises(RunError, match=rf"no run in {tmp_path}/empty/: run notebook 01_setup first"):
         Run.open(tmp_path / "empty")
 
 

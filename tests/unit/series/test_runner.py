@@ -1,73 +1,192 @@
-"""The series from outside: where a run may lie and how it is named, without a kernel."""
+"""The series without its notebooks: what a call says it changes, what it refuses, and what a refusal or Ctrl-C leaves."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 
-import papermill
 import pytest
-from papermill.parameterize import parameterize_path
 
 from medcot_utils.config import load_config
-from medcot_utils.run.directory import Run
+from medcot_utils.errors import MedcotError, SeriesInterrupted
+from medcot_utils.run.artifacts import STEPS
+from medcot_utils.run.directory import CONFIG, Run
 from medcot_utils.series import runner
+from medcot_utils.series.runner import SeriesError, plan_config, run_series
 
-
-@pytest.mark.parametrize("name", ["{1}", "{RUN_DIR}", "a{", "}b", "{{}}", "run #1"])
-def test_a_run_directory_may_have_braces_in_its_name(name, tmp_path, monkeypatch):
-    written = []
-
-    def execute(notebook, executed, parameters, **kwargs):
-        written.extend(parameterize_path(path, parameters) for path in (notebook, executed))
-
-    monkeypatch.setattr(papermill, "execute_notebook", execute)
-    with pytest.raises(runner.SeriesError, match="its last cell did not run"):
-        runner.run_series(tmp_path / name, load_config("smoke"), last=1)
-    notebook, executed = map(Path, written)
-    assert notebook.is_file() and executed.parent == tmp_path / name / "notebooks"
-
-
-# --- local paths ---------------------------------------------------------------------------------------------------
+FIRST, TRAINING = "01_setup", "05_training"
 
 
 @pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """Two folders, `a` with rows in it; the working one is `a`."""
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    rows = "".join(f'{{"Question": "Why {n}?", "Complex_CoT": "So.", "Response": "This."}}\n' for n in range(20))
-    (tmp_path / "a" / "rows.jsonl").write_text(rows)
-    (tmp_path / "a" / "own.jsonl").write_text('{"question": "Which?", "options": ["x", "y"], "answer": "A"}\n')
-    (tmp_path / "a" / "model").mkdir()
-    monkeypatch.chdir(tmp_path / "a")
-    return tmp_path
+def done(run_factory, write_all):
+    """A finished run, with artifacts that were made up."""
+    run = write_all(run_factory())
+    for step in STEPS:
+        run.record_step(step, state="done", seconds=1.0, peak_memory_mb=1)
+    return run
 
 
-RELATIVE = ["dataset.path=rows.jsonl", "dataset.held_out_rows=6", "evaluation.mcq_tasks=own.jsonl", "model.name=./model"]
+@pytest.fixture
+def notebooks(monkeypatch, content):
+    """Notebooks that write made-up content; `notebooks[step]` is what another one does instead. `.ran` are their names."""
+
+    class Notebooks(dict):
+        def __init__(self):
+            super().__init__()
+            self.ran = []
+
+        def run(self, run, notebook, given, report):
+            self.ran.append(notebook.stem)
+            report(notebook.stem, 1, 20)
+            if notebook.stem in self:
+                return self[notebook.stem](run, report)
+            for name in run.makes(notebook.stem):
+                run.write(name, content(name))
+            run.record_step(notebook.stem, state="done", seconds=1.0, peak_memory_mb=1)
+
+    made = Notebooks()
+    monkeypatch.setattr(runner, "_run_notebook", made.run)
+    return made
 
 
-def test_a_run_means_the_same_from_another_folder(folders, monkeypatch):
-    config, _ = runner.plan_config(folders / "run", "smoke", RELATIVE)
-    Run.create(folders / "run", config)
-    monkeypatch.chdir(folders / "b")
-    again, _ = runner.plan_config(folders / "run", None, [])
-    assert again == config == Run.open(folders / "run").config
-    assert again.evaluation.mcq_tasks == (str(folders / "a" / "own.jsonl"),)
-    elsewhere = [pair.replace("./", "").replace("=rows", "=../a/rows").replace("=own", "=../a/own") for pair in RELATIVE]
-    elsewhere[-1] = "model.name=../a/model"
-    assert runner.plan_config(folders / "run", "smoke", elsewhere)[0] == config
+def refuse(run, report):
+    run.record_step(FIRST, state="failed", error="HubError: no")
+    raise SeriesError(f"notebook {FIRST} failed: HubError: no")
 
 
-def test_a_notebook_by_hand_stores_absolute_paths_too(folders):
-    assert Run.create(folders / "run", load_config("smoke", RELATIVE)).config.model.name == str(folders / "a" / "model")
+# --- a refused call changes nothing ------------------------------------------------------------------------------------
 
 
-def test_a_relative_path_of_an_earlier_version_stays_done(folders):
-    run = Run.create(folders / "run", load_config("smoke", RELATIVE))
-    (run.path / "config.json").write_text((run.path / "config.json").read_text().replace(str(folders / "a") + "/", ""))
-    old = Run.open(run.path)
-    assert (old.config.dataset.path, old.config.model.name) == ("rows.jsonl", "model")
-    for profile, overrides in ((None, []), ("smoke", RELATIVE)):
-        config, _ = runner.plan_config(run.path, profile, overrides)
-        again = Run.create(run.path, config)
-        assert again.config == old.config and again.fingerprint("machine") == old.fingerprint("machine")
+@pytest.mark.parametrize("force", [False, True])
+def test_a_call_beside_another_one_changes_nothing(done, work_elsewhere, notebooks, force):
+    work_elsewhere(done.path)
+    before = {name: (done.path / name).read_bytes() for name in ("config.json", "manifest.json")}
+    changed = load_config("smoke", ["training.max_steps=3"])
+    for call in (
+        lambda: run_series(done.path, changed, force=force),
+        lambda: plan_config(done.path, None, ["training.max_steps=3"]),
+        lambda: plan_config(done.path, "smoke", []),
+    ):
+        with pytest.raises(MedcotError, match=r"another medcot run is working in run/"):
+            call()
+    assert {name: (done.path / name).read_bytes() for name in before} == before and notebooks.ran == []
+
+
+def test_settings_that_notebook_01_refuses_are_not_kept(done, notebooks):
+    notebooks[FIRST] = refuse
+    before = (done.path / CONFIG).read_bytes()
+    with pytest.raises(SeriesError, match="HubError"):
+        run_series(done.path, load_config("smoke", ["hub.repo_id=ann/cot"]))
+    assert (done.path / CONFIG).read_bytes() == before
+    del notebooks[FIRST]
+    said = []
+    run_series(done.path, plan_config(done.path, None, [])[0], say=said.append)
+    assert notebooks.ran == [FIRST, FIRST], "the next call is not refused for them again"
+
+
+def test_a_first_call_that_is_refused_leaves_no_settings(tmp_path, notebooks):
+    notebooks[FIRST] = refuse
+    with pytest.raises(SeriesError):
+        run_series(tmp_path / "run", load_config("smoke", ["hub.repo_id=ann/cot"]))
+    assert not (tmp_path / "run" / CONFIG).exists()
+    del notebooks[FIRST]
+    run_series(tmp_path / "run", load_config("smoke"))
+    assert Run.open(tmp_path / "run").config == load_config("smoke")
+
+
+def test_settings_stay_if_a_later_notebook_fails(done, notebooks):
+    def fail(run, report):
+        run.record_step(TRAINING, state="failed", error="no")
+        raise SeriesError("no")
+
+    notebooks[TRAINING] = fail
+    with pytest.raises(SeriesError):
+        run_series(done.path, load_config("smoke", ["training.max_steps=3"]))
+    assert Run.open(done.path).config.training.max_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        ("[medqa, nowhere.jsonl]", "nowhere.jsonl: no such file"),
+        ("nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("[shipped, own.json]", "unknown multiple-choice task 'own.json'"),
+    ],
+)
+def test_a_bad_file_of_questions_is_refused_before_it_is_kept(tmp_path, tasks, said):
+    with pytest.raises(MedcotError, match=said):
+        plan_config(tmp_path / "run", "smoke", [f"evaluation.mcq_tasks={tasks}"])
+
+
+# --- what it says ------------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_that_a_call_changes_is_said(run_factory):
+    run = run_factory("training.learning_rate=0.1", "evaluation.num_questions=3")
+    assert plan_config(run.path, None, [])[1] == "profile smoke: as in run/"
+    _, said = plan_config(run.path, "smoke", ["training.max_steps=4"])
+    assert said.split("\n") == [
+        "profile smoke: as asked",
+        "changed: training.max_steps 6 -> 4",
+        "changed: training.learning_rate 0.1 -> 0.002",
+        "changed: evaluation.num_questions 3 -> 6",
+    ]
+    _, said = plan_config(run.path, None, ["training.max_steps=4"])
+    assert said.split("\n") == ["profile smoke: as in run/", "changed: training.max_steps 6 -> 4"]
+
+
+def test_a_run_that_cannot_be_read_has_nothing_to_change(run_factory):
+    run = run_factory()
+    (run.path / CONFIG).write_text("{")
+    assert plan_config(run.path, "smoke", [])[1] == "profile smoke: as asked"
+
+
+def test_a_step_done_again_says_why(done, notebooks):
+    said = []
+    run_series(done.path, load_config("smoke", ["generation.max_new_tokens=20"]), say=said.append)
+    again = [line for line in said if "done again" in line]
+    assert f"{FIRST}: done again, because generation.max_new_tokens 24 -> 20" in again
+    assert "02_baseline_inference: done again, because generation.max_new_tokens 24 -> 20" in again
+    assert "06_comparison: done again, because generation.max_new_tokens 24 -> 20" in again
+    assert notebooks.ran == [FIRST, "02_baseline_inference", "06_comparison"]
+
+
+def test_a_parameter_that_does_a_step_again_is_named(done, notebooks):
+    said = []
+    run_series(done.path, done.config, parameters={"QUESTION": "Why?"}, say=said.append)
+    assert "02_baseline_inference: done again, because QUESTION is given" in said
+    assert notebooks.ran == ["02_baseline_inference"]
+
+
+def test_many_reasons_are_counted(done, notebooks):
+    names = ("max_steps=3", "learning_rate=1", "warmup_steps=2", "weight_decay=1", "logging_steps=3", "optim=sgd", "save_steps=9")
+    said = []
+    run_series(done.path, load_config("smoke", [f"training.{name}" for name in names]), say=said.append)
+    line = next(line for line in said if line.startswith(f"{TRAINING}: done again"))
+    assert line.endswith(", and 2 more") and line.count(" -> ") == 5
+
+
+# --- Ctrl-C --------------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_names_the_step_of_the_training(done, notebooks):
+    def stop(run, report):
+        run.record_step(TRAINING, state="running", started=0.0, pid=1)
+        lines = [json.dumps({"step": step, "max_steps": 90}) for step in (13, 14)]
+        (run.checkpoint_dir("adapter") / "progress.jsonl").write_text("\n".join(lines) + '\n{"st')
+        report(TRAINING, 12, 23)
+        raise KeyboardInterrupt
+
+    notebooks[TRAINING] = stop
+    with pytest.raises(SeriesInterrupted) as caught:
+        run_series(done.path, load_config("smoke", ["lora.r=8"]))
+    assert str(caught.value) == "interrupted in 05_training, cell 12 of 23, at step 14 of 90; the same command resumes"
+
+
+def test_ctrl_c_elsewhere_names_notebook_and_cell(done, notebooks):
+    def stop(run, report):
+        report("06_comparison", 9, 30)
+        raise KeyboardInterrupt
+
+    notebooks["06_comparison"] = stop
+    with pytest.raises(SeriesInterrupted, match=r"^interrupted in 06_comparison, cell 9 of 30; the same command resumes$"):
+        run_series(done.path, load_config("smoke", ["evaluation.n_resamples=600"]))

@@ -75,6 +75,8 @@ def test_the_cells_are_short_and_valid_and_have_no_outputs(tmp_path):
     values = {}
     exec(cells(built)[0], values)
     assert values["PROFILE"] == "article" and values["KERNEL"] == "your-name/medcot-series"
+    assert built.added == ["training.max_hours=10"], "said by the command"
+    assert build(tmp_path, "article", ["training.max_hours=3"]).added == build(tmp_path, "demo").added == []
     # Without a limit of one's own the training pauses before Kaggle would end the session.
     assert values["SETTINGS"] == [
         "training.max_steps=3",
