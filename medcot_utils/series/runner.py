@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -25,7 +26,7 @@ from medcot_utils.machine.paths import HOME, PACKAGE, expand_home
 from medcot_utils.models.engine import quiet_start
 from medcot_utils.run.artifacts import ARTIFACTS, PROGRESS, STEPS
 from medcot_utils.run.changes import describe_changes
-from medcot_utils.run.directory import CONFIG, Run, RunError
+from medcot_utils.run.directory import CONFIG, Run
 from medcot_utils.run.files import write_atomic
 from medcot_utils.run.lock import hold
 from medcot_utils.run.manifest import GpuPeak, describe_costs

@@ -64,7 +64,7 @@ def test_a_step_refused_for_its_input_says_what_changed(done, run_factory):
         run_factory("dataset.loss_on=full").begin("05_training")
 
 
-@pytest.mark.parametrize("override", ["dataset.path=other.jsonl", "dataset.name=a/b", "model.revision=abc"])
+@pytest.mark.parametrize("override", ["dataset.path=/other.jsonl", "dataset.name=a/b", "model.revision=abc"])
 def test_other_data_or_model_is_refused_without_force(done, run_factory, override):
     before = (done.path / "config.json").read_bytes()
     name, _, value = override.partition("=")
@@ -76,4 +76,4 @@ def test_other_data_or_model_is_refused_without_force(done, run_factory, overrid
 
 def test_other_data_is_taken_while_nothing_is_made_of_it(run_factory):
     run_factory().write("machine", {})
-    assert run_factory("dataset.path=other.jsonl").config.dataset.path == "other.jsonl"
+    assert run_factory("dataset.path=/other.jsonl").config.dataset.path == "/other.jsonl"

@@ -187,7 +187,15 @@ def test_the_compared_setup_cell_starts_a_notebook():
 def test_every_test_is_collected_by_a_make_target():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(r"^test: suite nbval\b", makefile, re.MULTILINE)
-    assert re.search(r"^suite:.*\n\t\$\(PYTEST\) tests\n\n", makefile, re.MULTILINE), "`make test` takes the whole folder"
+    all_but = r"^suite:.*\n\t\$\(PYTEST\) tests -m \"not session and not campaign\"\n\n"
+    assert re.search(all_but, makefile, re.MULTILINE), "`make test` takes the whole folder but what has a target of its own"
+    assert re.search(r"^sessions:.*\n\t\$\(PYTEST\) tests/sessions\n", makefile, re.MULTILINE)
+    assert re.search(r"^campaign:.*\n.*\n.* tests/campaign\n", makefile, re.MULTILINE)
+    assert re.search(r"^make test\nmake sessions$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    marked = [
+        path for path in (ROOT / "tests").rglob("*.py") if re.search(r"mark\.(session|campaign)\b", path.read_text("utf-8"))
+    ]
+    assert marked == [], "a test belongs to such a target by its folder alone"
     pytest_command = re.search(r"^PYTEST := \$\(BIN\)/python -m pytest (.+)$", makefile, re.MULTILINE)[1]
     assert not re.search(r"(?:^| )-[mk] |--ignore|--deselect", pytest_command), "and selects nothing there"
     folders = [ROOT / name for name in ("tests", "medcot_utils", "notebooks", "benchmarks")]
