@@ -29,6 +29,7 @@ from medcot_utils.machine.gpu import peak_gpu_memory_mb
 from medcot_utils.run.artifacts import ARTIFACTS, SHIPPED_CASES, STEPS, Artifact
 from medcot_utils.run.files import fsync, remove, sha256_of, take_the_place, to_json, write_atomic, write_beside
 from medcot_utils.run.manifest import FORMAT, ArtifactEntry, Manifest, StepEntry, read_manifest
+from medcot_utils.text_files import read_json
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
 
@@ -87,7 +88,7 @@ class Run:
         if not (path / CONFIG).exists():
             raise RunError(f"no run in {path.name}/: run notebook 01_setup first, or give the run directory of one (RUN_DIR)")
         try:
-            config = config_from_dict(json.loads((path / CONFIG).read_text(encoding="utf-8")))
+            config = config_from_dict(read_json(path / CONFIG))
         except (OSError, ValueError, ConfigError) as error:
             raise RunError(
                 f"{path.name}/{CONFIG} cannot be read ({error}): run notebook 01_setup in another run directory, or redo this "
