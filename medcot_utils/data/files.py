@@ -32,6 +32,10 @@ class DataError(MedcotError):
     """Say why the data cannot be used: the file, row or column, what was expected and what to do."""
 
 
+class TooLargeError(ValueError):
+    """Say that rows take more than MAX_DATA_BYTES."""
+
+
 def read_file(path: Path, choose: ChooseColumns) -> Cells:
     """Return the chosen columns of a json, jsonl, csv or parquet file; whatever the others hold is not looked at.
 
@@ -47,8 +51,10 @@ def read_file(path: Path, choose: ChooseColumns) -> Cells:
         raise DataError(f"dataset.path {path.name}: the file is empty")
     read = {".parquet": _read_parquet, ".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json}[path.suffix]
     try:
-        _check_size(path, path.stat().st_size)
+        check_size(path.stat().st_size)
         cells = read(path, choose)
+    except TooLargeError as error:
+        raise DataError(f"dataset.path {path.name}: {error}") from error
     except (ValueError, OSError, csv.Error, pa.ArrowException) as error:  # pandas' and json's parse errors are ValueErrors
         raise DataError(f"dataset.path {path.name}: not valid {path.suffix[1:]} ({error})") from error
     if not any(cells.values()):
@@ -65,7 +71,7 @@ def as_text(value: object) -> str:
         raise ValueError(f"is {value!r:.60}; expected a text or a number")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value).encode("utf-8", "replace").decode()
+    return str(value)
 
 
 def is_whole(text: str) -> bool:
@@ -76,11 +82,12 @@ def is_whole(text: str) -> bool:
         return False
 
 
-def _check_size(path: Path, size: int) -> None:
+def check_size(size: int) -> None:
+    """Raise TooLargeError if rows of so many bytes are more than MAX_DATA_BYTES."""
     if size > MAX_DATA_BYTES:
-        raise DataError(
-            f"dataset.path {path.name}: its rows take {size / 1e9:,.1f} GB in memory, more than {MAX_DATA_BYTES / 1e9:g} GB "
-            f"(MAX_DATA_BYTES in medcot_utils/data/files.py): give a part of them"
+        raise TooLargeError(
+            f"its rows take {size / 1e9:,.1f} GB in memory, more than {MAX_DATA_BYTES / 1e9:g} GB (MAX_DATA_BYTES in "
+            f"medcot_utils/data/files.py): give a part of them"
         )
 
 
@@ -183,11 +190,11 @@ def _read_parquet(path: Path, choose: ChooseColumns) -> Cells:
         schema = file.schema_arrow
         chosen = _choose_once(schema.names, choose)
         flat = [name for name in chosen if not pa.types.is_nested(schema.field(name).type)]
-        _check_size(path, _stored_bytes(file.metadata, flat) + file.metadata.num_rows * _CELL_BYTES * len(chosen))
+        check_size(_stored_bytes(file.metadata, flat) + file.metadata.num_rows * _CELL_BYTES * len(chosen))
         rows = file.metadata.num_rows
     with pq.ParquetFile(path, read_dictionary=flat) as file:
         table = file.read(columns=flat)
-    _check_size(path, sum(_text_bytes(chunk) for column in table.columns for chunk in column.chunks))
+    check_size(sum(_text_bytes(chunk) for column in table.columns for chunk in column.chunks))
     return {name: table[name].to_pylist() if name in flat else [[]] * rows for name in chosen}
 
 

@@ -168,18 +168,22 @@ def _clean_text(cell: object) -> str:
     return cell
 
 
+def _clean_label(cell: object) -> str:
+    return as_text(cell).encode("utf-8", "replace").decode()  # half a character becomes a question mark
+
+
 def _clean_ids(cells: Sequence[object]) -> list[int] | list[str]:
     """Return ids that tell answers and losses apart: the given ones, or `row-N` for one that is missing and for all if some
     stand twice."""
     numbers = all(type(cell) is int and abs(cell) < 2**63 for cell in cells)
-    ids = list(cells) if numbers else [as_text(cell) or f"row-{index}" for index, cell in enumerate(cells)]
+    ids = list(cells) if numbers else [_clean_label(cell) or f"row-{index}" for index, cell in enumerate(cells)]
     return ids if len(set(ids)) == len(ids) else [f"row-{index}" for index in range(len(ids))]
 
 
 def _clean_labels(name: str, cells: Sequence[object]) -> list[int] | list[str]:
     """Return the cells of id, specialty or split. Raises DataError for a list or an object."""
     try:
-        return _clean_ids(cells) if name == "id" else [as_text(cell) for cell in cells]
+        return _clean_ids(cells) if name == "id" else [_clean_label(cell) for cell in cells]
     except ValueError as error:
         raise DataError(f"the column `{name}` cannot be used, a row {error}. Rename it if it means something else") from error
 

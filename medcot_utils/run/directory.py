@@ -31,6 +31,7 @@ from medcot_utils.run.files import fsync, remove, sha256_of, take_the_place, to_
 from medcot_utils.run.lock import HOLDER, LOCK, RunError, cannot_be_written, hold, is_held, keep, let_go
 from medcot_utils.run.manifest import FORMAT, ArtifactEntry, Manifest, StepEntry, read_manifest
 from medcot_utils.run.sources import DATA_FILE, digest_sources, find_hub_commits
+from medcot_utils.text_files import read_json
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
 _WHOSE = ("profile", "model.name")  # a run of another one is another run, whatever it has made
@@ -118,7 +119,7 @@ class Run:
                 f"no run in {path.absolute()}/: run notebook 01_setup first, or give the run directory of one (RUN_DIR)"
             )
         try:
-            config = config_from_dict(json.loads((path / CONFIG).read_text(encoding="utf-8")))
+            config = config_from_dict(read_json(path / CONFIG))
         except (OSError, ValueError, ConfigError) as error:
             raise RunError(
                 f"{path.name}/{CONFIG} cannot be read ({error}): run notebook 01_setup in another run directory, or redo this "

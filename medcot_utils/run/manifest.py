@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from functools import cache
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
+
+from medcot_utils.text_files import read_json
 
 FORMAT = 1
 
@@ -51,11 +56,21 @@ class Manifest(TypedDict):
     artifacts: dict[str, ArtifactEntry]
 
 
+@cache
+def _shape() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)
+
+
 def read_manifest(path: Path) -> Manifest:
     """Return the manifest in a file. Raises OSError or ValueError if there is none that this version can read."""
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"not a manifest of format {FORMAT}")
+    try:
+        _shape().validate_python(manifest)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
     for step in manifest["steps"].values():  # its name until 0.1
         if "peak_card_memory_mb" in step:
             step["peak_gpu_memory_mb"] = step.pop("peak_card_memory_mb")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,8 +11,10 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, TypedDict
 
+from medcot_utils.data.files import as_text, check_size, is_whole
 from medcot_utils.errors import MedcotError
 from medcot_utils.run.artifacts import SHIPPED_MCQ
+from medcot_utils.text_files import decode, parse_json
 
 
 class McqError(MedcotError):
@@ -99,10 +100,16 @@ def read_questions(path: str, name: str | None = None, split: str | None = None,
 def _read_lines(path: Path) -> list[Row]:
     if not path.is_file():
         raise McqError(f"{path}: no such file")
+    try:
+        check_size(path.stat().st_size)
+        text = decode(path.read_bytes())
+    except ValueError as error:
+        raise McqError(f"{path}: {error}") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.removeprefix("\ufeff")  # files with a mark, joined
         try:
-            rows += [dict(json.loads(line))] if line.strip() else []
+            rows += [dict(parse_json(line))] if line.strip() else []
         except (ValueError, TypeError) as error:
             raise McqError(f"{path}, line {number}: expected a JSON object ({error})") from error
     return rows
@@ -122,16 +129,26 @@ def _download(path: str, name: str | None, split: str | None) -> Sequence[Row]:
 def _question(row: Row, number: int) -> McqQuestion:
     answer = row["answer_idx"] if row.get("answer_idx") is not None else row.get("answer")
     for column, value in {"question": row.get("question"), "options": row.get("options"), "answer": answer}.items():
-        if value in (None, "", [], {}):
+        if value in (None, "", [], {}) or value != value:  # NaN
             raise McqError(f"no {column}; expected question, options and answer_idx or answer (it has {', '.join(row)})")
     options = _options(row["options"])
+    texts = {column: _text(column, row.get(column)) for column in ("id", "question", "specialty")}
+    if broken := [name for name, text in (texts | options).items() if not is_whole(text)]:
+        raise McqError(f"{broken[0]} holds half a character, which a cut in the text leaves")
     return {
-        "id": f"row-{number}" if row.get("id") is None else str(row["id"]),
-        "question": str(row["question"]).strip(),
+        "id": str(row["id"]) if texts["id"] else f"row-{number}",
+        "question": texts["question"].strip(),
         "options": options,
         "answer": _right_letter(answer, options),
-        "specialty": str(row.get("specialty") or ""),
+        "specialty": texts["specialty"],
     }
+
+
+def _text(column: str, value: Any) -> str:
+    try:
+        return as_text(value)
+    except ValueError as error:
+        raise McqError(f"the {column} {error}") from None
 
 
 def _options(given: Any) -> dict[str, str]:
@@ -141,16 +158,15 @@ def _options(given: Any) -> dict[str, str]:
     if "".join(sorted(named)).upper() != ascii_uppercase[: len(named)]:
         raise McqError(f"options are named {', '.join(named)}; expected letters from A on, none left out")
     for letter, text in named.items():
-        if not isinstance(text, str | int | float) or not str(text).strip():
-            raise McqError(
-                f"option {letter} is {'empty' if text in ('', None) else repr(text)}; expected a text for every option"
-            )
+        missing = text in ("", None) or text != text  # NaN
+        if missing or not isinstance(text, str | int | float) or not str(text).strip():
+            raise McqError(f"option {letter} is {'empty' if missing else repr(text)}; expected a text for every option")
     return {letter.upper(): str(named[letter]).strip() for letter in sorted(named)}
 
 
 def _right_letter(answer: Any, options: dict[str, str]) -> str:
     """Return the letter of an answer that is given as a letter, an index from 0, or an option's text."""
-    if isinstance(answer, int):
+    if isinstance(answer, int) and not isinstance(answer, bool):
         letters = [*options][answer : answer + 1] if answer >= 0 else []
     else:
         letters = [str(answer).strip().upper()] if str(answer).strip().upper() in options else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NotRequired, TypedDict
@@ -11,6 +10,7 @@ from medcot_utils.errors import MedcotError
 from medcot_utils.export.hub.requests import HubError, HubRefusal
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import to_json, write_atomic
+from medcot_utils.text_files import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,7 +80,7 @@ def read_record(run: Run) -> list[PushRecord]:
     """Return every push of the run, the oldest first. Raises HubError for an unreadable record."""
     path = run.path / RECORD
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return read_json(path) if path.exists() else []
     except ValueError as error:
         raise HubError(f"{run.path.name}/{RECORD} cannot be read ({error}): move it away and push again") from error
 

@@ -193,7 +193,8 @@ def _fetch(api: KaggleApi, kernel: str, folder: Path, pattern: str) -> None:
 def _verified(run_dir: Path, kernel: str) -> Fetched:
     run = Run.open(run_dir)
     verified, absent, broken = [], [], []
-    for name, entry in run.manifest()["artifacts"].items():
+    recorded = run.manifest()["artifacts"]
+    for name, entry in ((name, recorded[name]) for name in ARTIFACTS if name in recorded):
         path = run.path / ARTIFACTS[name].file
         if not path.exists():
             absent.append(name)

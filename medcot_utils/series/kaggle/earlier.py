@@ -4,20 +4,26 @@ Standard library only: in a Kaggle session this runs before the pinned stack is 
 
 from __future__ import annotations
 
-import json
+import lzma
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from medcot_utils.errors import MedcotError
+from medcot_utils.text_files import MAX_RECORD_BYTES, decode, parse_json, read_at_most, read_json
 
 if TYPE_CHECKING:
     from medcot_utils.run.manifest import Manifest
 
 RUN_NAME = "medcot-run"
 _ROOM_BYTES = 2 * 1024**3
+# Many files are called manifest.json or end in .zip, and zipfile raises RuntimeError for an encrypted one.
+_UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True)
@@ -39,43 +45,53 @@ class EarlierRun:
         return max((entry["made"] for entry in self.manifest["artifacts"].values()), default="")
 
 
-def find_earlier(inputs: Path) -> list[EarlierRun]:
-    """Return every run below `inputs`, in order of path."""
-    runs = [_from_folder(path.parent) for path in inputs.rglob("manifest.json")]
-    runs += [_from_zip(path) for path in inputs.rglob("*.zip")]
-    return sorted((run for run in runs if run), key=lambda run: str(run.source))
+def find_earlier(inputs: Path, say: Callable[[str], None] = print) -> list[EarlierRun]:
+    """Return every run below `inputs`, in order of path. A manifest that cannot be read is left alone, with a line."""
+    found = []
+    for path in [*inputs.rglob("manifest.json"), *inputs.rglob("*.zip")]:
+        try:
+            found.append(_from_zip(path) if path.suffix == ".zip" else _from_folder(path.parent))
+        except _UNREADABLE as error:
+            say(f"{path}: left alone, it cannot be read as a run ({' '.join(str(error).split())})")
+    return sorted((run for run in found if run), key=lambda run: str(run.source))
 
 
 def _from_folder(folder: Path) -> EarlierRun | None:
-    try:
-        texts = [(folder / name).read_text(encoding="utf-8") for name in ("manifest.json", "config.json")]
-    except OSError:
+    if not (folder / "config.json").is_file():
         return None
-    return _earlier(folder, folder, *texts)
+    return _earlier(folder, folder, read_json(folder / "manifest.json"), read_json(folder / "config.json"))
 
 
 def _from_zip(path: Path) -> EarlierRun | None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                inside = PurePosixPath(name)
-                if inside.name == "manifest.json" and str(inside.with_name("config.json")) in archive.namelist():
-                    texts = [archive.read(str(inside.with_name(n))).decode() for n in ("manifest.json", "config.json")]
-                    return _earlier(path, path.parent / inside.parent, *texts)
-    except (zipfile.BadZipFile, UnicodeDecodeError):
-        return None
+    with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+        for name in archive.namelist():
+            inside = PurePosixPath(name)
+            beside = str(inside.with_name("config.json"))
+            if inside.name == "manifest.json" and beside in names and _is_below(inside):
+                return _earlier(path, path.parent / inside.parent, *(_read_member(archive, one) for one in (name, beside)))
     return None
 
 
-def _earlier(source: Path, folder: Path, manifest_text: str, config_text: str) -> EarlierRun | None:
-    # Many files are called manifest.json: a run's lists its steps and artifacts.
+def _is_below(inside: PurePosixPath) -> bool:
+    return not inside.is_absolute() and ".." not in inside.parts
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> Any:
+    with archive.open(name) as stream:
+        return parse_json(decode(read_at_most(stream, MAX_RECORD_BYTES)))
+
+
+def _earlier(source: Path, folder: Path, manifest: Any, config: Any) -> EarlierRun:
     try:
-        manifest, config = json.loads(manifest_text), json.loads(config_text)
         model = config["model"]["name"]
-        is_run = isinstance(manifest["steps"], dict) and isinstance(manifest["artifacts"], dict) and model
-    except (ValueError, KeyError, TypeError):
-        return None
-    return EarlierRun(source, folder, manifest, config.get("profile"), model) if is_run else None
+        states = [step.get("state") for step in manifest["steps"].values()]
+        made = [entry["made"] for entry in manifest["artifacts"].values()]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("it does not list steps and artifacts as a run does") from None
+    if not all(isinstance(text, str) for text in (model, *states, *made)):
+        raise ValueError("its model, states or times are no texts")
+    return EarlierRun(source, folder, manifest, config.get("profile"), model)
 
 
 def copy_run(earlier: EarlierRun, run_dir: Path, say: Callable[[str], None] = print) -> None:
@@ -110,14 +126,23 @@ def _files_of(folder: Path) -> dict[Path, Path]:
 
 
 def unzip(archive_path: Path, run_dir: Path, prefix: Path) -> None:
-    """Unpack the members below `prefix` into `run_dir`. A file that is there already is newer, and stays."""
+    """Unpack the members below `prefix` into `run_dir`. A file that is there already is newer, and stays.
+
+    Raises MedcotError, before anything is written, if the disk has no room for them."""
     with zipfile.ZipFile(archive_path) as archive:
-        for name in archive.namelist():
-            inside = PurePosixPath(name)
-            if name.endswith("/") or ".." in inside.parts or not inside.is_relative_to(prefix.as_posix()):
-                continue
-            target = run_dir / inside.relative_to(prefix.as_posix())
+        members = [
+            (member, PurePosixPath(member.filename).relative_to(prefix.as_posix()))
+            for member in archive.infolist()
+            if not member.is_dir()
+            and _is_below(PurePosixPath(member.filename))
+            and PurePosixPath(member.filename).is_relative_to(prefix.as_posix())
+        ]
+        size, free = sum(member.file_size for member, _ in members), shutil.disk_usage(run_dir).free
+        if size > free:
+            raise MedcotError(f"{archive_path.name} holds {size / 1e9:.1f} GB unpacked, but only {free / 1e9:.1f} GB are free")
+        for member, inside in members:
+            target = run_dir / inside
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(name) as source, target.open("wb") as out:
+                with archive.open(member) as source, target.open("wb") as out:
                     shutil.copyfileobj(source, out)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.run.files import write_atomic
+from medcot_utils.text_files import read_json
 
 METADATA = "kernel-metadata.json"
 PLACEHOLDER_OWNER = "your-name"
@@ -99,14 +100,17 @@ def read_metadata(folder: Path) -> KernelMetadata:
 
 def read_unvalidated(folder: Path) -> dict[str, Any] | None:
     """Return what the metadata file of a folder says, right or wrong, or None if there is none. Raises KaggleError if it is
-    not JSON."""
+    no JSON object."""
     path = folder / METADATA
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
         raise KaggleError(f"{METADATA} is not JSON ({error}): fix it, or remove it and build again") from None
+    if not isinstance(values, dict):
+        raise KaggleError(f"{METADATA} is no JSON object: fix it, or remove it and build again")
+    return values
 
 
 def validated(values: Mapping[str, Any], prefix: str = "") -> KernelMetadata:

@@ -65,7 +65,7 @@ def resume_earlier_run(
     if (run_dir / "config.json").exists():
         say(f"resuming the run in {run_dir.name}/")
         return
-    fitting = find_earlier(kaggle_root() / "input")
+    fitting = find_earlier(kaggle_root() / "input", say)
     if profile is not None:
         from medcot_utils.config import load_config
 

@@ -126,8 +126,18 @@ def test_specialties_that_are_numbers_are_texts(tmp_path, suffix):
         ([None] * 4, ["row-0", "row-1", "row-2", "row-3"]),
         ([7, 7, None, 9], ["row-0", "row-1", "row-2", "row-3"]),
         ([1, 2, 3, 4], [1, 2, 3, 4]),
+        (["a\ud83d", "b", "c", "d"], ["a?", "b", "c", "d"]),
     ],
-    ids=["some missing", "numbers, one missing", "mixed types", "beyond 64 bits", "all missing", "one twice", "numbers"],
+    ids=[
+        "some missing",
+        "numbers, one missing",
+        "mixed types",
+        "beyond 64 bits",
+        "all missing",
+        "one twice",
+        "numbers",
+        "half a character",
+    ],
 )
 def test_ids_of_any_kind_tell_the_rows_apart(tmp_path, ids, expected):
     rows = [row | {"id": row_id} for row, row_id in zip(ROWS, ids, strict=True)]

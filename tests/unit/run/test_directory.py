@@ -81,7 +81,7 @@ def test_another_profile_or_model_is_refused_unless_forced(run_factory, other, n
     assert {"base_answers", "adapter", "merged"} <= stale(forced)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"profile": "smoke"}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"profile": "smoke"}', pytest.param("[" * 100_000, id="too deep")])
 def test_force_fixes_an_unreadable_configuration(run_factory, text):
     run = run_factory()
     (run.path / CONFIG).write_text(text)
@@ -90,6 +90,35 @@ def test_force_fixes_an_unreadable_configuration(run_factory, text):
             call()
     run_factory(force=True)
     assert Run.open(run.path).config == run.config
+
+
+ODD_MANIFESTS = {
+    "no UTF-8": b'{"format": 1, "steps": {}, "artifacts": {"\xe9": {}}}',
+    "UTF-16": '{"format": 1, "steps": {}, "artifacts": {}}'.encode("utf-16"),
+    "too deep": b'{"format": 1, "steps": ' + b"[" * 100_000,
+    "too large": b" " * 10_000_001,
+    "no steps": b'{"format": 1, "artifacts": {}}',
+    "steps as a list": b'{"format": 1, "steps": [], "artifacts": {}}',
+    "a step as a text": b'{"format": 1, "steps": {"01_setup": "done"}, "artifacts": {}}',
+    "an artifact without a digest": b'{"format": 1, "steps": {}, "artifacts": {"machine": {"file": "machine.json"}}}',
+}
+
+
+@pytest.mark.parametrize("kind", ODD_MANIFESTS)
+def test_a_manifest_of_any_other_shape_is_one_clear_error(run_factory, kind):
+    run = run_factory()
+    (run.path / MANIFEST).write_bytes(ODD_MANIFESTS[kind])
+    with pytest.raises(RunError, match=r"^run/manifest\.json cannot be read \([^\n]*\): run notebook 01_setup again$"):
+        Run.open(run.path).step_state("01_setup")
+    assert stale(run_factory()) == set(ARTIFACTS)
+
+
+def test_a_byte_order_mark_in_a_runs_records_is_read_over(run_factory):
+    run = run_factory()
+    for name in (CONFIG, MANIFEST):
+        (run.path / name).write_bytes(b"\xef\xbb\xbf" + (run.path / name).read_bytes())
+    assert Run.open(run.path).config == run.config
+    assert Run.open(run.path).step_state("01_setup") == "not run"
 
 
 @pytest.mark.parametrize("text", ["", '{"steps": {', "null", "{}"])

@@ -87,6 +87,14 @@ def test_optional_ids_and_specialties_are_used_if_present(write):
         ({"question": "q", "options": "A) x B) y", "answer": "A"}, "expected a list, or an object of letters and texts"),
         ({"question": "q", "options": {"A": "x", "C": "y"}, "answer": "A"}, "options are named A, C; expected letters from A on"),
         ({"id": "row-1", "question": "q", "options": TEXTS, "answer": "A"}, "the id 'row-1' stood there before"),
+        ({"id": ["a"], "question": "q", "options": TEXTS, "answer": "A"}, r"the id is \['a'\]; expected a text or a number"),
+        ({"specialty": {"a": 1}, "question": "q", "options": TEXTS, "answer": "A"}, r"the specialty is \{.*expected a text"),
+        ({"question": ["q"], "options": TEXTS, "answer": "A"}, r"the question is \['q'\]; expected a text"),
+        ({"question": float("nan"), "options": TEXTS, "answer": "A"}, "no question; expected"),
+        ({"question": "q", "options": ["x", float("nan")], "answer": "A"}, "option B is empty"),
+        ({"question": "q", "options": TEXTS, "answer": True}, "the answer True is no option"),
+        ({"question": "q", "options": ["x", "\ud83d"], "answer": "A"}, "B holds half a character"),
+        ({"question": "q \ud83d", "options": TEXTS, "answer": "A"}, "question holds half a character"),
     ],
 )
 def test_a_faulty_row_is_named_with_what_was_expected(write, row, message):
@@ -94,6 +102,42 @@ def test_a_faulty_row_is_named_with_what_was_expected(write, row, message):
     with pytest.raises(McqError, match=message) as caught:
         load_questions(path)
     assert "own.jsonl, row 2" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), ""], ids=["null", "NaN", "empty"])
+def test_a_missing_id_or_specialty_is_as_if_it_were_not_there(write, missing):
+    row = {"question": "q", "options": TEXTS, "answer": "A"}
+    (question,) = load_questions(write(row | {"id": missing, "specialty": missing}))
+    assert (question["id"], question["specialty"]) == ("row-1", "")
+    assert load_questions(write(row | {"specialty": 0}))[0]["specialty"] == "0"
+
+
+def test_byte_order_marks_in_a_file_of_questions_are_read_over(tmp_path):
+    line = json.dumps({"question": "q", "options": TEXTS, "answer": "A"}).encode()
+    (tmp_path / "own.jsonl").write_bytes(b"\n".join([b"\xef\xbb\xbf" + line] * 2))
+    assert len(load_questions(str(tmp_path / "own.jsonl"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"question": "q"}'.encode("utf-16"), r"own\.jsonl: the text is in UTF-16: save it as UTF-8"),
+        (b'{"question": "\xe9"}', r"own\.jsonl: 'utf-8' codec can't decode"),
+        (b"[" * 100_000, r"own\.jsonl, line 1: expected a JSON object .*nested too deep"),
+    ],
+    ids=["UTF-16", "no UTF-8", "too deep"],
+)
+def test_questions_that_cannot_be_read_are_one_clear_error(tmp_path, content, message):
+    (tmp_path / "own.jsonl").write_bytes(content)
+    with pytest.raises(McqError, match=message):
+        load_questions(str(tmp_path / "own.jsonl"))
+
+
+def test_a_file_of_questions_above_the_limit_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "own.jsonl").write_text('{"question": "q"}\n')
+    monkeypatch.setattr("medcot_utils.data.files.MAX_DATA_BYTES", 10)
+    with pytest.raises(McqError, match=r"own\.jsonl: its rows take .* \(MAX_DATA_BYTES"):
+        load_questions(str(tmp_path / "own.jsonl"))
 
 
 def test_missing_broken_and_empty_files_are_named(tmp_path):

@@ -295,6 +295,28 @@ def test_metadata_that_is_no_json_is_one_line_and_stays(tmp_path):
     assert (tmp_path / METADATA).read_text() == '{"id": "ann/heart-run",'
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"id": "ann/heart-run"}'.encode("utf-16"), "is not JSON .the text is in UTF-16: save it as UTF-8"),
+        (b'{"id": "\xe9"}', "is not JSON .*utf-8"),
+        (b"[" * 100_000, "is not JSON .*nested too deep"),
+        (b'["ann/heart-run"]', "is no JSON object"),
+    ],
+    ids=["UTF-16", "no UTF-8", "too deep", "a list"],
+)
+def test_metadata_as_odd_tools_write_it_is_one_line(tmp_path, content, said):
+    (tmp_path / METADATA).write_bytes(content)
+    for call in (read_metadata, build):
+        with pytest.raises(MedcotError, match=said):
+            call(tmp_path)
+
+
+def test_metadata_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / METADATA).write_bytes(b"\xef\xbb\xbf" + (ROOT / METADATA).read_bytes())
+    assert read_metadata(tmp_path) == read_metadata(ROOT)
+
+
 def test_the_committed_metadata_is_what_build_writes(tmp_path):
     (tmp_path / METADATA).write_bytes((ROOT / METADATA).read_bytes())
     build(tmp_path)
