@@ -17,6 +17,7 @@ import yaml
 from medcot_utils.config import RunConfig
 from medcot_utils.data.prompts import inference_prompt, parse_completion
 from medcot_utils.evaluation.mcq.questions import McqError, McqQuestion, quiet, read_questions
+from medcot_utils.models.generation import NEUTRAL_ARGUMENTS
 
 if TYPE_CHECKING:
     import torch
@@ -236,7 +237,7 @@ def _evaluate(harness: HFLM, name: str, metadata: dict[str, Any], max_new_tokens
         harness,
         tasks=[name],
         task_manager=TaskManager(include_path=TASKS, include_defaults=False, metadata=metadata),
-        # A model's own generation_config may name another EOS, or sample.
+        # A model's own generation_config may name another EOS, or sample; `_harness_model` keeps out what else it may set.
         gen_kwargs={"max_gen_toks": max_new_tokens, "do_sample": False, "eos_token_id": eos_token_id},
         bootstrap_iters=0,
         log_samples=True,
@@ -265,7 +266,7 @@ def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
 
         def _generate_halving(self, context: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
             try:
-                return super()._model_generate(context, *args, **kwargs)
+                return super()._model_generate(context, *args, **(kwargs | NEUTRAL_ARGUMENTS))
             except RuntimeError as error:
                 if len(context) == 1 or not should_reduce_batch_size(error):
                     raise
