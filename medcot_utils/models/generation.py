@@ -21,14 +21,17 @@ STEPS_WORTH_COMPILING = 1000
 # A checkpoint's own generation_config.json is in force for every argument that is left out: a repetition penalty of 1.3 or
 # `top_k` 1 would change the answers of one model unseen. These are the values without any effect.
 NEUTRAL_ARGUMENTS: dict[str, Any] = {
-    **{"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "return_dict_in_generate": False},
-    **{
-        "repetition_penalty": 1.0,
-        "encoder_repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "encoder_no_repeat_ngram_size": 0,
-    },
-    **{"min_length": 0, "token_healing": False, "use_mtp": False},
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,  # of a decoder's prompt too
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "token_healing": False,
+    "use_mtp": False,
     **dict.fromkeys(("min_new_tokens", "max_time", "stop_strings", "forced_bos_token_id", "forced_eos_token_id")),
     **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "force_words_ids")),
     **dict.fromkeys(("exponential_decay_length_penalty", "guidance_scale", "watermarking_config", "constraints")),
