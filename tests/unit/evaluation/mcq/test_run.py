@@ -50,6 +50,11 @@ LETTERS = {"A": "Sodium", "B": "Potassium", "C": "Calcium"}
         ("Answer: B) vitamin a.", "B"),
         ("Answer: C. C. difficile", "C"),
         ("Answer: **D** (HLA_B27)", "D"),
+        # a full-width colon, bracket, letter or stop is the same mark
+        ("Answer：B。", "B"),
+        ("Answer：（Ｂ）", "B"),
+        ("Answer: A、Chloride", "A"),
+        ("Answer：B，C", None),
         # the last line of the form decides, whatever comes after it
         ("Answer: B\nThat is because of the receptor.", "B"),
         ("Answer: B\nOn reflection:\nAnswer: C", "C"),
