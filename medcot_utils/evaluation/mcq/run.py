@@ -65,8 +65,8 @@ def read_answer(completion: str, options: Mapping[str, str]) -> str | None:
     """Return the letter that a completion answers with, or None if none can be read: then the model abstained.
 
     Only the last line after the single `</think>` that begins with `Answer:` is read, whatever its case, Markdown emphasis and
-    width of characters. After the colon stands an option's letter, alone or in brackets, and then nothing or that option's own text:
-    not "B or C", nor "C. difficile". Thinking that was never closed, was closed twice or continues after the answer is not
+    width of characters. After the colon stands an option's letter, alone or in brackets, and then nothing or that option's own
+    text: not "B or C", nor "C. difficile". Thinking that was never closed, was closed twice or continues after the answer is not
     read, nor is any other wording, nor a letter that no option has.
 
     HuatuoGPT-o1's scorer, which most published numbers come from, counts first and last letters and reports the better total;
