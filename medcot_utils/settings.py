@@ -232,6 +232,11 @@ class HubSettings(Section):
     patience_seconds: float = Field(
         300, ge=0, description="how long one request is repeated while the Hub is busy, failing or out of reach"
     )
+    language: str | None = added_later(
+        None,
+        pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]+)*$",
+        description="the data's language as the model card names it (en, zh, pt-BR); None: as the data set or its script says",
+    )
     verify_all: bool = Field(False, description="true downloads every byte of a push again, not only both ends of large files")
 
     @field_validator("artifacts", mode="before")

@@ -26,7 +26,7 @@ from medcot_utils.export.merged import greedy_settings
 from medcot_utils.machine import disk
 from medcot_utils.machine.disk import GGUF_CONVERTED, GGUF_QUANTIZED
 from medcot_utils.models.embedded import load_tokenizer_from
-from medcot_utils.models.generation import complete
+from medcot_utils.models.generation import SAMPLED_TOP_K, complete
 from medcot_utils.models.merging import load_unquantized
 
 if TYPE_CHECKING:
@@ -182,6 +182,9 @@ def modelfile(config: RunConfig, tokenizer: PreTrainedTokenizerBase, file_name: 
         f"{stops}\n"
         f"PARAMETER temperature {config.generation.temperature}\n"
         f"PARAMETER top_p {config.generation.top_p}\n"
+        # Without these Ollama takes its own or the checkpoint's: the answers measured were made without any penalty.
+        f"PARAMETER top_k {SAMPLED_TOP_K}\n"
+        "PARAMETER repeat_penalty 1.0\n"
         f"PARAMETER num_ctx {config.model.max_seq_length}\n"
     )
 

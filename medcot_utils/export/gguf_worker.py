@@ -85,7 +85,7 @@ def answer(file: str) -> None:
     # Threads that wait by spinning take the cores from those that work.
     settings.cpuparams.n_threads, settings.cpuparams.poll = os.cpu_count() or 1, 0
     server = xllamacpp.Server(settings)
-    how, answers = {"max_tokens": asked["max_tokens"], "temperature": 0, "cache_prompt": False}, []
+    how, answers = {"max_tokens": asked["max_tokens"], "temperature": 0, "repeat_penalty": 1.0, "cache_prompt": False}, []
     for prompt in asked["prompts"]:
         said = server.handle_completions({"prompt": prompt, **how})
         if "error" in said:

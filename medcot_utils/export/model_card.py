@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils.config import RunConfig
+from medcot_utils.data.words import guess_language
 from medcot_utils.evaluation.comparison import verdict
 from medcot_utils.evaluation.intervals import format_interval
 from medcot_utils.evaluation.metrics import METRICS
@@ -37,9 +40,10 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         base = addresses.get("merged", base)
     trained_name = check["pairs"][1]["b"]
     license_data = _license(config)
+    language = find_language(config, (question["Response"] for question in run.read("questions") if question["scored"]))
     data = ModelCardData(
         **license_data,
-        language="en",
+        language=language,
         library_name={"adapter": "peft", "gguf": None}.get(kind, "transformers"),
         pipeline_tag="text-generation",
         base_model=base,
@@ -61,7 +65,9 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         base=describe_model(config.model.name),
         licence=license_data.get("license_name", license_data["license"]),
         source=_data_source(config),
+        language=language,
         metrics=lines,
+        notes=measured["notes"],
         n_questions=measured["n_questions"],
         multiple_choice="mcq_accuracy" in measured["metrics"],
         confidence=f"{100 * config.evaluation.confidence_level:g}",
@@ -75,6 +81,21 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         repeats_dropped=report["repeats_dropped"],
     )
     return str(card)
+
+
+def find_language(config: RunConfig, texts: Iterable[str]) -> str | None:
+    """Return the language code of the data, or None if nothing says it.
+
+    It is hub.language; else that of the shipped cases or of a Hub subset named by its language (`en`, `zh_mix`); else what
+    the script of the texts says."""
+    if config.hub.language:
+        return config.hub.language
+    if not config.dataset.path:
+        if config.dataset.name == "shipped":
+            return "en"
+        if named := re.fullmatch(r"([a-z]{2})(_mix)?", config.dataset.subset or ""):
+            return named[1]
+    return guess_language(texts)
 
 
 def _license(config: RunConfig) -> dict[str, str]:

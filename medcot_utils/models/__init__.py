@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "engine": ["get_engine", "load_tokenizer"],
-        "generation": ["generate_arguments", "stream_answer", "answer_questions"],
+        "generation": ["generate_arguments", "own_generation_settings", "stream_answer", "answer_questions"],
         "losses": ["row_losses"],
         "merging": ["load_unquantized"],
     },

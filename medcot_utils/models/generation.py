@@ -18,6 +18,28 @@ CPU_BATCH = 8
 # Compiling takes about a minute; a step of 64 answers in 4 bits about 40 ms more than a compiled one (benchmarks/).
 STEPS_WORTH_COMPILING = 1000
 
+# A checkpoint's own generation_config.json is in force for every argument that is left out: a repetition penalty of 1.3 or
+# `top_k` 1 would change the answers of one model unseen. These are the values without any effect.
+NEUTRAL_ARGUMENTS: dict[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,  # of a decoder's prompt too
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "token_healing": False,
+    "use_mtp": False,
+    **dict.fromkeys(("min_new_tokens", "max_time", "stop_strings", "forced_bos_token_id", "forced_eos_token_id")),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "force_words_ids")),
+    **dict.fromkeys(("exponential_decay_length_penalty", "guidance_scale", "watermarking_config", "constraints")),
+    **dict.fromkeys(("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit")),
+    **dict.fromkeys(("cache_implementation", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")),
+}
+SAMPLED_TOP_K = 50  # transformers' own default: what a checkpoint that sets nothing samples from
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +70,9 @@ class GenerationError(MedcotError):
 
 
 def generate_arguments(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the keyword arguments of `model.generate`. Sampling settings are passed only if sampling is on."""
+    """Return the keyword arguments of `model.generate`, those included that keep a checkpoint's own settings out of force.
+
+    Sampling settings are passed only if sampling is on."""
     arguments = {
         "max_new_tokens": settings.max_new_tokens,
         "do_sample": settings.do_sample,
@@ -57,8 +81,16 @@ def generate_arguments(settings: GenerationSettings, tokenizer: PreTrainedTokeni
         "pad_token_id": tokenizer.pad_token_id,
     }
     # None, not left out: a model's own generation_config would put its temperature back in and warn.
-    sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.do_sample else {}
-    return arguments | {"temperature": None, "top_p": None} | sampling
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": SAMPLED_TOP_K}
+    return NEUTRAL_ARGUMENTS | arguments | (sampling if settings.do_sample else {"temperature": None, "top_p": None})
+
+
+def own_generation_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what the checkpoint's generation_config.json would set and `generate_arguments` keeps out of force."""
+    neutral = {**NEUTRAL_ARGUMENTS, "do_sample": False, "use_cache": True, "top_k": SAMPLED_TOP_K}
+    neutral |= {"temperature": 1.0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+    given = {name: getattr(model.generation_config, name, None) for name in neutral}
+    return {name: value for name, value in given.items() if value not in (None, neutral[name])}
 
 
 def choose_cache(

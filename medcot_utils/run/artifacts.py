@@ -109,7 +109,7 @@ ARTIFACTS: dict[str, Artifact] = {
         _EXPORT,
         "MODEL_CARD.md",
         # Where it is pushed to stands in the model card; and a push that is asked for later makes notebook 07 run again.
-        ("profile", "dataset", "hub.repo_id", "hub.layout", "hub.artifacts"),
+        ("profile", "dataset", "hub.repo_id", "hub.layout", "hub.artifacts", "hub.language"),
         ("export_check", "metrics", "plan", "training_log", "data_report"),
         version=2,
     ),

@@ -17,6 +17,7 @@ import yaml
 from medcot_utils.config import RunConfig
 from medcot_utils.data.prompts import inference_prompt, parse_completion
 from medcot_utils.evaluation.mcq.questions import McqError, McqQuestion, quiet, read_questions
+from medcot_utils.models.generation import NEUTRAL_ARGUMENTS
 
 if TYPE_CHECKING:
     import torch
@@ -57,19 +58,20 @@ class McqAnswer(McqQuestion):
 _ASKED_LINE = re.compile(r"\s*answer\s*:(.*)", re.IGNORECASE)
 _LETTER = re.compile(r"\s*\(?([a-z])\b(.*)", re.IGNORECASE)
 _MARKUP = re.compile(r"[*_`#]")
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # as Chinese and Japanese keyboards write ASCII
 
 
 def read_answer(completion: str, options: Mapping[str, str]) -> str | None:
     """Return the letter that a completion answers with, or None if none can be read: then the model abstained.
 
-    Only the last line after the single `</think>` that begins with `Answer:` is read, whatever its case and Markdown
-    emphasis. After the colon stands an option's letter, alone or in brackets, and then nothing or that option's own text:
-    not "B or C", nor "C. difficile". Thinking that was never closed, was closed twice or continues after the answer is not
+    Only the last line after the single `</think>` that begins with `Answer:` is read, whatever its case, Markdown emphasis and
+    width of characters. After the colon stands an option's letter, alone or in brackets, and then nothing or that option's own
+    text: not "B or C", nor "C. difficile". Thinking that was never closed, was closed twice or continues after the answer is not
     read, nor is any other wording, nor a letter that no option has.
 
     HuatuoGPT-o1's scorer, which most published numbers come from, counts first and last letters and reports the better total;
     without a letter it takes the most similar option. This one has one reading, fixed before the result is known."""
-    answer = completion.partition("</think>")[2]
+    answer = completion.partition("</think>")[2].translate(_FULL_WIDTH)
     if parse_completion(completion).closed != 1 or "<think>" in answer:
         return None
     lines = [found[1] for line in answer.splitlines() if (found := _ASKED_LINE.fullmatch(_MARKUP.sub("", line)))]
@@ -81,7 +83,7 @@ def read_answer(completion: str, options: Mapping[str, str]) -> str | None:
 
 
 def _bare(text: str) -> str:
-    return " ".join(_MARKUP.sub("", text).casefold().split()).strip(" .,:;()-")
+    return " ".join(_MARKUP.sub("", text.translate(_FULL_WIDTH)).casefold().split()).strip(" .,:;()-。、")
 
 
 def judge_row(doc: TaskRow, results: Sequence[str]) -> dict[str, int]:
@@ -236,7 +238,7 @@ def _evaluate(harness: HFLM, name: str, metadata: dict[str, Any], max_new_tokens
         harness,
         tasks=[name],
         task_manager=TaskManager(include_path=TASKS, include_defaults=False, metadata=metadata),
-        # A model's own generation_config may name another EOS, or sample.
+        # A model's own generation_config may name another EOS, or sample; `_harness_model` keeps out what else it may set.
         gen_kwargs={"max_gen_toks": max_new_tokens, "do_sample": False, "eos_token_id": eos_token_id},
         bootstrap_iters=0,
         log_samples=True,
@@ -265,7 +267,7 @@ def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
 
         def _generate_halving(self, context: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
             try:
-                return super()._model_generate(context, *args, **kwargs)
+                return super()._model_generate(context, *args, **(kwargs | NEUTRAL_ARGUMENTS))
             except RuntimeError as error:
                 if len(context) == 1 or not should_reduce_batch_size(error):
                     raise

@@ -182,8 +182,7 @@ def test_rouge_l_of_ascii_texts_is_rouge_scores_own():
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     cases = [json.loads(line)["Response"] for line in SHIPPED_CASES.read_text(encoding="utf-8").splitlines()]
-    texts = [text for text in cases if text.isascii()][:40]
-    texts += ["snake_case, it's 2.5 mg/kg--daily", "DIED dying lies 'n'", "_"]
+    texts = ["snake_case, it's 2.5 mg/kg--daily", "DIED dying lies 'n'", "_", *[text for text in cases if text.isascii()][:40]]
     assert len(texts) > 30
     for one, other in itertools.pairwise([*texts, *texts[::3]]):
         assert rouge_l(one, other) == scorer.score(other, one)["rougeL"].fmeasure

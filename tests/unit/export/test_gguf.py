@@ -125,6 +125,7 @@ def test_the_modelfile_has_the_training_prompt_stops_and_limits(newline):
     assert template.replace("{{ .Prompt }}", question) == inference_prompt(question, settings.prompt.newline_after_think)
     assert found["PARAMETER stop"] == ["<|im_end|>", "### Instruction:", "### Question:"]
     assert [found[f"PARAMETER {name}"] for name in ("temperature", "top_p", "num_ctx")] == [["0.6"], ["0.95"], ["640"]]
+    assert [found[f"PARAMETER {name}"] for name in ("top_k", "repeat_penalty")] == [["50"], ["1.0"]]
 
 
 def test_a_tokenizer_without_eos_is_refused():

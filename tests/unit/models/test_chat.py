@@ -109,6 +109,14 @@ def test_the_base_model_answers_too_and_differently(trained):
     assert base.done and ANSWER not in base.thinking + base.text
 
 
+@pytest.mark.model
+def test_a_checkpoints_own_settings_change_nothing_in_a_chat(trained):
+    chat = Chat.open(Run(trained.path, load_config("smoke", ["generation.max_new_tokens=40"])))
+    chat.model.generation_config.update(repetition_penalty=9.0, no_repeat_ngram_size=1, do_sample=True, num_beams=2)
+    last = last_of(chat.stream(QUESTION))
+    assert (last.thinking, last.text) == (THINKING, ANSWER)
+
+
 def last_of(growing):
     *_, last = growing
     return last

@@ -7,7 +7,15 @@ import pytest
 from medcot_utils.config import load_config
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.models.engine import get_engine
-from medcot_utils.models.generation import _pad_left, answer_questions, by_sample, generate_arguments, make_record, stream_answer
+from medcot_utils.models.generation import (
+    _pad_left,
+    answer_questions,
+    by_sample,
+    generate_arguments,
+    make_record,
+    own_generation_settings,
+    stream_answer,
+)
 
 pytestmark = pytest.mark.model
 
@@ -146,6 +154,91 @@ def test_sampling_settings_reach_generate_only_if_sampling_is_on(loaded):
     assert generate_arguments(settings(do_sample=False), tokenizer)["temperature"] is None
     sampled = generate_arguments(settings(do_sample=True, temperature=0.7, top_p=0.9), tokenizer)
     assert (sampled["temperature"], sampled["top_p"]) == (0.7, 0.9)
+
+
+# What a checkpoint's generation_config.json may hold, each with a value that would change these answers or how they come.
+OWN = {
+    "repetition_penalty": 5.0,
+    "encoder_repetition_penalty": 5.0,
+    "no_repeat_ngram_size": 1,
+    "encoder_no_repeat_ngram_size": 1,
+    "num_beams": 3,
+    "num_beam_groups": 3,
+    "num_return_sequences": 2,
+    "temperature": 9.0,
+    "top_k": 1,
+    "top_p": 0.01,
+    "min_p": 0.99,
+    "top_h": 0.01,
+    "typical_p": 0.01,
+    "epsilon_cutoff": 0.9,
+    "eta_cutoff": 0.9,
+    "max_new_tokens": 2,
+    "max_length": 3,
+    "min_length": 10_000,
+    "min_new_tokens": 20,
+    "max_time": 1e-9,
+    "do_sample": True,
+    "use_cache": False,
+    "bad_words_ids": [[token] for token in range(5, 250)],
+    "suppress_tokens": [*range(5, 250)],
+    "begin_suppress_tokens": [*range(5, 250)],
+    "sequence_bias": [[[token], 90.0] for token in range(7, 9)],
+    "forced_bos_token_id": 7,
+    "forced_eos_token_id": 7,
+    "exponential_decay_length_penalty": (1, 99.0),
+    "guidance_scale": 5.0,
+    "stop_strings": ["a", "e"],
+    "eos_token_id": [*range(5, 250)],
+    "pad_token_id": 7,
+    "penalty_alpha": 0.6,
+    "dola_layers": "high",
+    "prompt_lookup_num_tokens": 3,
+    "assistant_early_exit": 1,
+    "use_mtp": True,
+    "return_dict_in_generate": True,
+    "cache_implementation": "quantized",
+    "token_healing": True,
+    "watermarking_config": {"greenlist_ratio": 0.1, "bias": 90.0},
+    "constraints": ["x"],
+    "force_words_ids": [[7]],
+}
+# No effect on one answer of a decoder alone, in one beam and without an assistant model.
+IDLE = {"bos_token_id", "decoder_start_token_id", "length_penalty", "early_stopping", "diversity_penalty", "low_memory"}
+IDLE |= {"is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"}
+IDLE |= {"assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "max_matching_ngram_size"}
+# What is returned beside the answer, how it is computed, and checks of the numbers.
+IDLE |= {"output_attentions", "output_hidden_states", "output_scores", "output_logits", "remove_invalid_values"}
+IDLE |= {"cache_config", "max_cache_len", "compile_config", "disable_compile", "continuous_batching_config"}
+IDLE |= {"renormalize_logits", "prefill_chunk_size", "transformers_version"}
+
+
+@pytest.fixture(scope="module")
+def asked_plainly(loaded):
+    return [record["completion"] for record in answer_questions(*loaded, QUESTIONS[:2], settings(), True, 3, n_samples=1)]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_checkpoints_own_settings_change_no_answer(loaded, asked_plainly, monkeypatch, name, recwarn):
+    for key, value in {"do_sample": True, name: OWN[name]}.items():
+        monkeypatch.setattr(loaded[0].generation_config, key, value)
+    found = answer_questions(*loaded, QUESTIONS[:2], settings(), True, 3, n_samples=1)
+    assert [record["completion"] for record in found] == asked_plainly
+    assert not [warning for warning in recwarn if "generation" in str(warning.message)]
+
+
+def test_every_setting_of_a_checkpoint_is_passed_or_idle(loaded):
+    from transformers import GenerationConfig
+
+    passed = set(generate_arguments(settings(), loaded[1]))
+    assert {name for name in vars(GenerationConfig()) if not name.startswith("_")} - passed - IDLE == {"max_length"}
+
+
+def test_the_checkpoints_own_settings_are_told(loaded, monkeypatch):
+    assert own_generation_settings(loaded[0]) == {}
+    for name, value in {"repetition_penalty": 1.3, "top_k": 1, "do_sample": True, "eos_token_id": 2, "num_beams": 1}.items():
+        monkeypatch.setattr(loaded[0].generation_config, name, value)
+    assert own_generation_settings(loaded[0]) == {"repetition_penalty": 1.3, "top_k": 1, "do_sample": True}
 
 
 def test_a_streamed_answer_is_printed_and_is_the_batched_one(loaded, capsys):

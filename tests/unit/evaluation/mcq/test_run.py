@@ -50,6 +50,11 @@ LETTERS = {"A": "Sodium", "B": "Potassium", "C": "Calcium"}
         ("Answer: B) vitamin a.", "B"),
         ("Answer: C. C. difficile", "C"),
         ("Answer: **D** (HLA_B27)", "D"),
+        # a full-width colon, bracket, letter or stop is the same mark
+        ("Answer：B。", "B"),
+        ("Answer：（Ｂ）", "B"),
+        ("Answer: A、Chloride", "A"),
+        ("Answer：B，C", None),
         # the last line of the form decides, whatever comes after it
         ("Answer: B\nThat is because of the receptor.", "B"),
         ("Answer: B\nOn reflection:\nAnswer: C", "C"),
@@ -183,11 +188,15 @@ def test_lm_eval_asks_the_tiny_model_exactly_what_was_meant(tiny, spy, newline, 
 
 
 @pytest.mark.model
-def test_completions_equal_the_projects_own_generation(tiny):
+@pytest.mark.parametrize("own", [{}, {"do_sample": True, "repetition_penalty": 5.0, "min_new_tokens": 30, "num_beams": 2}])
+def test_completions_equal_the_projects_own_generation(tiny, own):
     from medcot_utils.models.generation import answer_questions
 
     model, tokenizer = tiny
-    records = run_mcq(model, tokenizer, "shipped", limit=6, max_new_tokens=16, batch_size=4, seed=5)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in own.items():  # what a checkpoint may bring, and what nobody asked for
+            patch.setattr(model.generation_config, name, value)
+        records = run_mcq(model, tokenizer, "shipped", limit=6, max_new_tokens=16, batch_size=4, seed=5)
     blocks = [prompt(question, False).partition("### Question:\n")[2] for question in load_questions("shipped", 6, seed=5)]
     asked = [{"id": str(i), "Question": block.partition("\n\n### Response:")[0]} for i, block in enumerate(blocks)]
     settings = CONFIG.generation.model_copy(update={"max_new_tokens": 16, "batch_size": 3})
