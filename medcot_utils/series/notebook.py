@@ -31,8 +31,11 @@ def start(run_dir: str | int | Path) -> Path:
     and hands the secrets on. On Kaggle, an earlier session's run is resumed. Raises InstallError or PlatformError, saying what
     to do."""
     installing.ensure()  # before anything is imported that it may install in another version
+    from medcot_utils.machine import environment
     from medcot_utils.models.engine import quiet_start
 
+    if left := environment.forget_process_group():
+        print(environment.tell_forgotten(left))
     quiet_start()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

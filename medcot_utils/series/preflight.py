@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medcot_utils.config import RunConfig
-from medcot_utils.machine import disk, hardware, secrets
+from medcot_utils.machine import disk, environment, hardware, paths, secrets
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def checks(config: RunConfig, run_dir: Path | None, online: bool = True) -> dict
     here = run_dir is not None
     asked = config if online else _with_questions_at_hand(config, here)
     known: dict[str, tuple[bool, Callable[[], str]]] = {  # {name: (whether it can be made, the check)}
-        "profile": (here, lambda: hardware.check_profile(config.profile)),
+        "profile": (here, lambda: _check_machine(config, run_dir)),
         "data": (online or _data_is_at_hand(config, here), lambda: check_data(config)),
         "questions": (bool(asked), lambda: check_questions(asked)),
         "tracker": (here, lambda: check_tracker(config)),  # may ask for a key, which papermill's kernels cannot
@@ -57,6 +57,27 @@ def checks(config: RunConfig, run_dir: Path | None, online: bool = True) -> dict
         "disk": (here and online, lambda: disk.check_room(config, run_dir)),  # asks the Hub for an unknown model's size
     }
     return {name: check for name, (possible, check) in known.items() if possible}
+
+
+def _check_machine(config: RunConfig, run_dir: Path) -> str:
+    line = hardware.check_profile(config.profile)
+    check_environment(config, run_dir)
+    return line
+
+
+def check_environment(config: RunConfig, run_dir: Path) -> None:
+    """Check what surrounds a run. Raises PlatformError for a local folder that is not there, a proxy that the Hub's client
+    cannot use, or a cache or scratch folder that cannot be written."""
+    from medcot_utils.models import embedded
+
+    environment.check_local_paths(config)
+    if environment.asks_the_hub(config):
+        environment.check_proxies()
+    if not embedded.is_made(config.model.name):
+        environment.require_writable(paths.cache_dir(), "MEDCOT_CACHE", "the embedded model")
+    disk.check_hub_cache(config)
+    if (scratch := paths.scratch_dir(run_dir)) != run_dir:
+        environment.require_writable(scratch, "MEDCOT_SCRATCH", "the merged model")
 
 
 def _data_is_at_hand(config: RunConfig, here: bool) -> bool:

@@ -30,6 +30,7 @@ from medcot_utils.run.directory import CONFIG, Run
 from medcot_utils.run.files import write_atomic
 from medcot_utils.run.lock import hold
 from medcot_utils.run.manifest import GpuPeak, describe_costs
+from medcot_utils.series.kernel import KERNEL, check_kernel
 from medcot_utils.series.preflight import preflight
 
 NOTEBOOKS = tuple(STEPS)
@@ -148,6 +149,7 @@ def run_series(
     folder = notebooks_dir()
     os.environ.setdefault("MEDCOT_SESSION_STARTED", str(time.time()))
     check_parameters(parameters or {}, folder)
+    check_kernel()
     quiet_start(config.seed)
     redaction.known_secrets(config.secrets)  # all that `redact` must know, also what no kernel was handed
     Run.check_place(run_dir, config, force)
@@ -240,7 +242,7 @@ def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Re
             parameters={key: value for key, value in given.items() if key in known},
             engine_name="medcot",
             progress_bar=False,
-            kernel_name="python3",
+            kernel_name=KERNEL,
             extra_arguments=QUIET_KERNEL,
         )
     except OSError:  # papermill writes the notebook after each cell

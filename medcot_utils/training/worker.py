@@ -39,7 +39,7 @@ def main() -> None:
     model, tokenizer = engine.load(config.model)
     model = engine.add_lora(model, config.lora)
     train_rows, held_out_rows = run.read("train_rows"), run.read("held_out_rows")
-    plans = plan_training(engine, model, config, train_rows, int(os.environ.get("WORLD_SIZE", 1)))
+    plans = plan_training(engine, model, config, train_rows, int(os.environ.get("WORLD_SIZE") or 1))
     if options.skip_plans >= len(plans):
         raise TrainingError(f"memory ran out with each of the {len(plans)} batch plans: use a larger GPU or shorter rows")
     output_dir = run.checkpoint_dir("adapter")

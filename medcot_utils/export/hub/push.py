@@ -29,6 +29,7 @@ from medcot_utils.export.hub.records import (
     save_record,
 )
 from medcot_utils.export.hub.requests import HubClient, HubError, Listing, download
+from medcot_utils.machine.environment import check_proxies
 from medcot_utils.machine.secrets import require_secret
 from medcot_utils.run.directory import Run
 
@@ -121,6 +122,7 @@ def _connect(token: str | None, secrets: SecretsSettings, settings: HubSettings,
     if not token:
         found = require_secret("Hugging Face", "the push to the Hub", "leave hub.repo_id unset", secrets)
         token = found.value.get_secret_value()
+    check_proxies()
     return HubClient(HfApi(token=token), settings.patience_seconds, say)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medcot_utils.machine.environment import check_proxies
 from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import sha256_of, write_atomic
@@ -59,6 +60,7 @@ def client() -> KaggleApi:
     """Return Kaggle's client, signed in. Its import already signs in, prints, and may exit, so it stands here and not above.
 
     Raises KaggleError if there are no credentials or the sign-in fails."""
+    check_proxies("Kaggle's client", "requests")
     with _clear("sign in at Kaggle"), contextlib.redirect_stdout(io.StringIO()):
         try:
             from kaggle.api.kaggle_api_extended import KaggleApi

@@ -14,7 +14,7 @@ from bitsandbytes.nn import Linear4bit
 from medcot_utils.config import load_config
 from medcot_utils.errors import PlatformError
 from medcot_utils.models import embedded, transformers_engine
-from medcot_utils.models.engine import get_engine
+from medcot_utils.models.engine import get_engine, get_local_rank
 from medcot_utils.models.merging import MergeError, load_base, load_unquantized, merge
 from medcot_utils.run.files import sha256_of
 
@@ -361,3 +361,24 @@ def test_a_deleted_models_memory_is_freed_before_the_next_load(engine):
         assert still_there() is None
     finally:
         gc.enable()
+
+
+# --- one of several processes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "rank"), [(None, 0), ("", 0), ("1", 1)])
+def test_the_local_rank_is_that_of_torchrun(value, rank, monkeypatch):
+    if value is None:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_RANK", value)
+    assert get_local_rank() == rank
+
+
+@pytest.mark.parametrize("value", ["2", "7", "one", "-1"])
+def test_a_local_rank_without_a_gpu_is_one_error(value, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(PlatformError, match=rf"LOCAL_RANK is {value}, but 2 GPUs can be seen.*--nproc-per-node 2"):
+        get_engine(CONFIG.model)
