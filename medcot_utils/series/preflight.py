@@ -48,7 +48,7 @@ def checks(config: RunConfig, run_dir: Path | None, online: bool = True) -> dict
     here = run_dir is not None
     asked = config if online else _with_questions_at_hand(config, here)
     known: dict[str, tuple[bool, Callable[[], str]]] = {  # {name: (whether it can be made, the check)}
-        "profile": (here, lambda: hardware.check_profile(config.profile)),
+        "profile": (here, lambda: _check_machine(config)),
         "data": (online or _data_is_at_hand(config, here), lambda: check_data(config)),
         "questions": (bool(asked), lambda: check_questions(asked)),
         "tracker": (here, lambda: check_tracker(config)),  # may ask for a key, which papermill's kernels cannot
@@ -57,6 +57,13 @@ def checks(config: RunConfig, run_dir: Path | None, online: bool = True) -> dict
         "disk": (here and online, lambda: disk.check_room(config, run_dir)),  # asks the Hub for an unknown model's size
     }
     return {name: check for name, (possible, check) in known.items() if possible}
+
+
+def _check_machine(config: RunConfig) -> str:
+    line = hardware.check_profile(config.profile)
+    if config.training.num_processes > 1:
+        hardware.require_gpus(config.training.num_processes)
+    return line
 
 
 def _data_is_at_hand(config: RunConfig, here: bool) -> bool:
