@@ -14,6 +14,7 @@ from medcot_utils.evaluation.comparison import verdict
 from medcot_utils.evaluation.intervals import format_interval
 from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.models.embedded import PREFIX, describe_model, find_hub_address
+from medcot_utils.run.sources import with_commits_used
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -30,7 +31,8 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         tag: the revision that those lines name."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    config, measured, check, report = run.config, run.read("metrics"), run.read("export_check"), run.read("data_report")
+    config = with_commits_used(run.config, run.manifest())
+    measured, check, report = run.read("metrics"), run.read("export_check"), run.read("data_report")
     kind = kind or ("one" if config.hub.repo_id and config.hub.layout == "one" else "merged")
     if addresses is None:
         pushed = [name for name in config.hub.artifacts if name != "gguf" or config.export.gguf] if config.hub.repo_id else []

@@ -14,7 +14,7 @@ from typing import TypedDict
 import psutil
 
 from medcot_utils.config import load_config, override_pairs, profile_needs
-from medcot_utils.errors import PlatformError
+from medcot_utils.errors import MedcotError, PlatformError
 from medcot_utils.machine.paths import GIB, cache_dir, disk_free_gib, platform_name
 from medcot_utils.machine.secrets import secrets_found
 
@@ -108,6 +108,18 @@ def check_profile(profile: str, gpus: list[Gpu] | None = None) -> str:
             f"a T4 accelerator; on this machine use profile demo"
         )
     return f"profile {profile}: as asked, on {gpu.name}"
+
+
+def require_gpus(num_processes: int, error_class: type[MedcotError] = PlatformError) -> None:
+    """Raise `error_class` if there are GPUs, but fewer than processes to train in."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if 0 < gpus < num_processes:
+        raise error_class(
+            f"training.num_processes is {num_processes}, but only {gpus} can be seen: each process needs a GPU of its own. "
+            f"Set training.num_processes={gpus}"
+        )
 
 
 def fitting_gpu(profile: str, gpus: list[Gpu] | None = None) -> tuple[Gpu | None, str]:

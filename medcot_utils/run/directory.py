@@ -30,7 +30,7 @@ from medcot_utils.run.changes import why_stale
 from medcot_utils.run.files import fsync, remove, sha256_of, take_the_place, to_json, write_atomic, write_beside
 from medcot_utils.run.lock import HOLDER, LOCK, RunError, cannot_be_written, hold, is_held, keep, let_go
 from medcot_utils.run.manifest import FORMAT, ArtifactEntry, Manifest, StepEntry, read_manifest
-from medcot_utils.run.sources import DATA_FILE, digest_sources, find_hub_commits
+from medcot_utils.run.sources import DATA_FILE, describe_moved, digest_sources, find_hub_commits
 from medcot_utils.text_files import read_json
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
@@ -217,7 +217,9 @@ class Run:
                 for file in [beside] if beside.is_file() else [p for p in beside.rglob("*") if p.is_file()]:
                     fsync(file)
                 digest, size = sha256_of(beside)
-                manifest = self.manifest()
+                manifest, commits = self.manifest(), find_hub_commits(artifact, self.config)
+                for line in describe_moved(commits, manifest):
+                    print(line)
                 manifest["artifacts"][name] = {
                     "file": artifact.file,
                     "step": artifact.step,
@@ -227,7 +229,7 @@ class Run:
                     "inputs": self.input_digests(artifact),
                     "made": datetime.now(UTC).isoformat(timespec="seconds"),
                     "settings": self.config.leaves(artifact.settings),
-                    "commits": find_hub_commits(artifact, self.config),
+                    "commits": commits,
                 }
                 # On disk before the artifact takes its place: then only renames are left, and those need no room.
                 recorded = write_beside(self.path / MANIFEST, to_json(manifest))

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
+import yaml
+
 from medcot_utils.config import RunConfig
+from medcot_utils.machine.paths import PACKAGE
 from medcot_utils.run.artifacts import SHIPPED_CASES, SHIPPED_MCQ, Artifact
 from medcot_utils.run.files import sha256_of
+from medcot_utils.run.manifest import Manifest
 
 DATA_FILE = "data file"  # the one source that every record has
 # Weights of some gigabytes cannot be read through at every call.
 _MOST_BYTES = 64_000_000
+_MCQ_TASKS = PACKAGE / "evaluation" / "mcq"
 _MODEL_FILES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken"}
 
 
@@ -65,6 +71,12 @@ def find_hub_commits(artifact: Artifact, config: RunConfig) -> dict[str, str]:
         names["model.quantized_name"] = ("models", model.quantized_name, model.quantized_revision)
     if artifact.reads_dataset and not dataset.path:
         names["dataset.name"] = ("datasets", dataset.name, dataset.revision)
+    if artifact.asks_mcq:
+        tasks = [task for task in config.evaluation.mcq_tasks if (_MCQ_TASKS / f"{task}.yaml").is_file()]
+        given = {task: yaml.safe_load((_MCQ_TASKS / f"{task}.yaml").read_text(encoding="utf-8")) for task in tasks}
+        names |= {f"evaluation.mcq_tasks {task}": ("datasets", given[task]["dataset_kwargs"]["path"], None) for task in tasks}
+    if artifact.measures:
+        names["evaluation.embedding_model"] = ("models", config.evaluation.embedding_model, None)
     unpinned = {setting: (kind, name) for setting, (kind, name, revision) in names.items() if name and not revision}
     if not unpinned:
         return {}
@@ -73,3 +85,29 @@ def find_hub_commits(artifact: Artifact, config: RunConfig) -> dict[str, str]:
     cache = Path(HF_HUB_CACHE)
     refs = {setting: cache / f"{kind}--{name.replace('/', '--')}/refs/main" for setting, (kind, name) in unpinned.items()}
     return {setting: ref.read_text(encoding="utf-8").strip() for setting, ref in refs.items() if ref.is_file()}
+
+
+def describe_moved(commits: Mapping[str, str], manifest: Manifest) -> list[str]:
+    """Return a line for each unpinned name that the Hub had at another commit when other artifacts of the run were made."""
+    lines = []
+    for setting, commit in commits.items():
+        recorded = {entry.get("commits", {}).get(setting) for entry in manifest["artifacts"].values()} - {None, commit}
+        if recorded:
+            before = ", ".join(sorted(one[:12] for one in recorded))
+            lines.append(
+                f"{setting} is not pinned, and has moved on at the Hub: {commit[:12]} now, {before} when other parts of this run "
+                f"were made. Pin it by its revision setting"
+            )
+    return lines
+
+
+def with_commits_used(config: RunConfig, manifest: Manifest) -> RunConfig:
+    """Return the configuration with the recorded commits in place of revisions that are not set, for telling, not for loading."""
+    used = {key: commit for entry in manifest["artifacts"].values() for key, commit in entry.get("commits", {}).items()}
+    sections = {section: getattr(config, section) for section in ("model", "dataset")}
+    return config.model_copy(
+        update={
+            section: values.model_copy(update={"revision": values.revision or used.get(f"{section}.name")})
+            for section, values in sections.items()
+        }
+    )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from medcot_utils.machine import hardware
 from medcot_utils.machine.paths import HOME
 from medcot_utils.machine.redaction import redact
 from medcot_utils.run.artifacts import PROGRESS
@@ -53,14 +54,7 @@ def train_in_processes(run: Run, num_processes: int) -> None:
 
 def check_gpus(num_processes: int) -> None:
     """Raise TrainingError if there are GPUs, but fewer than processes."""
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if 0 < gpus < num_processes:
-        raise TrainingError(
-            f"training.num_processes is {num_processes}, but only {gpus} can be seen: each process needs a GPU of its own. "
-            f"Set training.num_processes={gpus}"
-        )
+    hardware.require_gpus(num_processes, TrainingError)
 
 
 def _end_with_parent() -> None:

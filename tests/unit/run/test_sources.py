@@ -117,14 +117,31 @@ def test_a_run_copied_away_from_its_model_stays_done(run_factory, write_all, mod
     assert stale(run) == set()
 
 
-def test_the_commit_of_an_unpinned_name_is_recorded(run_factory, write_all, tmp_path, monkeypatch):
+def test_the_commit_of_an_unpinned_name_is_recorded(run_factory, write_all, tmp_path, monkeypatch, capsys, content):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    for folder, commit in (("models--a--model", "1" * 40), ("datasets--a--rows", "2" * 40)):
+    cached = {
+        "models--a--model": "1",
+        "datasets--a--rows": "2",
+        "datasets--GBaker--MedQA-USMLE-4-options-hf": "3",
+        "models--a--e": "4",
+    }
+    for folder, digit in cached.items():
         (tmp_path / folder / "refs").mkdir(parents=True)
-        (tmp_path / folder / "refs" / "main").write_text(commit)
-    unpinned = write_all(run_factory("model.name=a/model", "dataset.name=a/rows")).manifest()["artifacts"]
-    assert unpinned["adapter"]["commits"] == {"model.name": "1" * 40}
-    assert unpinned["questions"]["commits"] == {"model.name": "1" * 40, "dataset.name": "2" * 40}
-    assert unpinned["metrics"]["commits"] == {}
+        (tmp_path / folder / "refs" / "main").write_text(digit * 40)
+    others = "evaluation.mcq_tasks=[medqa, shipped]", "evaluation.embedding_model=a/e"
+    run = write_all(run_factory("model.name=a/model", "dataset.name=a/rows", *others))
+    unpinned = {name: entry["commits"] for name, entry in run.manifest()["artifacts"].items()}
+    assert unpinned["adapter"] == {"model.name": "1" * 40}
+    assert unpinned["questions"] == {"model.name": "1" * 40, "dataset.name": "2" * 40}
+    assert unpinned["base_mcq"] == {"model.name": "1" * 40, "evaluation.mcq_tasks medqa": "3" * 40}
+    assert unpinned["metrics"] == {"evaluation.embedding_model": "4" * 40}
+    used = sources.with_commits_used(run.config, run.manifest())
+    assert (used.model.revision, used.dataset.revision, run.config.model.revision) == ("1" * 40, "2" * 40, None)
+    capsys.readouterr()
+    (tmp_path / "models--a--model" / "refs" / "main").write_text("5" * 40)
+    run.write("adapter", content("adapter"))
+    said = f"model.name is not pinned, and has moved on at the Hub: {'5' * 12} now, {'1' * 12} when other parts"
+    assert said in capsys.readouterr().out
+    assert not stale(run), "said, not done again: most commits change a README"
     pinned = write_all(run_factory("model.name=a/model", "model.revision=abc", name="pinned")).manifest()["artifacts"]
     assert pinned["adapter"]["commits"] == {}

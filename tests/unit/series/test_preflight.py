@@ -103,6 +103,13 @@ def test_secrets_are_handed_on_before_the_checks(tmp_path, monkeypatch):
     assert os.environ["WANDB_API_KEY"] == "0" * 40
 
 
+def test_more_processes_than_gpus_are_refused_beforehand(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(PlatformError, match="num_processes is 2, but only 1 can be seen"):
+        runner.plan_config(tmp_path / "run", "smoke", ["training.num_processes=2"])
+
+
 def test_notebook_01_shows_preflights_lines():
     notebook = json.loads((HOME / "notebooks" / "01_setup.ipynb").read_text(encoding="utf-8"))
     code = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
