@@ -201,7 +201,9 @@ class EvaluationSettings(Section):
 
 class ExportSettings(Section):
     dtype: Literal["float16", "bfloat16"] = "float16"
-    logits_tolerance: float = Field(0.02, gt=0, description="largest allowed mean absolute difference of log-probabilities")
+    logits_tolerance: float = Field(
+        0.02, gt=0, description="largest allowed mean absolute difference of log-probabilities (float16; bfloat16: 8 times that)"
+    )
     check_prompts: int = Field(3, ge=1)
     check_rows: int = Field(8, ge=1, description="held-out rows that merged and trained model's losses are compared on")
     check_new_tokens: int = Field(32, ge=1)

@@ -25,6 +25,7 @@ from medcot_utils.errors import MedcotError
 from medcot_utils.export.merged import greedy_settings
 from medcot_utils.machine import disk
 from medcot_utils.machine.disk import GGUF_CONVERTED, GGUF_QUANTIZED
+from medcot_utils.machine.weight_files import weight_files
 from medcot_utils.models.embedded import load_tokenizer_from
 from medcot_utils.models.generation import SAMPLED_TOP_K, complete
 from medcot_utils.models.merging import load_unquantized
@@ -317,7 +318,7 @@ def _merged_weights(merged: Path) -> Iterator[tuple[str, torch.Tensor]]:
     settings = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     heads = {"attn_q": settings["num_attention_heads"], "attn_k": settings["num_key_value_heads"]}
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, settings["num_hidden_layers"])
-    for path in sorted(merged.glob("*.safetensors")):
+    for path in weight_files(merged):
         with safe_open(path, framework="pt") as weights:
             for own_name in weights.keys():  # noqa: SIM118 - it is no dict
                 name, weight = names.get_name(own_name, (".weight", ".bias")) or own_name, weights.get_tensor(own_name)

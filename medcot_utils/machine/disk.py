@@ -14,6 +14,7 @@ from medcot_utils.config import RunConfig
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine import environment, paths
 from medcot_utils.machine.paths import GIB
+from medcot_utils.machine.weight_files import INDEX, SINGLE, read_weight_map, weight_files
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -189,21 +190,26 @@ def _in_hub_cache(hub: Path, kind: str, name: str) -> Path:
 
 
 def _folder_or_hub_bytes(name: str, revision: str | None) -> float | None:
-    """Bytes of a model's safetensors, in a folder or by what the Hub says of it; None where neither can be asked."""
+    """Bytes of the safetensors files that transformers would load of a model, in a folder or by what the Hub says of it; None
+    where neither can be asked, or there are none."""
     if Path(name).is_dir():
-        return sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
-    from huggingface_hub import HfApi
+        return sum(file.stat().st_size for file in weight_files(Path(name))) or None
+    from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=10)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        if SINGLE in sizes or INDEX not in sizes:
+            return sizes.get(SINGLE)
+        index = Path(hf_hub_download(name, INDEX, revision=revision))
+        return sum(sizes.get(file, 0) for file in set(read_weight_map(index).values()))
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
         return None  # no network, no such model, no right: what fails for it says so itself
     except Exception as error:
         if type(error).__module__.partition(".")[0] in ("httpx", "requests"):
             return None
         raise
-    return sum(file.size or 0 for file in info.siblings or [] if file.rfilename.endswith(".safetensors"))
 
 
 # --- compared ------------------------------------------------------------------------------------------------------

@@ -13,13 +13,18 @@ from psutil import virtual_memory
 from medcot_utils.config import ModelSettings
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.gpu import available_gpu_memory
+from medcot_utils.machine.weight_files import INDEX, SINGLE, read_weight_map, weight_files
 from medcot_utils.models.embedded import find_model_source, load_tokenizer_from
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+# Configuration and tokenizer, of whatever kind; the chat template is a file of its own in newer repositories.
+_BESIDE_THE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
 class MergeError(MedcotError):
@@ -74,21 +79,25 @@ def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str) -> None
 
     The base is not the dequantized 4-bit one, whose rounding would stay in the weights. One file (4 GB) is in memory at a
     time, so an 8B model is merged without a GPU and in less memory than a free Colab machine has. PEFT's merge_and_unload
-    needs the whole model in memory. Sums are made in float32 and rounded once. Raises MergeError for a base without
-    safetensors, or an adapter of another model."""
+    needs the whole model in memory. Sums are made in float32 and rounded once. Only files that transformers loads are read.
+    Raises MergeError for a base without whole safetensors files or an adapter of another model, and WeightFilesError for shards
+    that do not follow their index."""
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
     from tqdm.auto import tqdm
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
 
-    kind, folder = getattr(torch, dtype), _weights_folder(settings)
+    kind, folder = getattr(torch, dtype), find_weights_folder(settings)
     config = AutoConfig.from_pretrained(folder)
-    slices = _open_weights(folder)
+    slices = open_weights(folder)
     changes = _read_changes(adapter)
     if strange := sorted(changes.keys() - slices.keys()):
         raise MergeError(f"the adapter changes {strange[0]}, which {settings.name} does not have: it is another model's adapter")
 
+    # Before the weights: whatever is wrong with these files is known before minutes of merging.
+    tokenizer = load_tokenizer_from(folder)
+    generation = _read_generation_config(folder, config, tokenizer)
     shapes = {name: torch.empty(found.get_shape(), dtype=kind, device="meta") for name, found in slices.items()}
     plan = split_torch_state_dict_into_shards(shapes, max_shard_size="4GB")
     out.mkdir(parents=True, exist_ok=True)
@@ -102,33 +111,64 @@ def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str) -> None
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
-    tokenizer = load_tokenizer_from(folder)
     config.dtype = kind
     config.save_pretrained(out)
-    named = (folder / "generation_config.json").exists()
-    generation = GenerationConfig.from_pretrained(folder) if named else GenerationConfig.from_model_config(config)
-    generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     generation.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def _weights_folder(settings: ModelSettings) -> Path:
+def _read_generation_config(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Return the base's generation settings with the tokenizer's special tokens, as transformers agrees to save them.
+
+    Some checkpoints have a temperature without do_sample, which transformers loads but refuses to save: they mean to sample.
+    Settings that are wrong otherwise, or cannot be read, are left out. Both are said in one line."""
+    from transformers import GenerationConfig
+
+    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    named, fault = (folder / "generation_config.json").exists(), ""
+    for repair in ({}, {"do_sample": True}):
+        try:
+            found = GenerationConfig.from_pretrained(folder) if named else GenerationConfig.from_model_config(config)
+            found.update(**tokens, **repair)
+            found.validate(strict=True)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            fault = fault or " ".join(str(error).split())[:200]
+            continue
+        if repair:
+            print(f"the base's generation settings do not validate, and do_sample=true is added: {fault}")
+        return found
+    print(f"the base's generation settings cannot be used, and only its special tokens are kept: {fault}")
+    return GenerationConfig(bos_token_id=tokenizer.bos_token_id, **tokens)
+
+
+def find_weights_folder(settings: ModelSettings) -> Path:
+    """Return the folder with a base model's weights, configuration and tokenizer; downloaded first if it is on the Hub."""
     source = find_model_source(settings.name)
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(source, revision=settings.revision, allow_patterns=["*.safetensors", "*.json"]))
+    folder = Path(snapshot_download(source, revision=settings.revision, allow_patterns=[*_BESIDE_THE_WEIGHTS, SINGLE]))
+    if not (folder / SINGLE).exists() and (folder / INDEX).exists():
+        shards = sorted(set(read_weight_map(folder / INDEX).values()))
+        snapshot_download(source, revision=settings.revision, allow_patterns=[*_BESIDE_THE_WEIGHTS, *shards])
+    return folder
 
 
-def _open_weights(folder: Path) -> dict[str, Any]:
-    """Return a lazy slice for every weight in a model's folder; `slice[:]` reads it."""
-    from safetensors import safe_open
+def open_weights(folder: Path) -> dict[str, Any]:
+    """Return a lazy slice for every weight in a model's folder that transformers would load; `slice[:]` reads it."""
+    from safetensors import SafetensorError, safe_open
 
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if not files:
-        raise MergeError(f"no safetensors file lies in {folder.name}/: convert the base model's weights to safetensors first")
-    opened = [safe_open(file, framework="pt") for file in files]
+        raise MergeError(
+            f"no safetensors file lies in {folder.name}/ ({SINGLE}, or shards named in {INDEX}): convert the base model's "
+            f"weights to safetensors first"
+        )
+    try:
+        opened = [safe_open(file, framework="pt") for file in files]
+    except SafetensorError as error:
+        raise MergeError(f"a weights file in {folder.name}/ is damaged ({error}): copy or download the folder again") from error
     return {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118 - it is no dict
 
 
@@ -156,11 +196,12 @@ def _read_changes(adapter: Path) -> dict[str, Callable[[torch.Tensor], torch.Ten
     changes = {}
     for name in weights:
         if name.endswith(a):
-            changes[_own_name(name.replace(a, ".weight"))] = partial(add, name.removesuffix(a))
+            changes[own_name(name.replace(a, ".weight"))] = partial(add, name.removesuffix(a))
         elif name.endswith(".bias"):
-            changes[_own_name(name)] = partial(replace, name)
+            changes[own_name(name)] = partial(replace, name)
     return changes
 
 
-def _own_name(peft_name: str) -> str:
+def own_name(peft_name: str) -> str:
+    """Return the base's name of a weight that PEFT names."""
     return peft_name.removeprefix("base_model.model.").replace(".base_layer.", ".")

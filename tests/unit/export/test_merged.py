@@ -333,6 +333,109 @@ def test_a_merge_that_left_the_adapter_out_is_told(exported):
         require_agreement(check)
 
 
+@pytest.mark.model
+def test_a_small_adapter_that_was_left_out_is_told(exported, tmp_path):
+    # Smaller than the tolerance of the answers, and lost all the same.
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from medcot_utils.models.merging import load_base
+
+    engine, run = exported[0], Run.open(shutil.copytree(exported[1].path, tmp_path / "run"))
+    adapter = run.require("adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    small = {name: weight * (0.01 if "lora_B" in name else 1) for name, weight in weights.items()}
+
+    def smaller(folder):
+        shutil.copytree(adapter, folder, dirs_exist_ok=True)
+        save_file(small, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    run.write("adapter", smaller)
+    run.write("merged", lambda folder: [part.save_pretrained(folder) for part in load_base(CONFIG.model, "float16")])
+    check = verify_export(engine, run)
+    assert check["pairs"][0]["mean_logprob_difference"] < CONFIG.export.logits_tolerance
+    with pytest.raises(ExportError, match=r"14 of 21 weights are not base \+ adapter, first .*_proj\.weight holds 0\.00 times"):
+        require_agreement(check)
+
+
+@pytest.fixture(scope="module")
+def coarse(tmp_path_factory):
+    """(engine, run) of a bfloat16 merge, compared in bfloat16, of a base whose answers round as much as an 8B model's."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from medcot_utils.models.embedded import find_model_source, load_tokenizer_from
+    from medcot_utils.models.engine import get_engine
+
+    folder = tmp_path_factory.mktemp("coarse")
+    tokenizer = load_tokenizer_from(find_model_source("embedded:tiny-random-llama"))
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    shape = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **ids)).to(torch.bfloat16)
+    base.lm_head.weight.data *= 16
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    few = ["export.check_prompts=1", "export.check_rows=1", "export.check_new_tokens=2", "model.load_in_4bit=false"]
+    config = load_config("smoke", [f"model.name={folder / 'base'}", "export.dtype=bfloat16", *few])
+    engine, run = get_engine(config.model), fill(Run.create(folder / "run", config))
+    assert run.read("plan")["total_parameters"] >= 1e9, "the check holds it for a large model"
+    tuned = engine.add_lora(engine.load(config.model)[0], config.lora)
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=2e-3)
+    run.write("adapter", lambda folder: save_adapter(tuned, tokenizer, config, folder))
+    save_merged(engine, run)
+    return engine, run
+
+
+@pytest.mark.model
+def test_a_right_bfloat16_merge_of_a_large_model_passes(coarse):
+    engine, run = coarse
+    check = verify_export(engine, run)
+    require_agreement(check)
+    exact = check["pairs"][0]
+    assert run.config.export.logits_tolerance < exact["mean_logprob_difference"] <= check["tolerance"] == 8 * 0.02
+    assert check["weights"]["wrong"] == [] and check["weights"]["kept"] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.model
+def test_one_lost_layer_is_found_within_the_rounding_of_bfloat16(coarse, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    engine, run = coarse[0], Run.open(shutil.copytree(coarse[1].path, tmp_path / "run"))
+    name, right = "model.layers.3.self_attn.q_proj.weight", run.require("merged")
+    weights = load_file(right / "model.safetensors")
+    weights[name] = load_file(f"{run.config.model.name}/model.safetensors")[name]
+
+    def without(folder):
+        shutil.copytree(right, folder, dirs_exist_ok=True)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    run.write("merged", without)
+    check = verify_export(engine, run)
+    assert check["pairs"][0]["mean_logprob_difference"] <= check["tolerance"]
+    with pytest.raises(ExportError, match=rf"1 of 39 weights are not base \+ adapter, first {name} holds 0\.00 times the change"):
+        require_agreement(check)
+
+
+def test_greedy_answers_may_part_where_two_tokens_are_a_tie():
+    import torch
+
+    from medcot_utils.export.merged import Probe, _begin_alike
+
+    def probe(greedy, second):
+        return Probe(torch.zeros(1, 3), greedy, torch.tensor([[0.0, -9, -9], second]))
+
+    tie, other = probe([0, 1], [-5, -0.70, -0.69]), probe([0, 2], [-5, -0.69, -0.70])
+    assert _begin_alike(tie, other, 0.02) and not _begin_alike(tie, other, 0.001)
+    assert not _begin_alike(probe([0, 1], [-5, -0.1, -2]), other, 0.02)
+    assert _begin_alike(tie, tie, 0) and not _begin_alike(tie, probe([0], [-5, -0.70, -0.69]), 0.02)
+
+
 def test_a_check_that_is_not_ok_is_an_error_with_its_numbers():
     require_agreement(CHECK)
     exact, trained = CHECK["pairs"]

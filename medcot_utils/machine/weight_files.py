@@ -1,0 +1,51 @@
+"""Which files hold a model's weights: those that transformers reads, and no other safetensors file that lies beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+
+from medcot_utils.errors import MedcotError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class WeightFilesError(MedcotError):
+    """A model's index of its weights cannot be followed; the message names the file."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model's folder that transformers loads, sorted; empty if there are none.
+
+    They are model.safetensors, or else the shards that the index names. Raises WeightFilesError for an index that cannot be
+    followed, or a shard that is not there."""
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if not (folder / INDEX).exists():
+        return []
+    files = [folder / name for name in sorted(set(read_weight_map(folder / INDEX).values()))]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise WeightFilesError(
+            f"{missing[0]} is missing in {folder.name}/, though {INDEX} names it: copy or download the model's folder again"
+        )
+    return files
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Return {weight: its file} of an index of shards. Raises WeightFilesError for an index that cannot be followed."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        usable = bool(found) and all(_is_below(name) for name in found.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        usable = False
+    if not usable:
+        raise WeightFilesError(
+            f"{index.name} in {index.parent.name}/ is no index of weights: expected a weight_map that names a file of the same "
+            f"folder for each weight. Copy or download the model's folder again"
+        )
+    return found
+
+
+def _is_below(name: str) -> bool:
+    path = PurePosixPath(name)
+    return name.endswith(".safetensors") and not path.is_absolute() and ".." not in path.parts
