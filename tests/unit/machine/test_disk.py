@@ -213,7 +213,7 @@ def test_a_full_disk_during_a_write_keeps_the_old_artifact(small_disk):
     text = str(caught.value)
     assert text.startswith("the disk of run/ is full (0.00 GiB free): adapter could not be written; the artifacts made before")
     assert "MEDCOT_SCRATCH" in text and isinstance(caught.value.__cause__, OSError)
-    assert run.manifest() == manifest and hidden(run.path) == []
+    assert run.manifest() == manifest and hidden(run.path) == [".lock"]
     assert Run.open(run.path).require("adapter") == before and (before / "weights.bin").stat().st_size == 200_000
     run.write("adapter", filler(300_000))
     assert Run.open(run.path).is_fresh("adapter")
@@ -233,7 +233,7 @@ def test_a_full_disk_leaves_artifact_and_manifest_unchanged(small_disk):
     ballast.write_bytes(b"0" * (paths.shutil.disk_usage(small_disk).free - 4096))  # one block: the file, not the manifest
     with pytest.raises(DiskError, match="is full"):
         run.write("questions", [{"id": "second"}])
-    assert run.manifest() == manifest and run.read("questions") == [{"id": "first"}] and hidden(run.path) == []
+    assert run.manifest() == manifest and run.read("questions") == [{"id": "first"}] and hidden(run.path) == [".lock"]
     ballast.unlink()
     run.write("questions", [{"id": "second"}])
     assert Run.open(run.path).read("questions") == [{"id": "second"}]
