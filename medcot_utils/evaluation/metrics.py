@@ -73,7 +73,8 @@ METRICS: dict[str, Metric] = {
 # A bullet, a number or both in bold; in Chinese and Japanese the marks stand right before the text.
 _SPACED = r"[-+*•‣◦▪●○■□–—]|(?:\*\*|__)?(?:\d+[.)]|\(\d+\))(?:\*\*|__)?"
 _UNSPACED = r"(?:\*\*|__)?(?:(?:\d+|[一二三四五六七八九十]+)[、．]|（(?:\d+|[一二三四五六七八九十]+)）|[①-⑳])|[・·]"
-_BULLET = re.compile(rf"^\s*(?:(?:{_SPACED})\s+|(?:{_UNSPACED})\s*)\S", re.MULTILINE)
+# The indent stays on its line: over blank lines, the search would begin anew at each of them.
+_BULLET = re.compile(rf"^[^\S\n]*(?:(?:{_SPACED})\s+|(?:{_UNSPACED})[^\S\n]*)\S", re.MULTILINE)
 _REPEATED_WORDS = 4
 
 
