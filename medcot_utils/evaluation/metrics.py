@@ -74,7 +74,7 @@ METRICS: dict[str, Metric] = {
 # line: over blank lines, the search would begin anew at each of them.
 _SPACED = r"[-+*•‣◦▪●○■□–—]|(?:\*\*|__)?(?:\d+[.)]|\(\d+\))(?:\*\*|__)?"
 _UNSPACED = r"(?:\*\*|__)?(?:(?:\d+|[一二三四五六七八九十]+)[、．]|（(?:\d+|[一二三四五六七八九十]+)）|[①-⑳])|[・·]"
-_BULLET = re.compile(rf"^[^\S\n]*(?:(?:{_SPACED})\s+|(?:{_UNSPACED})\s*)\S", re.MULTILINE)
+_BULLET = re.compile(rf"^[^\S\n]*(?:(?:{_SPACED})\s+|(?:{_UNSPACED})[^\S\n]*)\S", re.MULTILINE)
 _REPEATED_WORDS = 4
 
 

@@ -1,4 +1,4 @@
-"""The report and the model card of runs that measured little or nothing: 'none' stands where there is none."""
+"""Report, model card and grading page of runs that hold little, or numbers for names: 'none' stands where there is none."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from made_up_runs import CONFIG, QUESTIONS, Tags, fill
 
 from medcot_utils import evaluation
+from medcot_utils.cli.grading_page import Desk
 from medcot_utils.evaluation.report import build_report
 from medcot_utils.export.model_card import model_card
 from medcot_utils.run.directory import Run
@@ -63,3 +64,18 @@ def test_a_run_that_measured_nothing_says_none(all_apart):
     run = unmeasured(all_apart)
     assert "What changed No metric was measured." in shown(build_report(run))
     assert "| none |" in model_card(run)
+
+
+@pytest.mark.parametrize(("specialty", "tags"), [("a & b", ["a &amp; b"]), (7, ["7"]), ("", [])])
+def test_the_grading_pages_heading_names_any_specialty(tmp_path, specialty, tags):
+    run = Run.create(tmp_path / "run", CONFIG)
+    question = {"id": "q0", "scored": True, "specialty": specialty, "Question": "Which valve?", "Response": "The mitral."}
+    run.write("questions", [question])
+    for name in ("train_rows", "held_out_rows"):
+        run.write(name, lambda file: file.write_bytes(b"rows"))
+    run.write("adapter", lambda folder: (folder / "weights.bin").write_bytes(b"0"))
+    for name in ("base_answers", "tuned_answers"):
+        run.write(name, [{"id": "q0", "sample": 0, "thinking": "so", "answer": name}])
+    desk = Desk(run, "grader")
+    heading = desk.heading(desk.next_pair())
+    assert heading.count('class="tag"') == len(tags) and all(f">{tag}</span>" in heading for tag in tags)
