@@ -17,7 +17,7 @@ from medcot_utils.machine import disk, hardware, secrets
 class Check:
     """A check that passed."""
 
-    name: str  # profile, data, questions, tracker, hub, gguf, disk
+    name: str  # profile, model, training, data, questions, tracker, hub, gguf, disk
     line: str
 
 
@@ -43,11 +43,15 @@ def checks(config: RunConfig, run_dir: Path | None, online: bool = True) -> dict
     from medcot_utils.evaluation.comparison import check_questions
     from medcot_utils.export.gguf import check_gguf
     from medcot_utils.export.hub.push import check_hub
+    from medcot_utils.models.checks import check_model, is_at_hand
+    from medcot_utils.training.schedule import check_schedule
     from medcot_utils.training.tracking import check_tracker
 
     here = run_dir is not None
     known: dict[str, tuple[bool, Callable[[], str]]] = {  # {name: (whether it can be made, the check)}
         "profile": (here, lambda: hardware.check_profile(config.profile)),
+        "model": (here and (online or is_at_hand(config.model)), lambda: check_model(config.model)),
+        "training": (here, lambda: check_schedule(config.training)),
         "data": (online or _data_is_at_hand(config, here), lambda: check_data(config)),
         "questions": (online or _questions_are_at_hand(config, here), lambda: check_questions(config)),
         "tracker": (here, lambda: check_tracker(config)),  # may ask for a key, which papermill's kernels cannot
