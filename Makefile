@@ -14,7 +14,7 @@ ifneq ($(filter kaggle,$(MAKECMDGOALS)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick nbval lint notebooks kaggle badges pins chromium clean
+.PHONY: help demo test quick nbval lint notebooks families kaggle badges pins chromium clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -66,6 +66,9 @@ lint: $(INSTALLED) ## ruff over code and notebooks, the import contract, the rul
 
 notebooks: $(INSTALLED) ## execute the committed notebooks in place, in order, and redraw the README's figure
 	$(ON_CPU) $(BIN)/python -m medcot_utils.series.committed execute
+
+families: $(INSTALLED) ## run the seven notebooks on a tiny checkpoint of each model family, and write the table of docs/models.md (10 minutes)
+	$(BIN)/python tests/families.py
 
 kaggle: $(INSTALLED) ## ID=NAME/slug [PROFILE=article]: install, then build the notebook for Kaggle
 	$(BIN)/medcot kaggle build --id "$(ID)" $(if $(PROFILE),--profile "$(PROFILE)")

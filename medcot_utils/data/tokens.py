@@ -128,7 +128,7 @@ def check_labels(rows: Dataset, tokenizer: PreTrainedTokenizerBase, truncated: i
             raise DataError(f"row {row['id']} begins with {bos} BOS tokens, expected {int(adds_bos)}: the text holds one already")
         counts["one_bos"] += bos == 1
         counts["eos_in_labels"] += labels[-1] == tokenizer.eos_token_id
-        counts["cot_in_labels"] += row["Complex_CoT"][:200] in tokenizer.decode(labels)
+        counts["cot_in_labels"] += _holds(tokenizer, labels, row["Complex_CoT"])
     if counts["cot_in_labels"] < len(rows):
         raise DataError(
             f"{len(rows) - counts['cot_in_labels']} rows lack their Complex_CoT in the labels: nothing would teach it"
@@ -137,6 +137,15 @@ def check_labels(rows: Dataset, tokenizer: PreTrainedTokenizerBase, truncated: i
         missing = len(rows) - counts["eos_in_labels"]
         raise DataError(f"{missing} rows do not end in the EOS token {tokenizer.eos_token!r}, though only {truncated} were cut")
     return counts
+
+
+def _holds(tokenizer: PreTrainedTokenizerBase, labels: list[int], text: str) -> bool:
+    """Return whether the labels hold the beginning of a text, as it is or as the tokenizer itself gives it back (in NFC)."""
+    decoded = tokenizer.decode(labels)
+    if text[:200] in decoded:
+        return True
+    given_back = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return given_back[:200].strip() in decoded
 
 
 def summarize_preparation(

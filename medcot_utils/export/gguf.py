@@ -26,9 +26,9 @@ from medcot_utils.export.merged import greedy_settings
 from medcot_utils.machine import disk
 from medcot_utils.machine.disk import GGUF_CONVERTED, GGUF_QUANTIZED
 from medcot_utils.machine.weight_files import weight_files
-from medcot_utils.models.embedded import load_tokenizer_from
 from medcot_utils.models.generation import SAMPLED_TOP_K, complete
 from medcot_utils.models.merging import load_unquantized
+from medcot_utils.models.tokenizer import load_tokenizer_from
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,7 +71,8 @@ def quantizer() -> Path | None:
 def check_gguf(config: RunConfig) -> str:
     """Return one line on what export.gguf will do, hours before the file would be made.
 
-    Raises GgufError if this machine lacks what its type needs, or if the model lies in a folder and is no Llama."""
+    Raises GgufError if this machine lacks what its type needs, or if the model lies in a folder and is no Llama, or has tokens
+    beyond its embedding."""
     kind = config.export.gguf
     if kind is None:
         return "GGUF: none asked for (export.gguf)"
@@ -91,6 +92,7 @@ def check_gguf(config: RunConfig) -> str:
         how += f", quantized by {program.name}"
     if (Path(config.model.name) / "config.json").is_file():
         _require_llama(Path(config.model.name), config.model.name)
+        _require_embedded_tokens(Path(config.model.name), config.model.name)
     return f"GGUF: {kind}, by {how}"
 
 
@@ -101,6 +103,20 @@ def _require_llama(folder: Path, name: str) -> None:
             f"export.gguf: {name} is a {architectures[0]}, and only a LlamaForCausalLM can be written and checked. "
             f"Leave it out with --set export.gguf=null"
         )
+
+
+def _require_embedded_tokens(folder: Path, name: str) -> None:
+    tokens, rows = len(load_tokenizer_from(folder)), embedding_rows(folder)
+    if tokens > rows:
+        raise GgufError(
+            f"export.gguf: the tokenizer of {name} has {tokens} tokens and the embedding {rows} rows, and llama.cpp's converter "
+            f"takes no token without a row. Leave it out with --set export.gguf=null"
+        )
+
+
+def embedding_rows(folder: Path) -> int:
+    """Return the rows of a Llama's embedding, by its folder's config.json. More than the tokenizer has tokens are padding."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
 
 
 # --- making it -----------------------------------------------------------------------------------------------------
@@ -249,7 +265,7 @@ def _check_gguf(run: Run) -> GgufCheck:
         file=f"{folder.name}/{file.name}",
         bytes=file.stat().st_size,
         exact=kind in ("f32", SIXTEEN_BITS[run.config.export.dtype]),
-        special_tokens=special_tokens(file, load_tokenizer_from(merged)),
+        special_tokens=special_tokens(file, load_tokenizer_from(merged), embedding_rows(merged)),
         weights=compare_weights(file, merged),
         greedy=_compare_greedy(run, file, merged),
     )
@@ -275,9 +291,11 @@ def require_gguf_agreement(check: GgufCheck | None) -> None:
         raise GgufError(f"{check['file']} is not the merged model: {why}. The file is kept; do not publish it")
 
 
-def special_tokens(file: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int | bool | None]]:
+def special_tokens(file: Path, tokenizer: PreTrainedTokenizerBase, rows: int = 0) -> dict[str, list[int | bool | None]]:
     """Return {name: [the tokenizer's, the GGUF's]}: ids, number of tokens, and whether BOS is put before a text. With a wrong
-    one an answer never ends, or begins otherwise than in training."""
+    one an answer never ends, or begins otherwise than in training.
+
+    `rows` of the embedding beyond the tokenizer's tokens are tokens without a use in the file (`[PAD…]`)."""
     from gguf import GGUFReader, Keys
 
     fields, key = GGUFReader(file).fields, Keys.Tokenizer
@@ -285,7 +303,10 @@ def special_tokens(file: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     theirs = {name: fields[key].contents() if key in fields else None for name, key in keys.items()}
     ours = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     ours["add_bos"] = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    return {"tokens": [len(tokenizer), len(fields[key.LIST].data)], **{name: [ours[name], theirs[name]] for name in keys}}
+    return {
+        "tokens": [max(len(tokenizer), rows), len(fields[key.LIST].data)],
+        **{name: [ours[name], theirs[name]] for name in keys},
+    }
 
 
 def compare_weights(file: Path, merged: Path) -> WeightGap:

@@ -51,15 +51,6 @@ def is_made(name: str) -> bool:
     return not name.startswith(PREFIX) or (paths.cache_dir() / _folder_name(name.removeprefix(PREFIX))).exists()
 
 
-def load_tokenizer_from(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model source. If it has no pad token, EOS serves as one (as in TRL)."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer
-
-
 def _cached(folder_name: str, make: Callable[[Path], None]) -> Path:
     final = paths.cache_dir() / folder_name
     if not final.exists():

@@ -128,6 +128,7 @@ def get_engine(settings: ModelSettings, fast_answers: bool = False) -> Engine:
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer alone, for notebooks that need no weights."""
-    from medcot_utils.models import embedded
+    from medcot_utils.models.embedded import find_model_source
+    from medcot_utils.models.tokenizer import load_tokenizer_from
 
-    return embedded.load_tokenizer_from(embedded.find_model_source(settings.name), settings.revision)
+    return load_tokenizer_from(find_model_source(settings.name), settings.revision)

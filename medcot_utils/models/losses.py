@@ -40,7 +40,7 @@ def row_losses(model: PreTrainedModel, rows: Dataset, batch_size: int, label: st
 
     model.eval()
     lengths = [len(ids) for ids in rows["input_ids"]]
-    batches = _batches(lengths, batch_size, model.config.vocab_size)
+    batches = _batches(lengths, batch_size, model.config.get_text_config().vocab_size)
     records: dict[int, RowLoss] = {}
     for chosen in tqdm(batches, desc=f"held-out loss, {label}", unit="batch"):
         found = _batch_losses(model, [rows[i] for i in chosen])

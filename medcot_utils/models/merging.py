@@ -14,7 +14,9 @@ from medcot_utils.config import ModelSettings
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.gpu import available_gpu_memory
 from medcot_utils.machine.weight_files import INDEX, SINGLE, read_weight_map, weight_files
-from medcot_utils.models.embedded import find_model_source, load_tokenizer_from
+from medcot_utils.models.embedded import find_model_source
+from medcot_utils.models.stored_names import find_stored_names
+from medcot_utils.models.tokenizer import load_tokenizer_from
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +94,9 @@ def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str) -> None
     config = AutoConfig.from_pretrained(folder)
     slices = open_weights(folder)
     changes = _read_changes(adapter)
+    if changes.keys() - slices.keys():
+        stored = find_stored_names(config, slices)
+        changes = {stored.get(name, name): change for name, change in changes.items()}
     if strange := sorted(changes.keys() - slices.keys()):
         raise MergeError(f"the adapter changes {strange[0]}, which {settings.name} does not have: it is another model's adapter")
 

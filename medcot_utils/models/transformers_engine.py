@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.machine.gpu import release_gpu_memory
-from medcot_utils.models.embedded import find_model_source, load_tokenizer_from
+from medcot_utils.models.embedded import find_model_source
 from medcot_utils.models.engine import TrainerArguments, compute_dtype, get_local_rank
 from medcot_utils.models.merging import merge
 from medcot_utils.models.static_cache import use_grouped_decode
+from medcot_utils.models.targets import check_targets, find_excluded
+from medcot_utils.models.tokenizer import load_tokenizer_from
 
 __all__ = ["WHOLE_LOGITS", "add_lora", "for_inference", "load", "merge", "set_checkpointing", "trainer_arguments"]
 
@@ -46,7 +48,10 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
-    """Return the model with fresh LoRA matrices on the set projections, its base frozen. `random_state` seeds the matrices A."""
+    """Return the model with fresh LoRA matrices on the set projections, its base frozen. `random_state` seeds the matrices A.
+
+    Raises ModelError as `check_targets` does."""
+    check_targets(model, settings)
     checkpointing = bool(settings.use_gradient_checkpointing)
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
@@ -61,6 +66,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
             lora_dropout=settings.lora_dropout,
             bias=settings.bias,
             target_modules=list(settings.target_modules),
+            exclude_modules=find_excluded(model),
             use_rslora=settings.use_rslora,
             task_type="CAUSAL_LM",
         ),

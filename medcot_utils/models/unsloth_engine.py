@@ -16,6 +16,8 @@ from medcot_utils.machine.gpu import release_gpu_memory
 from medcot_utils.models.embedded import find_model_source
 from medcot_utils.models.engine import TrainerArguments, get_local_rank
 from medcot_utils.models.merging import merge
+from medcot_utils.models.targets import check_targets
+from medcot_utils.models.tokenizer import prepare_tokenizer
 
 __all__ = ["WHOLE_LOGITS", "add_lora", "for_inference", "load", "merge", "set_checkpointing", "trainer_arguments"]
 
@@ -41,11 +43,14 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
     )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
-    return model, tokenizer
+    return model, prepare_tokenizer(tokenizer, model.config.get_text_config().vocab_size)
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
-    """Add LoRA as the article does: `FastLanguageModel.get_peft_model` with all its arguments."""
+    """Add LoRA as the article does: `FastLanguageModel.get_peft_model` with all its arguments.
+
+    Raises ModelError as `check_targets` does."""
+    check_targets(model, settings)
     return FastLanguageModel.get_peft_model(
         model,
         r=settings.r,

@@ -27,7 +27,8 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from medcot_utils.models.embedded import find_model_source, load_tokenizer_from
+    from medcot_utils.models.embedded import find_model_source
+    from medcot_utils.models.tokenizer import load_tokenizer_from
 
     folder = tmp_path_factory.mktemp("wide-llama")
     tokenizer = load_tokenizer_from(find_model_source("embedded:tiny-random-llama"))

@@ -112,7 +112,8 @@ def loaded(tmp_path_factory):
     import torch
     from safetensors.torch import load_file, save, save_file
 
-    from medcot_utils.models.embedded import find_model_source, load_tokenizer_from
+    from medcot_utils.models.embedded import find_model_source
+    from medcot_utils.models.tokenizer import load_tokenizer_from
 
     folder, tiny = tmp_path_factory.mktemp("models"), Path(find_model_source("embedded:tiny-random-llama"))
     weights = load_file(tiny / "model.safetensors")

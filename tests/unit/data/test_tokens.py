@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from tokenizers import normalizers
 
 from medcot_utils import data
 from medcot_utils.config import load_config
@@ -70,6 +72,33 @@ def test_a_token_over_the_prompts_end_is_learnt(newline_merging_tokenizer):
     labels = [label for label in rows[2]["labels"] if label != -100]
     assert newline_merging_tokenizer.decode(labels[:1]) == "\n\n\n"
     assert newline_merging_tokenizer.decode(labels).strip().startswith("Troponin rises.")
+
+
+DECOMPOSED = {
+    "id": "decomposed",
+    "Question": "Fie\u0300vre ?",
+    "Complex_CoT": "C\u0327a de\u0301pend, re\u0301flexion.",
+    "Response": "E\u0301tat.",
+}
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.NFC(), normalizers.Lowercase()])
+def test_a_cot_that_the_tokenizer_normalizes_is_found_in_labels(tokenizer, normalizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    rows, _ = tokenized(tokenizer, rows=[*CASES, DECOMPOSED])
+    assert check_labels(rows, tokenizer)["cot_in_labels"] == 4
+    masked = rows[3]["labels"].count(-100)
+    assert tokenizer.decode(rows[3]["input_ids"][masked:]).casefold().startswith(("ça", "c\u0327a"))
+
+
+def test_another_cot_is_not_found_in_normalized_labels(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    rows, _ = tokenized(tokenizer, rows=[DECOMPOSED])
+    other = rows.map(lambda row: {"Complex_CoT": row["Complex_CoT"].replace("re\u0301", "re")})
+    with pytest.raises(DataError, match="1 rows lack their Complex_CoT"):
+        check_labels(other, tokenizer)
 
 
 def test_full_labels_are_the_tokens_themselves(tokenizer):

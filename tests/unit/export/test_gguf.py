@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gguf import GGUFWriter
 
 from medcot_utils.config import ConfigError, load_config
 from medcot_utils.data.prompts import inference_prompt
@@ -29,6 +30,7 @@ from medcot_utils.export.gguf import (
 from medcot_utils.machine import paths
 from medcot_utils.machine.disk import DiskError, gguf_needs
 from medcot_utils.machine.paths import GIB
+from medcot_utils.models.engine import load_tokenizer
 
 TOKENIZER = SimpleNamespace(eos_token="<|im_end|>")
 
@@ -85,6 +87,49 @@ def test_a_model_that_is_no_llama_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"]}')
     with pytest.raises(GgufError, match="is a Qwen2ForCausalLM, and only a LlamaForCausalLM"):
         check_gguf(config("export.gguf=f16", f"model.name={json.dumps(str(tmp_path))}"))
+
+
+@pytest.mark.model
+def test_tokens_beyond_the_embedding_are_refused(tmp_path):
+    tokenizer = tiny_tokenizer(tmp_path, rows_more=-1)
+    expected = (
+        rf"has {len(tokenizer)} tokens and the embedding {len(tokenizer) - 1} rows, and llama\.cpp's converter takes no token"
+    )
+    with pytest.raises(GgufError, match=expected):
+        check_gguf(config("export.gguf=f16", f"model.name={json.dumps(str(tmp_path))}"))
+
+
+@pytest.mark.model
+def test_an_embedding_padded_beyond_the_tokenizer_is_no_fault(tmp_path):
+    tokenizer = tiny_tokenizer(tmp_path, rows_more=11)
+    assert check_gguf(config("export.gguf=f16", f"model.name={json.dumps(str(tmp_path))}")).startswith("GGUF: f16")
+    rows = gguf.embedding_rows(tmp_path)
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")  # as llama.cpp's converter writes it
+    writer.add_token_list([*tokenizer.convert_ids_to_tokens(range(len(tokenizer))), *(f"[PAD{k}]" for k in range(11))])
+    for name in ("bos", "eos", "pad"):
+        getattr(writer, f"add_{name}_token_id")(getattr(tokenizer, f"{name}_token_id"))
+    writer.add_add_bos_token(True)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    compared = special_tokens(tmp_path / "model.gguf", tokenizer, rows)
+    assert compared["tokens"] == [rows, rows] and all(ours == theirs for ours, theirs in compared.values())
+
+
+def tiny_tokenizer(folder, rows_more):
+    """The tokenizer of the tiny random Llama, saved with the config.json of one with so many more rows in its embedding."""
+    from transformers import AutoConfig
+
+    from medcot_utils.models.embedded import find_model_source
+
+    source = find_model_source("embedded:tiny-random-llama")
+    model_config, tokenizer = AutoConfig.from_pretrained(source), load_tokenizer(config().model)
+    tokenizer.add_tokens(["[EXTRA]"])  # no token of the prompt
+    model_config.vocab_size = len(tokenizer) + rows_more
+    model_config.architectures = ["LlamaForCausalLM"]
+    model_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def test_a_quantized_files_disk_need_includes_its_16_bit_source(tmp_path):
@@ -303,7 +348,7 @@ def greedy_of_llama_cpp(file):
 @pytest.mark.embedded
 def test_a_merged_smollm2_answers_the_same_in_llama_cpp(tmp_path):
     """As transformers saved its tokenizer, the converter alone makes a SentencePiece vocabulary, on which llama.cpp fails."""
-    from medcot_utils.models.embedded import load_tokenizer_from
+    from medcot_utils.models.tokenizer import load_tokenizer_from
 
     settings = config("export.dtype=float16", profile="demo")
     base, merged = merge_smollm2(tmp_path)

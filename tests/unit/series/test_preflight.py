@@ -17,7 +17,7 @@ from medcot_utils.series import runner
 from medcot_utils.series.kaggle.build import build
 from medcot_utils.series.preflight import checks, preflight
 
-ALL = ["profile", "data", "questions", "tracker", "hub", "gguf", "disk"]
+ALL = ["profile", "model", "training", "data", "questions", "tracker", "hub", "gguf", "disk"]
 
 
 def names(*arguments, **keywords):
@@ -38,6 +38,8 @@ def test_every_check_is_one_line(tmp_path):
 
 FAILING = {
     "profile": ("article", [], "profile article needs a CUDA GPU"),
+    "model": ("smoke", ["model.name=./nowhere"], "nowhere is no folder"),
+    "training": ("smoke", ["training.optim=adamw_tourch"], "did you mean adamw_torch?"),
     "data": ("smoke", ["dataset.path=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     "questions": ("smoke", ["evaluation.mcq_tasks=[nowhere.jsonl]"], "nowhere.jsonl"),
     "tracker": ("smoke", ["tracking.backend=wandb", "tracking.mode=online"], "needs a secret for Weights & Biases"),
@@ -82,8 +84,16 @@ OVERRIDES = {expected: overrides for _, overrides, expected in FAILING.values()}
 
 
 def test_offline_leaves_to_notebook_01_what_asks_the_network(tmp_path):
-    assert names(load_config("smoke"), tmp_path, online=False) == ["profile", "data", "questions", "tracker", "gguf"]
-    assert names(load_config("recommended"), tmp_path, online=False) == ["profile", "tracker", "gguf"]
+    assert names(load_config("smoke"), tmp_path, online=False) == [
+        "profile",
+        "model",
+        "training",
+        "data",
+        "questions",
+        "tracker",
+        "gguf",
+    ]
+    assert names(load_config("recommended"), tmp_path, online=False) == ["profile", "training", "tracker", "gguf"]
     embedded = load_config("smoke", ["evaluation.embedding_model=a/b"])
     assert "questions" not in names(embedded, tmp_path, online=False) and "questions" in names(embedded, tmp_path)
 

@@ -1,0 +1,81 @@
+"""What can be known of a model before it is loaded: whether notebook 07 could merge it, and whether its tokenizer fits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from medcot_utils.config import ModelSettings
+from medcot_utils.models.embedded import PREFIX
+from medcot_utils.models.tokenizer import ModelError, load_tokenizer_from
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What lies in a model's folder or repository."""
+
+    config: Path
+    files: list[str]
+
+
+def is_at_hand(settings: ModelSettings) -> bool:
+    """Return whether a model is embedded or a local folder, so that nothing of it has to be asked of the Hub."""
+    return settings.name.startswith((PREFIX, ".", "~", "/")) or Path(settings.name).is_dir()
+
+
+def check_model(settings: ModelSettings) -> str:
+    """Return one line on the model, from its config.json, the names of its files, and for a local folder its tokenizer.
+
+    Raises:
+        ModelError: for a folder that is missing or holds no model, weights that are quantized already or no safetensors, and a
+            tokenizer as `prepare_tokenizer` refuses it."""
+    name, folder = settings.name, Path(settings.name)
+    if name.startswith(PREFIX):
+        return f"{name}: made on this machine"
+    local = is_at_hand(settings)
+    found = _look_into(folder) if local else _look_up(settings)
+    if found is None:
+        return f"{name}: the Hub cannot be asked, not looked at"
+    config = json.loads(found.config.read_text(encoding="utf-8"))
+    architecture = (config.get("architectures") or ["a model of no architecture"])[0]
+    if quantization := config.get("quantization_config"):
+        raise ModelError(
+            f"model.name {name} is quantized already ({quantization.get('quant_method', 'unknown method')}), and the adapter is "
+            f"merged into 16-bit weights. Name the 16-bit model; model.load_in_4bit quantizes it when it is loaded. A quantized "
+            f"copy for Unsloth goes into model.quantized_name"
+        )
+    if not {"model.safetensors", "model.safetensors.index.json"} & set(found.files):
+        kinds = sorted({Path(file).suffix for file in found.files if Path(file).suffix in (".bin", ".pt", ".pth", ".gguf")})
+        have = f"only {', '.join(kinds)}" if kinds else "no weights at all"
+        raise ModelError(
+            f"model.name {name} has no safetensors ({have}), which the merge reads. Load it once with transformers "
+            f"and write it with save_pretrained, to a folder that model.name then gives"
+        )
+    if local:
+        load_tokenizer_from(folder)
+    return f"{name}: {architecture}"
+
+
+def _look_into(folder: Path) -> _Found:
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "is no folder"
+        raise ModelError(f"model.name {folder} {what}: expected a model's folder, a name on the Hub, or an embedded model")
+    return _Found(folder / "config.json", [file.name for file in folder.iterdir()])
+
+
+def _look_up(settings: ModelSettings) -> _Found | None:
+    """Return what the Hub says of a model; None if it cannot be asked. What it refuses, notebook 02's download says better."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        info = HfApi().model_info(settings.name, revision=settings.revision, timeout=10)
+        config = hf_hub_download(settings.name, "config.json", revision=settings.revision)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
+        return None
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("httpx", "requests"):
+            return None
+        raise
+    return _Found(Path(config), [file.rfilename for file in info.siblings or []])

@@ -1,0 +1,27 @@
+"""The names that a model's weights have in its files, where those differ from the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def find_stored_names(config: PretrainedConfig, stored: Iterable[str]) -> dict[str, str]:
+    """Return {the model's own name of a weight: its name in the files}.
+
+    transformers renames weights when it loads some families (a Gemma 3 that sees images has `language_model.model.layers` in its
+    files and `model.language_model.layers` in memory). An adapter names them as in memory, and merged files as in the base's."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    steps, own = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    return {rename_source_key(name, renamings, converters, model.base_model_prefix, own)[0]: name for name in stored}

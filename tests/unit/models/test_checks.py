@@ -1,0 +1,95 @@
+"""What is known of a model before it is loaded: files, quantization and tokenizer, each fault in one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_families import FAMILIES
+
+from medcot_utils.config import load_config
+from medcot_utils.errors import MedcotError
+from medcot_utils.models.checks import check_model
+from medcot_utils.series.preflight import preflight
+from medcot_utils.series.runner import plan_config
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    FAMILIES["qwen2"].make(folder)
+    return folder
+
+
+@pytest.fixture
+def model(checkpoint, tmp_path):
+    """A copy of the checkpoint that a test may break."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def settings(folder):
+    return [f"model.name={json.dumps(str(folder))}"]
+
+
+def quantize(folder):
+    file = folder / "config.json"
+    quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | quantized))
+
+
+def leave_only_bin(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "training_args.safetensors").write_bytes(b"")  # no weights that transformers would load
+
+
+def forget_eos(folder):
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": None}))
+
+
+def remove_all(folder):
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+
+
+FAULTS = {
+    "quantized": (quantize, "is quantized already (bitsandbytes), and the adapter is merged into 16-bit weights"),
+    "only .bin": (leave_only_bin, "has no safetensors (only .bin), which the merge reads"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no safetensors (no weights at all)"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "no folder": (remove_all, "is no folder"),
+    "no EOS": (forget_eos, "its tokenizer names no EOS token"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_model_that_could_not_be_exported_is_refused_first(fault, model, tmp_path):
+    spoil, expected = FAULTS[fault]
+    spoil(model)
+    with pytest.raises(MedcotError) as caught:
+        plan_config(tmp_path / "run", "smoke", settings(model))
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_can_be_used_is_named_in_one_line(model, tmp_path):
+    lines = {check.name: check.line for check in preflight(load_config("smoke", settings(model)), tmp_path / "run", online=False)}
+    assert lines["model"] == f"{model}: Qwen2ForCausalLM"
+
+
+def test_a_model_on_the_hub_is_left_to_notebook_01(tmp_path):
+    config = load_config("smoke", ["model.name=somebody/model"])
+    assert "model" not in [check.name for check in preflight(config, tmp_path / "run", online=False)]
+
+
+def test_a_hub_out_of_reach_hides_nothing_else(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = check_model(load_config("smoke", ["model.name=somebody/model"]).model)
+    assert line == "somebody/model: the Hub cannot be asked, not looked at"
