@@ -22,7 +22,8 @@ from medcot_utils.run.artifacts import PROGRESS
 from medcot_utils.run.directory import Run
 from medcot_utils.training.agent import Failure, read_last_line
 from medcot_utils.training.callbacks import LossFigure, TimeBudgetReached
-from medcot_utils.training.trainer import TrainingError, last_good_checkpoint
+from medcot_utils.training.checkpoints import last_good_checkpoint
+from medcot_utils.training.trainer import TrainingError
 
 _OUT_OF_MEMORY = "out of memory"
 _PR_SET_PDEATHSIG = 1  # prctl(2)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -21,6 +18,7 @@ from medcot_utils.models.engine import compute_dtype
 from medcot_utils.run.artifacts import PROGRESS
 from medcot_utils.training.batch_plan import BatchPlan, batch_plans, choose_plans
 from medcot_utils.training.callbacks import LossFigure, ProgressFile, SkippedSteps, TimeBudget, TimeBudgetReached, TqdmProgress
+from medcot_utils.training.checkpoints import checkpoint_fault, last_good_checkpoint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,40 +71,6 @@ def sft_arguments(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
 # --- resume --------------------------------------------------------------------------------------------------------
 
 
-def last_good_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint that is whole, or None; set aside one that was cut off while it was written."""
-    checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        fault = checkpoint_fault(path)
-        if fault is None:
-            return path
-        print(f"{path.name} is not whole ({fault}): set aside, an earlier one is used")
-        # Not a name that begins with `checkpoint-`: the trainer would count it, and remove a whole one in its stead.
-        aside = path.with_name(f"broken-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-    return None
-
-
-def checkpoint_fault(path: Path) -> str | None:
-    """Return why a trainer checkpoint with an adapter cannot be resumed from, or None if each of its files can be read whole."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        with safe_open(path / "adapter_model.safetensors", "pt") as tensors:
-            if not tensors.keys():
-                return "adapter_model.safetensors holds no tensors"
-        optional = [name for name in ("rng_state.pth", "scaler.pt") if (path / name).exists()]
-        for name in ("optimizer.pt", "scheduler.pt", *optional):
-            with zipfile.ZipFile(path / name) as archive:
-                if bad := archive.testzip():
-                    return f"{name}: {bad} is damaged"
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-        return f"{type(error).__name__}: {Path(getattr(error, 'filename', None) or str(error)).name}"
-    return None
-
-
 def train(
     make_trainer: Callable[[BatchPlan], SFTTrainer],
     plans: Sequence[BatchPlan],
@@ -156,7 +120,7 @@ def _train_or_resume(trainer: SFTTrainer) -> None:
     import torch
 
     with trainer.args.main_process_first(local=False):  # the first sets aside what is broken, the others find it gone
-        checkpoint = last_good_checkpoint(Path(trainer.args.output_dir))
+        checkpoint = last_good_checkpoint(Path(trainer.args.output_dir), _trained_shapes(trainer))
     if trainer.args.device.type == "cpu":
         # In several processes the trainer would load its optimizer to "cpu:0", which torch refuses.
         trainer.args.__dict__["_setup_devices"] = torch.device("cpu")
@@ -174,6 +138,10 @@ def _train_or_resume(trainer: SFTTrainer) -> None:
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, before training.max_hours were over; "
             f"a checkpoint is saved, and the same command or notebook resumes from it"
         )
+
+
+def _trained_shapes(trainer: SFTTrainer) -> list[tuple[int, ...]]:
+    return [tuple(parameter.shape) for parameter in trainer.model.parameters() if parameter.requires_grad]
 
 
 def _restore_finished(trainer: SFTTrainer, checkpoint: Path, state: TrainerState) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_trainer import (
     CONFIG,
     SETTINGS,
@@ -135,7 +137,48 @@ def flip_a_byte(path):
     path.write_bytes(content)
 
 
+def change_state(path, **fields):
+    state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    (path / "trainer_state.json").write_text(json.dumps(state | fields), encoding="utf-8")
+
+
+def replace_torch(path, file, state):
+    torch.save(state, path / file)
+
+
+def change_random_state(path, **fields):
+    torch.save(torch.load(path / "rng_state.pth", weights_only=False) | fields, path / "rng_state.pth")
+
+
+def save_adapter_of(path, **weights):
+    save_file(weights, path / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
 FAULTS = {
+    "state of a newer transformers": lambda path: change_state(path, rows_seen=12),
+    "state with text for a step": lambda path: change_state(path, global_step="6"),
+    "state with a log of numbers": lambda path: change_state(path, log_history=[1, 2]),
+    "state with a log without steps": lambda path: change_state(path, log_history=[{"loss": 1.0}]),
+    "state without steps": lambda path: (path / "trainer_state.json").write_text("{}"),
+    "state that is a list": lambda path: (path / "trainer_state.json").write_text("[]"),
+    "state that is null": lambda path: (path / "trainer_state.json").write_text("null"),
+    "state too deep": lambda path: (path / "trainer_state.json").write_text("[" * 100_000),
+    "state in another encoding": lambda path: (path / "trainer_state.json").write_bytes(b"\xff\xfe{\x00}\x00"),
+    "random state truncated": lambda path: truncate(path / "rng_state.pth"),
+    "random state empty": lambda path: truncate(path / "rng_state.pth", 0),
+    "random state of another library": lambda path: replace_torch(path, "rng_state.pth", {"jax": 1}),
+    "random state of another python": lambda path: change_random_state(path, python=(9, (), None)),
+    "random state of another torch": lambda path: change_random_state(path, cpu=torch.zeros(3, dtype=torch.uint8)),
+    "a process's random state truncated": lambda path: (path / "rng_state_0.pth").write_bytes(b"PK"),
+    "optimizer of other weights": lambda path: replace_torch(path, "optimizer.pt", {"state": {}, "param_groups": []}),
+    "optimizer without groups": lambda path: replace_torch(path, "optimizer.pt", {"state": {}}),
+    "optimizer of foreign classes": lambda path: replace_torch(path, "optimizer.pt", truncate),
+    "scheduler of another kind": lambda path: replace_torch(path, "scheduler.pt", [1]),
+    "scheduler missing": lambda path: (path / "scheduler.pt").unlink(),
+    "scaler truncated": lambda path: (path / "scaler.pt").write_bytes(b""),
+    "configuration truncated": lambda path: (path / "config.json").write_text('{"model_type":'),
+    "adapter of another model": lambda path: save_adapter_of(path, a=torch.zeros(2)),
+    "a folder in place of a file": lambda path: ((path / "optimizer.pt").unlink(), (path / "optimizer.pt").mkdir()),
     "adapter truncated": lambda path: truncate(path / "adapter_model.safetensors"),
     "adapter short of its last bytes": lambda path: truncate(path / "adapter_model.safetensors", 0.999),
     "adapter empty": lambda path: truncate(path / "adapter_model.safetensors", 0),
@@ -150,13 +193,15 @@ FAULTS = {
 
 @pytest.mark.model
 @pytest.mark.parametrize("fault", FAULTS)
-def test_an_incomplete_checkpoint_is_set_aside_for_an_older_one(fault, checkpoints, capsys):
-    assert checkpoint_fault(checkpoints / "checkpoint-6") is None
+def test_an_incomplete_checkpoint_is_set_aside_for_an_older_one(fault, checkpoints, uninterrupted, capsys):
+    shapes = [tuple(weight.shape) for weight in uninterrupted[2].values()]
+    assert checkpoint_fault(checkpoints / "checkpoint-6", shapes) is None
     FAULTS[fault](checkpoints / "checkpoint-6")
-    assert last_good_checkpoint(checkpoints).name == "checkpoint-4"
+    assert last_good_checkpoint(checkpoints, shapes).name == "checkpoint-4"
     assert (checkpoints / "broken-checkpoint-6").is_dir() and not (checkpoints / "checkpoint-6").exists()
     said = capsys.readouterr().out
-    assert "checkpoint-6 is not whole" in said and str(checkpoints) not in said, "no machine's folders in a notebook"
+    assert len(said.splitlines()) == 1 and "checkpoint-6 is not whole" in said
+    assert str(checkpoints) not in said, "no machine's folders in a notebook"
     assert last_good_checkpoint(checkpoints).name == "checkpoint-4", "and the next call does not stumble over it"
 
 
@@ -189,11 +234,13 @@ def test_a_finished_run_resumes_without_another_step(tmp_path, capsys):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("newest", ["deleted", "truncated"])
+@pytest.mark.parametrize("newest", ["deleted", "truncated", "foreign"])
 def test_a_resumed_run_ends_where_the_uninterrupted_one_did(newest, uninterrupted, checkpoints, capsys):
     _, by_step, weights = uninterrupted
     if newest == "deleted":
         shutil.rmtree(checkpoints / "checkpoint-6")
+    elif newest == "foreign":
+        change_state(checkpoints / "checkpoint-6", rows_seen=12)
     else:
         truncate(checkpoints / "checkpoint-6" / "adapter_model.safetensors")
     trainer = trained(checkpoints)
