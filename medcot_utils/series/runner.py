@@ -71,8 +71,8 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
         absolute = json.dumps(str(Path(config.dataset.path).absolute()))
         others = [pair for pair in overrides_of(config) if not pair.startswith("dataset.path=")]
         config = load_config(config.profile, [*others, f"dataset.path={absolute}"])
-    preflight(config, run_dir, online=False)
-    return config, line
+    counts = [check.line for check in preflight(config, run_dir, online=False) if check.name in ("data", "questions")]
+    return config, "\n".join([line, *counts])
 
 
 def parameters_of(notebook: Path) -> set[str]:
