@@ -86,6 +86,7 @@ def load_rows(settings: DatasetSettings) -> Dataset:
 
 def _load_from_hub(settings: DatasetSettings) -> Dataset:
     from datasets import load_dataset, load_dataset_builder
+    from datasets.exceptions import DatasetsError
 
     given = {"path": settings.name, "name": settings.subset, "revision": settings.revision}
     try:
@@ -93,7 +94,7 @@ def _load_from_hub(settings: DatasetSettings) -> Dataset:
             files = load_dataset_builder(**given).config.data_files
             _check_digest(settings, [url for split in (files or {}).values() for url in split])
         return load_dataset(**given, split="train")
-    except (OSError, ValueError) as error:  # not there, no such subset, no connection: datasets and the Hub client raise these
+    except (OSError, ValueError, DatasetsError) as error:  # not there, no such subset, no connection, rows of mixed types
         pinned = f" at revision {settings.revision}" if settings.revision else ""
         raise DataError(
             f"data set {settings.name}{pinned} could not be loaded from the Hub: {' '.join(str(error).split())}. Check "
