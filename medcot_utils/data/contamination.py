@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +22,8 @@ NGRAM_WORDS = 8
 # Chinese and Japanese put no spaces between words: there a character counts as one.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\s\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
 _MARKS_IN_A_ROW = 30
+# The similarity of two texts takes time in the product of their lengths: 0.2 ms for so many characters, 15 ms for 20,000.
+MAX_COMPARED_CHARACTERS = 2000
 TEXTS = ("Question", "Complex_CoT", "Response")
 
 
@@ -33,6 +35,7 @@ class Repeat(TypedDict):
 
     train_id: str
     question_id: str
+    question: NotRequired[str]  # runs of 0.2.0 lack it
     train_question: str
     similarity: float
     overlap: float
@@ -73,12 +76,19 @@ def find_repeats(train: Dataset, questions: Sequence[AskedQuestion], settings: D
 
     A pair counts from a similarity of `near_repeat_similarity`, or from an overlap of `ngram_overlap`. The overlap looks at
     the row's question, chain of thought and response: it also finds a question that was lengthened or moved into an
-    answer."""
+    answer. The similarity is that of the first MAX_COMPARED_CHARACTERS, and a line says so if a text is longer."""
     from rapidfuzz import fuzz, process
 
-    ours = [normalize(text) for text in train["Question"]]
+    train_questions = train["Question"][:]
+    ours = [normalize(text) for text in train_questions]
     theirs = [normalize(question["Question"]) for question in questions]
-    scores = process.cdist(theirs, ours, scorer=fuzz.ratio, score_cutoff=settings.near_repeat_similarity, workers=-1)
+    if longer := sum(len(text) > MAX_COMPARED_CHARACTERS for text in [*theirs, *ours]):
+        print(
+            f"{longer} questions are longer than {MAX_COMPARED_CHARACTERS:,} characters (MAX_COMPARED_CHARACTERS): similarity "
+            f"is that of their beginnings, and 8-word sequences are compared in full"
+        )
+    begin_ours, begin_theirs = ([text[:MAX_COMPARED_CHARACTERS] for text in texts] for texts in (ours, theirs))
+    scores = process.cdist(begin_theirs, begin_ours, scorer=fuzz.ratio, score_cutoff=settings.near_repeat_similarity, workers=-1)
     columns = [name for name in TEXTS if name in train.column_names]
     overlaps = _overlaps(theirs, [" ".join(normalize(row[name]) for name in columns) for row in train])
     ids = train["id"]
@@ -88,8 +98,9 @@ def find_repeats(train: Dataset, questions: Sequence[AskedQuestion], settings: D
             Repeat(
                 train_id=str(ids[j]),
                 question_id=str(questions[i]["id"]),
-                train_question=train[int(j)]["Question"],
-                similarity=round(float(scores[i, j]) or fuzz.ratio(theirs[i], ours[j]), 1),
+                question=questions[i]["Question"],
+                train_question=train_questions[j],
+                similarity=round(float(scores[i, j]) or fuzz.ratio(begin_theirs[i], begin_ours[j]), 1),
                 overlap=round(float(overlaps[i, j]), 2),
                 exact=theirs[i] == ours[j],
             )

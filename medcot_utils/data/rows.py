@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from medcot_utils.config import DatasetSettings, RunConfig
-from medcot_utils.data.contamination import Repeat, normalize
+from medcot_utils.data.contamination import Repeat, find_repeats, normalize
 from medcot_utils.data.files import DataError, as_text, is_whole, read_file
 from medcot_utils.data.prompts import ARTICLE_ANSWER, ARTICLE_QUESTION
 from medcot_utils.run.artifacts import SHIPPED_CASES
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TEXT_COLUMNS = ("Question", "Complex_CoT", "Response")
 _LABELS = ("id", "specialty", "split")
 _SHOWN_COLUMNS = 20
+_COMPARED_FIRST = 100
 # What stands for a text that Arrow cannot hold beside the others, and says why `validate_rows` drops its row.
 _NOT_A_STRING, _HALF_A_CHARACTER = "\0is not a string", "\0holds half a character"
 
@@ -85,6 +86,7 @@ def load_rows(settings: DatasetSettings) -> Dataset:
 
 def _load_from_hub(settings: DatasetSettings) -> Dataset:
     from datasets import load_dataset, load_dataset_builder
+    from datasets.exceptions import DatasetsError
 
     given = {"path": settings.name, "name": settings.subset, "revision": settings.revision}
     try:
@@ -92,7 +94,7 @@ def _load_from_hub(settings: DatasetSettings) -> Dataset:
             files = load_dataset_builder(**given).config.data_files
             _check_digest(settings, [url for split in (files or {}).values() for url in split])
         return load_dataset(**given, split="train")
-    except (OSError, ValueError) as error:  # not there, no such subset, no connection: datasets and the Hub client raise these
+    except (OSError, ValueError, DatasetsError) as error:  # not there, no such subset, no connection, rows of mixed types
         pinned = f" at revision {settings.revision}" if settings.revision else ""
         raise DataError(
             f"data set {settings.name}{pinned} could not be loaded from the Hub: {' '.join(str(error).split())}. Check "
@@ -133,12 +135,27 @@ def _check_digest(settings: DatasetSettings, urls: Sequence[str]) -> None:
 def check_data(config: RunConfig) -> str:
     """Return one line on the rows that the configuration's data gives, before any model is loaded.
 
-    Raises DataError for a file, column, split or number of questions that would stop notebooks 02 and 03."""
-    rows, _ = validate_rows(load_rows(config.dataset))
-    train, held_out = split_rows(rows, config.dataset, config.seed)
-    choose_questions(held_out, config.evaluation.num_questions)
+    Raises DataError for a file, column, split, number of questions or repeats that would stop notebooks 02 and 03."""
+    settings = config.dataset
+    rows, _ = validate_rows(load_rows(settings))
+    train, held_out = split_rows(rows, settings, config.seed)
     asked = config.evaluation.num_questions
-    return f"{len(train)} rows to train on, {len(held_out)} held out, {asked} of them to be asked"
+    article = choose_questions(held_out, asked)[:1]
+    if settings.repeats == "drop":
+        _check_repeats(train, [*article, *held_out], settings)
+    line = f"{len(train)} rows to train on, {len(held_out)} held out, {asked} of them to be asked"
+    unused = len(rows) - len(train) - len(held_out)
+    by = f"dataset.num_rows is {settings.num_rows}, dataset.held_out_rows {settings.held_out_rows}"
+    return line + (f"; {unused} of {len(rows)} usable rows are left unused ({by})" if unused else "")
+
+
+def _check_repeats(train: Dataset, questions: Sequence[AskedQuestion], settings: DatasetSettings) -> None:
+    """Raise DataError as `drop_repeats` does. If one of the first rows is kept, the others need no comparison."""
+    first = train.select(range(min(len(train), _COMPARED_FIRST)))
+    try:
+        drop_repeats(first, find_repeats(first, questions, settings))
+    except DataError:
+        drop_repeats(train, find_repeats(train, questions, settings))
 
 
 def _choose_columns(names: Sequence[str], settings: DatasetSettings) -> dict[str, str]:
@@ -263,8 +280,9 @@ def split_rows(rows: Dataset, settings: DatasetSettings, seed: int) -> tuple[Dat
         train = rows.select(range(n_train))
         held_out = rows.select(range(n_train, min(n_train + settings.held_out_rows, len(rows))))
     if (not len(train) or not len(held_out)) and "split" in rows.column_names:
+        splits = ", ".join(sorted(split or "nothing" for split in set(rows["split"])))
         raise DataError(
-            f"the column `split` holds {', '.join(sorted(map(str, set(rows['split']))))}: rows to train on must say "
+            f"the column `split` holds {splits}: rows to train on must say "
             f"train, and at least one row something else (it is held out)"
         )
     if not len(train) or not len(held_out):
@@ -302,5 +320,11 @@ def drop_repeats(train: Dataset, repeats: Sequence[Repeat]) -> Dataset:
     repeated = {repeat["train_id"] for repeat in repeats}
     kept = train.select([index for index, row_id in enumerate(train["id"]) if str(row_id) not in repeated])
     if not len(kept):
-        raise DataError("every training row repeats an evaluation question: check that the held-out rows are other rows")
+        one = max(repeats, key=lambda repeat: repeat["similarity"])
+        texts = [f"{' '.join(text.split())!r:.100}" for text in (one["train_question"], one.get("question", ""))]
+        raise DataError(
+            f"every training row repeats an evaluation question, for example row {one['train_id']}, {texts[0]}, repeats "
+            f"{one['question_id']}, {texts[1]} (similarity {one['similarity']}, 8-word overlap {one['overlap']}). Hold out other "
+            f"rows, raise dataset.near_repeat_similarity and dataset.ngram_overlap, or keep repeats with dataset.repeats=report"
+        )
     return kept

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+# As much of the chain of thought must be in a row's labels.
+_COT_CHARACTERS = 200
+
 
 class LabelChecks(TypedDict):
     """Count the rows, and those among them with exactly one BOS, with EOS as the last label, and with the CoT in the labels."""
@@ -77,8 +80,9 @@ def tokenize_rows(
     """Return the rows with input_ids and labels, and what tokenizing did.
 
     Labels are the ids themselves (`loss_on: full`), or -100 on the prompt. Overlong rows are dropped or truncated (which
-    loses the answer's end and the EOS), or raise DataError with `overlong: error`. Raises DataError if no row is left."""
-    kept, tokens, truncated, prefixes = [], [], 0, 0
+    loses the answer's end and the EOS), or raise DataError with `overlong: error`. A row of which a cut would leave no more
+    than the question is dropped too, and said. Raises DataError if no row is left."""
+    kept, tokens, truncated, prefixes, without_reasoning = [], [], 0, 0, 0
     for index, row in enumerate(rows):
         prompt = inference_prompt(row["Question"], newline_after_think)
         encoded = tokenizer(row["text"], return_offsets_mapping=True)
@@ -95,10 +99,19 @@ def tokenize_rows(
                 )
             if settings.overlong == "drop":
                 continue
+            reasoning = len(inference_prompt(row["Question"])) + min(len(row["Complex_CoT"]), _COT_CHARACTERS)
+            if offsets[max_seq_length - 1][1] < reasoning:
+                without_reasoning += 1
+                continue
             truncated += 1
             ids, labels = ids[:max_seq_length], labels[:max_seq_length]
         prefixes += ids[: len(prompt_ids)] == prompt_ids
         kept.append({"index": index, "input_ids": list(ids), "labels": list(labels)})
+    if without_reasoning:
+        print(
+            f"{without_reasoning} of {len(rows)} rows are dropped: cut at model.max_seq_length ({max_seq_length} tokens), they "
+            f"would hold the question and less than {_COT_CHARACTERS} characters of the reasoning"
+        )
     if not kept:
         raise DataError(f"every row is longer than model.max_seq_length ({max_seq_length}): raise it, or check the data")
     chosen = rows.select([item["index"] for item in kept])
@@ -142,10 +155,10 @@ def check_labels(rows: Dataset, tokenizer: PreTrainedTokenizerBase, truncated: i
 def _holds(tokenizer: PreTrainedTokenizerBase, labels: list[int], text: str) -> bool:
     """Return whether the labels hold the beginning of a text, as it is or as the tokenizer itself gives it back (in NFC)."""
     decoded = tokenizer.decode(labels)
-    if text[:200] in decoded:
+    if text[:_COT_CHARACTERS] in decoded:
         return True
     given_back = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return given_back[:200].strip() in decoded
+    return given_back[:_COT_CHARACTERS].strip() in decoded
 
 
 def summarize_preparation(

@@ -84,8 +84,10 @@ def check_questions(config: RunConfig) -> str:
     settings = config.evaluation
     if settings.embedding_model is not None:
         embedder(settings.embedding_model)
-    questions = sum(len(load_questions(task, settings.mcq_limit, config.seed)) for task in settings.mcq_tasks)
-    return f"{questions} multiple-choice questions"
+    held = [len(load_questions(task)) for task in settings.mcq_tasks]
+    asked = sum(min(count, settings.mcq_limit or count) for count in held)
+    unused = f"; {sum(held) - asked} of {sum(held)} are left unused (evaluation.mcq_limit is {settings.mcq_limit})"
+    return f"{asked} multiple-choice questions" + unused * (asked < sum(held))
 
 
 # --- compare ---------------------------------------------------------------------------------------------------------

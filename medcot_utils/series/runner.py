@@ -86,9 +86,9 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
         config = load_config(name, overrides)
     stored = Run.stored_config(run_dir)  # None for a new run, or for one that --force is to make readable again
     config = with_absolute_paths(config, stored)
-    preflight(config, run_dir, online=False)
+    counts = [check.line for check in preflight(config, run_dir, online=False) if check.name in ("data", "questions")]
     changes = describe_changes(stored.leaves(setting_names()), config.leaves(setting_names())) if stored else []
-    return config, "\n".join([line, *(f"changed: {change}" for change in changes)])
+    return config, "\n".join([line, *counts, *(f"changed: {change}" for change in changes)])
 
 
 def parameters_of(notebook: Path) -> dict[str, object]:

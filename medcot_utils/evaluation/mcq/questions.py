@@ -117,11 +117,13 @@ def _read_lines(path: Path) -> list[Row]:
 
 def _download(path: str, name: str | None, split: str | None) -> Sequence[Row]:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         with quiet():  # the Hub's client logs every retry
             return load_dataset(path, name, split=split)
-    except (OSError, RuntimeError, ValueError) as error:  # no network or no such data set; a loading script; no such split
+    # No network or no such data set; a loading script; no such split; rows of mixed types.
+    except (OSError, RuntimeError, ValueError, DatasetsError) as error:
         reason = str(error).partition("\n")[0]
         raise McqError(f"{path} cannot be had from the Hub ({reason}): check the network, or give a local .jsonl file") from error
 

@@ -107,6 +107,20 @@ def test_the_articles_question_is_found_in_the_training_rows():
     assert pairs(find_repeats(train, asked[:1], settings())) == [("r2", "article")]
 
 
+def test_long_questions_are_compared_by_their_beginnings_and_said(capsys):
+    # In full, each pair of such texts takes 0.1 s.
+    words = [" ".join(f"{start}{number}" for number in range(8_000)) for start in "abcdefgh"]
+    train = rows(*({"Question": f"{ASKED * 30} {text}" if index == 2 else text} for index, text in enumerate(words)))
+    began = time.process_time()
+    found = find_repeats(train, questions(*(f"{ASKED * 30} {text}" for text in words)), settings())
+    assert time.process_time() - began < 5
+    near = {(one["train_id"], one["question_id"]): one for one in found if one["similarity"] > 85}
+    assert sorted(near) == [("r2", f"q-{number}") for number in range(8)]
+    assert [pair for pair, one in near.items() if one["exact"]] == [("r2", "q-2")]
+    assert {(f"r{number}", f"q-{number}") for number in range(8)} <= set(pairs(found)), "sequences are compared in full"
+    assert "16 questions are longer than 2,000 characters (MAX_COMPARED_CHARACTERS)" in capsys.readouterr().out
+
+
 # --- thresholds ----------------------------------------------------------------------------------------------------
 
 

@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
 
 from medcot_utils.config import load_config
 from medcot_utils.data.rows import TEXT_COLUMNS, DataError, load_rows, validate_rows
+from medcot_utils.evaluation.mcq.run import McqError, load_questions
 
 ROWS = [
     {"Question": f"Warum {i}, é?", "Complex_CoT": f"Zunächst; „so“ {i}", "Response": f"Fièvre à 39 °C, {i}."} for i in range(4)
@@ -168,6 +170,17 @@ def test_labels_of_a_data_set_on_the_hub_are_cleaned_too(monkeypatch):
     assert found["specialty"] == ["Surgery", "Urology", "", "Surgery"]
     assert (found["id"], found["split"]) == (["1", "row-1", "3", "4"], ["train", "", "x", "train"])
     assert texts(found) == ROWS
+
+
+def test_a_data_set_on_the_hub_of_mixed_types_is_one_clear_error(monkeypatch):
+    def fail(*_, **__):
+        raise DatasetGenerationError("An error occurred\nwhile generating the dataset")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(DataError, match=r"data set somebody/rows could not be loaded from the Hub: An error occurred while"):
+        load_rows(load_config("smoke", ["dataset.name=somebody/rows"]).dataset)
+    with pytest.raises(McqError, match=r"cannot be had from the Hub \(An error occurred\)"):
+        load_questions("medqa")
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,16 @@ from datasets import Dataset
 
 from medcot_utils.config import load_config
 from medcot_utils.data.prompts import ARTICLE_ANSWER, ARTICLE_QUESTION
-from medcot_utils.data.rows import TEXT_COLUMNS, DataError, choose_questions, drop_repeats, load_rows, split_rows, validate_rows
+from medcot_utils.data.rows import (
+    TEXT_COLUMNS,
+    DataError,
+    check_data,
+    choose_questions,
+    drop_repeats,
+    load_rows,
+    split_rows,
+    validate_rows,
+)
 from medcot_utils.run.artifacts import SHIPPED_CASES
 
 ROWS = [
@@ -206,7 +215,8 @@ def test_ids_that_stand_twice_are_replaced(tmp_path):
 
 
 def repeat_of(row_id: str | int) -> dict:
-    return {"train_id": str(row_id), "question_id": "q", "similarity": 100.0, "overlap": 1.0, "exact": True}
+    pair = {"train_id": str(row_id), "question_id": "q", "question": "Why?", "train_question": "Why so?"}
+    return pair | {"similarity": 100.0, "overlap": 1.0, "exact": True}
 
 
 def test_repeats_are_dropped_and_nothing_else_is():
@@ -222,6 +232,47 @@ def test_repeats_of_rows_whose_ids_are_numbers_are_dropped():
 def test_rows_that_all_repeat_a_question_are_refused():
     with pytest.raises(DataError, match="every training row repeats an evaluation question"):
         drop_repeats(dataset({}), [repeat_of("r0")])
+
+
+def test_the_refusal_of_repeats_shows_the_nearest_pair_and_settings():
+    repeats = [repeat_of("r0") | {"similarity": 86.5, "overlap": 0.1}, repeat_of("r0") | {"similarity": 91.2, "overlap": 0.4}]
+    expected = (
+        r"for example row r0, 'Why so\?', repeats q, 'Why\?' \(similarity 91\.2, 8-word overlap 0\.4\)\. .*"
+        r"dataset\.near_repeat_similarity and dataset\.ngram_overlap.*dataset\.repeats=report"
+    )
+    with pytest.raises(DataError, match=expected) as caught:
+        drop_repeats(dataset({}), repeats)
+    long = repeat_of("r0") | {"question": "Why?\n" * 10_000, "train_question": "So\n" * 10_000}
+    with pytest.raises(DataError) as other:
+        drop_repeats(dataset({}), [long])
+    assert len(str(other.value)) < len(str(caught.value)) + 250 and "\n" not in str(other.value)
+
+
+def check(path: Path, rows: list[dict], *overrides: str) -> str:
+    counts = ["dataset.num_rows=3", "dataset.held_out_rows=2", "evaluation.num_questions=2"]
+    return check_data(load_config("smoke", [f"dataset.path={json.dumps(str(write(path, rows)))}", *counts, *overrides]))
+
+
+UNLIKE = [
+    ROWS[0] | {"Question": text} for text in ("Why?", "Which valve leaks?", "Who coughs?", "How much?", "Is pain bad?", "x")
+]
+
+
+def test_rows_left_unused_are_counted_before_the_run(tmp_path):
+    line = "3 rows to train on, 2 held out, 2 of them to be asked"
+    assert check(tmp_path / "x.jsonl", UNLIKE[:5]) == line
+    unused = "; 1 of 6 usable rows are left unused (dataset.num_rows is 3, dataset.held_out_rows 2)"
+    assert check(tmp_path / "x.jsonl", UNLIKE) == line + unused
+
+
+@pytest.mark.parametrize("most_compared", [1, 100])
+def test_rows_that_all_repeat_a_question_are_refused_early(tmp_path, monkeypatch, most_compared):
+    monkeypatch.setattr("medcot_utils.data.rows._COMPARED_FIRST", most_compared)
+    alike = [ROWS[0] | {"Question": f"Which valve leaks in a man of {i} years?"} for i in range(20, 26)]
+    with pytest.raises(DataError, match="every training row repeats an evaluation question"):
+        check(tmp_path / "x.jsonl", alike)
+    assert check(tmp_path / "x.jsonl", alike, "dataset.repeats=report").startswith("3 rows to train on")
+    assert check(tmp_path / "x.jsonl", [*alike[:2], UNLIKE[0], *alike[2:]]).startswith("3 rows to train on")
 
 
 def test_the_articles_question_is_asked_first_and_unscored():

@@ -132,6 +132,17 @@ def test_overlong_rows_are_truncated_and_counted(tokenizer):
     assert check_labels(rows, tokenizer, lengths.truncated)["eos_in_labels"] == 3
 
 
+@pytest.mark.parametrize("loss_on", ["full", "completion"])
+@pytest.mark.parametrize("question", ["Why? " * 400, "Why? " * 90], ids=["the question alone", "nearly no reasoning"])
+def test_a_row_cut_before_its_reasoning_is_dropped_and_said(tokenizer, capsys, loss_on, question):
+    long = [*LONG, CASES[0] | {"id": "long question", "Question": question, "Complex_CoT": "Bilirubin. " * 400}]
+    rows, lengths = tokenized(tokenizer, "overlong=truncate", f"loss_on={loss_on}", limit=500, rows=long)
+    assert rows["id"] == [case["id"] for case in LONG]
+    assert (lengths.dropped, lengths.truncated) == (1, 1)
+    assert check_labels(rows, tokenizer, lengths.truncated)["cot_in_labels"] == 4
+    assert capsys.readouterr().out.startswith("1 of 5 rows are dropped: cut at model.max_seq_length (500 tokens), they")
+
+
 def test_overlong_row_is_an_error_that_names_it_if_so_set(tokenizer):
     with pytest.raises(DataError, match=r"row long has \d+ tokens, more than model\.max_seq_length \(500\)"):
         tokenized(tokenizer, "overlong=error", limit=500, rows=LONG)

@@ -317,7 +317,7 @@ def test_evaluation_needs_are_checked_before_a_model_is_loaded(tmp_path, monkeyp
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert (
         check_questions(load_config("smoke", ["evaluation.mcq_limit=4", "evaluation.mcq_tasks=[shipped, shipped]"]))
-        == "8 multiple-choice questions"
+        == "8 multiple-choice questions; 112 of 120 are left unused (evaluation.mcq_limit is 4)"
     )
     assert check_questions(load_config("smoke", ["evaluation.mcq_tasks=[]"])) == "0 multiple-choice questions"
     with pytest.raises(McqError, match=r"nowhere\.jsonl"):

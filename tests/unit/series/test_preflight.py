@@ -29,11 +29,17 @@ def test_every_check_is_one_line(tmp_path):
     assert [check.name for check in made] == ALL
     assert all(check.line and "\n" not in check.line for check in made)
     lines = {check.name: check.line for check in made}
-    assert lines["data"] == "12 rows to train on, 40 held out, 6 of them to be asked"
-    assert lines["questions"] == "4 multiple-choice questions"
+    unused = "108 of 160 usable rows are left unused (dataset.num_rows is 12, dataset.held_out_rows 40)"
+    assert lines["data"] == f"12 rows to train on, 40 held out, 6 of them to be asked; {unused}"
+    assert lines["questions"] == "4 multiple-choice questions; 56 of 60 are left unused (evaluation.mcq_limit is 4)"
     assert lines["tracker"] == "tracking: none, as asked"
     assert re.fullmatch(r"\d+\.\d\d GiB needed, and there is room for it", lines["disk"])
     assert not (tmp_path / "run").exists(), "looking changes nothing"
+
+
+def test_the_counts_of_rows_and_questions_reach_the_terminal(tmp_path):
+    _, said = runner.plan_config(tmp_path / "run", "smoke", [])
+    assert "108 of 160 usable rows are left unused" in said and "56 of 60 are left unused" in said
 
 
 FAILING = {
