@@ -19,7 +19,7 @@ from medcot_utils.machine.paths import HOME
 from medcot_utils.machine.redaction import redact
 from medcot_utils.run.directory import Run
 from medcot_utils.training.agent import Failure, read_last_line
-from medcot_utils.training.callbacks import LossFigure, TimeBudgetReached
+from medcot_utils.training.callbacks import LossFigure, ProgressLine, TimeBudgetReached
 from medcot_utils.training.checkpoints import last_good_checkpoint
 from medcot_utils.training.trainer import PROGRESS, TrainingError
 
@@ -110,16 +110,23 @@ def _show(started: subprocess.Popen, progress: Path) -> None:
             ended = started.poll() is not None
             text = progress.read_text(encoding="utf-8") if progress.exists() else ""
             lines = text.split("\n")[:-1]  # what has no line end yet is still being written
-            for line in lines[read:]:
-                state = json.loads(line)
+            states = [state for line in lines[read:] if (state := _read_state(line))]
+            for state in states:
                 bar.total = state["max_steps"]
                 bar.update(state["step"] - bar.n)
                 if log := [entry for entry in state.get("log_history", []) if "loss" in entry]:
                     bar.set_postfix(loss=f"{float(log[-1]['loss']):.3f}")
-            logged = [line for line in lines[read:] if "log_history" in line]
-            if logged:
-                figure.draw(json.loads(logged[-1])["log_history"])
+            if logged := [state["log_history"] for state in states if "log_history" in state]:
+                figure.draw(logged[-1])
             read = len(lines)
             if ended:
                 return
             time.sleep(0.5)
+
+
+def _read_state(line: str) -> ProgressLine | None:
+    # A full disk or a killed process may leave half a line, which the next one then continues.
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
