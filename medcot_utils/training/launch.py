@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import json
@@ -13,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 from tqdm.auto import tqdm
 
 from medcot_utils.machine.paths import HOME
@@ -25,6 +27,7 @@ from medcot_utils.training.trainer import PROGRESS, TrainingError
 
 _OUT_OF_MEMORY = "out of memory"
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_END_SECONDS = 60  # torchrun itself gives its processes 30
 
 
 def train_in_processes(run: Run, num_processes: int) -> None:
@@ -91,15 +94,28 @@ def _launch(run: Run, num_processes: int, skip_plans: int, progress: Path) -> Fa
         try:
             _show(started, progress)
         finally:
-            if started.poll() is None:
-                os.killpg(started.pid, signal.SIGTERM)
-                started.wait(30)
+            _end(started)
         if started.returncode == 0:
             return None
         if report.exists():
             return Failure(**json.loads(report.read_text(encoding="utf-8")))
         # Killed itself, or it could not begin.
         return Failure("torchrun", "", f"ended with exit code {started.returncode}: {read_last_line(log)}")
+
+
+def _end(started: subprocess.Popen) -> None:
+    """End torchrun and its processes, by force if they do not end by themselves."""
+    if started.poll() is not None:
+        return
+    os.killpg(started.pid, signal.SIGTERM)
+    try:
+        started.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        agent = psutil.Process(started.pid)
+        for process in [*agent.children(recursive=True), agent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        started.wait()
 
 
 def _show(started: subprocess.Popen, progress: Path) -> None:

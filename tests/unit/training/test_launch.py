@@ -235,3 +235,21 @@ def test_a_line_of_progress_that_is_no_json_is_passed_over(tmp_path, monkeypatch
     monkeypatch.setattr(launch.LossFigure, "draw", lambda self, history: drawn.append(history))
     launch._show(SimpleNamespace(poll=lambda: 0), progress)
     assert drawn == [[{"step": 3, "loss": 1.5}]]
+
+
+DEAF = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-S", "-c", "import time; print('there', flush=True); time.sleep(600)"], start_new_session=True)
+time.sleep(600)
+"""
+
+
+def test_processes_that_do_not_end_by_themselves_are_killed(monkeypatch):
+    monkeypatch.setattr(launch, "_END_SECONDS", 0.2)
+    command = [sys.executable, "-S", "-c", DEAF]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE) as started:
+        assert started.stdout.readline() == b"there\n"
+        launch._end(started)
+        assert started.returncode == -signal.SIGKILL
+        assert started.stdout.read() == b"", "its own process has ended too"
