@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     Change = Callable[[], torch.Tensor]
+    Slices = Mapping[str, Any]  # safetensors' lazy slices by the weights' names
 
 PIECE = 2**22  # numbers of a weight that are compared at once: 16 MiB in float32
 _LEAST_KEPT = 0.5
@@ -106,7 +107,7 @@ def _is_rounded_sum(base: torch.Tensor, found: torch.Tensor, added: torch.Tensor
     return bool(((found.float() - expected).abs() <= (rounded.float() - expected).abs() + slack).all())
 
 
-def _read_peft_changes(folder: Path, adapter: Path, base: dict[str, Any]) -> dict[str, Change]:
+def _read_peft_changes(folder: Path, adapter: Path, base: Slices) -> dict[str, Change]:
     """Return for each weight that the adapter changes a function that makes its change, in float32, as PEFT computes it.
 
     PEFT's layers are built around a model without memory, so that only the adapter's own matrices are read."""

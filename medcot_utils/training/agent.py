@@ -14,6 +14,8 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from medcot_utils.run.files import write_atomic
+
 _FOLLOWS_FROM_ANOTHER = ("DistBackendError", "DistNetworkError", "Connection", "NCCL", "gloo")
 
 
@@ -68,10 +70,28 @@ def read_last_line(path: Path) -> str:
     return text.rpartition("\n")[2][-300:]
 
 
+def tolerate_broken_error_files() -> None:
+    """Make torchrun take an error file that it cannot read for none.
+
+    torchrun ends the other processes when one has failed. One that is writing its own error file at that moment leaves it
+    empty or half written, and torchrun, which reads them all, would fail on it and name no process."""
+    read = ProcessFailure.__post_init__
+
+    def read_if_whole(failure: ProcessFailure) -> None:
+        try:
+            read(failure)
+        except (ValueError, LookupError, TypeError):
+            failure.error_file = ""
+            read(failure)
+
+    ProcessFailure.__post_init__ = read_if_whole
+
+
 def main() -> None:
     from torch.distributed.run import parse_args, run
 
     file, arguments = Path(sys.argv[1]), parse_args(sys.argv[2:])
+    tolerate_broken_error_files()
     try:
         run(arguments)
         return
@@ -79,7 +99,7 @@ def main() -> None:
         failure = find_first_failure(error.failures, Path(arguments.log_dir))
     except Exception as error:  # noqa: BLE001 - told by the process that waits for this one
         failure = Failure("torchrun", type(error).__name__, " ".join(str(error).split()))
-    file.write_text(json.dumps(asdict(failure)), encoding="utf-8")
+    write_atomic(file, json.dumps(asdict(failure)))
     sys.exit(1)
 
 

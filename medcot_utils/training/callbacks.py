@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -89,6 +89,14 @@ class LossFigure(TrainerCallback):
             self.handle = display(figure, display_id=True)
         else:
             self.handle.update(figure)
+
+
+class ProgressLine(TypedDict):
+    """A line of the file that `ProgressFile` writes."""
+
+    step: int  # optimizer steps taken so far
+    max_steps: int
+    log_history: NotRequired[list[LogEntry]]  # when something was logged
 
 
 class ProgressFile(TrainerCallback):

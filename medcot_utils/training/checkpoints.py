@@ -9,7 +9,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from medcot_utils.run.files import remove
 
@@ -66,7 +65,7 @@ def checkpoint_fault(path: Path, trained: Shapes | None = None) -> str | None:
     return None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict:
     found = json.loads(file.read_text(encoding="utf-8"))
     _require_keys(found)
     return found
@@ -115,7 +114,7 @@ def _read_random_state(file: Path) -> None:
     torch.Generator().set_state(found["cpu"])
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _load(file: Path) -> dict:
     import torch
     from transformers.trainer_pt_utils import safe_globals
 
@@ -126,6 +125,6 @@ def _load(file: Path) -> dict[str, Any]:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _require_keys(found: dict[str, Any], *keys: str) -> None:
+def _require_keys(found: dict, *keys: str) -> None:
     if not isinstance(found, dict) or not found.keys() >= set(keys):
         raise ValueError(f"expected {' and '.join(keys) or 'a state'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import json
@@ -13,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 from tqdm.auto import tqdm
 
 from medcot_utils.machine import hardware
@@ -21,12 +23,13 @@ from medcot_utils.machine.redaction import redact
 from medcot_utils.run.artifacts import PROGRESS
 from medcot_utils.run.directory import Run
 from medcot_utils.training.agent import Failure, read_last_line
-from medcot_utils.training.callbacks import LossFigure, TimeBudgetReached
+from medcot_utils.training.callbacks import LossFigure, ProgressLine, TimeBudgetReached
 from medcot_utils.training.checkpoints import last_good_checkpoint
 from medcot_utils.training.trainer import TrainingError
 
 _OUT_OF_MEMORY = "out of memory"
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_END_SECONDS = 60  # torchrun itself gives its processes 30
 
 
 def train_in_processes(run: Run, num_processes: int) -> None:
@@ -86,15 +89,28 @@ def _launch(run: Run, num_processes: int, skip_plans: int, progress: Path) -> Fa
         try:
             _show(started, progress)
         finally:
-            if started.poll() is None:
-                os.killpg(started.pid, signal.SIGTERM)
-                started.wait(30)
+            _end(started)
         if started.returncode == 0:
             return None
         if report.exists():
             return Failure(**json.loads(report.read_text(encoding="utf-8")))
         # Killed itself, or it could not begin.
         return Failure("torchrun", "", f"ended with exit code {started.returncode}: {read_last_line(log)}")
+
+
+def _end(started: subprocess.Popen) -> None:
+    """End torchrun and its processes, by force if they do not end by themselves."""
+    if started.poll() is not None:
+        return
+    os.killpg(started.pid, signal.SIGTERM)
+    try:
+        started.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        agent = psutil.Process(started.pid)
+        for process in [*agent.children(recursive=True), agent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        started.wait()
 
 
 def _show(started: subprocess.Popen, progress: Path) -> None:
@@ -105,16 +121,23 @@ def _show(started: subprocess.Popen, progress: Path) -> None:
             ended = started.poll() is not None
             text = progress.read_text(encoding="utf-8") if progress.exists() else ""
             lines = text.split("\n")[:-1]  # what has no line end yet is still being written
-            for line in lines[read:]:
-                state = json.loads(line)
+            states = [state for line in lines[read:] if (state := _read_state(line))]
+            for state in states:
                 bar.total = state["max_steps"]
                 bar.update(state["step"] - bar.n)
                 if log := [entry for entry in state.get("log_history", []) if "loss" in entry]:
                     bar.set_postfix(loss=f"{float(log[-1]['loss']):.3f}")
-            logged = [line for line in lines[read:] if "log_history" in line]
-            if logged:
-                figure.draw(json.loads(logged[-1])["log_history"])
+            if logged := [state["log_history"] for state in states if "log_history" in state]:
+                figure.draw(logged[-1])
             read = len(lines)
             if ended:
                 return
             time.sleep(0.5)
+
+
+def _read_state(line: str) -> ProgressLine | None:
+    # A full disk or a killed process may leave half a line, which the next one then continues.
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

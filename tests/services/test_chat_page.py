@@ -101,10 +101,14 @@ def test_a_browser_asks_and_shows_what_comes_as_plain_text(untrained, tmp_path):
         browser.call("Page.navigate", url=address)
         browser.until("document.body && document.body.innerText.includes('Not for clinical use')")
         browser.until("document.body.innerText.includes('base model')")
-        time.sleep(1)  # a text typed before the page listens is lost
-        browser.js("document.querySelector('textarea[placeholder^=\"a clinical\"]').focus()")
-        browser.call("Input.insertText", text=f"Is this bold? {ATTACK}")
-        browser.press("Ask")
+        for _ in range(20):  # a text typed before the page listens is lost
+            box = "document.querySelector('textarea[placeholder^=\"a clinical\"]')"
+            browser.js(f"{box}.value = ''; {box}.focus()")
+            browser.call("Input.insertText", text=f"Is this bold? {ATTACK}")
+            browser.press("Ask")
+            time.sleep(1)
+            if "Is this bold?" in browser.text():
+                break
         browser.until("(document.body.innerText.match(/no answer after the thinking|thinking: /g) || []).length >= 2")
         assert ATTACK in browser.text(), "the question is shown as it was typed"
         assert browser.js("document.querySelectorAll('img[src*=evil], .message strong').length") == 0

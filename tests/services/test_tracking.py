@@ -215,7 +215,7 @@ def test_wandb_without_a_server_goes_offline_in_reasonable_time(
         run = trained("tracking.backend=auto")
         began = time.monotonic()
         said = in_child(lambda: (train_tracked(run, 0, 6), print(tracking.describe_tracking(run))))
-    assert time.monotonic() - began < 45
+    assert time.monotonic() - began < 80, "W&B's own patience is 90 s"
     assert said.count("tracking: W&B cannot be used online") == 1 and "0123456789" not in said
     assert "to upload it: wandb sync run/tracking/wandb" in said
     file = next((run.path / "tracking").rglob("offline-run-*/*.wandb"))

@@ -259,9 +259,9 @@ def test_200_long_questions_make_a_small_page_quickly(tmp_path):
         tuned=lambda q: (prose(150), True),
     )
     assert big.read("metrics")["metrics"]["rouge_l"]["difference"]["n"] == 200
-    began = time.perf_counter()
+    began = time.process_time()  # not the time that other processes take
     page = build_report(big)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     assert page.count("<article ") == 200 and "greedy answers, 200 questions" in page
     assert 200 * 2 * 600 * 6 < len(page.encode()) < 5_000_000
     assert seconds < 20

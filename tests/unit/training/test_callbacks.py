@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -55,8 +56,14 @@ def tell(tmp_path):
     return call
 
 
-def process(code="pass"):
-    return subprocess.Popen([sys.executable, "-S", "-c", code])
+def process():
+    return subprocess.Popen([sys.executable, "-S", "-c", "pass"])
+
+
+def running(write):
+    """A simulated process that is there for two looks, and writes between them."""
+    states = iter([lambda: None, lambda: write(), lambda: 0])
+    return SimpleNamespace(poll=lambda: next(states)())
 
 
 # --- the figure ----------------------------------------------------------------------------------------------------
@@ -95,11 +102,9 @@ def test_simulated_display_shows_one_bar_and_figure_of_process_0(tell, shown, ca
 
 
 def test_simulated_display_reads_lines_while_processes_run(tell, shown):
-    # The process writes as ProgressFile does, half a second before it ends: what came after the first look counts too.
+    # What came after the first look counts too.
     tell("on_log", 1, LOG[:1])
-    line = json.dumps({"step": 2, "max_steps": 6, "log_history": LOG})
-    code = f"import time; time.sleep(1); open({str(tell.path)!r}, 'a').write({line!r} + '\\n'); time.sleep(1)"
-    _show(process(code), tell.path)
+    _show(running(lambda: tell("on_log", 2, LOG)), tell.path)
     assert shown.points() == [[(1,), (7.25,)], [(1, 2), (7.25, 6.5)]]
     assert shown.updates == 1, "one figure, drawn anew"
 
@@ -120,10 +125,13 @@ def test_only_the_first_process_writes(tell):
 def test_simulated_display_leaves_a_half_written_line_for_later(tell, shown):
     tell("on_log", 1, LOG[:1])
     line = json.dumps({"step": 2, "max_steps": 6, "log_history": LOG})
-    code = f"import time; time.sleep(1); open({str(tell.path)!r}, 'a').write({line[40:]!r} + '\\n'); time.sleep(1)"
-    with tell.path.open("a") as lines:
-        lines.write(line[:40])
-    _show(process(code), tell.path)
+
+    def write(text):
+        with tell.path.open("a") as lines:
+            lines.write(text)
+
+    write(line[:40])
+    _show(running(lambda: write(line[40:] + "\n")), tell.path)
     assert shown.points()[-1] == [(1, 2), (7.25, 6.5)]
 
 

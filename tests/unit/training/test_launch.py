@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, ProcessFailure
 
 from medcot_utils.training import launch
-from medcot_utils.training.agent import Failure, find_first_failure
+from medcot_utils.training.agent import Failure, find_first_failure, tolerate_broken_error_files
 from medcot_utils.training.callbacks import TimeBudgetReached
 from medcot_utils.training.launch import check_gpus, train_in_processes
 from medcot_utils.training.trainer import TrainingError
@@ -189,22 +190,66 @@ def test_an_ended_process_is_reported_if_there_is_no_other(end):
     assert str(end({1: -signal.SIGTERM})) == "process 1: killed by signal 15"
 
 
+@pytest.mark.parametrize("text", ["", '{"message": {"mess', "{}", "[]", "null", '{"message": {"message": "x"}}'])
+def test_a_half_written_error_file_does_not_hide_the_killed_one(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(ProcessFailure, "__post_init__", ProcessFailure.__post_init__)  # put back afterwards
+    tolerate_broken_error_files()
+    file = tmp_path / "error.json"
+    file.write_text(text)
+    failures = {0: ProcessFailure(0, 4000, -signal.SIGTERM, str(file)), 1: ProcessFailure(1, 4001, -signal.SIGKILL, "")}
+    assert str(find_first_failure(failures, tmp_path)) == "process 1: killed by signal 9, as a machine out of main memory does"
+
+
 # --- the agent -----------------------------------------------------------------------------------------------------
 
 # The real torchrun over processes that raise or are killed is in tests/sessions/test_processes.py.
 WORKER = """
 import os, sys, time
 if os.environ["RANK"] == "1":
-    sys.exit("no torch here")
+    {ending}
 time.sleep(60)
+"""
+# Ends with half an error file, as a process does that is killed while it writes it.
+HALF = """
+    open(os.environ["TORCHELASTIC_ERROR_FILE"], "w").write('{"message": {"mess')
+    sys.exit("no torch here")
 """
 
 
-def test_the_real_torchrun_leaves_the_failure_in_a_file(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
+@pytest.mark.parametrize("ending", ['sys.exit("no torch here")', HALF.strip()])
+def test_the_real_torchrun_leaves_the_failure_in_a_file(ending, tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER.replace("{ending}", ending))
     report = tmp_path / "failure.json"
     command = [sys.executable, "-m", "medcot_utils.training.agent", report, "--standalone", "--nproc-per-node=2"]
     command += [f"--log-dir={tmp_path}", "--redirects=3", tmp_path / "worker.py"]
     assert subprocess.run(list(map(str, command)), capture_output=True, timeout=120).returncode == 1
     failure = Failure(**json.loads(report.read_text()))
     assert str(failure) == "process 1: ended with exit code 1: no torch here"
+
+
+def test_a_line_of_progress_that_is_no_json_is_passed_over(tmp_path, monkeypatch):
+    progress, drawn = tmp_path / "progress.jsonl", []
+    lines = ['{"step": 1, "max_steps": 3}', '{"step": 2, "ma{"step": 2, "max_steps": 3}', '{"step": 3, "max_steps": 3, "log_hist']
+    last = '{"step": 3, "max_steps": 3, "log_history": [{"step": 3, "loss": 1.5}]}'
+    progress.write_text("\n".join([*lines, last, '{"step": 3']), encoding="utf-8")
+    monkeypatch.setattr(launch.LossFigure, "draw", lambda self, history: drawn.append(history))
+    launch._show(SimpleNamespace(poll=lambda: 0), progress)
+    assert drawn == [[{"step": 3, "loss": 1.5}]]
+
+
+DEAF = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-S", "-c", "import time; print('there', flush=True); time.sleep(600)"], start_new_session=True)
+time.sleep(600)
+"""
+
+
+def test_processes_that_do_not_end_by_themselves_are_killed(monkeypatch):
+    monkeypatch.setattr(launch, "_END_SECONDS", 0.2)
+    command = [sys.executable, "-S", "-c", DEAF]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE) as started:
+        assert started.stdout.readline() == b"there\n"
+        launch._end(started)
+        assert started.returncode == -signal.SIGKILL
+        assert started.stdout.read() == b"", "its own process has ended too"
