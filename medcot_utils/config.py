@@ -333,7 +333,7 @@ def read_profile(profile: str) -> dict[str, Any]:
 
 def _profile_file(profile: str) -> dict[str, Any]:
     if profile not in PROFILES:
-        choices = ", ".join((*PROFILES, "auto"))
+        choices = ", ".join(PROFILES if profile == "auto" else (*PROFILES, "auto"))
         match = difflib.get_close_matches(str(profile), PROFILES, 1)
         hint = f"; did you mean {match[0]}?" if match else ""
         raise ConfigError(f"unknown profile {profile!r}: expected one of {choices}{hint}")

@@ -38,7 +38,12 @@ def chat(
 
     run = Run.open(run_dir)
     run.require("adapter")  # before torch is imported
-    from medcot_utils.models.chat import Chat
+    from medcot_utils.models.chat import Chat, ChatError
+
+    if question and page:
+        raise ChatError("--page takes no --question: ask it on the page")
+    if question and not all(text.strip() for text in question):
+        raise ChatError("the question is empty")  # before the model is loaded
 
     if page:
         from medcot_utils.cli.chat_page import serve

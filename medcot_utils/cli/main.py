@@ -65,7 +65,9 @@ def train(
     run_dir: Annotated[
         Path, typer.Option("--run-dir", parser=expand_home, metavar="<path>", help="a run that notebooks 01 to 04 have prepared")
     ],
-    nproc: Annotated[int, typer.Option("--nproc", min=1, help="processes, each on a GPU of its own")] = 1,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="processes, each on a GPU of its own; as the run has it if not given")
+    ] = None,
     settings: Settings = None,
 ) -> None:
     """Train a prepared run (notebook 05), on several GPUs if asked; the effective batch stays as set.
@@ -74,7 +76,8 @@ def train(
     from medcot_utils.run.directory import Run
 
     Run.open(run_dir)  # must be there: train prepares nothing
-    _run_notebooks(run_dir, None, [f"training.num_processes={nproc}", *(settings or [])], 5, 5, False, {})
+    processes = [] if nproc is None else [f"training.num_processes={nproc}"]
+    _run_notebooks(run_dir, None, [*processes, *(settings or [])], 5, 5, False, {})
 
 
 def _run_notebooks(
@@ -239,10 +242,15 @@ def doctor(run_dir: RunDir = None) -> None:
 
 
 @app.command("settings")
-def list_settings(profile: Annotated[str, typer.Argument(help="a profile")] = "demo") -> None:
+def list_settings(profile: Annotated[str, typer.Argument(help="a profile, or auto")] = "demo") -> None:
     """List every setting with its value in a profile: the names that --set takes."""
     from medcot_utils.config import load_config, setting_names
 
+    if profile == "auto":
+        from medcot_utils.machine import hardware
+
+        profile, line = hardware.resolve_profile(profile)
+        console.print(line, highlight=False)
     config = load_config(profile)
     table = Table("setting", f"value in {profile}")
     for name in setting_names():

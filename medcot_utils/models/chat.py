@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from medcot_utils.data.prompts import inference_prompt, parse_completion
 from medcot_utils.data.words import split_words
 from medcot_utils.errors import MedcotError
+from medcot_utils.models.engine import get_engine
 from medcot_utils.models.generation import generate_arguments
 from medcot_utils.run.directory import Run
 
@@ -76,17 +77,17 @@ def grow_answer(pieces: Iterable[str]) -> Iterator[Answer]:
 
 
 class Chat:
-    """Answer questions with a run's tuned model, loaded once. The base model is the same one with its adapter switched off."""
+    """Answer questions with a run's tuned model, loaded once. The base model is the same one with its adapter switched off,
+    unless the training changed biases of the base too (lora.bias): then it is loaded beside it."""
 
     def __init__(self, run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.run, self.model, self.tokenizer = run, model, tokenizer
+        self._base: PreTrainedModel | None = None
         self._busy = threading.Lock()  # one answer at a time: the adapter is on or off for everyone
 
     @classmethod
     def open(cls, run: Run) -> Chat:
         """Load base and adapter with the run's engine. Raises RunError naming the notebook if there is no adapter."""
-        from medcot_utils.models.engine import get_engine
-
         adapter = run.require("adapter")
         engine = get_engine(run.config.model)
         model, tokenizer = engine.load(run.config.model, adapter)
@@ -103,6 +104,17 @@ class Chat:
     def _stream(self, inputs: BatchEncoding, who: Who, stop: threading.Event) -> Iterator[Answer]:
         with contextlib.closing(self._pieces(inputs, who, stop)) as pieces:
             yield from grow_answer(pieces)
+
+    def choose_model(self, who: Who) -> tuple[PreTrainedModel, contextlib.AbstractContextManager[None]]:
+        """Return the model that answers, and the context in which it does so."""
+        if who == "tuned":
+            return self.model, contextlib.nullcontext()
+        if self.run.config.lora.bias == "none":
+            return self.model, self.model.disable_adapter()
+        if self._base is None:
+            engine = get_engine(self.run.config.model)
+            self._base = engine.for_inference(engine.load(self.run.config.model)[0])
+        return self._base, contextlib.nullcontext()
 
     def _encode(self, question: str) -> BatchEncoding:
         if not question.strip():
@@ -131,9 +143,9 @@ class Chat:
         def generate() -> None:
             torch.manual_seed(self.run.config.seed)
             with torch.inference_mode():
-                self.model.generate(**inputs, **arguments, streamer=streamer, stopping_criteria=StoppingCriteriaList([enough]))
+                model.generate(**inputs, **arguments, streamer=streamer, stopping_criteria=StoppingCriteriaList([enough]))
 
-        adapter = self.model.disable_adapter() if who == "base" else contextlib.nullcontext()
+        model, adapter = self.choose_model(who)
         with self._busy, adapter, ThreadPoolExecutor(1) as pool:
             made = pool.submit(generate)
             made.add_done_callback(lambda _: streamer.end())  # a failed generation leaves the stream open

@@ -83,7 +83,9 @@ def set_checkpointing(model: PreTrainedModel, checkpointing: Literal["unsloth"] 
 
 
 def trainer_arguments(settings: TrainingSettings) -> TrainerArguments:
-    """Return what leaves the rows of notebook 03 as they are, and pads them."""
+    """Return what leaves the rows of notebook 03 as they are, and pads them: this engine cannot do without."""
+    if settings.padding == "padding_free":
+        print("training.padding=padding_free does nothing with the transformers engine: rows are padded")
     return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
 
 

@@ -125,8 +125,8 @@ class ProgressFile(TrainerCallback):
 class SkippedSteps(TrainerCallback):
     """Count the optimizer steps that GradScaler skipped, which happens in float16 until its scale has come down.
 
-    Each leaves an entry `skipped_step` in the log, which checkpoints keep. The sixth raises SkippedStepsError: such a run would
-    train on far fewer steps than it says."""
+    Each leaves an entry `skipped_step` in the log, which checkpoints keep. After the sixth, which is logged but not saved,
+    SkippedStepsError is raised: such a run would train on far fewer steps than it says."""
 
     def __init__(self, accelerator) -> None:
         self.accelerator = accelerator
@@ -135,12 +135,18 @@ class SkippedSteps(TrainerCallback):
         if not self.accelerator.optimizer_step_was_skipped:
             return
         state.log_history.append({"step": state.global_step, "skipped_step": 1})
+        if skipped_steps(state.log_history) > MAX_SKIPPED_STEPS:
+            control.should_log, control.should_save, control.should_evaluate = True, False, False
+
+    def on_step_begin(self, args, state, control, **kwargs):
         if (skipped := skipped_steps(state.log_history)) > MAX_SKIPPED_STEPS:
             raise SkippedStepsError(
                 f"{skipped} of {state.global_step} optimizer steps were skipped because gradients overflowed in float16 (up to "
                 f"{MAX_SKIPPED_STEPS} at the start are usual): lower training.learning_rate, look for rows with odd text, or "
                 f"use a GPU with bfloat16"
             )
+
+    on_train_end = on_step_begin  # if it was the last step
 
 
 def skipped_steps(log_history: Sequence[LogEntry]) -> int:

@@ -17,7 +17,15 @@ from medcot_utils.machine.gpu import available_gpu_memory, release_gpu_memory, r
 from medcot_utils.models.engine import compute_dtype
 from medcot_utils.run.artifacts import PROGRESS
 from medcot_utils.training.batch_plan import BatchPlan, batch_plans, choose_plans
-from medcot_utils.training.callbacks import LossFigure, ProgressFile, SkippedSteps, TimeBudget, TimeBudgetReached, TqdmProgress
+from medcot_utils.training.callbacks import (
+    LossFigure,
+    ProgressFile,
+    SkippedSteps,
+    TimeBudget,
+    TimeBudgetReached,
+    TqdmProgress,
+    TrackLog,
+)
 from medcot_utils.training.checkpoints import checkpoint_fault, last_good_checkpoint
 
 if TYPE_CHECKING:
@@ -108,12 +116,23 @@ def train(
         except RuntimeError as error:
             # Only one of several processes may have run out: all end, and whoever started them resumes with a smaller plan.
             if smaller is None or trainer.args.world_size > 1 or not should_reduce_batch_size(error):
+                _end_tracking(trainer)
                 raise
+        except Exception:
+            _end_tracking(trainer)
+            raise
         # Out of the except block: its traceback would keep the activations alive.
         print(f"out of memory after step {trainer.state.global_step} with {plan}: going on from there with {smaller}")
         _keep_finished_steps(trainer)
         del trainer
     raise TrainingError("no batch plan was given")
+
+
+def _end_tracking(trainer: SFTTrainer) -> None:
+    """Send what a failed training has logged, and close the tracked run's session."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TrackLog):
+            callback.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
 def _train_or_resume(trainer: SFTTrainer) -> None:

@@ -8,8 +8,11 @@ import signal
 
 import pytest
 
-from medcot_utils.cli.chat import HELP, Terminal
+from medcot_utils.cli.chat import HELP, Terminal, chat
+from medcot_utils.config import load_config
+from medcot_utils.errors import MedcotError
 from medcot_utils.models.chat import NO_ANSWER, WARNING, Answer, ChatError, grow_answer
+from medcot_utils.run.directory import Run
 
 
 class Scripted:
@@ -132,3 +135,14 @@ def test_a_column_holds_question_folded_thinking_and_answer(answer, title, statu
     assert thinking.metadata == {"title": title, "status": status}
     assert [message.content for message in (thinking, *rest)] == texts
     assert {message.role for message in (thinking, *rest)} == {"assistant"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"question": ["Why?", " "]}, "is empty"), ({"question": ["Why?"], "page": True}, "--page takes no")]
+)
+def test_a_question_that_cannot_be_asked_loads_no_model(options, message, tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "run", load_config("smoke"))
+    monkeypatch.setattr(Run, "require", lambda self, name: run.path)
+    monkeypatch.setattr("medcot_utils.models.chat.Chat.open", None)
+    with pytest.raises(MedcotError, match=message):
+        chat(run.path, **options)

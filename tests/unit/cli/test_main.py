@@ -15,6 +15,7 @@ from medcot_utils.cli import main
 from medcot_utils.cli.main import _parse_parameters
 from medcot_utils.config import PROFILES, load_config, setting_names
 from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused
+from medcot_utils.machine import hardware
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.run.directory import Run
 
@@ -333,3 +334,26 @@ def test_a_question_is_asked_as_it_is_written(question):
 def test_a_parameter_of_another_type_than_its_default_is_refused(value):
     with pytest.raises(MedcotError, match=r"--parameter SHOW: .*expected a whole number, as in SHOW=3"):
         _parse_parameters([f"SHOW={value}"])
+
+
+# --- train, settings auto ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "settings"), [([], []), (["--nproc", "4"], ["training.num_processes=4"])])
+def test_train_keeps_the_stored_processes_unless_it_is_told(given, settings, medcot_here, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(main, "_run_notebooks", lambda folder, profile, settings, *rest: asked.extend(settings))
+    Run.create(tmp_path / "run", load_config("smoke", ["training.num_processes=2"]))
+    assert medcot_here("train", "--run-dir", tmp_path / "run", *given).returncode == 0
+    assert asked == settings
+
+
+def test_settings_of_auto_are_those_of_the_profile_it_means(medcot_here, monkeypatch):
+    monkeypatch.setattr(hardware, "visible_gpus", list)
+    said = medcot_here("settings", "auto").stdout
+    assert "profile demo: no CUDA GPU is visible" in said and "value in demo" in said
+
+
+def test_auto_is_not_among_the_profiles_that_replace_it():
+    with pytest.raises(MedcotError, match=r"unknown profile 'auto': expected one of smoke, demo, article, recommended, full$"):
+        load_config("auto")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
+import sys
 
 import pytest
 
@@ -122,3 +124,14 @@ def test_a_local_folder_that_is_not_there_is_named(setting, tmp_path):
     with pytest.raises(PlatformError, match=rf"^{setting} .*/absent: no such folder on this machine"):
         environment.check_local_paths(config)
     environment.check_local_paths(load_config("smoke", ["dataset.path=/absent.csv", f"model.name={tmp_path}"]))
+
+
+def test_a_terminal_without_a_character_gets_a_question_mark(monkeypatch):
+    from medcot_utils.cli import main
+
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    monkeypatch.setattr(main, "app", lambda: print("Ödem …"))
+    main.main()
+    narrow.flush()
+    assert narrow.buffer.getvalue() == b"?dem ?\n"

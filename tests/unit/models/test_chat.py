@@ -8,10 +8,12 @@ import pty
 import random
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,6 +56,36 @@ def test_the_fold_gives_the_thinkings_length_and_if_it_ended():
     thinking, answered, _ = grow_answer(["three words here", "</think>x"])
     assert thinking.summarize_thinking() == "thinking, not finished: 3 words"
     assert re.fullmatch(r"thinking: 3 words, \d+\.\d s", answered.summarize_thinking())
+
+
+@pytest.mark.model
+def test_the_base_has_its_own_biases_although_lora_trained_them(tmp_path):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from medcot_utils.models.embedded import find_model_source
+    from medcot_utils.models.engine import get_engine
+
+    source = find_model_source("embedded:tiny-random-llama")
+    shape = LlamaConfig.from_pretrained(source, attention_bias=True)
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "biased")
+    shutil.copyfile(f"{source}/tokenizer.json", tmp_path / "biased" / "tokenizer.json")
+    shutil.copyfile(f"{source}/tokenizer_config.json", tmp_path / "biased" / "tokenizer_config.json")
+    config = load_config("smoke", [f"model.name={tmp_path}/biased", "model.load_in_4bit=false", "lora.bias=all"])
+    engine = get_engine(config.model)
+    base, tokenizer = engine.load(config.model)
+    tuned = engine.add_lora(engine.load(config.model)[0], config.lora)
+    for name, weight in tuned.named_parameters():
+        weight.data += name.endswith(".bias")
+    chat = Chat(SimpleNamespace(config=config), engine.for_inference(tuned), tokenizer)
+    logits = {}
+    for who in ("tuned", "base"):
+        model, context = chat.choose_model(who)
+        with context, torch.inference_mode():
+            logits[who] = model(torch.arange(5, 12)[None]).logits
+    with torch.inference_mode():
+        expected = engine.for_inference(base)(torch.arange(5, 12)[None]).logits
+    assert torch.equal(logits["base"], expected) and not torch.allclose(logits["tuned"], expected, atol=1e-2)
 
 
 # --- a real model ------------------------------------------------------------------------------------------------------

@@ -382,3 +382,10 @@ def test_a_local_rank_without_a_gpu_is_one_error(value, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(PlatformError, match=rf"LOCAL_RANK is {value}, but 2 GPUs can be seen.*--nproc-per-node 2"):
         get_engine(CONFIG.model)
+
+
+@pytest.mark.parametrize(("padding", "said"), [("auto", ""), ("padded", ""), ("padding_free", "training.padding=padding_free")])
+def test_padding_that_transformers_cannot_do_is_said(padding, said, capsys):
+    settings = load_config("smoke", [f"training.padding={padding}"]).training
+    assert transformers_engine.trainer_arguments(settings) == transformers_engine.trainer_arguments(CONFIG.training)
+    assert capsys.readouterr().out.startswith(said) and (said or not capsys.readouterr().out)

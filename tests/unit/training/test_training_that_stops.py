@@ -17,15 +17,24 @@ from tiny_trainer import (
     plan,
     saved_state,
     trained,
+    trainer_maker,
 )
 from transformers import TrainerCallback
 
 from medcot_utils.config import load_config
-from medcot_utils.training.callbacks import SESSION_STARTED, SkippedSteps, SkippedStepsError, TimeBudgetReached, skipped_steps
+from medcot_utils.training.callbacks import (
+    SESSION_STARTED,
+    SkippedSteps,
+    SkippedStepsError,
+    TimeBudgetReached,
+    TrackLog,
+    skipped_steps,
+)
 from medcot_utils.training.trainer import (
     checkpoint_fault,
     last_good_checkpoint,
     prepare_trainer,
+    train,
 )
 
 pytest_plugins = ("training_fixtures",)
@@ -216,6 +225,30 @@ def test_scripted_sixth_skipped_step_ends_the_run(tmp_path):
             load_config("smoke", [*SETTINGS, "training.max_steps=9"]),
             change=skipping([True] * 3 + [False] + [True] * 5),
         )
+
+
+class SentLog:
+    """Stands in for a tracking session, and keeps what it is sent."""
+
+    def __init__(self):
+        self.sent, self.open = [], True
+
+    def send_log(self, log_history):
+        self.sent = list(log_history)
+
+    def close(self):
+        self.open = False
+
+
+@pytest.mark.model
+def test_scripted_skipped_steps_reach_the_tracker_before_the_error(tmp_path):
+    session = SentLog()
+    make, plans = trainer_maker(tmp_path, load_config("smoke", [*SETTINGS, "training.max_steps=9"]), skipping([True] * 9))
+    with pytest.raises(SkippedStepsError, match="6 of 6 optimizer steps"):
+        train(make, plans, CONFIG, [TrackLog(lambda: session)])
+    assert [entry["step"] for entry in session.sent if "skipped_step" in entry] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in session.sent if "loss" in entry][-1] == 6, "with its loss"
+    assert not session.open
 
 
 @pytest.mark.model
