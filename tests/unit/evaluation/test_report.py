@@ -51,7 +51,7 @@ def test_a_run_with_every_question_set_apart_is_reported(all_apart):
     page = build_report(all_apart)
     assert "the rest over 0 held-out questions" in shown(page) and "no question was answered by both models" in shown(page)
     assert f"{len(SCORED)} questions that training rows repeat" in shown(page)
-    assert "on 0 held-out questions" in model_card(all_apart)
+    assert "on 0 held-out questions" in model_card(all_apart) and "No question counts" in model_card(all_apart)
 
 
 def test_a_number_for_a_specialty_is_a_choice_like_any_other(all_apart):

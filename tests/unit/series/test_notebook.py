@@ -89,7 +89,7 @@ def test_notebook_06_records_the_metrics_before_it_shows_any():
 @pytest.mark.parametrize(
     "log", [[], [{"step": 6, "train_loss": 1.5}], [{"step": 2, "eval_loss": 2.0}], [{"step": 2, "loss": 2.0, "grad_norm": 1.0}]]
 )
-def test_notebook_05_saves_and_shows_a_training_whatever_it_logged(tmp_path, log):
+def test_notebook_05_saves_and_shows_whatever_was_logged(tmp_path, log):
     run = fill(Run.create(tmp_path / "run", load_config("smoke", ["tracking.backend=none"])))
     for name in ("adapter", "training_log", "held_out_loss"):
         manifest = run.manifest()
