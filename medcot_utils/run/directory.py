@@ -45,6 +45,7 @@ class Run:
     def __init__(self, path: Path, config: RunConfig):
         self.path, self.config = path, config
         self._verified: dict[str, str] = {}
+        self._sources: dict[Artifact, dict[str, str]] = {}  # as they were when the step began
 
     # --- opening ---------------------------------------------------------------------------------------------
 
@@ -149,8 +150,12 @@ class Run:
 
         With `recorded`, files that the record does not have do not count, since earlier versions did not look at them; and
         those that are gone count as unchanged: a run that was copied to another machine is not undone for that."""
-        found, digests = digest_sources(artifact, self.config), {name: self._entry(name)["sha256"] for name in artifact.inputs}
-        if recorded is not None:
+        digests = {name: self._entry(name)["sha256"] for name in artifact.inputs}
+        if recorded is None:
+            # A file that is edited while the step works was read before that.
+            found = self._sources.get(artifact) or digest_sources(artifact, self.config)
+        else:
+            found = digest_sources(artifact, self.config)
             kept = {key: digest for key, digest in recorded.items() if key not in ARTIFACTS and key != DATA_FILE}
             found = {key: found.get(key, digest) for key, digest in kept.items()} | _only(found, DATA_FILE)
         return digests | found
@@ -294,10 +299,7 @@ class Run:
 
     def checkpoint_dir(self, name: str) -> Path:
         """Return the folder of the trainer's checkpoints for this artifact's present fingerprint, made if it is not there."""
-        folder, earlier = (
-            self.path / "checkpoints" / self.fingerprint(name, recorded)[:12]
-            for recorded in (None, self.input_digests(ARTIFACTS[name], {}))
-        )
+        folder, earlier = (self.path / "checkpoints" / self.fingerprint(name, recorded)[:12] for recorded in (None, {}))
         if earlier.is_dir() and not folder.is_dir():  # begun by a version that did not look at the model's files
             return earlier
         folder.mkdir(parents=True, exist_ok=True)
@@ -329,6 +331,7 @@ class Run:
                     )
             for folder in {self.path, paths.scratch_dir(self.path)}:
                 paths.remove_leftovers(folder)
+            self._sources = {ARTIFACTS[name]: digest_sources(ARTIFACTS[name], self.config) for name in STEPS[step].makes}
             here = {"pid": os.getpid(), "host": paths.host_name()}
             self.record_step(step, state="running", started=time.time(), **here, error=None)
         except BaseException:
