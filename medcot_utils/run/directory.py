@@ -317,18 +317,10 @@ class Run:
         """Record the step as running, after removing what killed processes left half written. The run is locked for other
         processes until `record_done`.
 
-        Raises RunError if another process works in the run, and naming the notebook to run if an artifact that the step reads is
-        missing, damaged or stale."""
+        Raises RunError if another process works in the run, and as `require_inputs` does."""
         keep(self.path, f"notebook {step}")
         try:
-            for name in STEPS[step].reads:
-                self.require(name)
-                if stale := self._stale_origin(name):
-                    artifact = ARTIFACTS[stale]
-                    raise RunError(
-                        f"{artifact.file} in {self.path.name}/ was made with other settings or inputs than the run has now "
-                        f"({'; '.join(why_stale(self, stale))}): run notebook {artifact.step} again, and those after it"
-                    )
+            self.require_inputs(step)
             for folder in {self.path, paths.scratch_dir(self.path)}:
                 paths.remove_leftovers(folder)
             self._sources = {ARTIFACTS[name]: digest_sources(ARTIFACTS[name], self.config) for name in STEPS[step].makes}
@@ -337,6 +329,17 @@ class Run:
         except BaseException:
             let_go(self.path)
             raise
+
+    def require_inputs(self, step: str) -> None:
+        """Raise RunError naming the notebook to run if an artifact that the step reads is missing, damaged or stale."""
+        for name in STEPS[step].reads:
+            self.require(name)
+            if stale := self._stale_origin(name):
+                artifact = ARTIFACTS[stale]
+                raise RunError(
+                    f"{artifact.file} in {self.path.name}/ was made with other settings or inputs than the run has now "
+                    f"({'; '.join(why_stale(self, stale))}): run notebook {artifact.step} again, and those after it"
+                )
 
     def _stale_origin(self, name: str) -> str | None:
         """Return the first artifact on the way to this one that is stale or missing, or None."""
