@@ -184,7 +184,7 @@ def _run_steps(
     for name in names:
         asked = sorted(set(parameters) & parameters_of(folder / f"{name}.ipynb"))
         if force:
-            if _can_begin(run, name):  # else the notebook says what is missing, and what was made before is kept
+            if run.can_begin(name):  # else the notebook says what is missing, and what was made before is kept
                 run.forget(name)
         elif (state := run.step_state(name)) == "done" and not asked:
             say(f"{name}: done before with the same settings and inputs")
@@ -197,14 +197,6 @@ def _run_steps(
         _run_notebook(run, folder / f"{name}.ipynb", given, report)
         say(f"{name}: {describe_costs(run.manifest()['steps'][name])}")
     return run
-
-
-def _can_begin(run: Run, name: str) -> bool:
-    try:
-        run.require_inputs(name)
-    except RunError:
-        return False
-    return True
 
 
 def _in_short(reasons: list[str]) -> str:
