@@ -46,6 +46,7 @@ class Run:
     def __init__(self, path: Path, config: RunConfig):
         self.path, self.config = path, config
         self._verified: dict[str, str] = {}
+        self._sources: dict[Artifact, dict[str, str]] = {}  # as they were when the step began
 
     # --- opening ---------------------------------------------------------------------------------------------
 
@@ -160,8 +161,12 @@ class Run:
 
         With `recorded`, files that the record does not have do not count, since earlier versions did not look at them; and
         those that are gone count as unchanged: a run that was copied to another machine is not undone for that."""
-        found, digests = digest_sources(artifact, self.config), {name: self._entry(name)["sha256"] for name in artifact.inputs}
-        if recorded is not None:
+        digests = {name: self._entry(name)["sha256"] for name in artifact.inputs}
+        if recorded is None:
+            # A file that is edited while the step works was read before that.
+            found = self._sources.get(artifact) or digest_sources(artifact, self.config)
+        else:
+            found = digest_sources(artifact, self.config)
             kept = {key: digest for key, digest in recorded.items() if key not in ARTIFACTS and key != DATA_FILE}
             found = {key: found.get(key, digest) for key, digest in kept.items()} | _only(found, DATA_FILE)
         return digests | found
@@ -305,10 +310,7 @@ class Run:
 
     def checkpoint_dir(self, name: str) -> Path:
         """Return the folder of the trainer's checkpoints for this artifact's present fingerprint, made if it is not there."""
-        folder, earlier = (
-            self.path / "checkpoints" / self.fingerprint(name, recorded)[:12]
-            for recorded in (None, self.input_digests(ARTIFACTS[name], {}))
-        )
+        folder, earlier = (self.path / "checkpoints" / self.fingerprint(name, recorded)[:12] for recorded in (None, {}))
         if earlier.is_dir() and not folder.is_dir():  # begun by a version that did not look at the model's files
             return earlier
         folder.mkdir(parents=True, exist_ok=True)
@@ -326,25 +328,37 @@ class Run:
         """Record the step as running, after removing what killed processes left half written. The run is locked for other
         processes until `record_done`.
 
-        Raises RunError if another process works in the run, and naming the notebook to run if an artifact that the step reads is
-        missing, damaged or stale."""
+        Raises RunError if another process works in the run, and as `require_inputs` does."""
         keep(self.path, f"notebook {step}")
         try:
-            for name in STEPS[step].reads:
-                self.require(name)
-                if stale := self._stale_origin(name):
-                    artifact = ARTIFACTS[stale]
-                    raise RunError(
-                        f"{artifact.file} in {self.path.name}/ was made with other settings or inputs than the run has now "
-                        f"({'; '.join(why_stale(self, stale))}): run notebook {artifact.step} again, and those after it"
-                    )
+            self.require_inputs(step)
             for folder in {self.path, paths.scratch_dir(self.path)}:
                 paths.remove_leftovers(folder)
+            self._sources = {ARTIFACTS[name]: digest_sources(ARTIFACTS[name], self.config) for name in STEPS[step].makes}
             here = {"pid": os.getpid(), "host": paths.host_name()}
             self.record_step(step, state="running", started=time.time(), **here, error=None)
         except BaseException:
             let_go(self.path)
             raise
+
+    def can_begin(self, step: str) -> bool:
+        """Return whether `require_inputs` finds everything that the step reads."""
+        try:
+            self.require_inputs(step)
+        except RunError:
+            return False
+        return True
+
+    def require_inputs(self, step: str) -> None:
+        """Raise RunError naming the notebook to run if an artifact that the step reads is missing, damaged or stale."""
+        for name in STEPS[step].reads:
+            self.require(name)
+            if stale := self._stale_origin(name):
+                artifact = ARTIFACTS[stale]
+                raise RunError(
+                    f"{artifact.file} in {self.path.name}/ was made with other settings or inputs than the run has now "
+                    f"({'; '.join(why_stale(self, stale))}): run notebook {artifact.step} again, and those after it"
+                )
 
     def _stale_origin(self, name: str) -> str | None:
         """Return the first artifact on the way to this one that is stale or missing, or None."""

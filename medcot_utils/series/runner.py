@@ -203,7 +203,8 @@ def _run_steps(
     for name in names:
         asked = sorted(parameters.keys() & parameters_of(folder / f"{name}.ipynb"))
         if force:
-            run.forget(name)
+            if run.can_begin(name):  # else the notebook says what is missing, and what was made before is kept
+                run.forget(name)
         elif (state := run.step_state(name)) == "done" and not asked:
             say(f"{name}: done before with the same settings and inputs")
             continue
