@@ -133,7 +133,8 @@ def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Return the bytes of one answer's keys and values, in 16 bits."""
     size = model.config.get_text_config()
     head = getattr(size, "head_dim", None) or size.hidden_size // size.num_attention_heads
-    return 4 * size.num_hidden_layers * size.num_key_value_heads * head * tokens
+    heads = getattr(size, "num_key_value_heads", None) or size.num_attention_heads
+    return 4 * size.num_hidden_layers * heads * head * tokens
 
 
 def describe_batches(settings: GenerationSettings, questions: int) -> str:

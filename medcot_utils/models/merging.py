@@ -94,9 +94,8 @@ def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str) -> None
     config = AutoConfig.from_pretrained(folder)
     slices = open_weights(folder)
     changes = _read_changes(adapter)
-    if changes.keys() - slices.keys():
-        stored = find_stored_names(config, slices)
-        changes = {stored.get(name, name): change for name, change in changes.items()}
+    stored = find_stored_names(config, changes, slices)
+    changes = {stored[name]: change for name, change in changes.items()}
     if strange := sorted(changes.keys() - slices.keys()):
         raise MergeError(f"the adapter changes {strange[0]}, which {settings.name} does not have: it is another model's adapter")
 

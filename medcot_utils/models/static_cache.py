@@ -70,7 +70,11 @@ def _grouped_decode(
 
 
 def use_grouped_decode(model: PreTrainedModel) -> None:
-    """Make a decoding step's attention read each key and value once (grouped-query attention, Ainslie et al. 2023)."""
+    """Make a decoding step's attention read each key and value once (grouped-query attention, Ainslie et al. 2023).
+
+    A model whose attention is not torch's own (SDPA) keeps it: it may do more, such as attention sinks."""
+    if model.config.get_text_config()._attn_implementation != "sdpa":
+        return
     ALL_ATTENTION_FUNCTIONS.register(GROUPED, _grouped_decode)
     ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation(GROUPED)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def find_stored_names(config: PretrainedConfig, stored: Iterable[str]) -> dict[str, str]:
-    """Return {the model's own name of a weight: its name in the files}.
+def find_stored_names(config: PretrainedConfig, own: Collection[str], stored: Collection[str]) -> dict[str, str]:
+    """Return {a model's own name of a weight: its name among those `stored` in files}; the own name again if there is none.
 
     transformers renames weights when it loads some families (a Gemma 3 that sees images has `language_model.model.layers` in its
     files and `model.language_model.layers` in memory). An adapter names them as in memory, and merged files as in the base's."""
+    if set(own) <= set(stored):
+        return {name: name for name in own}
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -21,7 +23,8 @@ def find_stored_names(config: PretrainedConfig, stored: Iterable[str]) -> dict[s
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    steps, own = get_model_conversion_mapping(model), model.state_dict()
+    steps, weights = get_model_conversion_mapping(model), model.state_dict()
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
-    return {rename_source_key(name, renamings, converters, model.base_model_prefix, own)[0]: name for name in stored}
+    found = {rename_source_key(name, renamings, converters, model.base_model_prefix, weights)[0]: name for name in stored}
+    return {name: found.get(name, name) for name in own}

@@ -43,6 +43,7 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
     )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a model that sees images comes with a processor around it
     return model, prepare_tokenizer(tokenizer, model.config.get_text_config().vocab_size)
 
 

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from medcot_utils.config import load_config
@@ -369,3 +370,21 @@ def test_another_error_simulated_in_generate_is_raised_at_once(unquantized, monk
     with pytest.raises(RuntimeError, match="expected scalar type Half"):
         answers(*unquantized, batch_size=4)
     assert asked == [4]
+
+
+# --- other families ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("own", "expected"), [("sdpa", GROUPED), ("eager", "eager")])
+def test_attention_that_is_not_sdpa_is_kept(own, expected):
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes), attn_implementation=own)
+    use_grouped_decode(model)
+    assert model.config._attn_implementation == expected
+
+
+@on_the_cpu
+def test_a_batch_is_sized_for_a_family_without_grouped_heads():
+    model = types.SimpleNamespace(config=AutoConfig.for_model("gpt2"))
+    assert generation._cache_bytes(model, 10) == 4 * 12 * 12 * 64 * 10
+    assert choose_batch_size(model, config("embedded:tiny-random-llama", "generation.batch_size=auto").generation, 3, 10) == 3

@@ -28,10 +28,13 @@ def composite(tmp_path_factory):
 def test_names_are_those_of_the_files(composite):
     config = AutoConfig.from_pretrained(composite)
     stored = ["language_model.model.layers.0.mlp.up_proj.weight", "vision_tower.post_layernorm.weight"]
-    assert find_stored_names(config, stored) == {
+    expected = {
         "model.language_model.layers.0.mlp.up_proj.weight": stored[0],
         "model.vision_tower.post_layernorm.weight": stored[1],
+        "model.of_another_model.weight": "model.of_another_model.weight",
     }
+    assert find_stored_names(config, expected, stored) == expected
+    assert find_stored_names(config, stored, stored) == {name: name for name in stored}
 
 
 def test_a_text_model_inside_a_larger_one_is_merged(composite, tmp_path):
