@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from medcot_utils.config import ModelSettings
 from medcot_utils.models.merging import find_weights_folder, open_weights, own_name
+from medcot_utils.models.stored_names import find_stored_names
 
 if TYPE_CHECKING:
     import torch
@@ -117,8 +118,9 @@ def _read_peft_changes(folder: Path, adapter: Path, base: Slices) -> dict[str, C
     from peft.utils import load_peft_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        shapes = AutoModelForCausalLM.from_config(config)
         tuned = get_peft_model(shapes, PeftConfig.from_pretrained(str(adapter)))
     weights = {name: weight.float() for name, weight in load_peft_weights(str(adapter), device="cpu").items()}
     own = {name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."): weights[name] for name in weights}
@@ -132,6 +134,7 @@ def _read_peft_changes(folder: Path, adapter: Path, base: Slices) -> dict[str, C
 
     layers = {own_name(f"{name}.weight"): layer for name, layer in tuned.named_modules() if isinstance(layer, LoraLayer)}
     biases = {own_name(name): bias for name, bias in weights.items() if name.endswith(".bias")}
-    return {name: partial(add, layer) for name, layer in layers.items()} | {
-        name: partial(replace, name, bias) for name, bias in biases.items()
+    stored = find_stored_names(config, [*layers, *biases], base)
+    return {stored[name]: partial(add, layer) for name, layer in layers.items()} | {
+        stored[name]: partial(replace, stored[name], bias) for name, bias in biases.items()
     }

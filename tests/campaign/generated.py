@@ -114,27 +114,27 @@ def texts() -> st.SearchStrategy[str]:
 
 
 @st.composite
-def rows(draw: st.DrawFn, least: int) -> list[dict[str, Any]]:
-    """Draw rows with the three columns and some that nobody uses; now and then a value or a column is missing."""
+def rows(draw: st.DrawFn, least: int, tidy: bool) -> list[dict[str, Any]]:
+    """Draw rows with the three columns and some that nobody uses; unless tidy, some with missing values or a missing column."""
     extra = draw(st.lists(st.sampled_from(["specialty", "id", "split", "note", "Unnamed: 0"]), unique=True, max_size=3))
-    odd = draw(st.booleans())
+    odd = not tidy and draw(st.booleans())
     made = []
     for index in range(draw(st.integers(least, 14))):
         row: dict[str, Any] = {name: f"{draw(texts())} {index}" if not odd else draw(texts()) for name in COLUMNS}
         row |= {name: draw(st.sampled_from(ODD_VALUES) | texts()) for name in extra}
         made.append(row)
-    if draw(st.integers(0, 9)) == 0:
+    if not tidy and draw(st.integers(0, 9)) == 0:
         for row in made:
             row.pop("Complex_CoT")
     return made
 
 
 @st.composite
-def row_files(draw: st.DrawFn, least: int = 0) -> RowFile:
-    """Draw a file of rows in one of the usual formats and encodings, read by matching settings."""
-    made = draw(rows(least))
+def row_files(draw: st.DrawFn, least: int = 0, tidy: bool = False) -> RowFile:
+    """Draw a file of rows in one of the usual formats and encodings, read by matching settings; a tidy one can be trained on."""
+    made = draw(rows(least, tidy))
     kind = draw(st.sampled_from(["jsonl", "jsonl", "json", "csv", "csv", "parquet"]))
-    encoding = draw(st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "cp1252"]))
+    encoding = draw(st.sampled_from(["utf-8", "utf-8", "utf-8-sig", *([] if tidy else ["utf-16", "cp1252"])]))
     if kind == "parquet":
         import pandas as pd
 
@@ -153,11 +153,13 @@ def row_files(draw: st.DrawFn, least: int = 0) -> RowFile:
         content = text.encode(encoding, "replace")
     folder = draw(st.sampled_from(["", "my data/", "{0}/", "données/"]))
     size = len(made)
-    held_out = draw(st.integers(1, max(1, size)))
+    held_out = draw(st.integers(1, size // 2 if tidy else max(1, size)))
     settings = [f"dataset.held_out_rows={held_out}", f"evaluation.num_questions={draw(st.integers(1, held_out))}"]
-    settings += [f"dataset.num_rows={draw(st.sampled_from(['null', '1', str(max(1, size - held_out)), '500']))}"]
-    settings += [f"dataset.overlong={draw(st.sampled_from(['drop', 'truncate', 'error']))}"]
-    settings += [f"dataset.repeats={draw(st.sampled_from(['report', 'drop']))}"]
+    settings += [
+        f"dataset.num_rows={draw(st.sampled_from(['null', str(max(1, size - held_out)), *([] if tidy else ['1', '500'])]))}"
+    ]
+    settings += [f"dataset.overlong={draw(st.sampled_from(['drop', 'truncate', *([] if tidy else ['error'])]))}"]
+    settings += [f"dataset.repeats={draw(st.sampled_from(['report'] if tidy else ['report', 'drop']))}"]
     return RowFile(f"{folder}rows.{kind}", content, tuple(settings))
 
 

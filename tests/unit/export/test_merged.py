@@ -365,8 +365,9 @@ def coarse(tmp_path_factory):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from medcot_utils.models.embedded import find_model_source, load_tokenizer_from
+    from medcot_utils.models.embedded import find_model_source
     from medcot_utils.models.engine import get_engine
+    from medcot_utils.models.tokenizer import load_tokenizer_from
 
     folder = tmp_path_factory.mktemp("coarse")
     tokenizer = load_tokenizer_from(find_model_source("embedded:tiny-random-llama"))

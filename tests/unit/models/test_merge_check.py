@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medcot_utils.config import load_config
-from medcot_utils.models.embedded import load_tokenizer_from
 from medcot_utils.models.merge_check import compare_weights, find_weight_fault
 from medcot_utils.models.merging import merge
+from medcot_utils.models.tokenizer import load_tokenizer_from
 
 pytestmark = pytest.mark.model
 
