@@ -116,7 +116,8 @@ def texts() -> st.SearchStrategy[str]:
 @st.composite
 def rows(draw: st.DrawFn, least: int, tidy: bool) -> list[dict[str, Any]]:
     """Draw rows with the three columns and some that nobody uses; unless tidy, some with missing values or a missing column."""
-    extra = draw(st.lists(st.sampled_from(["specialty", "id", "split", "note", "Unnamed: 0"]), unique=True, max_size=3))
+    unused = ["specialty", "id", "note", "Unnamed: 0", *([] if tidy else ["split"])]
+    extra = draw(st.lists(st.sampled_from(unused), unique=True, max_size=3))
     odd = not tidy and draw(st.booleans())
     made = []
     for index in range(draw(st.integers(least, 14))):
@@ -155,9 +156,8 @@ def row_files(draw: st.DrawFn, least: int = 0, tidy: bool = False) -> RowFile:
     size = len(made)
     held_out = draw(st.integers(1, size // 2 if tidy else max(1, size)))
     settings = [f"dataset.held_out_rows={held_out}", f"evaluation.num_questions={draw(st.integers(1, held_out))}"]
-    settings += [
-        f"dataset.num_rows={draw(st.sampled_from(['null', str(max(1, size - held_out)), *([] if tidy else ['1', '500'])]))}"
-    ]
+    trained_on = ["null", str(max(1, size - held_out)), *([] if tidy else ["1", "500"])]
+    settings += [f"dataset.num_rows={draw(st.sampled_from(trained_on))}"]
     settings += [f"dataset.overlong={draw(st.sampled_from(['drop', 'truncate', *([] if tidy else ['error'])]))}"]
     settings += [f"dataset.repeats={draw(st.sampled_from(['report'] if tidy else ['report', 'drop']))}"]
     return RowFile(f"{folder}rows.{kind}", content, tuple(settings))

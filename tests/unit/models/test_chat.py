@@ -174,7 +174,7 @@ def test_an_error_of_the_generation_is_raised_to_the_reader(trained, monkeypatch
 def test_closing_the_stream_ends_the_generation(trained, monkeypatch):
     chat, made = Chat.open(trained), []
     generate = chat.model.generate
-    monkeypatch.setattr(chat.model, "generate", lambda **arguments: made.append(generate(**arguments, min_new_tokens=700)))
+    monkeypatch.setattr(chat.model, "generate", lambda **arguments: made.append(generate(**arguments | {"min_new_tokens": 700})))
     pieces = chat.stream("Something it has never seen", "base")
     next(pieces)
     pieces.close()
