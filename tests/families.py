@@ -64,7 +64,8 @@ def run_family(name: str, folder: Path, more: list[str]) -> Outcome:
     settings = [f"model.name={json.dumps(str(checkpoint))}", *SMALLEST, *FAMILIES[name].settings, *more]
     chosen = [argument for setting in settings for argument in ("--set", setting)]
     command = [sys.executable, "-m", "medcot_utils", "run", "--profile", "smoke", "--run-dir", str(run_dir), *chosen]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": search, "COLUMNS": "200"}
     began = time.monotonic()
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     failure = None if done.returncode == 0 else (done.stderr or done.stdout).strip().splitlines()[-1]

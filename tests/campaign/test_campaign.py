@@ -180,12 +180,11 @@ def states(run_dir):
 
 @pytest.mark.parametrize("half", range(HALVES))
 def test_a_series_ends_well_or_in_one_line_and_loses_nothing(half, tmp_path_factory):
+    tidy = generated.row_files(least=8, tidy=True)
+
     @campaign(max(1, SERIES // HALVES))
     @given(
-        rows=st.none()
-        | generated.row_files(least=8, tidy=True)
-        | generated.row_files(least=8, tidy=True)
-        | generated.row_files(),
+        rows=st.none() | tidy | tidy | generated.row_files(),
         usual=generated.usual_settings(),
         place=st.sampled_from(generated.PLACES),
         environment=generated.ENVIRONMENT,

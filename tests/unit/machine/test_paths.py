@@ -15,16 +15,18 @@ GONE = 4194305  # above Linux's largest process id
 @pytest.mark.parametrize(
     ("name", "minutes", "kept"),
     [
-        (f".merged.{host_name()}-{GONE}.tmp", 0, False),
-        (f".merged.{host_name()}-{os.getpid()}.tmp", 600, True),
-        (f".merged.another-node-{GONE}.tmp", 5, True),  # its processes cannot be seen from here
-        (f".merged.another-node-{os.getpid()}.tmp", 600, False),
-        (f".report.html.another-node-{GONE}.old", 600, False),
-        (f".merged.{GONE}.tmp", 0, False),  # as earlier versions named them
-        (f".merged.{os.getpid()}.tmp", 600, True),
+        (".merged.HERE-GONE.tmp", 0, False),
+        (".merged.HERE-OURS.tmp", 600, True),
+        (".merged.another-node-GONE.tmp", 5, True),  # its processes cannot be seen from here
+        (".merged.another-node-OURS.tmp", 600, False),
+        (".report.html.another-node-GONE.old", 600, False),
+        (".merged.GONE.tmp", 0, False),  # as earlier versions named them
+        (".merged.OURS.tmp", 600, True),
     ],
 )
 def test_leftovers_are_judged_by_machine_and_process(tmp_path, name, minutes, kept):
+    for word, meant in {"HERE": host_name(), "GONE": GONE, "OURS": os.getpid()}.items():
+        name = name.replace(word, str(meant))
     folder = tmp_path / name
     folder.mkdir()
     (folder / "model.safetensors").write_text("half")
