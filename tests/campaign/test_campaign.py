@@ -30,7 +30,7 @@ SEED = int(os.environ.get("MEDCOT_SEED") or random.SystemRandom().randrange(2**3
 CASES = int(os.environ.get("MEDCOT_CASES") or 180)
 SERIES = int(os.environ.get("MEDCOT_SERIES") or 20)
 NOTICE = "not used here, because another job left it in the environment: "
-HALVES = 2  # of the series, for two workers
+PARTS = 4  # of the series, for several workers
 ENDS: collections.Counter[str] = collections.Counter()
 
 
@@ -178,17 +178,17 @@ def states(run_dir):
     return {name: run.step_state(name) for name in STEPS}, kept
 
 
-@pytest.mark.parametrize("half", range(HALVES))
-def test_a_series_ends_well_or_in_one_line_and_loses_nothing(half, tmp_path_factory):
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_series_ends_well_or_in_one_line_and_loses_nothing(part, tmp_path_factory):
     tidy = generated.row_files(least=8, tidy=True)
 
-    @campaign(max(1, SERIES // HALVES))
+    @campaign(max(1, SERIES // PARTS))
     @given(
         rows=st.none() | tidy | tidy | generated.row_files(),
         usual=generated.usual_settings(),
         place=st.sampled_from(generated.PLACES),
         environment=generated.ENVIRONMENT,
-        salt=st.just(half),
+        salt=st.just(part),
     )
     def one(rows, usual, place, environment, salt):
         case = (rows, usual, place, environment)
@@ -214,5 +214,5 @@ def test_a_series_ends_well_or_in_one_line_and_loses_nothing(half, tmp_path_fact
         ends_again, kept_again = states(folder / place)
         assert {name: kept_again.get(name) for name in kept} == kept and ends_again == ends, case
 
-    one = seed(SEED + half)(one)
+    one = seed(SEED + part)(one)
     one()

@@ -32,7 +32,7 @@ def medcot(*arguments, cwd=None):
 def medcot_here(monkeypatch, capfd):
     """`medcot_here("run", …)`: the command as its entry point runs it, in this process, which has its libraries by now."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(main.console, "width", 200)
 
     def call(*arguments, cwd=None):
         if cwd is not None:

@@ -64,7 +64,7 @@ FAULTS = {
     "only .bin": (leave_only_bin, "has no safetensors (only .bin), which the merge reads"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no safetensors (no weights at all)"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-    "no folder": (remove_all, "is no folder"),
+    "no folder": (remove_all, "no such folder on this machine"),
     "no EOS": (forget_eos, "its tokenizer names no EOS token"),
 }
 

@@ -44,7 +44,7 @@ def test_the_counts_of_rows_and_questions_reach_the_terminal(tmp_path):
 
 FAILING = {
     "profile": ("article", [], "profile article needs a CUDA GPU"),
-    "model": ("smoke", ["model.name=./nowhere"], "nowhere is no folder"),
+    "model": ("smoke", ["model.name=./nowhere"], "nowhere: no such folder on this machine"),
     "training": ("smoke", ["training.optim=adamw_tourch"], "did you mean adamw_torch?"),
     "data": ("smoke", ["dataset.path=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     "questions": ("smoke", ["evaluation.mcq_tasks=[nowhere.jsonl]"], "nowhere.jsonl"),

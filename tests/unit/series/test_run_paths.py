@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import papermill
@@ -9,6 +10,7 @@ import pytest
 from papermill.parameterize import parameterize_path
 
 from medcot_utils.config import load_config
+from medcot_utils.models.embedded import find_model_source
 from medcot_utils.run.directory import Run
 from medcot_utils.series import runner
 
@@ -38,7 +40,7 @@ def folders(tmp_path, monkeypatch):
     rows = "".join(f'{{"Question": "Why {n}?", "Complex_CoT": "So.", "Response": "This."}}\n' for n in range(20))
     (tmp_path / "a" / "rows.jsonl").write_text(rows)
     (tmp_path / "a" / "own.jsonl").write_text('{"question": "Which?", "options": ["x", "y"], "answer": "A"}\n')
-    (tmp_path / "a" / "model").mkdir()
+    shutil.copytree(find_model_source("embedded:tiny-random-llama"), tmp_path / "a" / "model")
     monkeypatch.chdir(tmp_path / "a")
     return tmp_path
 
