@@ -213,7 +213,7 @@ def test_grouped_decoding_gives_sdpas_tokens_for_a_padded_batch(unquantized, cac
 
     def tokens():
         with torch.inference_mode():
-            return model.generate(**batch, **generate_arguments(settings(), tokenizer), **cache)
+            return model.generate(**batch, **generate_arguments(settings(), tokenizer) | cache)
 
     by_sdpa = tokens()
     assert model.config._attn_implementation == "sdpa"
