@@ -27,7 +27,17 @@ from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.gpu import peak_gpu_memory_mb
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS, Artifact
 from medcot_utils.run.changes import why_stale
-from medcot_utils.run.files import fsync, remove, sha256_of, take_the_place, to_json, write_atomic, write_beside
+from medcot_utils.run.files import (
+    fill,
+    fsync,
+    read_content,
+    remove,
+    sha256_of,
+    take_the_place,
+    to_json,
+    write_atomic,
+    write_beside,
+)
 from medcot_utils.run.lock import HOLDER, LOCK, RunError, cannot_be_written, hold, is_held, keep, let_go
 from medcot_utils.run.manifest import FORMAT, ArtifactEntry, Manifest, StepEntry, read_manifest
 from medcot_utils.run.sources import DATA_FILE, describe_moved, digest_sources, find_hub_commits
@@ -218,7 +228,7 @@ class Run:
         remove(beside)
         try:
             with full_disk_told(artifact.file, final.parent):
-                self._fill(beside, artifact, value)
+                fill(beside, value, Path(artifact.file).suffix)
                 for file in [beside] if beside.is_file() else [p for p in beside.rglob("*") if p.is_file()]:
                     fsync(file)
                 digest, size = sha256_of(beside)
@@ -246,21 +256,6 @@ class Run:
         fsync(self.path)
         self._verified[name] = digest
         return final
-
-    @staticmethod
-    def _fill(path: Path, artifact: Artifact, value: Any) -> None:
-        if callable(value):
-            if not Path(artifact.file).suffix:
-                path.mkdir()
-            value(path)
-        elif artifact.file.endswith(".jsonl"):
-            path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in value), encoding="utf-8")
-        elif artifact.file.endswith(".json"):
-            path.write_text(to_json(value), encoding="utf-8")
-        elif artifact.file.endswith(".parquet"):
-            value.to_parquet(str(path))
-        else:
-            path.write_text(value, encoding="utf-8")
 
     def get_or_make(self, name: str, make: Callable[[], Any]) -> Any:
         """Return the artifact as `read` does, after writing the result of `make()` unless it is fresh; then one line says so."""
@@ -293,20 +288,7 @@ class Run:
 
     def read(self, name: str) -> Any:
         """Return an artifact, verified: data for .json, records for .jsonl, a Dataset for .parquet, else its path."""
-        path = self.require(name)
-        if path.suffix == ".json":
-            return json.loads(path.read_text(encoding="utf-8"))
-        if path.suffix == ".jsonl":
-            # Not str.splitlines: it also splits at U+2028, which JSON leaves unescaped within a text.
-            with path.open(encoding="utf-8") as lines:
-                return [json.loads(line) for line in lines]
-        if path.suffix == ".parquet":
-            # Not from_parquet: its cache is keyed by path, and would return an older file of the same name.
-            import pyarrow.parquet as pq
-            from datasets import Dataset
-
-            return Dataset(pq.read_table(path))
-        return path
+        return read_content(self.require(name))
 
     def checkpoint_dir(self, name: str) -> Path:
         """Return the folder of the trainer's checkpoints for this artifact's present fingerprint, made if it is not there."""

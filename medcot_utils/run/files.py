@@ -67,6 +67,39 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
+def fill(path: Path, value: Any, suffix: str) -> None:
+    """Write a value in the form that the suffix says, as `Run.write` takes it; a folder has none."""
+    if callable(value):
+        if not suffix:
+            path.mkdir()
+        value(path)
+    elif suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in value), encoding="utf-8")
+    elif suffix == ".json":
+        path.write_text(to_json(value), encoding="utf-8")
+    elif suffix == ".parquet":
+        value.to_parquet(str(path))
+    else:
+        path.write_text(value, encoding="utf-8")
+
+
+def read_content(path: Path) -> Any:
+    """Return data for .json, records for .jsonl, a Dataset for .parquet, else the path itself."""
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    if path.suffix == ".jsonl":
+        # Not str.splitlines: it also splits at U+2028, which JSON leaves unescaped within a text.
+        with path.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+    if path.suffix == ".parquet":
+        # Not from_parquet: its cache is keyed by path, and would return an older file of the same name.
+        import pyarrow.parquet as pq
+        from datasets import Dataset
+
+        return Dataset(pq.read_table(path))
+    return path
+
+
 def take_the_place(beside: Path, final: Path) -> None:
     """Rename `beside` to `final`, in place of the file or folder of that name."""
     old = None

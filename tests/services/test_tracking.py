@@ -29,9 +29,20 @@ def wandb_file(run):
     return records, summary, files[0]
 
 
+def wait_until_written(folder):
+    """Until no file has grown for a second: trackers write in threads of their own."""
+    seen, since, deadline = None, time.monotonic(), time.monotonic() + 120
+    while time.monotonic() - since < 1:
+        assert time.monotonic() < deadline, "it writes on and on"
+        sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        if sizes != seen:
+            seen, since = sizes, time.monotonic()
+        time.sleep(0.1)
+
+
 def killed_resumed_compared(run, train_tracked, in_child):
     """Killed after step 4 with a checkpoint at 2, resumed from there to the end, and compared: what each process printed."""
-    said = [in_child(lambda: (train_tracked(run, 0, 4), time.sleep(1)), killed=True)]
+    said = [in_child(lambda: (train_tracked(run, 0, 4), wait_until_written(run.path)), killed=True)]
     first = json.loads((run.path / "tracking.json").read_text())
     said.append(in_child(lambda: train_tracked(run, 2, 6)))
     said.append(
