@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from medcot_utils.errors import MedcotError
+from medcot_utils.errors import MedcotError, quote
 from medcot_utils.settings import (
     DatasetSettings,
     EvaluationSettings,
@@ -176,7 +176,7 @@ def override_pairs(given: Iterable[str] | str) -> list[str]:
     listed = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
     pairs = list(given) if listed else [given]
     if not all(isinstance(pair, str) for pair in pairs):
-        raise ConfigError(f'OVERRIDES is {given!r}: expected a list of "section.setting=value" texts')
+        raise ConfigError(f'OVERRIDES is {quote(given)}: expected a list of "section.setting=value" texts')
     return pairs
 
 
@@ -216,7 +216,7 @@ def parse_value(what: str, text: str, types: Set[type]) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{what}: {text!r} is not a YAML value ({getattr(error, 'problem', error)})") from error
+        raise ConfigError(f"{what}: {quote(text)} is not a YAML value ({getattr(error, 'problem', error)})") from error
     return text if isinstance(value, int) and ":" in text else value  # YAML 1.1 takes 1:30 for 90
 
 
@@ -228,7 +228,7 @@ def _parse_list(what: str, text: str) -> list[str]:
     try:
         return yaml.load(text, yaml.BaseLoader)  # safe: it makes texts of all scalars
     except yaml.YAMLError as error:
-        raise ConfigError(f"{what}: {text!r} is not a list ({getattr(error, 'problem', error)})") from error
+        raise ConfigError(f"{what}: {quote(text)} is not a list ({getattr(error, 'problem', error)})") from error
 
 
 def _unquote(text: str) -> str:
@@ -381,4 +381,4 @@ def _explain(fault: Mapping[str, Any]) -> str:
         return str(fault["ctx"]["error"])
     if fault["type"] == "missing":
         return f"setting {name} is missing"
-    return f"setting {name} is {fault['input']!r}: {_lower(fault['msg'])}"
+    return f"setting {name} is {quote(fault['input'])}: {_lower(fault['msg'])}"

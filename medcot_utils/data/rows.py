@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TEXT_COLUMNS = ("Question", "Complex_CoT", "Response")
 _LABELS = ("id", "specialty", "split")
-_SHOWN_COLUMNS = 20
+_SHOWN_NAMES = 20
 _COMPARED_FIRST = 100
 # What stands for a text that Arrow cannot hold beside the others, and says why `validate_rows` drops its row.
 _NOT_A_STRING, _HALF_A_CHARACTER = "\0is not a string", "\0holds half a character"
@@ -167,7 +167,7 @@ def _choose_columns(names: Sequence[str], settings: DatasetSettings) -> dict[str
     if missing := {key: column for key, column in wanted.items() if column not in names}:
         source = Path(settings.path).name if settings.path else settings.name
         columns = f"column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing.values()))}"
-        held = ", ".join(names[:_SHOWN_COLUMNS]) + f" and {len(names) - _SHOWN_COLUMNS} more" * (len(names) > _SHOWN_COLUMNS)
+        held = ", ".join(names[:_SHOWN_NAMES]) + f" and {len(names) - _SHOWN_NAMES} more" * (len(names) > _SHOWN_NAMES)
         raise DataError(
             f"{source} has no {columns} (it has {held}): name yours with "
             f"{' '.join(f'--set dataset.columns.{key}=NAME' for key in missing)}"
@@ -280,9 +280,11 @@ def split_rows(rows: Dataset, settings: DatasetSettings, seed: int) -> tuple[Dat
         train = rows.select(range(n_train))
         held_out = rows.select(range(n_train, min(n_train + settings.held_out_rows, len(rows))))
     if (not len(train) or not len(held_out)) and "split" in rows.column_names:
-        splits = ", ".join(sorted(split or "nothing" for split in set(rows["split"])))
+        kinds = sorted(set(rows["split"]))
+        splits = ", ".join(f"{kind:.60}" or "nothing" for kind in kinds[:_SHOWN_NAMES])
+        more = f" and {len(kinds) - _SHOWN_NAMES} more" if len(kinds) > _SHOWN_NAMES else ""
         raise DataError(
-            f"the column `split` holds {splits}: rows to train on must say "
+            f"the column `split` holds {splits}{more}: rows to train on must say "
             f"train, and at least one row something else (it is held out)"
         )
     if not len(train) or not len(held_out):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medcot_utils.config import ModelSettings
+from medcot_utils.machine.weight_files import INDEX, SINGLE
 from medcot_utils.models.embedded import PREFIX
 from medcot_utils.models.tokenizer import ModelError, load_tokenizer_from
 
@@ -45,7 +46,7 @@ def check_model(settings: ModelSettings) -> str:
             f"merged into 16-bit weights. Name the 16-bit model; model.load_in_4bit quantizes it when it is loaded. A quantized "
             f"copy for Unsloth goes into model.quantized_name"
         )
-    if not {"model.safetensors", "model.safetensors.index.json"} & set(found.files):
+    if not {SINGLE, INDEX} & set(found.files):
         kinds = sorted({Path(file).suffix for file in found.files if Path(file).suffix in (".bin", ".pt", ".pth", ".gguf")})
         have = f"only {', '.join(kinds)}" if kinds else "no weights at all"
         raise ModelError(

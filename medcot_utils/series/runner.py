@@ -19,7 +19,7 @@ from medcot_utils.config import (
     setting_names,
     with_absolute_paths,
 )
-from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused
+from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused, quote
 from medcot_utils.machine import hardware, redaction
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.paths import HOME, PACKAGE, expand_home
@@ -117,7 +117,7 @@ def parse_parameter(name: str, text: str) -> object:
         return value or ""
     if isinstance(default, int) and type(value) is not int:
         raise SeriesError(
-            f"--parameter {name}: {text!r} is not its kind of value: expected a whole number, as in {name}={default}"
+            f"--parameter {name}: {quote(text)} is not its kind of value: expected a whole number, as in {name}={default}"
         )
     return value
 

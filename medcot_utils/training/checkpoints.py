@@ -100,10 +100,6 @@ def _read_optimizer(file: Path, trained: Shapes | None) -> None:
         raise ValueError(f"it holds {held} weights, and {len(trained)} are trained")
 
 
-def _read_scaler(file: Path) -> None:
-    _require_keys(_load(file))
-
-
 def _read_random_state(file: Path) -> None:
     import numpy as np
     import torch

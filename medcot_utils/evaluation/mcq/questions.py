@@ -12,7 +12,7 @@ from string import ascii_uppercase
 from typing import Any, TypedDict
 
 from medcot_utils.data.files import as_text, check_size, is_whole
-from medcot_utils.errors import MedcotError
+from medcot_utils.errors import MedcotError, quote
 from medcot_utils.run.artifacts import SHIPPED_MCQ
 from medcot_utils.text_files import decode, parse_json
 
@@ -82,13 +82,18 @@ def read_questions(path: str, name: str | None = None, split: str | None = None,
     for number, row in enumerate(rows, 1):
         try:
             question = _question(SHAPES[shape](row), number)
+        except (KeyError, TypeError, IndexError) as error:  # a data set on the Hub whose columns have changed
+            raise McqError(
+                f"{path}, row {number}: its columns are not those of {shape} ({type(error).__name__}: {error}); it has "
+                f"{', '.join(row)}. Give a local .jsonl file"
+            ) from error
         except McqError as error:
             if local:
                 raise McqError(f"{path}, row {number}: {error}") from None
             left_out += 1  # nobody here can fix a data set on the Hub
             continue
         if question["id"] in questions:
-            raise McqError(f"{path}, row {number}: the id {question['id']!r} stood there before; ids tell answers apart")
+            raise McqError(f"{path}, row {number}: the id {quote(question['id'])} stood there before; ids tell answers apart")
         questions[question["id"]] = question
     if not questions:
         raise McqError(f"{path}: no usable question among {len(rows)} rows")
@@ -155,14 +160,16 @@ def _text(column: str, value: Any) -> str:
 
 def _options(given: Any) -> dict[str, str]:
     if not isinstance(given, dict | list):
-        raise McqError(f"options are {given!r}; expected a list, or an object of letters and texts")
+        raise McqError(f"options are {quote(given)}; expected a list, or an object of letters and texts")
+    if len(given) > len(ascii_uppercase):
+        raise McqError(f"there are {len(given)} options; expected at most {len(ascii_uppercase)}, one for each letter")
     named = given if isinstance(given, dict) else dict(zip(ascii_uppercase, given, strict=False))
     if "".join(sorted(named)).upper() != ascii_uppercase[: len(named)]:
         raise McqError(f"options are named {', '.join(named)}; expected letters from A on, none left out")
     for letter, text in named.items():
         missing = text in ("", None) or text != text  # NaN
         if missing or not isinstance(text, str | int | float) or not str(text).strip():
-            raise McqError(f"option {letter} is {'empty' if missing else repr(text)}; expected a text for every option")
+            raise McqError(f"option {letter} is {'empty' if missing else quote(text)}; expected a text for every option")
     return {letter.upper(): str(named[letter]).strip() for letter in sorted(named)}
 
 
@@ -174,5 +181,6 @@ def _right_letter(answer: Any, options: dict[str, str]) -> str:
         letters = [str(answer).strip().upper()] if str(answer).strip().upper() in options else []
         letters = letters or [letter for letter, text in options.items() if text == str(answer).strip()]
     if not letters:
-        raise McqError(f"the answer {answer!r} is no option; expected {', '.join(options)}, an index from 0, or an option's text")
+        known = ", ".join(options)
+        raise McqError(f"the answer {quote(answer)} is no option; expected {known}, an index from 0, or an option's text")
     return letters[0]

@@ -7,6 +7,7 @@ import json
 import pytest
 import yaml
 
+from medcot_utils.evaluation.mcq import questions
 from medcot_utils.evaluation.mcq.questions import read_questions
 from medcot_utils.evaluation.mcq.run import (
     ASK,
@@ -274,3 +275,17 @@ def test_every_task_has_a_file_of_its_name_that_lm_eval_finds():
     assert {path.stem for path in TASKS.glob("[!_]*.yaml")} == {*TASK_NAMES, "file"}
     found = TaskManager(include_path=TASKS, include_defaults=False).all_subtasks
     assert found == sorted(f"medcot_{name}" for name in (*TASK_NAMES, "file"))
+
+
+def test_more_options_than_letters_are_refused(tmp_path):
+    row = {"question": "Which?", "options": [f"option {number}" for number in range(27)], "answer": 0}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row))
+    with pytest.raises(McqError, match="row 1: there are 27 options; expected at most 26, one for each letter"):
+        read_questions(str(tmp_path / "own.jsonl"))
+
+
+def test_a_hub_data_set_with_other_columns_is_one_error(monkeypatch):
+    monkeypatch.setattr(questions, "_download", lambda *_: [{"id": "1", "text": "Which?"}])
+    expected = r"a/b, row 1: its columns are not those of medqa \(KeyError: 'sent1'\); it has id, text. Give a local .jsonl file"
+    with pytest.raises(McqError, match=expected):
+        read_questions("a/b", shape="medqa")
