@@ -118,10 +118,10 @@ def _read_peft_changes(folder: Path, adapter: Path, base: Slices) -> dict[str, C
     from peft.utils import load_peft_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    config, settings = AutoConfig.from_pretrained(folder), PeftConfig.from_pretrained(str(adapter))
+    settings.base_model_name_or_path = None  # PEFT would warn that the embedded model's name is not its folder's
     with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(config)
-        tuned = get_peft_model(shapes, PeftConfig.from_pretrained(str(adapter)))
+        tuned = get_peft_model(AutoModelForCausalLM.from_config(config), settings)
     weights = {name: weight.float() for name, weight in load_peft_weights(str(adapter), device="cpu").items()}
     own = {name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."): weights[name] for name in weights}
     tuned.load_state_dict(own, strict=False, assign=True)

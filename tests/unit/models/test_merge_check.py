@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import warnings
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -79,6 +83,16 @@ def test_a_right_merge_has_every_weight_right(made, merged, dtype):
     assert find_weight_fault(found) is None
     assert found["wrong"] == [] and found["changed"] == len(changes) and found["weights"] == 21
     assert found["kept"] == pytest.approx(1, abs=0.05)
+
+
+def test_an_adapter_that_names_its_base_otherwise_is_no_warning(made, merged, tmp_path):
+    settings, adapter, _ = made
+    renamed = shutil.copytree(adapter, tmp_path / "adapter")
+    config = json.loads((renamed / "adapter_config.json").read_text())
+    (renamed / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "embedded:another"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compare_weights(settings, renamed, merged("float16"))["wrong"] == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
