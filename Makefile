@@ -49,8 +49,8 @@ sessions: $(INSTALLED) ## whole series made from nothing: as Kaggle runs them, f
 
 # SEED repeats a campaign; CASES and SERIES are how many cases it draws for the preparation and for the whole series.
 campaign: $(INSTALLED) ## [SEED=] [CASES=180] [SERIES=20]: generated settings, files and paths against the series (20 minutes)
-	MEDCOT_SEED=$(SEED) MEDCOT_CASES=$(CASES) MEDCOT_SERIES=$(SERIES) \
-	  $(BIN)/python -m pytest -p no:nbval -n 3 --dist load tests/campaign
+	seed=$(or $(SEED),$$$$) && echo "SEED=$$seed repeats it" && MEDCOT_SEED=$$seed MEDCOT_CASES=$(CASES) MEDCOT_SERIES=$(SERIES) \
+	  $(BIN)/python -m pytest -p no:nbval -n 3 --dist load -rP tests/campaign
 
 nbval: $(INSTALLED) ## execute the committed notebooks and compare their marked outputs
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(ON_CPU) MEDCOT_RUN_DIR="$$folder/notebooks" \
