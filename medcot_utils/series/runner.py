@@ -174,14 +174,17 @@ def run_series(
 
 
 def _training_step(run: Run) -> str:
-    """Return ` at step 14 of 90` if the run is training, else nothing."""
+    """Return `, at step 14 of 90` if the run is training and has said so, else nothing."""
     entry = run.manifest()["steps"].get(TRAINING, {})
     files = [file for file in run.path.glob(f"checkpoints/*/{PROGRESS}") if file.stat().st_mtime > entry.get("started", 0)]
     if entry.get("state") != "running" or not files:
         return ""
     lines = max(files, key=lambda file: file.stat().st_mtime).read_text(encoding="utf-8").split("\n")
-    state = json.loads(lines[-2])  # the last whole line
-    return f", at step {state['step']} of {state['max_steps']}"
+    try:
+        state = json.loads(lines[-2])  # the last whole line, if one has been written
+        return f", at step {state['step']} of {state['max_steps']}"
+    except (IndexError, ValueError):
+        return ""
 
 
 def _put_back(path: Path, text: str | None) -> None:

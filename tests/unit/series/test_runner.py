@@ -185,18 +185,25 @@ def test_many_reasons_are_counted(done, notebooks):
 # --- Ctrl-C --------------------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_names_the_step_of_the_training(done, notebooks):
+WHOLE = "".join(json.dumps({"step": step, "max_steps": 90}) + "\n" for step in (13, 14))
+
+
+@pytest.mark.parametrize(
+    ("progress", "where"),
+    [(WHOLE + '{"st', ", at step 14 of 90"), ("", ""), ('{"step": 1', ""), ("x\n", "")],
+    ids=["half a line after it", "empty", "half a line", "no JSON"],
+)
+def test_ctrl_c_names_the_step_of_the_training(done, notebooks, progress, where):
     def stop(run, report):
         run.record_step(TRAINING, state="running", started=0.0, pid=1)
-        lines = [json.dumps({"step": step, "max_steps": 90}) for step in (13, 14)]
-        (run.checkpoint_dir("adapter") / "progress.jsonl").write_text("\n".join(lines) + '\n{"st')
+        (run.checkpoint_dir("adapter") / "progress.jsonl").write_text(progress)
         report(TRAINING, 12, 23)
         raise KeyboardInterrupt
 
     notebooks[TRAINING] = stop
     with pytest.raises(SeriesInterrupted) as caught:
         run_series(done.path, load_config("smoke", ["lora.r=8"]))
-    assert str(caught.value) == "interrupted in 05_training, cell 12 of 23, at step 14 of 90; the same command resumes"
+    assert str(caught.value) == f"interrupted in 05_training, cell 12 of 23{where}; the same command resumes"
 
 
 def test_ctrl_c_elsewhere_names_notebook_and_cell(done, notebooks):
