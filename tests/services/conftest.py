@@ -28,7 +28,11 @@ def trained(run_factory, content, tmp_path, monkeypatch) -> Callable[..., Run]:
     working folder."""
     monkeypatch.chdir(tmp_path)
     metric = {"base": _side(2.0), "tuned": _side(1.5), "difference": _side(-0.5) | {"needed": 4}}
-    real = {"training_log": LOG, "metrics": {"metrics": {"eval_loss": metric}}, "plan": {"steps": 6, "total_parameters": 1000}}
+    real = {
+        "training_log": LOG,
+        "metrics": {"metrics": {"eval_loss": metric}, "notes": []},
+        "plan": {"steps": 6, "total_parameters": 1000},
+    }
 
     def make(*overrides: str, name: str = "run") -> Run:
         run = run_factory(*overrides, name=name)

@@ -63,7 +63,7 @@ def make_run(root: Path, *overrides: str, weights: int = 300_000, name: str = "r
     made = {
         "adapter": fill_adapter,
         "merged": partial(fill_merged, weights),
-        "metrics": {"n_questions": 24, "metrics": {"eval_loss": loss}},
+        "metrics": {"n_questions": 24, "metrics": {"eval_loss": loss}, "notes": []},
         "data_report": {"repeats": [], "repeats_dropped": True},
         "plan": {"rows": 117, "effective_batch": 4, "steps": 6, "trainable_parameters": 32768, "total_parameters": 10**6},
         "export_check": {"tolerance": 0.02, "ok": True, "pairs": pairs, "held_out_rows": 8, "held_out_loss": losses},
