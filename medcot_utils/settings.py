@@ -181,12 +181,27 @@ class GenerationSettings(Section):
 
 class EvaluationSettings(Section):
     num_questions: int = Field(20, ge=1, description="held-out questions that both models answer")
+    answer_tokens: int | None = added_later(
+        None,
+        ge=1,
+        description="tokens of the answer after thinking that was cut or never closed is closed for the model (forced closing); "
+        "None: no forced closing",
+    )
     n_samples: int = Field(
         0, ge=0, description="sampled answers a question (temperature, top_p of generation) beside the greedy one"
     )
     mcq_tasks: Names = Field(("shipped",), description="shipped, medqa, medmcqa, pubmedqa, or a local .jsonl file")
     mcq_limit: int | None = Field(None, ge=1, description="questions per task, spread over the specialties; None: all")
     mcq_max_new_tokens: int = Field(1200, ge=1)
+    base_16bit_loss: bool = added_later(
+        False, description="take the held-out loss of the 16-bit base too, layer by layer if the GPUs cannot hold it"
+    )
+    measure_merged: bool = added_later(
+        False, description="measure the merged model in notebook 07: answers, and loss on all held-out rows"
+    )
+    merged_questions: int | None = added_later(
+        None, ge=0, description="questions that the merged model answers; None: all if the GPUs hold it, else none"
+    )
     embedding_model: str | None = Field(
         None, description="a sentence-transformers model (folder or Hub id): answers compared with references by meaning too"
     )
@@ -201,6 +216,9 @@ class EvaluationSettings(Section):
 
 class ExportSettings(Section):
     dtype: Literal["float16", "bfloat16"] = "float16"
+    merge_into: Literal["base_16bit", "dequantized_4bit"] = added_later(
+        "base_16bit", description="what the adapter is added to: the 16-bit base, or the 4-bit weights it was trained beside"
+    )
     logits_tolerance: float = Field(
         0.02, gt=0, description="largest allowed mean absolute difference of log-probabilities (float16; bfloat16: 8 times that)"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import numpy as np
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from medcot_utils.evaluation.claims import ClaimVerdict
     from medcot_utils.evaluation.scored_set import AnsweredQuestion
-    from medcot_utils.models.generation import AnswerRecord
     from medcot_utils.models.losses import RowLoss
+    from medcot_utils.models.records import AnswerRecord
 
 _COUNTED_BY_CHARACTER = (
     "Words are counted by white space. Chinese, Japanese, Thai and some other scripts have none between words: there each "
@@ -55,25 +55,46 @@ class ComparedMetric(TypedDict):
 Metrics = Mapping[str, ComparedMetric]
 
 
+class LossBars(TypedDict):
+    """Hold the held-out loss of three models on the same rows, in nats per trained token.
+
+    rounding: the 4-bit base minus the 16-bit base: what rounding had cost. learning: the tuned model minus the 16-bit base.
+    share: rounding over the whole fall from base to tuned; None if the loss did not fall."""
+
+    base_16bit: Estimate
+    base: Estimate
+    tuned: Estimate
+    rounding: Difference
+    learning: Difference
+    share: Estimate | None
+
+
 class Measured(TypedDict):
     """Hold the content of metrics.json, all of greedy answers unless a field says otherwise.
 
-    n_questions, metrics: the questions that count, and their metrics with those of loss and multiple choice.
+    n_questions, metrics: the questions that count, and their metrics as the models answer by themselves, with those of loss
+    and multiple choice. forced: the answers' metrics with forced closing over the same questions; absent without it, as in
+    earlier runs, and so are the other fields marked so.
     claims: the article's claims, judged. notes: lines that the report shows below its tables.
-    n_samples, sampled: sampled answers a question, and their metrics; None without samples.
+    n_samples, sampled: sampled answers a question, and their metrics; None without samples. sampled_forced: with forced
+    closing.
     n_answered, answered: the counted questions that both models answered in full form; empty if there are none.
-    n_contaminated, contaminated: the questions that training rows repeat; None if there are none."""
+    n_contaminated, contaminated: the questions that training rows repeat; None if there are none.
+    losses: the loss in three bars; absent if the 16-bit base's was not taken."""
 
     n_questions: int
     metrics: Metrics
+    forced: NotRequired[Metrics]
     claims: Sequence[ClaimVerdict]
     notes: Sequence[str]
     n_samples: int
     sampled: Metrics | None
+    sampled_forced: NotRequired[Metrics | None]
     n_answered: int
     answered: Metrics
     n_contaminated: int
     contaminated: Metrics | None
+    losses: NotRequired[LossBars]
 
 
 def check_questions(config: RunConfig) -> str:

@@ -18,13 +18,13 @@ from pydantic import AwareDatetime, BaseModel
 from medcot_utils.data.contamination import contaminated
 from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation.intervals import Estimate, format_interval
-from medcot_utils.models.generation import by_sample
+from medcot_utils.models.records import by_sample
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import write_atomic
 
 if TYPE_CHECKING:
     from medcot_utils.data.rows import Question
-    from medcot_utils.models.generation import AnswerRecord
+    from medcot_utils.models.records import AnswerRecord
 
 GRADES = "grades.jsonl"
 

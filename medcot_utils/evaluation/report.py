@@ -17,14 +17,14 @@ from medcot_utils.evaluation.comparison import MetricLine, compare_all, metric_l
 from medcot_utils.evaluation.grades import describe_grades, summarize_grades
 from medcot_utils.evaluation.metrics import chrf, is_bullet_list
 from medcot_utils.evaluation.scored_set import AnsweredQuestion
-from medcot_utils.models.generation import by_sample
+from medcot_utils.models.records import by_sample
 
 if TYPE_CHECKING:
     from medcot_utils.data.rows import Question
     from medcot_utils.data.tokens import DataReport
     from medcot_utils.evaluation.comparison import Measured
-    from medcot_utils.models.generation import AnswerRecord
     from medcot_utils.models.losses import RowLoss
+    from medcot_utils.models.records import AnswerRecord
     from medcot_utils.run.directory import Run
 
 # A length that is half or twice the base model's is marked.

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from medcot_utils.models.generation import by_sample
+from medcot_utils.models.records import by_sample
 
 if TYPE_CHECKING:
     from medcot_utils.data.rows import Question
     from medcot_utils.data.tokens import DataReport
-    from medcot_utils.models.generation import AnswerRecord
+    from medcot_utils.models.records import AnswerRecord
 
 
 @dataclass(frozen=True)

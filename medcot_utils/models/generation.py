@@ -6,12 +6,13 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from medcot_utils.config import GenerationSettings
-from medcot_utils.data.prompts import inference_prompt, parse_completion
+from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.gpu import available_gpu_memory
+from medcot_utils.models.records import AnswerRecord, make_record
 
 MAX_BATCH = 64  # more gains little on a GPU: the step is then bound by arithmetic
 CPU_BATCH = 8
@@ -45,24 +46,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from medcot_utils.data.rows import AskedQuestion
-
-
-class AnswerRecord(TypedDict):
-    """Hold an answer of one model to one question: a line of base_answers.jsonl or tuned_answers.jsonl."""
-
-    id: NotRequired[str]  # the question's; absent from an answer outside a run's questions
-    sample: NotRequired[int]  # 0: greedy; k: the k-th sampled one. Absent where `id` is
-    prompt: str
-    completion: str  # all that was written, without special tokens
-    thinking: str  # what stands before the first `</think>`, stripped; all of it if the tag was never closed
-    answer: str  # what stands after it, stripped
-    completion_tokens: int  # EOS included
-    thinking_tokens: int
-    answer_tokens: int
-    closed: int  # how many `</think>` tags were written
-    well_formed: bool  # closed exactly once, with text on both sides
-    finished: bool  # ended by EOS, not cut off at max_new_tokens
-    seconds: float  # its share of its batch's time
 
 
 class GenerationError(MedcotError):
@@ -184,14 +167,6 @@ def answer_questions(
     return records
 
 
-def by_sample(records: Sequence[AnswerRecord]) -> list[list[AnswerRecord]]:
-    """Split records of `answer_questions` into one list per sample; the first is the greedy one."""
-    samples: dict[int, list[AnswerRecord]] = {}
-    for record in records:
-        samples.setdefault(record["sample"], []).append(record)
-    return [samples[sample] for sample in sorted(samples)]
-
-
 def _answer_all(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -263,32 +238,6 @@ def _pad_left(tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: in
         return tokenizer(prompts, return_tensors="pt", padding="max_length" if length else True, max_length=length)
     finally:
         tokenizer.padding_side = side  # training pads on the right
-
-
-def make_record(tokenizer: PreTrainedTokenizerBase, prompt: str, token_ids: list[int], seconds: float) -> AnswerRecord:
-    """Return the record of one completion, without id and sample, from its token ids (padding after EOS allowed)."""
-    finished = tokenizer.eos_token_id in token_ids
-    if finished:
-        token_ids = token_ids[: token_ids.index(tokenizer.eos_token_id)]
-    completion = tokenizer.decode(token_ids, skip_special_tokens=True)
-    parsed = parse_completion(completion)
-
-    def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    return {
-        "prompt": prompt,
-        "completion": completion,
-        "thinking": parsed.thinking,
-        "answer": parsed.answer,
-        "completion_tokens": len(token_ids) + finished,
-        "thinking_tokens": count(parsed.thinking),
-        "answer_tokens": count(parsed.answer),
-        "closed": parsed.closed,
-        "well_formed": parsed.well_formed,
-        "finished": finished,
-        "seconds": round(seconds, 3),
-    }
 
 
 def stream_answer(

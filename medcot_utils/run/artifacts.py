@@ -22,7 +22,7 @@ class Artifact:
     reads_dataset: bool = False
     large: bool = False  # kept on the scratch disk where the platform has one
     version: int = 1  # raised when the code that makes it changes what it means
-    when: str | None = None  # made only where this setting is not None
+    when: str | None = None  # made only if this setting is neither None nor false
 
     @property
     def reads_model(self) -> bool:
@@ -46,8 +46,12 @@ _TRAINING, _COMPARISON, _EXPORT = "05_training", "06_comparison", "07_export"
 _RESULTS = ("profile", "seed", "model", "prompt", "dataset", "lora", "training", "generation", "evaluation", "export")
 # The last three change no result, but notebook 01 looks whether they can be used.
 _ALL = (*_RESULTS, "hub", "tracking", "secrets")
-_ANSWERS = ("model", "prompt", "generation", "evaluation.n_samples", "seed")
-_MCQ = ("model", "prompt", "evaluation.mcq_tasks", "evaluation.mcq_limit", "evaluation.mcq_max_new_tokens", "seed")
+_ANSWERS = ("model", "prompt", "generation", "evaluation.n_samples", "evaluation.answer_tokens", "seed")
+_MCQ = (
+    *("model", "prompt", "evaluation.mcq_tasks", "evaluation.mcq_limit", "evaluation.mcq_max_new_tokens"),
+    *("evaluation.answer_tokens", "seed"),
+)
+_MERGED_ANSWERS = ("prompt", "generation", "evaluation.answer_tokens", "evaluation.merged_questions", "export.dtype", "seed")
 _TEXT = ("model.name", "model.revision", "model.max_seq_length", "prompt", "dataset", "seed")
 # How the work is shared out and when it pauses, which changes no result beyond rounding.
 _HOW = {"batch_plan", "padding", "num_processes", "max_hours"}
@@ -73,11 +77,17 @@ ARTIFACTS: dict[str, Artifact] = {
     "held_out_loss": Artifact(_TRAINING, "held_out_loss.jsonl", ("model",), ("held_out_rows", "adapter")),
     "tuned_answers": Artifact(_COMPARISON, "tuned_answers.jsonl", _ANSWERS, ("questions", "adapter")),
     "tuned_mcq": Artifact(_COMPARISON, "tuned_mcq.jsonl", _MCQ, ("adapter",)),
+    "base_16bit_loss": Artifact(
+        _COMPARISON, "base_16bit_loss.jsonl", ("model",), ("held_out_rows",), when="evaluation.base_16bit_loss"
+    ),
     "metrics": Artifact(
         _COMPARISON,
         "metrics.json",
         ("evaluation", "seed"),
-        ("questions", "base_answers", "tuned_answers", "base_mcq", "tuned_mcq", "held_out_loss", "data_report", "train_rows"),
+        (
+            *("questions", "base_answers", "tuned_answers", "base_mcq", "tuned_mcq"),
+            *("held_out_loss", "base_16bit_loss", "data_report", "train_rows"),
+        ),
         version=3,
     ),
     "report": Artifact(
@@ -86,9 +96,22 @@ ARTIFACTS: dict[str, Artifact] = {
         ("profile",),
         ("metrics", "base_answers", "tuned_answers", "training_log", "data_report", "plan"),
     ),
-    "merged": Artifact(_EXPORT, "merged", ("model", "export.dtype"), ("adapter",), large=True),
+    "merged": Artifact(_EXPORT, "merged", ("model", "export.dtype", "export.merge_into"), ("adapter",), large=True),
     "export_check": Artifact(
         _EXPORT, "export_check.json", (*_CHECK, "prompt"), ("merged", "adapter", "questions", "held_out_rows")
+    ),
+    "merged_answers": Artifact(
+        _EXPORT, "merged_answers.jsonl", _MERGED_ANSWERS, ("questions", "merged"), when="evaluation.measure_merged"
+    ),
+    "merged_loss": Artifact(
+        _EXPORT, "merged_loss.jsonl", ("export.dtype",), ("held_out_rows", "merged"), when="evaluation.measure_merged"
+    ),
+    "merged_metrics": Artifact(
+        _EXPORT,
+        "merged_metrics.json",
+        ("evaluation", "seed"),
+        ("questions", "tuned_answers", "held_out_loss", "data_report", "merged_answers", "merged_loss"),
+        when="evaluation.measure_merged",
     ),
     "gguf": Artifact(
         _EXPORT,
@@ -110,7 +133,7 @@ ARTIFACTS: dict[str, Artifact] = {
         "MODEL_CARD.md",
         # Where it is pushed to stands in the model card; and a push that is asked for later makes notebook 07 run again.
         ("profile", "dataset", "hub.repo_id", "hub.layout", "hub.artifacts", "hub.language"),
-        ("export_check", "metrics", "plan", "training_log", "data_report"),
+        ("export_check", "metrics", "merged_metrics", "plan", "training_log", "data_report"),
         version=2,
     ),
 }

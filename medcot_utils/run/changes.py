@@ -28,7 +28,7 @@ def why_stale(run: Run, name: str) -> list[str]:
     if entry is None:
         return [f"{artifact.file} is not there yet"]
     reasons = describe_changes(entry.get("settings", {}), run.config.leaves(artifact.settings))
-    absent = [source for source in artifact.inputs if source not in run.manifest()["artifacts"]]
+    absent = [source for source in filter(run.wants, artifact.inputs) if source not in run.manifest()["artifacts"]]
     if absent:
         return [f"{ARTIFACTS[source].file} is not there" for source in absent]
     digests = run.input_digests(artifact, entry["inputs"])

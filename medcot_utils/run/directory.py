@@ -38,6 +38,7 @@ from medcot_utils.run.files import (
     write_atomic,
     write_beside,
 )
+from medcot_utils.run.journal import Journal
 from medcot_utils.run.lock import HOLDER, LOCK, RunError, cannot_be_written, hold, is_held, keep, let_go
 from medcot_utils.run.manifest import FORMAT, ArtifactEntry, Manifest, StepEntry, read_manifest
 from medcot_utils.run.sources import DATA_FILE, describe_moved, digest_sources, find_hub_commits
@@ -171,7 +172,7 @@ class Run:
 
         With `recorded`, files that the record does not have do not count, since earlier versions did not look at them; and
         those that are gone count as unchanged: a run that was copied to another machine is not undone for that."""
-        digests = {name: self._entry(name)["sha256"] for name in artifact.inputs}
+        digests = {name: self._entry(name)["sha256"] for name in artifact.inputs if self.wants(name)}
         if recorded is None:
             # A file that is edited while the step works was read before that.
             found = self._sources.get(artifact) or digest_sources(artifact, self.config)
@@ -250,12 +251,20 @@ class Run:
                 recorded = write_beside(self.path / MANIFEST, to_json(manifest))
             take_the_place(beside, final)
             recorded.replace(self.path / MANIFEST)
+            self._journal_path(name).unlink(missing_ok=True)
         finally:
             remove(beside)
         fsync(final.parent)
         fsync(self.path)
         self._verified[name] = digest
         return final
+
+    def journal(self, name: str) -> Journal:
+        """Return where the records of an artifact are kept while it is made. They go once it is written."""
+        return Journal(self._journal_path(name), self.fingerprint(name))
+
+    def _journal_path(self, name: str) -> Path:
+        return self.path / f"{ARTIFACTS[name].file}.part"
 
     def get_or_make(self, name: str, make: Callable[[], Any]) -> Any:
         """Return the artifact as `read` does, after writing the result of `make()` unless it is fresh; then one line says so."""
@@ -344,7 +353,7 @@ class Run:
 
     def _stale_origin(self, name: str) -> str | None:
         """Return the first artifact on the way to this one that is stale or missing, or None."""
-        for source in ARTIFACTS[name].inputs:
+        for source in filter(self.wants, ARTIFACTS[name].inputs):
             if origin := self._stale_origin(source):
                 return origin
         return None if self.is_fresh(name, deep=False) else name
@@ -380,9 +389,13 @@ class Run:
                 remove(self.path / "checkpoints")
 
     def makes(self, step: str) -> tuple[str, ...]:
-        """Return the artifacts that a step makes with this configuration: not those whose setting is None (`Artifact.when`)."""
-        wanted = (name for name in STEPS[step].makes if ARTIFACTS[name].when is None or self.config.get(ARTIFACTS[name].when))
-        return tuple(wanted)
+        """Return the artifacts that a step makes with this configuration: not those whose setting is off (`Artifact.when`)."""
+        return tuple(filter(self.wants, STEPS[step].makes))
+
+    def wants(self, name: str) -> bool:
+        """Return whether an artifact is made with this configuration (`Artifact.when`)."""
+        setting = ARTIFACTS[name].when
+        return setting is None or bool(self.config.get(setting))
 
     def step_state(self, step: str, deep: bool = True) -> str:
         """Return `done`, `stale` (settings or inputs have changed), `failed`, `paused` (training.max_hours), `running`,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 import yaml
 
@@ -43,7 +43,9 @@ class TaskRow(TypedDict):
 
 
 class McqAnswer(McqQuestion):
-    """Hold a question with one model's greedy answer, a line of base_mcq.jsonl or tuned_mcq.jsonl."""
+    """Hold a question with one model's greedy answer, a line of base_mcq.jsonl or tuned_mcq.jsonl.
+
+    Runs of earlier versions have the strict reading alone."""
 
     model: str  # base or tuned
     task: str  # a name of TASK_NAMES, or a file's name
@@ -51,6 +53,9 @@ class McqAnswer(McqQuestion):
     read: str | None  # the letter that was read, see `read_answer`
     correct: bool
     abstained: bool  # no letter could be read; never correct
+    closed_by: NotRequired[Literal["itself", "budget", "end"]]  # what ended its thinking, as in `records.ForcedAnswer`
+    letter: NotRequired[str]  # the likeliest letter after the thinking, closed by the model or for it
+    likelihood: NotRequired[str]  # the letter of the option whose text is likeliest by length, without thinking
 
 
 # --- the answer ----------------------------------------------------------------------------------------------------

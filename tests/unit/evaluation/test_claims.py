@@ -114,8 +114,9 @@ def test_claims_about_two_draws_hold_as_rarely_as_the_level_says():
 def test_no_claim_holds_for_a_real_model_with_a_zero_adapter():
     from medcot_utils import data
     from medcot_utils.models.engine import get_engine
-    from medcot_utils.models.generation import answer_questions, by_sample
+    from medcot_utils.models.generation import answer_questions
     from medcot_utils.models.losses import row_losses
+    from medcot_utils.models.records import by_sample
 
     engine = get_engine(CONFIG.model)
     model, tokenizer = engine.load(CONFIG.model)

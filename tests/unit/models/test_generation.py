@@ -7,15 +7,8 @@ import pytest
 from medcot_utils.config import load_config
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.models.engine import get_engine
-from medcot_utils.models.generation import (
-    _pad_left,
-    answer_questions,
-    by_sample,
-    generate_arguments,
-    make_record,
-    own_generation_settings,
-    stream_answer,
-)
+from medcot_utils.models.generation import _pad_left, answer_questions, generate_arguments, own_generation_settings, stream_answer
+from medcot_utils.models.records import by_sample, make_record
 
 pytestmark = pytest.mark.model
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from medcot_utils.config import load_config
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.models import engine
-from medcot_utils.models.generation import make_record
+from medcot_utils.models.records import make_record
 
 pytestmark = pytest.mark.model
 

@@ -1,0 +1,107 @@
+"""The record of one answer: as the model wrote it and, beside that, with forced closing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast
+
+from medcot_utils.data.prompts import parse_completion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What ends the thinking for the model, as the training text does (`prompts.TRAINING_TEMPLATE`).
+CLOSING = "\n</think>\n"
+
+
+class ForcedAnswer(TypedDict):
+    """Hold the answer under forced closing (budget forcing; s1, Muennighoff et al. 2025).
+
+    closed_by: `itself` if the model wrote `</think>`, and then the answer is its own; `budget` if its thinking was cut at
+    max_new_tokens, `end` if its text ended without the tag. Then the tag was written for it, and it went on for up to
+    evaluation.answer_tokens."""
+
+    closed_by: Literal["itself", "budget", "end"]
+    answer: str  # stripped
+    answer_tokens: int
+    finished: bool  # ended by EOS
+
+
+class AnswerRecord(TypedDict):
+    """Hold an answer of one model to one question: a line of base_answers.jsonl or tuned_answers.jsonl."""
+
+    id: NotRequired[str]  # the question's; absent from an answer outside a run's questions
+    sample: NotRequired[int]  # 0: greedy; k: the k-th sampled one. Absent where `id` is
+    prompt: str
+    completion: str  # all that was written, without special tokens
+    thinking: str  # what stands before the first `</think>`, stripped; all of it if the tag was never closed
+    answer: str  # what stands after it, stripped
+    completion_tokens: int  # EOS included
+    thinking_tokens: int
+    answer_tokens: int
+    closed: int  # how many `</think>` tags were written
+    well_formed: bool  # closed exactly once, with text on both sides
+    finished: bool  # ended by EOS, not cut off at max_new_tokens
+    seconds: float  # its share of its batch's time
+    forced: NotRequired[ForcedAnswer]  # with forced closing; absent if evaluation.answer_tokens is not set, as in earlier runs
+
+
+def by_sample(records: Sequence[AnswerRecord]) -> list[list[AnswerRecord]]:
+    """Split records of `answer_questions` into one list per sample; the first is the greedy one."""
+    samples: dict[int, list[AnswerRecord]] = {}
+    for record in records:
+        samples.setdefault(record["sample"], []).append(record)
+    return [samples[sample] for sample in sorted(samples)]
+
+
+def with_forced_closing(record: AnswerRecord) -> AnswerRecord | None:
+    """Return a record as it reads with forced closing: the thinking as it is, then the forced answer; None if there is none.
+
+    A thinking that was cut keeps its length, which is then a lower bound (`thinking_is_cut`)."""
+    if "forced" not in record:
+        return None
+    forced = record["forced"]
+    if forced["closed_by"] == "itself":
+        return record
+    changed = {
+        "completion": record["completion"] + CLOSING + forced["answer"],
+        "answer": forced["answer"],
+        "answer_tokens": forced["answer_tokens"],
+        "closed": 1,
+        "well_formed": bool(record["thinking"]) and bool(forced["answer"]),
+        "finished": forced["finished"],
+    }
+    return cast("AnswerRecord", {**record, **changed})
+
+
+def thinking_is_cut(record: AnswerRecord) -> bool:
+    """Return whether the thinking ended at the budget, not by the model: its length is a lower bound."""
+    if "forced" in record:
+        return record["forced"]["closed_by"] == "budget"
+    return record["closed"] == 0 and not record["finished"]
+
+
+def make_record(tokenizer: PreTrainedTokenizerBase, prompt: str, token_ids: list[int], seconds: float) -> AnswerRecord:
+    """Return the record of one completion, without id and sample, from its token ids (padding after EOS allowed)."""
+    finished = tokenizer.eos_token_id in token_ids
+    if finished:
+        token_ids = token_ids[: token_ids.index(tokenizer.eos_token_id)]
+    completion = tokenizer.decode(token_ids, skip_special_tokens=True)
+    parsed = parse_completion(completion)
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return {
+        "prompt": prompt,
+        "completion": completion,
+        "thinking": parsed.thinking,
+        "answer": parsed.answer,
+        "completion_tokens": len(token_ids) + finished,
+        "thinking_tokens": count(parsed.thinking),
+        "answer_tokens": count(parsed.answer),
+        "closed": parsed.closed,
+        "well_formed": parsed.well_formed,
+        "finished": finished,
+        "seconds": round(seconds, 3),
+    }
