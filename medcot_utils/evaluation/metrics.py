@@ -17,7 +17,7 @@ from medcot_utils.errors import MedcotError
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from medcot_utils.models.generation import AnswerRecord
+    from medcot_utils.models.records import AnswerRecord
 
 
 class MetricError(MedcotError):
