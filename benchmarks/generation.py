@@ -79,19 +79,20 @@ def article(options: argparse.Namespace, prompts: list[str]):
 
 
 def batches(options: argparse.Namespace, prompts: list[str]):
-    """This project's way: `generation.choose_cache` decides, `generation.complete` answers."""
+    """This project's way: `batches.choose_cache` decides, `generation.complete` answers."""
     from medcot_utils.config import load_config
     from medcot_utils.models.engine import get_engine
 
     overrides = [f"model.name={options.model}", f"generation.max_new_tokens={options.max_new_tokens}"]
     config = load_config("article", [*overrides, "generation.do_sample=false", *options.set])
     engine = get_engine(config.model, fast_answers=config.generation.cache_implementation != "dynamic")
-    from medcot_utils.models.generation import choose_cache, complete
+    from medcot_utils.models.batches import choose_cache
+    from medcot_utils.models.generation import complete
 
     model, tokenizer = engine.load(config.model)
     model = engine.for_inference(model)
     longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
-    cache = choose_cache(model, config.generation, len(prompts), longest)
+    cache = choose_cache(model, config.generation, len(prompts), longest, options.max_new_tokens)
     if cache == "static":
         from medcot_utils.models.static_cache import convert_for_static_cache
 
@@ -99,7 +100,7 @@ def batches(options: argparse.Namespace, prompts: list[str]):
     settings = config.generation.model_copy(update={"cache_implementation": cache})
 
     def answer() -> list[list[int]]:
-        return complete(model, tokenizer, prompts, settings, len(prompts), longest)
+        return complete(model, tokenizer, prompts, settings, longest)
 
     return answer, tokenizer, "16-bit, static cache, compiled" if cache == "static" else "4-bit, growing cache"
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import sys
+import hashlib
+import itertools
+import json
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from medcot_utils.config import GenerationSettings
 from medcot_utils.data.prompts import inference_prompt
-from medcot_utils.errors import MedcotError
-from medcot_utils.machine.gpu import available_gpu_memory
-from medcot_utils.models.records import AnswerRecord, make_record
-
-MAX_BATCH = 64  # more gains little on a GPU: the step is then bound by arithmetic
-CPU_BATCH = 8
-# Compiling takes about a minute; a step of 64 answers in 4 bits about 40 ms more than a compiled one (benchmarks/).
-STEPS_WORTH_COMPILING = 1000
+from medcot_utils.models.batches import check_context, choose_batch_size, choose_cache, count_new_tokens, describe_batches
+from medcot_utils.models.records import AnswerRecord, make_forced, make_record
 
 # A checkpoint's own generation_config.json is in force for every argument that is left out: a repetition penalty of 1.3 or
 # `top_k` 1 would change the answers of one model unseen. These are the values without any effect.
@@ -46,10 +42,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from medcot_utils.data.rows import AskedQuestion
-
-
-class GenerationError(MedcotError):
-    """Say why answers cannot be made as asked, and what to set."""
+    from medcot_utils.models.decoding import WrittenRow
+    from medcot_utils.run.journal import Journal
 
 
 def generate_arguments(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -76,58 +70,19 @@ def own_generation_settings(model: PreTrainedModel) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value not in (None, neutral[name])}
 
 
-def choose_cache(
-    model: PreTrainedModel, settings: GenerationSettings, questions: int, prompt_tokens: int
-) -> Literal["static", "dynamic"]:
-    """Return the kind of key-value cache for many answers: as set, or with `auto` the one that is faster here.
+@dataclass(frozen=True)
+class Asked:
+    """An answer to be made: greedy, or sampled if it has a seed."""
 
-    A static cache needs a GPU with room for 16-bit weights and enough steps to repay the compilation. `prompt_tokens` is the
-    length of the longest prompt. Raises GenerationError for a static cache in a process that unsloth has patched."""
-    patched = "unsloth" in sys.modules
-    if settings.cache_implementation == "static" and patched:
-        raise GenerationError(
-            "generation.cache_implementation static: Unsloth's patches allow no static cache. Set model.engine=transformers, "
-            "or leave the cache to auto"
-        )
-    if settings.cache_implementation != "auto":
-        return settings.cache_implementation
-    steps = -(-questions // MAX_BATCH) * settings.max_new_tokens
-    if patched or steps < STEPS_WORTH_COMPILING or math.isinf(free := available_gpu_memory()):
-        return "dynamic"
-    weights, row = 2 * model.num_parameters(), _cache_bytes(model, prompt_tokens + settings.max_new_tokens)
-    return "static" if free > 1.3 * weights + 1.5 * row * min(questions, MAX_BATCH) else "dynamic"
+    id: str  # the question's
+    prompt: str
+    sample: int = 0  # as in `AnswerRecord`; with `id` the answer's key
+    seed: int | None = None
 
-
-def choose_batch_size(model: PreTrainedModel, settings: GenerationSettings, questions: int, prompt_tokens: int) -> int:
-    """Return how many questions to answer at once: as set, or with `auto` what the GPU's free memory holds, in even batches.
-
-    `settings.cache_implementation` is decided already, and the model converted for it (see `convert_for_static_cache`)."""
-    if settings.batch_size != "auto":
-        return settings.batch_size
-    # A cache that grows is copied when it does. One of fixed size exists once.
-    copies = 1.2 if settings.cache_implementation == "static" else 2.5
-    row, free = _cache_bytes(model, prompt_tokens + settings.max_new_tokens), available_gpu_memory()
-    fits = CPU_BATCH if math.isinf(free) else int(free / (row * copies))
-    batches = -(-questions // max(1, min(MAX_BATCH, fits, questions)))
-    return -(-questions // batches)
-
-
-def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Return the bytes of one answer's keys and values, in 16 bits."""
-    size = model.config.get_text_config()
-    head = getattr(size, "head_dim", None) or size.hidden_size // size.num_attention_heads
-    heads = getattr(size, "num_key_value_heads", None) or size.num_attention_heads
-    return 4 * size.num_hidden_layers * heads * head * tokens
-
-
-def describe_batches(settings: GenerationSettings, questions: int) -> str:
-    """Return one line that says how many questions are answered at once, and how."""
-    import torch
-
-    how = "a cache that grows"
-    if settings.cache_implementation == "static":
-        how = "a static cache" + (", compiled steps" if torch.cuda.is_available() else "")
-    return f"{questions} questions in batches of {settings.batch_size}: {how}"
+    @property
+    def key(self) -> tuple[str, int]:
+        """Return what tells an answer from the others of its list."""
+        return self.id, self.sample
 
 
 def answer_questions(
@@ -138,98 +93,183 @@ def answer_questions(
     newline_after_think: bool,
     seed: int,
     n_samples: int = 0,
+    answer_tokens: int | None = None,
+    journal: Journal | None = None,
 ) -> list[AnswerRecord]:
     """Return one greedy record per question, in the questions' order, then `n_samples` times one sampled record per question.
 
-    Sampling takes the settings' temperature and top_p, and seed + k for sample k, whatever `do_sample` says (that is for the
-    one question of notebook 02). A static cache converts the given model (see `convert_for_static_cache`). A batch that runs
-    out of memory is halved. Raises GenerationError as `choose_cache` does."""
-    import torch
-
+    Sampling takes the settings' temperature and top_p, whatever `do_sample` says (that is for the one question of notebook
+    02), and a seed of its own for each answer, made from `seed`, the question's id and the sample's number. The rest is as in
+    `answer_prompts`."""
     prompts = [inference_prompt(question["Question"], newline_after_think) for question in questions]
-    longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
-    settings = settings.model_copy(update={"cache_implementation": choose_cache(model, settings, len(prompts), longest)})
+    asked = [
+        Asked(question["id"], prompt, sample, _seed_of(seed, question["id"], sample) if sample else None)
+        for sample in range(n_samples + 1)
+        for question, prompt in zip(questions, prompts, strict=True)
+    ]
+    return answer_prompts(model, tokenizer, asked, settings, answer_tokens, journal)
+
+
+def _seed_of(seed: int, question: str, sample: int) -> int:
+    digest = hashlib.sha256(json.dumps([seed, question, sample]).encode()).digest()
+    return int.from_bytes(digest[:4])  # torch's generator on the CPU reads no more
+
+
+def answer_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Asked],
+    settings: GenerationSettings,
+    answer_tokens: int | None = None,
+    journal: Journal | None = None,
+    label: str = "answers",
+) -> list[AnswerRecord]:
+    """Return the record of each answer, in the order given. Prompts of one length share a batch, sampled or not.
+
+    A static cache converts the given model (see `convert_for_static_cache`). A batch that runs out of memory is halved.
+
+    Args:
+        asked: with a key each that no other has.
+        settings: `max_new_tokens` is the budget of what a model writes by itself.
+        answer_tokens: the most tokens of an answer after forced closing (`ForcedClosing`), recorded as `forced` beside the
+            record of what the model wrote by itself, which it does not change. 0: records how the thinking was closed, and
+            nothing is written. None: no forced closing.
+        journal: keeps the records of each batch before the next begins. Answers that it holds are not asked again. Batches are
+            the same whatever it holds, so records equal those of an uninterrupted call exactly (but for `seconds`) if whole
+            batches were kept, as they are after a kill. If the batch size changed in between, they equal up to rounding.
+        label: names the progress bar.
+
+    Raises:
+        GenerationError: as `choose_cache` and `check_context` do."""
+    kept = {(record["id"], record["sample"]): record for record in (journal.read() if journal else [])}
+    made = {one.key: kept[one.key] for one in asked if one.key in kept}
+    if made:
+        print(f"{len(made)} of {len(asked)} answers are kept from before")
+    if len(made) == len(asked):
+        return [made[one.key] for one in asked]
+    longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in {one.prompt for one in asked})
+    if answer_tokens is not None:
+        check_context(model.config, tokenizer, longest, settings.max_new_tokens, answer_tokens)
+    size = len(asked), longest, count_new_tokens(tokenizer, settings.max_new_tokens, answer_tokens)
+    settings = settings.model_copy(update={"do_sample": False, "cache_implementation": choose_cache(model, settings, *size)})
     if settings.cache_implementation == "static":
         from medcot_utils.models.static_cache import convert_for_static_cache
 
         model = convert_for_static_cache(model)
-    settings = settings.model_copy(update={"batch_size": choose_batch_size(model, settings, len(prompts), longest)})
-    print(describe_batches(settings, len(prompts)))
-    records = []
-    for sample in range(n_samples + 1):
-        torch.manual_seed(seed + sample)
-        how = settings.model_copy(update={"do_sample": sample > 0})
-        label = f"answers, sample {sample} of {n_samples}" if sample else "answers"
-        completions = _answer_all(model, tokenizer, prompts, how, longest, label)
-        for question, prompt, (row, seconds) in zip(questions, prompts, completions, strict=True):
-            record = make_record(tokenizer, prompt, row, seconds)
-            records.append({"id": question["id"], "sample": sample, **record})
-    return records
+    settings = settings.model_copy(update={"batch_size": choose_batch_size(model, settings, *size)})
+    print(describe_batches(settings, len(asked)))
+    for batch, written, seconds in _answer_all(model, tokenizer, asked, set(made), settings, answer_tokens, longest, label):
+        records = [_record(tokenizer, one, row, seconds) for one, row in zip(batch, written, strict=True)]
+        if journal:
+            journal.add(records)
+        made |= {one.key: record for one, record in zip(batch, records, strict=True)}
+    return [made[one.key] for one in asked]
+
+
+def _record(tokenizer: PreTrainedTokenizerBase, asked: Asked, written: WrittenRow, seconds: float) -> AnswerRecord:
+    record = make_record(tokenizer, asked.prompt, written.own, seconds)
+    if written.closed_by is not None:
+        record["forced"] = make_forced(tokenizer, record, written.closed_by, written.answer)
+    return {"id": asked.id, "sample": asked.sample, **record}
 
 
 def _answer_all(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    asked: Sequence[Asked],
+    kept: Set[tuple[str, int]],
     settings: GenerationSettings,
+    answer_tokens: int | None,
     longest: int,
     label: str,
-) -> list[tuple[list[int], float]]:
-    """Return (token ids, seconds) for each prompt. The longest come first, so that a batch has little padding."""
+) -> Iterator[tuple[list[Asked], list[WrittenRow], float]]:
+    """Yield each batch, what was written for it, and the seconds of one answer, without the answers that are `kept`.
+
+    The longest prompts come first, so that a batch has little padding."""
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
     from tqdm.auto import tqdm
 
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    answers, batch_size = [None] * len(prompts), settings.batch_size
-    with tqdm(total=len(order), desc=label, unit="answer") as bar:
-        while order:
-            chosen = order[:batch_size]
+    size = settings.batch_size
+    waiting = _chunks(sorted(asked, key=lambda one: len(one.prompt), reverse=True), size)
+    with tqdm(total=len(asked), initial=len(kept), desc=label, unit="answer") as bar:
+        while waiting:
+            batch = [one for one in waiting.pop(0) if one.key not in kept]
+            if not batch:
+                continue
             began = time.perf_counter()
             try:
-                completions = complete(model, tokenizer, [prompts[i] for i in chosen], settings, batch_size, longest)
+                written = _write_batch(model, tokenizer, batch, settings, answer_tokens, size, longest)
             except RuntimeError as error:
-                if len(chosen) == 1 or not should_reduce_batch_size(error):
+                if len(batch) == 1 or not should_reduce_batch_size(error):
                     raise
-                completions = None
-            if completions is None:  # out of the except block: its traceback would keep the cache alive
-                batch_size = len(chosen) // 2
-                print(f"out of memory: batches of {batch_size} from here on")
+                written = None
+            if written is None:  # out of the except block: its traceback would keep the cache alive
+                size = len(batch) // 2
+                print(f"out of memory: batches of {size} from here on")
                 torch.cuda.empty_cache()
+                waiting = _chunks([*batch, *itertools.chain(*waiting)], size)
                 continue
-            seconds = (time.perf_counter() - began) / len(chosen)
-            for i, row in zip(chosen, completions, strict=True):
-                answers[i] = (row, seconds)
-            order = order[batch_size:]
-            bar.update(len(chosen))
-    return answers
+            yield batch, written, (time.perf_counter() - began) / len(batch)
+            bar.update(len(batch))
+
+
+def _chunks(asked: list[Asked], size: int) -> list[list[Asked]]:
+    return [asked[start : start + size] for start in range(0, len(asked), size)]
+
+
+def _write_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[Asked],
+    settings: GenerationSettings,
+    answer_tokens: int | None,
+    size: int,
+    longest: int,
+) -> list[WrittenRow]:
+    """Return what is written for each row, all in one call of `generate`."""
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    from medcot_utils.models.decoding import ForcedClosing, RowSampler, StopDoneRows, WrittenRow
+
+    # A static cache is compiled for one shape, for all batches: this one is filled up with its last row.
+    rows = [*batch, *[batch[-1]] * (size - len(batch))] if settings.cache_implementation == "static" else batch
+    steps = count_new_tokens(tokenizer, settings.max_new_tokens, answer_tokens)
+    processors, criteria, closing = LogitsProcessorList(), StoppingCriteriaList(), None
+    seeds = [one.seed for one in rows]
+    if any(seed is not None for seed in seeds):
+        sampling = settings.temperature, SAMPLED_TOP_K, settings.top_p
+        processors.append(RowSampler(seeds, *sampling, steps, model.device))
+    if answer_tokens is not None:
+        closing = ForcedClosing(tokenizer, len(rows), settings.max_new_tokens, answer_tokens)
+        processors.append(closing)
+        criteria.append(StopDoneRows(closing))
+    hooks = {"max_new_tokens": steps, "logits_processor": processors, "stopping_criteria": criteria}
+    written = complete(model, tokenizer, [one.prompt for one in rows], settings, longest, **hooks)
+    return (closing.rows if closing else [WrittenRow(own) for own in written])[: len(batch)]
 
 
 def complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: Sequence[str],
     settings: GenerationSettings,
-    batch_size: int | None = None,
     longest: int | None = None,
+    **arguments: Any,
 ) -> list[list[int]]:
-    """Return the token ids after each prompt, all answered in one batch.
+    """Return the token ids after each prompt, all answered in one batch. `arguments` of `generate` replace those of settings.
 
-    A static cache is compiled for one shape: it needs `batch_size`, and `longest`, the tokens of the longest prompt of any
-    batch."""
+    A static cache is compiled for one shape: it needs `longest`, the tokens of the longest prompt of any batch."""
     import torch
 
-    arguments, length = generate_arguments(settings, tokenizer), None
+    arguments = generate_arguments(settings, tokenizer) | arguments
+    length = None
     if settings.cache_implementation == "static":
-        # One shape for all batches: another one would be compiled anew.
         arguments["cache_implementation"], length = "static", longest
-        padded = prompts + prompts[-1:] * (batch_size - len(prompts))
-    else:
-        padded = prompts
-    batch = _pad_left(tokenizer, padded, length).to(model.device)
+    batch = _pad_left(tokenizer, list(prompts), length).to(model.device)
     with torch.inference_mode():
         sequences = model.generate(**batch, **arguments)
-    return sequences[: len(prompts), batch["input_ids"].shape[1] :].tolist()
+    return sequences[:, batch["input_ids"].shape[1] :].tolist()
 
 
 def _pad_left(tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int | None = None) -> Any:

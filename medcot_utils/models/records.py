@@ -10,8 +10,10 @@ from medcot_utils.data.prompts import parse_completion
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+END_OF_THINKING = "</think>"
 # What ends the thinking for the model, as the training text does (`prompts.TRAINING_TEMPLATE`).
-CLOSING = "\n</think>\n"
+CLOSING = f"\n{END_OF_THINKING}\n"
+ClosedBy = Literal["itself", "budget", "end"]
 
 
 class ForcedAnswer(TypedDict):
@@ -21,9 +23,9 @@ class ForcedAnswer(TypedDict):
     max_new_tokens, `end` if its text ended without the tag. Then the tag was written for it, and it went on for up to
     evaluation.answer_tokens."""
 
-    closed_by: Literal["itself", "budget", "end"]
-    answer: str  # stripped
-    answer_tokens: int
+    closed_by: ClosedBy
+    answer: str  # stripped; tags that the model wrote after the forced one are left in it
+    answer_tokens: int  # of the answer without tags, as in `AnswerRecord`
     finished: bool  # ended by EOS
 
 
@@ -57,18 +59,21 @@ def by_sample(records: Sequence[AnswerRecord]) -> list[list[AnswerRecord]]:
 def with_forced_closing(record: AnswerRecord) -> AnswerRecord | None:
     """Return a record as it reads with forced closing: the thinking as it is, then the forced answer; None if there is none.
 
-    A thinking that was cut keeps its length, which is then a lower bound (`thinking_is_cut`)."""
+    The forced tag counts in `closed`, beside those that the model wrote after it. A thinking that was cut keeps its length,
+    which is then a lower bound (`thinking_is_cut`)."""
     if "forced" not in record:
         return None
     forced = record["forced"]
     if forced["closed_by"] == "itself":
         return record
+    completion = record["completion"] + CLOSING + forced["answer"]
+    parsed = parse_completion(completion)
     changed = {
-        "completion": record["completion"] + CLOSING + forced["answer"],
-        "answer": forced["answer"],
+        "completion": completion,
+        "answer": parsed.answer,
         "answer_tokens": forced["answer_tokens"],
-        "closed": 1,
-        "well_formed": bool(record["thinking"]) and bool(forced["answer"]),
+        "closed": parsed.closed,
+        "well_formed": parsed.well_formed,
         "finished": forced["finished"],
     }
     return cast("AnswerRecord", {**record, **changed})
@@ -83,25 +88,49 @@ def thinking_is_cut(record: AnswerRecord) -> bool:
 
 def make_record(tokenizer: PreTrainedTokenizerBase, prompt: str, token_ids: list[int], seconds: float) -> AnswerRecord:
     """Return the record of one completion, without id and sample, from its token ids (padding after EOS allowed)."""
-    finished = tokenizer.eos_token_id in token_ids
-    if finished:
-        token_ids = token_ids[: token_ids.index(tokenizer.eos_token_id)]
-    completion = tokenizer.decode(token_ids, skip_special_tokens=True)
+    completion, tokens, finished = _read(tokenizer, token_ids)
     parsed = parse_completion(completion)
-
-    def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
     return {
         "prompt": prompt,
         "completion": completion,
         "thinking": parsed.thinking,
         "answer": parsed.answer,
-        "completion_tokens": len(token_ids) + finished,
-        "thinking_tokens": count(parsed.thinking),
-        "answer_tokens": count(parsed.answer),
+        "completion_tokens": tokens,
+        "thinking_tokens": _count(tokenizer, parsed.thinking),
+        "answer_tokens": _count(tokenizer, parsed.answer),
         "closed": parsed.closed,
         "well_formed": parsed.well_formed,
         "finished": finished,
         "seconds": round(seconds, 3),
     }
+
+
+def make_forced(
+    tokenizer: PreTrainedTokenizerBase, record: AnswerRecord, closed_by: ClosedBy, token_ids: list[int]
+) -> ForcedAnswer:
+    """Return the answer under forced closing that belongs to a record, from what was written after the forced tag.
+
+    If the model closed its thinking itself, that is the record's own answer, and `token_ids` are not read."""
+    if closed_by == "itself":
+        own = {"answer": record["answer"], "answer_tokens": record["answer_tokens"], "finished": record["finished"]}
+        return cast("ForcedAnswer", {"closed_by": closed_by, **own})
+    written, _, finished = _read(tokenizer, token_ids)
+    answer = parse_completion(CLOSING + written).answer
+    return {
+        "closed_by": closed_by,
+        "answer": written.strip(),
+        "answer_tokens": _count(tokenizer, answer),
+        "finished": finished,
+    }
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> tuple[str, int, bool]:
+    """Return the text up to EOS without special tokens, how many tokens it has, EOS included, and whether there is an EOS."""
+    finished = tokenizer.eos_token_id in token_ids
+    if finished:
+        token_ids = token_ids[: token_ids.index(tokenizer.eos_token_id)]
+    return tokenizer.decode(token_ids, skip_special_tokens=True), len(token_ids) + finished, finished
+
+
+def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -15,8 +15,9 @@ from medcot_utils.run.files import write_atomic
 class Journal:
     """Keep the records of an unfinished artifact in a .jsonl file of their own.
 
-    The first line holds what they were made from. A file made from something else counts as empty and is begun anew, and so
-    is the last line of a file that a kill cut off."""
+    The first line holds what they were made from; a file made from something else counts as empty and is begun anew. Each
+    further line is the list of records of one `add`, so that a batch is kept whole or not at all: a last line that a kill cut
+    off counts as not there."""
 
     def __init__(self, path: Path, made_from: str) -> None:
         """Args: made_from: the artifact's fingerprint, see `Run.fingerprint`."""
@@ -29,17 +30,17 @@ class Journal:
         head, *lines = self.path.read_bytes().split(b"\n")
         if head.decode(errors="replace") != self._head:
             return []
-        return [json.loads(line) for line in lines[:-1]]  # behind the last line break is nothing, or a line cut off
+        # Behind the last line break is nothing, or a line cut off.
+        return [record for line in lines[:-1] for record in json.loads(line)]
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Add records; they are on the disk when this returns. Raises DiskError on a full disk."""
-        kept = self.read()
-        if not kept:
+        """Add the records of a batch; they are on the disk when this returns. Raises DiskError on a full disk."""
+        if not self.read():
             write_atomic(self.path, self._head + "\n")
         with full_disk_told(self.path.name, self.path.parent), self.path.open("r+b") as stream:
             whole = stream.read().rfind(b"\n") + 1
             stream.seek(whole)
             stream.truncate()
-            stream.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+            stream.write(json.dumps(list(records)).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())

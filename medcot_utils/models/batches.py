@@ -1,0 +1,122 @@
+"""Decide how many answers are made at once, with which cache, and whether they fit the model's context."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING, Literal
+
+from medcot_utils.config import GenerationSettings
+from medcot_utils.errors import MedcotError
+from medcot_utils.machine.gpu import available_gpu_memory
+from medcot_utils.models.records import CLOSING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_BATCH = 64  # more gains little on a GPU: the step is then bound by arithmetic
+CPU_BATCH = 8
+# Compiling takes about a minute; a step of 64 answers in 4 bits about 40 ms more than a compiled one (benchmarks/).
+STEPS_WORTH_COMPILING = 1000
+
+
+class GenerationError(MedcotError):
+    """Say why answers cannot be made as asked, and what to set."""
+
+
+def count_new_tokens(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, answer_tokens: int | None) -> int:
+    """Return the most tokens that an answer may get: its own, and with forced closing the closing and the answer after it."""
+    return max_new_tokens + (len(closing_tokens(tokenizer)) + answer_tokens if answer_tokens else 0)
+
+
+def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of `CLOSING`."""
+    return tokenizer(CLOSING, add_special_tokens=False)["input_ids"]
+
+
+def check_context(
+    model_config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    answer_tokens: int,
+    budget: str = "generation.max_new_tokens",
+) -> str:
+    """Return one line on how prompt, thinking and answer fit the model's context.
+
+    Args:
+        prompt_tokens: of the longest prompt.
+        budget: the name of the setting that `max_new_tokens` is.
+
+    Raises:
+        GenerationError: if they do not fit."""
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    needed = prompt_tokens + count_new_tokens(tokenizer, max_new_tokens, answer_tokens)
+    if context is not None and needed > context:
+        raise GenerationError(
+            f"evaluation.answer_tokens {answer_tokens} does not fit the model's context of {context} tokens: with a prompt of "
+            f"{prompt_tokens} and {budget} {max_new_tokens} an answer needs {needed}. Lower evaluation.answer_tokens or {budget}"
+        )
+    return f"answers take up to {needed} tokens of the model's {context or 'unlimited'}"
+
+
+def choose_cache(
+    model: PreTrainedModel, settings: GenerationSettings, answers: int, prompt_tokens: int, new_tokens: int
+) -> Literal["static", "dynamic"]:
+    """Return the kind of key-value cache for many answers: as set, or with `auto` the one that is faster here.
+
+    A static cache needs a GPU with room for 16-bit weights and enough steps to repay the compilation.
+
+    Args:
+        prompt_tokens: of the longest prompt.
+        new_tokens: the most that an answer may get, see `count_new_tokens`.
+
+    Raises:
+        GenerationError: for a static cache in a process that unsloth has patched."""
+    patched = "unsloth" in sys.modules
+    if settings.cache_implementation == "static" and patched:
+        raise GenerationError(
+            "generation.cache_implementation static: Unsloth's patches allow no static cache. Set model.engine=transformers, "
+            "or leave the cache to auto"
+        )
+    if settings.cache_implementation != "auto":
+        return settings.cache_implementation
+    steps = -(-answers // MAX_BATCH) * new_tokens
+    if patched or steps < STEPS_WORTH_COMPILING or math.isinf(free := available_gpu_memory()):
+        return "dynamic"
+    weights, row = 2 * model.num_parameters(), _cache_bytes(model, prompt_tokens + new_tokens)
+    return "static" if free > 1.3 * weights + 1.5 * row * min(answers, MAX_BATCH) else "dynamic"
+
+
+def choose_batch_size(
+    model: PreTrainedModel, settings: GenerationSettings, answers: int, prompt_tokens: int, new_tokens: int
+) -> int:
+    """Return how many answers to make at once: as set, or with `auto` what the GPU's free memory holds, in even batches.
+
+    `settings.cache_implementation` is decided already, and the model converted for it (see `convert_for_static_cache`)."""
+    if settings.batch_size != "auto":
+        return settings.batch_size
+    # A cache that grows is copied when it does. One of fixed size exists once.
+    copies = 1.2 if settings.cache_implementation == "static" else 2.5
+    row, free = _cache_bytes(model, prompt_tokens + new_tokens), available_gpu_memory()
+    fits = CPU_BATCH if math.isinf(free) else int(free / (row * copies))
+    batches = -(-answers // max(1, min(MAX_BATCH, fits, answers)))
+    return -(-answers // batches)
+
+
+def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Return the bytes of one answer's keys and values, in 16 bits."""
+    size = model.config.get_text_config()
+    head = getattr(size, "head_dim", None) or size.hidden_size // size.num_attention_heads
+    heads = getattr(size, "num_key_value_heads", None) or size.num_attention_heads
+    return 4 * size.num_hidden_layers * heads * head * tokens
+
+
+def describe_batches(settings: GenerationSettings, answers: int) -> str:
+    """Return one line that says how many answers are made at once, and how."""
+    import torch
+
+    how = "a cache that grows"
+    if settings.cache_implementation == "static":
+        how = "a static cache" + (", compiled steps" if torch.cuda.is_available() else "")
+    return f"{answers} answers in batches of {settings.batch_size}: {how}"
