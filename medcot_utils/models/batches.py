@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal
 
 from medcot_utils.config import GenerationSettings
@@ -36,28 +37,31 @@ def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def check_context(
     model_config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_tokens: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Collection[str],
     max_new_tokens: int,
     answer_tokens: int,
     budget: str = "generation.max_new_tokens",
 ) -> str:
-    """Return one line on how prompt, thinking and answer fit the model's context.
+    """Return one line on how the longest prompt and all that may be written after it fit the model's context.
 
     Args:
-        prompt_tokens: of the longest prompt.
+        tokenizer: None: not at hand. Then a word counts as one token and the closing as none: what is refused would not fit.
         budget: the name of the setting that `max_new_tokens` is.
 
     Raises:
         GenerationError: if they do not fit."""
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    needed = prompt_tokens + count_new_tokens(tokenizer, max_new_tokens, answer_tokens)
+    longest = max(len(tokenizer(prompt)["input_ids"]) if tokenizer else len(prompt.split()) for prompt in prompts)
+    closing = len(closing_tokens(tokenizer)) if tokenizer and answer_tokens else 0
+    needed = longest + max_new_tokens + closing + answer_tokens
     if context is not None and needed > context:
+        after = f", {closing} to close the thinking, evaluation.answer_tokens {answer_tokens}" if answer_tokens else ""
         raise GenerationError(
-            f"evaluation.answer_tokens {answer_tokens} does not fit the model's context of {context} tokens: with a prompt of "
-            f"{prompt_tokens} and {budget} {max_new_tokens} an answer needs {needed}. Lower evaluation.answer_tokens or {budget}"
+            f"answers do not fit the model's context of {context} tokens: the longest prompt has {longest}, {budget} "
+            f"{max_new_tokens}{after}: {needed} in all. Lower {'evaluation.answer_tokens or ' if answer_tokens else ''}{budget}"
         )
-    return f"answers take up to {needed} tokens of the model's {context or 'unlimited'}"
+    return f"answers take up to {needed} of " + (f"the model's {context} tokens" if context else "any number of tokens")
 
 
 def choose_cache(

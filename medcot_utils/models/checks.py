@@ -1,4 +1,4 @@
-"""What can be known of a model before it is loaded: whether notebook 07 could merge it, and whether its tokenizer fits."""
+"""What can be known of a model before it is loaded: whether notebook 07 could merge it, and whether tokenizer and context fit."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from medcot_utils.config import ModelSettings
+from medcot_utils.config import ModelSettings, RunConfig
+from medcot_utils.data.prompts import inference_prompt
+from medcot_utils.data.rows import choose_questions, load_rows, split_rows, validate_rows
 from medcot_utils.machine.weight_files import INDEX, SINGLE
-from medcot_utils.models.embedded import PREFIX
+from medcot_utils.models.batches import check_context
+from medcot_utils.models.embedded import PREFIX, find_model_source
 from medcot_utils.models.tokenizer import ModelError, load_tokenizer_from
 
 
@@ -80,3 +83,32 @@ def _look_up(settings: ModelSettings) -> _Found | None:
             return None
         raise
     return _Found(Path(config), [file.rfilename for file in info.siblings or []])
+
+
+def check_answers(config: RunConfig) -> str:
+    """Return one line on how the held-out questions and their answers under forced closing fit the model's context.
+
+    The network is asked for rows alone: of a model on the Hub that is read which its cache holds. An embedded model is made.
+
+    Raises:
+        GenerationError: as `check_context` does."""
+    from transformers import AutoConfig
+
+    if (source := _find_cached(config.model)) is None:
+        return f"{config.model.name}: its context is not known before it is downloaded"
+    tokenizer = load_tokenizer_from(source) if (source / "tokenizer_config.json").exists() else None
+    _, held_out = split_rows(validate_rows(load_rows(config.dataset))[0], config.dataset, config.seed)
+    questions = choose_questions(held_out, config.evaluation.num_questions)
+    prompts = [inference_prompt(question["Question"], config.prompt.newline_after_think) for question in questions]
+    budgets = config.generation.max_new_tokens, config.evaluation.answer_tokens or 0
+    return check_context(AutoConfig.from_pretrained(source), tokenizer, prompts, *budgets)
+
+
+def _find_cached(settings: ModelSettings) -> Path | None:
+    """Return the folder with a model's config.json on this machine, None if there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if is_at_hand(settings):
+        return Path(find_model_source(settings.name))
+    found = try_to_load_from_cache(settings.name, "config.json", revision=settings.revision)
+    return Path(found).parent if isinstance(found, str) else None

@@ -147,9 +147,10 @@ def answer_prompts(
         print(f"{len(made)} of {len(asked)} answers are kept from before")
     if len(made) == len(asked):
         return [made[one.key] for one in asked]
-    longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in {one.prompt for one in asked})
-    if answer_tokens is not None:
-        check_context(model.config, tokenizer, longest, settings.max_new_tokens, answer_tokens)
+    prompts = {one.prompt for one in asked}
+    if answer_tokens:
+        check_context(model.config, tokenizer, prompts, settings.max_new_tokens, answer_tokens)
+    longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
     size = len(asked), longest, count_new_tokens(tokenizer, settings.max_new_tokens, answer_tokens)
     settings = settings.model_copy(update={"do_sample": False, "cache_implementation": choose_cache(model, settings, *size)})
     if settings.cache_implementation == "static":

@@ -17,7 +17,7 @@ from medcot_utils.machine import disk, environment, hardware, paths, secrets
 class Check:
     """A check that passed."""
 
-    name: str  # profile, model, training, data, questions, tracker, hub, gguf, disk
+    name: str  # profile, model, training, data, questions, answers, tracker, hub, gguf, disk
     line: str
 
 
@@ -43,18 +43,25 @@ def checks(config: RunConfig, run_dir: Path | None, online: bool = True) -> dict
     from medcot_utils.evaluation.comparison import check_questions
     from medcot_utils.export.gguf import check_gguf
     from medcot_utils.export.hub.push import check_hub
-    from medcot_utils.models.checks import check_model, is_at_hand
+    from medcot_utils.models.checks import check_answers, check_model, is_at_hand
+    from medcot_utils.models.embedded import is_made
     from medcot_utils.training.schedule import check_schedule
     from medcot_utils.training.tracking import check_tracker
 
     here = run_dir is not None
     asked = config if online else _with_questions_at_hand(config, here)
+    with_data, forced = online or _data_is_at_hand(config, here), config.evaluation.answer_tokens is not None
     known: dict[str, tuple[bool, Callable[[], str]]] = {  # {name: (whether it can be made, the check)}
         "profile": (here, lambda: _check_machine(config, run_dir)),
         "model": (here and (online or is_at_hand(config.model)), lambda: check_model(config.model)),
         "training": (here, lambda: check_schedule(config.training)),
-        "data": (online or _data_is_at_hand(config, here), lambda: check_data(config)),
+        "data": (with_data, lambda: check_data(config)),
         "questions": (bool(asked), lambda: check_questions(asked)),
+        # Offline, an embedded model is not made for it: notebook 01 does that.
+        "answers": (
+            forced and here and (online or is_at_hand(config.model) and is_made(config.model.name) and with_data),
+            lambda: check_answers(config),
+        ),
         "tracker": (here, lambda: check_tracker(config)),  # may ask for a key, which papermill's kernels cannot
         "hub": (here and online, lambda: check_hub(config)),
         "gguf": (here, lambda: check_gguf(config)),

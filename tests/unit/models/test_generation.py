@@ -1,4 +1,4 @@
-"""Answers: batches against single ones, the order of records, what a record says, sampling, streaming."""
+"""Answers: batches against single ones, the order of records, sampling, what is kept of an interrupted call, streaming."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from medcot_utils.config import load_config
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.models.engine import get_engine
 from medcot_utils.models.generation import _pad_left, answer_questions, generate_arguments, own_generation_settings, stream_answer
-from medcot_utils.models.records import by_sample, make_record
+from medcot_utils.models.records import by_sample
+from medcot_utils.run.journal import Journal
 
 pytestmark = pytest.mark.model
 
@@ -78,52 +79,7 @@ def test_an_early_answer_is_finished_without_its_padding(loaded):
     assert 1 < expected[0][1] < 12
 
 
-# --- records from hand-made ids ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def ids(loaded):
-    _, tokenizer = loaded
-    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def test_a_finished_record_counts_the_eos_and_not_the_padding(loaded, ids):
-    _, tokenizer = loaded
-    thinking, answer = ids("It hurts on breathing.\n"), ids("\nPleurisy.")
-    body = [*thinking, *ids("</think>"), *answer]
-    padded = [*body, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * 4]
-    record = make_record(tokenizer, "prompt", padded, 1.23456)
-    assert record["finished"] and record["well_formed"] and record["closed"] == 1
-    assert record["completion_tokens"] == len(body) + 1
-    assert (record["thinking"], record["answer"]) == ("It hurts on breathing.", "Pleurisy.")
-    assert record["thinking_tokens"] == len(ids("It hurts on breathing.")) > 1
-    assert record["answer_tokens"] == len(ids("Pleurisy.")) > 1
-    assert record["seconds"] == 1.235
-
-
-def test_a_cut_record_is_not_finished_and_counts_every_token(loaded, ids):
-    _, tokenizer = loaded
-    body = ids("It hurts, so I think of")
-    record = make_record(tokenizer, "prompt", body, 0)
-    assert not record["finished"] and not record["well_formed"]
-    assert record["completion_tokens"] == len(body)
-    assert (record["thinking"], record["answer"], record["answer_tokens"]) == ("It hurts, so I think of", "", 0)
-
-
-def test_text_after_the_eos_is_no_part_of_the_answer(loaded, ids):
-    _, tokenizer = loaded
-    record = make_record(tokenizer, "prompt", [*ids("so</think>yes"), tokenizer.eos_token_id, *ids("and more")], 0)
-    assert record["answer"] == "yes" and record["completion"] == "so</think>yes"
-
-
-def test_an_eos_at_once_is_an_empty_finished_answer_of_one_token(loaded):
-    _, tokenizer = loaded
-    record = make_record(tokenizer, "prompt", [tokenizer.eos_token_id, tokenizer.pad_token_id], 0)
-    assert (record["completion"], record["completion_tokens"], record["finished"]) == ("", 1, True)
-    assert (record["thinking_tokens"], record["answer_tokens"], record["well_formed"]) == (0, 0, False)
-
-
-# --- sampling and streaming ----------------------------------------------------------------------------------------
+# --- sampling ------------------------------------------------------------------------------------------------------
 
 
 def test_sampling_depends_on_the_seed_alone(loaded):
@@ -232,6 +188,77 @@ def test_the_checkpoints_own_settings_are_told(loaded, monkeypatch):
     for name, value in {"repetition_penalty": 1.3, "top_k": 1, "do_sample": True, "eos_token_id": 2, "num_beams": 1}.items():
         monkeypatch.setattr(loaded[0].generation_config, name, value)
     assert own_generation_settings(loaded[0]) == {"repetition_penalty": 1.3, "top_k": 1, "do_sample": True}
+
+
+# --- what is kept of an interrupted call ---------------------------------------------------------------------------
+
+KEEPING = {"n_samples": 1, "answer_tokens": 5}
+
+
+@pytest.fixture
+def interrupt(loaded, monkeypatch):
+    """`interrupt(journal, after)`: the sizes of the batches asked, 3 at most and none after so many, and the records if all were."""
+    generate = loaded[0].generate
+
+    def run(journal, after, **changes):
+        sizes = []
+
+        def generate_or_stop(**arguments):
+            if len(sizes) == after:
+                raise KeyboardInterrupt
+            sizes.append(len(arguments["input_ids"]))
+            return generate(**arguments)
+
+        monkeypatch.setattr(loaded[0], "generate", generate_or_stop)
+        try:
+            records = answer_questions(*loaded, QUESTIONS, settings(batch_size=3, **changes), True, 4, **KEEPING, journal=journal)
+        except KeyboardInterrupt:
+            return sizes, None
+        return sizes, records
+
+    return run
+
+
+def untimed(records):
+    return [{field: value for field, value in record.items() if field != "seconds"} for record in records]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_an_interrupted_call_goes_on_with_what_is_missing(interrupt, tmp_path, capsys, cache):
+    settings = {"cache_implementation": cache}
+    sizes, expected = interrupt(None, 99, **settings)
+    assert len(expected) == 10 and sizes == ([3, 3, 3, 1] if cache == "dynamic" else [3] * 4)
+    journal = Journal(tmp_path / "answers.jsonl.part", "this")
+    assert interrupt(journal, 2, **settings) == ([3, 3], None)
+    kept = journal.read()
+    assert len(kept) == 6 and all(record in untimed(expected) for record in untimed(kept))
+    capsys.readouterr()
+    assert interrupt(journal, 1, **settings)[0] == [3]
+    assert "6 of 10 answers are kept from before" in capsys.readouterr().out
+    rest, records = interrupt(journal, 99, **settings)
+    assert len(rest) == 1 and untimed(records) == untimed(expected)
+    assert journal.read()[:6] == kept and all(record in records for record in kept), "seconds too are those of the first time"
+
+
+def test_an_answered_journal_asks_nothing(interrupt, tmp_path):
+    journal = Journal(tmp_path / "answers.jsonl.part", "this")
+    _, records = interrupt(journal, 99)
+    assert interrupt(journal, 0) == ([], records)
+    other = Journal(journal.path, "other settings")
+    sizes, again = interrupt(other, 99)
+    assert sizes == [3, 3, 3, 1] and untimed(again) == untimed(records)
+
+
+def test_of_a_batch_kept_in_part_only_the_rest_is_asked(interrupt, tmp_path):
+    _, expected = interrupt(None, 99)
+    journal = Journal(tmp_path / "answers.jsonl.part", "this")
+    journal.add(expected[1:2])  # the longest prompt's: of the first batch
+    journal.add(expected[8:9])  # the sampled answer to the shortest: of the last
+    sizes, records = interrupt(journal, 99)
+    assert sizes == [2, 3, 3] and untimed(records) == untimed(expected)
+
+
+# --- streaming -----------------------------------------------------------------------------------------------------
 
 
 def test_a_streamed_answer_is_printed_and_is_the_batched_one(loaded, capsys):

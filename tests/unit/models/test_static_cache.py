@@ -1,9 +1,6 @@
-"""Fast answers: the dequantized model with its adapter merged, attention that groups its heads, static caches, batch sizes."""
+"""Fast answers: the dequantized model with its adapter merged, attention that groups its heads, static caches."""
 
 from __future__ import annotations
-
-import sys
-import types
 
 import pytest
 import torch
@@ -13,8 +10,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from medcot_utils.config import load_config
 from medcot_utils.data.prompts import inference_prompt
-from medcot_utils.models import batches
-from medcot_utils.models.batches import MAX_BATCH, GenerationError, choose_batch_size, choose_cache, describe_batches
 from medcot_utils.models.engine import get_engine
 from medcot_utils.models.generation import _pad_left, answer_questions, generate_arguments, stream_answer
 from medcot_utils.models.static_cache import GROUPED, _grouped_decode, dequantize, use_grouped_decode
@@ -248,69 +243,6 @@ def test_a_static_cache_gives_the_same_after_for_inference(load_tuned):
     assert untimed(answers(model, tokenizer, cache_implementation="static")) == expected
 
 
-# --- what auto decides ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.model
-@on_the_cpu
-@pytest.mark.parametrize(
-    ("questions", "batch_size"),
-    [(1, 1), (5, 5), (8, 8), (9, 5), (16, 8), (17, 6), (24, 8), (100, 8)],  # as few batches as 8 allow, and even ones
-)
-def test_on_a_cpu_auto_is_a_growing_cache_and_at_most_8_at_once(unquantized, questions, batch_size):
-    model, auto = unquantized[0], settings(batch_size="auto", cache_implementation="auto")
-    assert choose_cache(model, auto, questions, prompt_tokens=100, new_tokens=12) == "dynamic"
-    decided = settings(batch_size="auto", cache_implementation="dynamic")
-    assert choose_batch_size(model, decided, questions, prompt_tokens=100, new_tokens=12) == batch_size <= 8
-
-
-@pytest.mark.model
-@on_the_cpu
-def test_a_batch_size_and_a_cache_as_set_are_kept(unquantized):
-    for cache in ("auto", "dynamic", "static"):
-        asked = settings(batch_size=3, cache_implementation=cache)
-        assert choose_cache(unquantized[0], asked, 100, 100, 12) == ("static" if cache == "static" else "dynamic")
-        assert choose_batch_size(unquantized[0], asked, 100, 100, 12) == 3
-    assert MAX_BATCH > 8
-
-
-@pytest.mark.model
-@pytest.mark.parametrize(
-    ("free_gib", "new_tokens", "cache", "batch_size"),
-    # 100 answers are two batches of 64; the tiny Llama's cache takes 256 bytes a token (2 layers, 2 heads of 16).
-    [(8, 1200, "static", 50), (8, 499, "dynamic", 50), (0.02, 1200, "dynamic", 25)],
-)
-def test_a_simulated_gpu_gets_what_its_memory_holds(unquantized, monkeypatch, free_gib, new_tokens, cache, batch_size):
-    model = unquantized[0]
-    monkeypatch.setattr(batches, "available_gpu_memory", lambda: free_gib * 2**30)
-    asked = settings(batch_size="auto", cache_implementation="auto")
-    assert choose_cache(model, asked, 100, prompt_tokens=100, new_tokens=new_tokens) == cache
-    decided = asked.model_copy(update={"cache_implementation": cache})
-    assert choose_batch_size(model, decided, 100, prompt_tokens=100, new_tokens=new_tokens) == batch_size
-
-
-def test_how_questions_are_answered_is_said_in_one_line():
-    dynamic, static = (settings(batch_size=4, cache_implementation=cache) for cache in ("dynamic", "static"))
-    assert describe_batches(dynamic, 9) == "9 answers in batches of 4: a cache that grows"
-    assert describe_batches(static, 9).startswith("9 answers in batches of 4: a static cache")
-
-
-@pytest.mark.model
-@on_the_cpu
-def test_answers_with_both_left_to_auto_are_those_given_alone(unquantized, expected, capsys):
-    assert untimed(answers(*unquantized, batch_size="auto", cache_implementation="auto")) == expected
-    assert "5 answers in batches of 5: a cache that grows" in capsys.readouterr().out
-
-
-@pytest.mark.model
-def test_a_static_cache_beside_a_simulated_unsloth_is_refused(unquantized, monkeypatch):
-    monkeypatch.setitem(sys.modules, "unsloth", types.ModuleType("unsloth"))
-    with pytest.raises(GenerationError, match=r"Unsloth's patches allow no static cache\. Set model\.engine=transformers"):
-        answers(*unquantized, cache_implementation="static")
-    assert unquantized[0].config._attn_implementation == "sdpa", "refused before anything was changed"
-    assert choose_cache(unquantized[0], settings(cache_implementation="auto"), 1000, 100, 12) == "dynamic"
-
-
 # --- memory that runs out ------------------------------------------------------------------------------------------
 
 
@@ -372,10 +304,3 @@ def test_attention_that_is_not_sdpa_is_kept(own, expected):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes), attn_implementation=own)
     use_grouped_decode(model)
     assert model.config._attn_implementation == expected
-
-
-@on_the_cpu
-def test_a_batch_is_sized_for_a_family_without_grouped_heads():
-    model = types.SimpleNamespace(config=AutoConfig.for_model("gpt2"))
-    assert batches._cache_bytes(model, 10) == 4 * 12 * 12 * 64 * 10
-    assert choose_batch_size(model, config("embedded:tiny-random-llama", "generation.batch_size=auto").generation, 3, 10, 12) == 3
