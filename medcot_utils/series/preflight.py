@@ -51,17 +51,14 @@ def checks(config: RunConfig, run_dir: Path | None, online: bool = True) -> dict
     here = run_dir is not None
     asked = config if online else _with_questions_at_hand(config, here)
     with_data, forced = online or _data_is_at_hand(config, here), config.evaluation.answer_tokens is not None
+    with_model = is_at_hand(config.model) and is_made(config.model.name)  # to make one is left to notebook 01
     known: dict[str, tuple[bool, Callable[[], str]]] = {  # {name: (whether it can be made, the check)}
         "profile": (here, lambda: _check_machine(config, run_dir)),
         "model": (here and (online or is_at_hand(config.model)), lambda: check_model(config.model)),
         "training": (here, lambda: check_schedule(config.training)),
         "data": (with_data, lambda: check_data(config)),
         "questions": (bool(asked), lambda: check_questions(asked)),
-        # Offline, an embedded model is not made for it: notebook 01 does that.
-        "answers": (
-            forced and here and (online or is_at_hand(config.model) and is_made(config.model.name) and with_data),
-            lambda: check_answers(config),
-        ),
+        "answers": (forced and here and (online or (with_model and with_data)), lambda: check_answers(config)),
         "tracker": (here, lambda: check_tracker(config)),  # may ask for a key, which papermill's kernels cannot
         "hub": (here and online, lambda: check_hub(config)),
         "gguf": (here, lambda: check_gguf(config)),

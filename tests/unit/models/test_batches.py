@@ -153,7 +153,7 @@ def test_answers_that_do_not_fit_the_context_are_one_line(loaded):
         check(most + 1, 0, "evaluation.mcq_max_new_tokens")
     # Without a tokenizer: 300 words.
     assert check(1648, 100, tokenizer=None) == "answers take up to 2048 of the model's 2048 tokens"
-    with pytest.raises(GenerationError, match="the longest prompt has 300, .* 0 to close the thinking"):
+    with pytest.raises(GenerationError, match=r"the longest prompt has 300, .* 0 to close the thinking"):
         check(1649, 100, tokenizer=None)
 
 

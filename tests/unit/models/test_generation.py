@@ -197,7 +197,7 @@ KEEPING = {"n_samples": 1, "answer_tokens": 5}
 
 @pytest.fixture
 def interrupt(loaded, monkeypatch):
-    """`interrupt(journal, after)`: the sizes of the batches asked, 3 at most and none after so many, and the records if all were."""
+    """`interrupt(journal, after)`: (sizes of the batches that were asked, 3 at most, before it failed; records, or None)."""
     generate = loaded[0].generate
 
     def run(journal, after, **changes):

@@ -13,11 +13,12 @@ from medcot_utils.config import load_config
 from medcot_utils.errors import MedcotError, PlatformError
 from medcot_utils.machine import disk, hardware
 from medcot_utils.machine.paths import HOME
+from medcot_utils.models import embedded
 from medcot_utils.series import runner
 from medcot_utils.series.kaggle.build import build
 from medcot_utils.series.preflight import checks, preflight
 
-ALL = ["profile", "model", "training", "data", "questions", "tracker", "hub", "gguf", "disk"]
+ALL = ["profile", "model", "training", "data", "questions", "answers", "tracker", "hub", "gguf", "disk"]
 
 
 def names(*arguments, **keywords):
@@ -25,13 +26,14 @@ def names(*arguments, **keywords):
 
 
 def test_every_check_is_one_line(tmp_path):
-    made = preflight(load_config("smoke"), tmp_path / "run")
+    made = preflight(load_config("smoke", ["evaluation.answer_tokens=12"]), tmp_path / "run")
     assert [check.name for check in made] == ALL
     assert all(check.line and "\n" not in check.line for check in made)
     lines = {check.name: check.line for check in made}
     unused = "108 of 160 usable rows are left unused (dataset.num_rows is 12, dataset.held_out_rows 40)"
     assert lines["data"] == f"12 rows to train on, 40 held out, 6 of them to be asked; {unused}"
     assert lines["questions"] == "4 multiple-choice questions; 56 of 60 are left unused (evaluation.mcq_limit is 4)"
+    assert re.fullmatch(r"answers take up to [34]\d\d of the model's 2048 tokens", lines["answers"])
     assert lines["tracker"] == "tracking: none, as asked"
     assert re.fullmatch(r"\d+\.\d\d GiB needed, and there is room for it", lines["disk"])
     assert not (tmp_path / "run").exists(), "looking changes nothing"
@@ -48,6 +50,7 @@ FAILING = {
     "training": ("smoke", ["training.optim=adamw_tourch"], "did you mean adamw_torch?"),
     "data": ("smoke", ["dataset.path=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     "questions": ("smoke", ["evaluation.mcq_tasks=[nowhere.jsonl]"], "nowhere.jsonl"),
+    "answers": ("smoke", ["evaluation.answer_tokens=2000"], "answers do not fit the model's context of 2048 tokens"),
     "tracker": ("smoke", ["tracking.backend=wandb", "tracking.mode=online"], "needs a secret for Weights & Biases"),
     "hub": ("smoke", ["hub.repo_id=ann/cot"], "needs a secret for Hugging Face"),
     "gguf": ("smoke", ["export.gguf=f16"], "llama.cpp's converter is missing"),
@@ -90,18 +93,52 @@ OVERRIDES = {expected: overrides for _, overrides, expected in FAILING.values()}
 
 
 def test_offline_leaves_to_notebook_01_what_asks_the_network(tmp_path):
-    assert names(load_config("smoke"), tmp_path, online=False) == [
+    embedded.find_model_source("embedded:tiny-random-llama")
+    forced = ["evaluation.answer_tokens=12"]
+    assert names(load_config("smoke", forced), tmp_path, online=False) == [
         "profile",
         "model",
         "training",
         "data",
         "questions",
+        "answers",
         "tracker",
         "gguf",
     ]
-    assert names(load_config("recommended"), tmp_path, online=False) == ["profile", "training", "tracker", "gguf"]
-    embedded = load_config("smoke", ["evaluation.embedding_model=a/b"])
-    assert "questions" not in names(embedded, tmp_path, online=False) and "questions" in names(embedded, tmp_path)
+    assert names(load_config("recommended", forced), tmp_path, online=False) == ["profile", "training", "tracker", "gguf"]
+    embedder = load_config("smoke", ["evaluation.embedding_model=a/b"])
+    assert "questions" not in names(embedder, tmp_path, online=False) and "questions" in names(embedder, tmp_path)
+
+
+def test_offline_no_embedded_model_is_made_for_a_check(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDCOT_CACHE", str(tmp_path / "cache"))
+    config = load_config("smoke", ["evaluation.answer_tokens=2000"])
+    assert "answers" not in names(config, tmp_path, online=False)
+    preflight(config, tmp_path / "run", online=False)
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(MedcotError, match="answers do not fit"):
+        preflight(config, tmp_path / "run")
+
+
+def test_without_forced_closing_no_context_is_asked_for(tmp_path):
+    assert "answers" not in names(load_config("smoke", ["evaluation.answer_tokens=null"]), tmp_path)
+
+
+def test_what_a_hub_models_cache_holds_is_checked(tmp_path, monkeypatch):
+    folder = embedded.find_model_source("embedded:tiny-random-llama")
+    asked = []
+
+    def cached(name, file, revision=None):
+        asked.append((name, file, revision))
+        return f"{folder}/{file}"
+
+    config = load_config("smoke", ["model.name=me/llama", "model.revision=v1", "evaluation.answer_tokens=2000"])
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+        with pytest.raises(MedcotError, match=r"context of 2048 tokens: the longest prompt has 3\d\d"):
+            checks(config, tmp_path)["answers"]()
+    assert asked == [("me/llama", "config.json", "v1")]
+    assert checks(config, tmp_path)["answers"]() == "me/llama: its context is not known before it is downloaded"
 
 
 def test_for_another_machine_only_shipped_files_are_checked():
