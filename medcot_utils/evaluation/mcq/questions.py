@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -100,6 +101,19 @@ def read_questions(path: str, name: str | None = None, split: str | None = None,
     if left_out:
         print(f"{path}: {left_out} of {len(rows)} rows left out: an empty option, two of one text, or no option as answer")
     return list(questions.values())
+
+
+def choose(questions: Sequence[McqQuestion], limit: int | None, seed: int) -> list[McqQuestion]:
+    """Choose `limit` questions (None: all) in their own order, every specialty with its share; the same for the same seed.
+
+    It is a systematic sample: sorted by specialty, in random order within each, every (n / limit)-th is taken. Each question is
+    equally likely, so accuracy on the sample estimates accuracy on all."""
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    chance = random.Random(seed)
+    order = sorted(range(len(questions)), key=lambda i: (questions[i]["specialty"], chance.random()))
+    start = chance.random()
+    return [questions[i] for i in sorted(order[int((k + start) * len(order) / limit)] for k in range(limit))]
 
 
 def _read_lines(path: Path) -> list[Row]:

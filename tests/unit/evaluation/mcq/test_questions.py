@@ -18,7 +18,6 @@ from medcot_utils.evaluation.mcq.run import (
     load_questions,
     prompt,
     read_answer,
-    task_rows,
 )
 
 pytest_plugins = ("mcq_fixtures",)
@@ -67,8 +66,6 @@ def test_optional_ids_and_specialties_are_used_if_present(write):
     first, second = load_questions(write(*rows))
     assert (first["id"], first["specialty"], first["answer"]) == ("7", "toxicology", "B")
     assert first["options"] == {"A": "1", "B": "0"} and second["options"]["E"] == "t"
-    dataset = task_rows(questions=[first, second])["test"]
-    assert dataset["options"] == [["1", "0"], list("pqrst")], "Arrow gave a row options of another"
 
 
 @pytest.mark.parametrize(
