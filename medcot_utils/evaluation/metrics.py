@@ -66,6 +66,8 @@ METRICS: dict[str, Metric] = {
     "embedding_similarity": Metric("likeness of meaning to the reference, by evaluation.embedding_model", "cosine", 1),
     "mcq_accuracy": Metric("multiple-choice questions answered rightly", "share", 1, yes_or_no=True),
     "mcq_abstained": Metric("multiple-choice questions without a readable answer", "share", -1, yes_or_no=True),
+    "mcq_letter": Metric("questions whose right letter is the likeliest after the thinking", "share", 1, yes_or_no=True),
+    "mcq_likelihood": Metric("questions whose right option is the likeliest text, without thinking", "share", 1, yes_or_no=True),
     "mcq_accuracy_answered": Metric("questions answered rightly, of those that both models answered", "share", 1, yes_or_no=True),
 }
 # A model that never closes its tag has no answer: its style is read off what it wrote last, which is its thinking.

@@ -6,6 +6,15 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "run": ["run_tasks"],
-        "scores": ["compare_mcq", "overview", "published_scores", "scores_table", "seen_in_training", "split_seen"],
+        "readings": ["compare_readings", "readings_table"],
+        "scores": [
+            "compare_mcq",
+            "overview",
+            "published_scores",
+            "scores_table",
+            "seen_in_training",
+            "specialty_table",
+            "split_seen",
+        ],
     },
 )

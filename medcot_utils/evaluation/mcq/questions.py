@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -98,8 +99,21 @@ def read_questions(path: str, name: str | None = None, split: str | None = None,
     if not questions:
         raise McqError(f"{path}: no usable question among {len(rows)} rows")
     if left_out:
-        print(f"{path}: {left_out} of {len(rows)} rows left out, for an empty option or an answer that is none of them")
+        print(f"{path}: {left_out} of {len(rows)} rows left out: an empty option, two of one text, or no option as answer")
     return list(questions.values())
+
+
+def choose(questions: Sequence[McqQuestion], limit: int | None, seed: int) -> list[McqQuestion]:
+    """Choose `limit` questions (None: all) in their own order, every specialty with its share; the same for the same seed.
+
+    It is a systematic sample: sorted by specialty, in random order within each, every (n / limit)-th is taken. Each question is
+    equally likely, so accuracy on the sample estimates accuracy on all."""
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    chance = random.Random(seed)
+    order = sorted(range(len(questions)), key=lambda i: (questions[i]["specialty"], chance.random()))
+    start = chance.random()
+    return [questions[i] for i in sorted(order[int((k + start) * len(order) / limit)] for k in range(limit))]
 
 
 def _read_lines(path: Path) -> list[Row]:
@@ -142,11 +156,13 @@ def _question(row: Row, number: int) -> McqQuestion:
     texts = {column: _text(column, row.get(column)) for column in ("id", "question", "specialty")}
     if broken := [name for name, text in (texts | options).items() if not is_whole(text)]:
         raise McqError(f"{broken[0]} holds half a character, which a cut in the text leaves")
+    right = _right_letter(answer, options)
+    _check_distinct(options, right)
     return {
         "id": str(row["id"]) if texts["id"] else f"row-{number}",
         "question": texts["question"].strip(),
         "options": options,
-        "answer": _right_letter(answer, options),
+        "answer": right,
         "specialty": texts["specialty"],
     }
 
@@ -184,3 +200,17 @@ def _right_letter(answer: Any, options: dict[str, str]) -> str:
         known = ", ".join(options)
         raise McqError(f"the answer {quote(answer)} is no option; expected {known}, an index from 0, or an option's text")
     return letters[0]
+
+
+def _check_distinct(options: dict[str, str], right: str) -> None:
+    """Raise McqError if the options do not differ, or if another one has the text of the right one."""
+    texts = {letter: " ".join(text.split()) for letter, text in options.items()}
+    # The case of short texts may be all that differs, as in the genotypes AA, Aa and aa.
+    if len({text.casefold() if len(text) > 3 else text for text in texts.values()}) == 1:
+        raise McqError(f"every option reads {quote(texts[right])}; expected at least two that differ")
+    same = [letter for letter, text in texts.items() if text == texts[right]]
+    if len(same) > 1:
+        raise McqError(
+            f"options {' and '.join(same)} both read {quote(texts[right])}, and {right} is the right one: no reading can tell "
+            "them apart. Expected another text"
+        )

@@ -1,45 +1,51 @@
-"""Ask multiple-choice questions through lm-evaluation-harness: with the project's own prompt, and read strictly.
+"""Ask multiple-choice questions with the project's own prompt, and read each answer in three ways.
 
-An answer that cannot be read is counted as abstained, apart from wrong."""
+The strict reading takes what the model writes; an answer that cannot be read so is counted as abstained, apart from wrong. The
+letter and the likelihood reading take what it finds likeliest, see `readings.MEASURES`."""
 
 from __future__ import annotations
 
 import difflib
-import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Literal, NotRequired
 
 import yaml
 
 from medcot_utils.config import RunConfig
 from medcot_utils.data.prompts import inference_prompt, parse_completion
-from medcot_utils.evaluation.mcq.questions import McqError, McqQuestion, quiet, read_questions
-from medcot_utils.models.generation import NEUTRAL_ARGUMENTS
+from medcot_utils.evaluation.mcq.likelihood import (
+    TASKS,
+    OptionRow,
+    fits,
+    letter_row,
+    likeliest_letters,
+    make_harness,
+    text_row,
+)
+from medcot_utils.evaluation.mcq.questions import McqError, McqQuestion, choose, read_questions
+from medcot_utils.models.records import CLOSING, AnswerRecord
 
 if TYPE_CHECKING:
-    import torch
-    from datasets import DatasetDict
-    from lm_eval.models.huggingface import HFLM
     from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TASKS = Path(__file__).parent
+    from medcot_utils.run.journal import Journal
+
 TASK_NAMES = ("shipped", "medqa", "medmcqa", "pubmedqa")
 
 AUTO_BATCH = 16
+_KEPT_AT_ONCE = 16  # questions whose likelihoods are taken and kept together, whatever the batch
 
 ASK = 'End your response with one line of the form "Answer: X", where X is the letter of the right option.'
 
 
-class TaskRow(TypedDict):
-    """Hold a question as lm-eval's task reads it."""
+class _KeptAnswer(AnswerRecord):
+    """Hold an answer while the artifact is made: with the letters read so far, a record of the journal."""
 
-    prompt: str
-    options: list[str]  # in the order of their letters
-    answer: str  # the right letter
+    letter: NotRequired[str]
+    likelihood: NotRequired[str]
 
 
 class McqAnswer(McqQuestion):
@@ -91,12 +97,6 @@ def _bare(text: str) -> str:
     return " ".join(_MARKUP.sub("", text.translate(_FULL_WIDTH)).casefold().split()).strip(" .,:;()-。、")
 
 
-def judge_row(doc: TaskRow, results: Sequence[str]) -> dict[str, int]:
-    """Return correct and abstained, each 0 or 1, of a row of `task_rows` and its completion: lm-eval's `process_results`."""
-    read = read_answer(results[0], dict(zip(ascii_uppercase, doc["options"], strict=False)))
-    return {"correct": int(read == doc["answer"]), "abstained": int(read is None)}
-
-
 # --- the questions -------------------------------------------------------------------------------------------------
 
 
@@ -121,169 +121,139 @@ def load_questions(task: str, limit: int | None = None, seed: int = 3407) -> lis
     return choose(questions, limit, seed)
 
 
-def choose(questions: Sequence[McqQuestion], limit: int | None, seed: int) -> list[McqQuestion]:
-    """Choose `limit` questions (None: all) in their own order, every specialty with its share; the same for the same seed.
-
-    It is a systematic sample: sorted by specialty, in random order within each, every (n / limit)-th is taken. Each question is
-    equally likely, so accuracy on the sample estimates accuracy on all."""
-    if limit is None or limit >= len(questions):
-        return list(questions)
-    chance = random.Random(seed)
-    order = sorted(range(len(questions)), key=lambda i: (questions[i]["specialty"], chance.random()))
-    start = chance.random()
-    return [questions[i] for i in sorted(order[int((k + start) * len(order) / limit)] for k in range(limit))]
-
-
-def task_rows(
-    questions: Sequence[McqQuestion] | None = None,
-    newline_after_think: bool = True,
-    limit: int | None = None,
-    seed: int = 3407,
-    path: str = "shipped",
-    name: str | None = None,
-    split: str | None = None,
-    shape: str = "usual",
-    **_: Any,
-) -> DatasetDict:
-    """Return a task's rows (`TaskRow`), from questions already chosen or from the source in the task's file.
-
-    It is lm-eval's `custom_dataset`; other arguments are lm-eval's own metadata."""
-    from datasets import Dataset, DatasetDict
-
-    chosen = choose(read_questions(path, name, split, shape), limit, seed) if questions is None else questions
-    columns = {
-        "prompt": [prompt(question, newline_after_think) for question in chosen],
-        "options": [[*question["options"].values()] for question in chosen],  # not by letter: Arrow would give all rows all keys
-        "answer": [question["answer"] for question in chosen],
-    }
-    return DatasetDict(test=Dataset.from_dict(columns))
-
-
 def prompt(question: McqQuestion, newline_after_think: bool = True) -> str:
     """Return the project's inference prompt over the question, its options as lines, and the sentence that asks for the form."""
     options = "\n".join(f"{letter}. {text}" for letter, text in question["options"].items())
     return inference_prompt(f"{question['question']}\n\n{options}\n\n{ASK}", newline_after_think)
 
 
+def list_prompts(config: RunConfig) -> list[str]:
+    """Return the prompts of all questions, each with what the letter reading adds after the thinking.
+
+    With evaluation.mcq_max_new_tokens more they must fit the model's context (`models.batches.check_context`)."""
+    newline = config.prompt.newline_after_think
+    return [f"{prompt(question, newline)}{CLOSING}Answer: A" for _, question in _load_all(config).values()]
+
+
+def _load_all(config: RunConfig) -> dict[str, tuple[str, McqQuestion]]:
+    """Return {task/id: (task, question)}; the task of a file with its folder, since names of files repeat."""
+    settings = config.evaluation
+    return {
+        f"{task}/{question['id']}": (task, question)
+        for task in settings.mcq_tasks
+        for question in load_questions(task, settings.mcq_limit, config.seed)
+    }
+
+
 # --- the run -------------------------------------------------------------------------------------------------------
 
 
-def run_mcq(
+def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: str,
-    *,
-    limit: int | None = None,
-    max_new_tokens: int = 1200,
-    batch_size: int = 8,
-    newline_after_think: bool = True,
-    seed: int = 3407,
-    label: str = "model",
+    config: RunConfig,
+    label: str,
+    journal: Journal | None = None,
 ) -> list[McqAnswer]:
-    """Answer every question of `load_questions` greedily; `label` says whose the answers are.
+    """Ask the questions of every task of evaluation.mcq_tasks; `label` says whose the answers are.
 
-    lm-eval's simple_evaluate runs over the loaded model, with the tasks of this package; it needs no network except for a
-    data set from the Hub. Raises McqError as `load_questions` does, and if question and new tokens exceed the model's
-    context: lm-eval would cut the question's beginning without a word."""
+    Each is answered once, greedily. If evaluation.answer_tokens is set, thinking that the model leaves open is closed for it,
+    so that every question has a letter; nothing is written after that. If it is not, an open thinking has no `letter`.
+    Likelihoods are lm-eval's. It needs no network except for a data set from the Hub.
+
+    Args:
+        journal: keeps answers and letters as they are made; what it holds is not asked again. (lm-eval's own cache knows
+            neither the model nor the settings that its values came from, and is a pickle, which a run must not hold.)
+
+    Raises:
+        McqError: as `load_questions` does.
+        GenerationError: if a prompt and evaluation.mcq_max_new_tokens exceed the model's context."""
+    from medcot_utils.models.batches import check_context
+    from medcot_utils.models.generation import Asked, answer_prompts
+
+    questions, settings = _load_all(config), config.evaluation
+    if not questions:
+        return []
+    budget, newline = settings.mcq_max_new_tokens, config.prompt.newline_after_think
+    check_context(model.config, tokenizer, list_prompts(config), budget, 0, "evaluation.mcq_max_new_tokens")
+    asked = [Asked(key, prompt(question, newline)) for key, (_, question) in questions.items()]
+    generation = config.generation.model_copy(update={"max_new_tokens": budget})
+    closing = None if settings.answer_tokens is None else 0
+    answers = answer_prompts(model, tokenizer, asked, generation, closing, journal, f"multiple choice, {label}")
+    records: dict[str, _KeptAnswer] = {record["id"]: record for record in answers}
+    batch_size = AUTO_BATCH if generation.batch_size == "auto" else generation.batch_size
+    _read_likeliest(model, tokenizer, questions, records, batch_size, label, journal)
+    return [_mcq_answer(label, task, question, records[key]) for key, (task, question) in questions.items()]
+
+
+def _mcq_answer(label: str, task: str, question: McqQuestion, record: _KeptAnswer) -> McqAnswer:
+    read = read_answer(record["completion"], question["options"])
+    answer: McqAnswer = {
+        "model": label,
+        "task": Path(task).name,
+        **question,
+        "completion": record["completion"],
+        "read": read,
+        "correct": read == question["answer"],
+        "abstained": read is None,
+        "likelihood": record["likelihood"],
+    }
+    if "forced" in record:
+        answer["closed_by"] = record["forced"]["closed_by"]
+    if "letter" in record:
+        answer["letter"] = record["letter"]
+    return answer
+
+
+def _read_likeliest(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Mapping[str, tuple[str, McqQuestion]],
+    records: dict[str, _KeptAnswer],
+    batch_size: int,
+    label: str,
+    journal: Journal | None,
+) -> None:
+    """Add `letter` and `likelihood` to the records that lack them. A batch too large for the GPU is made smaller."""
+    from accelerate.utils.memory import find_executable_batch_size
     from tqdm.auto import tqdm
 
-    questions = load_questions(task, limit, seed)
-    longest = max(len(tokenizer(prompt(question, newline_after_think))["input_ids"]) for question in questions)
-    with tqdm(total=len(questions), desc=f"multiple choice, {label}", unit="answer") as bar, quiet():
-        harness = _harness_model(model, tokenizer, batch_size, bar)
-        if longest + max_new_tokens > harness.max_length:
-            raise McqError(
-                f"the longest question of {task} takes {longest} tokens: with max_new_tokens ({max_new_tokens}) more than the "
-                f"model's {harness.max_length}. Lower max_new_tokens"
-            )
-        name = f"medcot_{task}" if task in TASK_NAMES else "medcot_file"
-        metadata = {"questions": questions, "newline_after_think": newline_after_think}
-        samples = _evaluate(harness, name, metadata, max_new_tokens, tokenizer.eos_token_id)
-    return [
-        {
-            "model": label,
-            "task": Path(task).name,
-            **question,
-            "completion": sample["resps"][0][0],
-            "read": read_answer(sample["resps"][0][0], question["options"]),
-            "correct": bool(sample["correct"]),
-            "abstained": bool(sample["abstained"]),
-        }
-        for question, sample in zip(questions, samples, strict=True)
-    ]
+    harness = make_harness(model, tokenizer, batch_size)
+    thoughts = {key: thought for key, record in records.items() if (thought := _closed_thought(record))}
+    by_letter = {key: letter_row(questions[key][1], thought) for key, thought in thoughts.items()}
+    # A text of broken characters can have more tokens than the model wrote.
+    by_letter = {key: row for key, row in by_letter.items() if fits(harness, row)}
+    if too_long := len(thoughts) - len(by_letter):
+        print(f"{too_long} answers are too long to be read once more: they have no letter")
+    by_text = {key: text_row(question) for key, (_, question) in questions.items()}
+    readings: tuple[tuple[Literal["letter", "likelihood"], dict[str, OptionRow]], ...]
+    readings = (("letter", by_letter), ("likelihood", by_text))
+
+    @find_executable_batch_size(starting_batch_size=batch_size)
+    def read_missing(size: int, bar: tqdm) -> None:
+        harness = make_harness(model, tokenizer, size)
+        for name, rows in readings:
+            for keys in _chunks([*rows]):
+                if all(name in records[key] for key in keys):
+                    continue
+                letters = likeliest_letters(harness, [rows[key] for key in keys], by_length=name == "likelihood")
+                for key, letter in zip(keys, letters, strict=True):
+                    records[key] = {**records[key], name: letter}
+                if journal:
+                    journal.add([records[key] for key in keys])
+                bar.update(len(keys))
+
+    kept = sum(name in records[key] for name, rows in readings for key in rows)
+    with tqdm(total=len(by_letter) + len(by_text), initial=kept, desc=f"likeliest options, {label}", unit="question") as bar:
+        read_missing(bar)
 
 
-def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, label: str) -> list[McqAnswer]:
-    """Answer the questions of every task of `evaluation.mcq_tasks` with `run_mcq`, with a run's settings."""
-    settings, batch_size = config.evaluation, config.generation.batch_size
-    records = []
-    for task in settings.mcq_tasks:
-        records += run_mcq(
-            model,
-            tokenizer,
-            task,
-            limit=settings.mcq_limit,
-            max_new_tokens=settings.mcq_max_new_tokens,
-            batch_size=AUTO_BATCH if batch_size == "auto" else batch_size,
-            newline_after_think=config.prompt.newline_after_think,
-            seed=config.seed,
-            label=label,
-        )
-    return records
+def _closed_thought(record: AnswerRecord) -> str | None:
+    """Return prompt and thinking up to the tag that closes it, by the model or for it; None if nothing closes it."""
+    if record["closed"] == 0 and "forced" not in record:
+        return None
+    return f"{record['prompt']}{record['completion'].partition('</think>')[0].rstrip()}{CLOSING}"
 
 
-def _evaluate(harness: HFLM, name: str, metadata: dict[str, Any], max_new_tokens: int, eos_token_id: int) -> list[dict[str, Any]]:
-    """Return lm-eval's samples of one task, in the order of its rows."""
-    from lm_eval import evaluator
-    from lm_eval.tasks import TaskManager
-
-    # It would ask git for this folder's commit, which complains on the terminal where there is no repository.
-    evaluator.get_git_commit_hash = lambda: None
-    results = evaluator.simple_evaluate(
-        harness,
-        tasks=[name],
-        task_manager=TaskManager(include_path=TASKS, include_defaults=False, metadata=metadata),
-        # A model's own generation_config may name another EOS, or sample; `_harness_model` keeps out what else it may set.
-        gen_kwargs={"max_gen_toks": max_new_tokens, "do_sample": False, "eos_token_id": eos_token_id},
-        bootstrap_iters=0,
-        log_samples=True,
-        # Greedy answers draw nothing at random: the caller's generators are not seeded anew.
-        random_seed=None,
-        numpy_random_seed=None,
-        torch_random_seed=None,
-        fewshot_random_seed=None,
-    )
-    return sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-
-
-def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, bar: tqdm) -> HFLM:
-    import torch
-    from accelerate.utils.memory import should_reduce_batch_size
-    from lm_eval.models.huggingface import HFLM
-    from torch.nn.utils.rnn import pad_sequence
-
-    class CountedHFLM(HFLM):
-        """Extend lm-eval's own by a progress bar that says whose answers these are, and halve a batch too large for the GPU."""
-
-        def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            sequences = self._generate_halving(context, args, kwargs)
-            bar.update(len(context))
-            return sequences
-
-        def _generate_halving(self, context: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-            try:
-                return super()._model_generate(context, *args, **(kwargs | NEUTRAL_ARGUMENTS))
-            except RuntimeError as error:
-                if len(context) == 1 or not should_reduce_batch_size(error):
-                    raise
-            torch.cuda.empty_cache()  # out of the except block: its traceback would keep the cache alive
-            middle, mask = len(context) // 2, kwargs["attention_mask"]
-            bar.set_postfix_str(f"out of memory: {len(context)} questions in two halves")
-            rows = [
-                row
-                for part in (slice(middle), slice(middle, None))
-                for row in self._generate_halving(context[part], args, kwargs | {"attention_mask": mask[part]})
-            ]
-            return pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-
-    return CountedHFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+def _chunks(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (keys[start : start + _KEPT_AT_ONCE] for start in range(0, len(keys), _KEPT_AT_ONCE))

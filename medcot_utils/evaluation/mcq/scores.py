@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 import numpy as np
 
 from medcot_utils.evaluation.comparison import ComparedMetric, compare_shares
-from medcot_utils.evaluation.intervals import Estimate, PairedCounts, count_pairs, estimate_share, format_interval
+from medcot_utils.evaluation.intervals import (
+    FEWEST_QUESTIONS,
+    Array,
+    Estimate,
+    PairedCounts,
+    count_pairs,
+    estimate_share,
+    format_interval,
+)
+from medcot_utils.evaluation.mcq.readings import MEASURES, Reading, is_right, read_pairs, right_column
 from medcot_utils.machine.paths import PACKAGE
 
 if TYPE_CHECKING:
@@ -24,7 +33,6 @@ McqKey = tuple[str, str]
 PUBLISHED = PACKAGE / "data" / "published_scores.json"
 # What is published for most models, and so what is shown where no task was asked that has published scores.
 _FOR_ORIENTATION = "medqa"
-_STRICT = "one reading, of the asked form only; an unread answer is not right"
 
 
 class McqShare(Estimate):
@@ -59,7 +67,7 @@ def score_answers(records: Sequence[McqAnswer], confidence_level: float = 0.95) 
     }
 
 
-def _share(values: Sequence[int], confidence_level: float) -> McqShare:
+def _share(values: Sequence[int] | Array, confidence_level: float) -> McqShare:
     from lm_eval.api.metrics import mean_stderr
 
     stderr = mean_stderr(values) if len(values) > 1 else None
@@ -67,12 +75,14 @@ def _share(values: Sequence[int], confidence_level: float) -> McqShare:
 
 
 def overview(records: Sequence[McqAnswer]) -> dict[str, str]:
-    """Return one model's shares as text, for a table: {task and its number of questions: right and abstained}."""
+    """Return one model's shares as text, for a table: {task and reading: right, of how many questions, and abstained}."""
     found = {}
     for task, chosen in _by(records, "task").items():
-        scores = score_answers(chosen)
-        shares = f"{scores['accuracy']['value']:.2f} right, {scores['abstained']['value']:.2f} abstained"
-        found[f"{task}, {len(chosen)} questions"] = shares
+        abstained = score_answers(chosen)["abstained"]["value"]
+        for reading in MEASURES:
+            if read := [record for record in chosen if is_right(record, reading) is not None]:
+                share = f"{right_column(read, reading).mean():.2f} right of {len(read)} questions"
+                found[f"{task}, {reading}"] = share + (f", {abstained:.2f} abstained" if reading == "strict" else "")
     return found or {"multiple choice": "no questions asked (evaluation.mcq_tasks)"}
 
 
@@ -103,6 +113,17 @@ def scores_table(base: Sequence[McqAnswer], tuned: Sequence[McqAnswer], by: Lite
     return pd.DataFrame(lines, columns=[by, "n", *sides]).set_index(by)
 
 
+def specialty_table(base: Sequence[McqAnswer], tuned: Sequence[McqAnswer]) -> pd.DataFrame | str:
+    """Return `scores_table` of the specialties with at least FEWEST_QUESTIONS questions, or a line that says there are none."""
+    groups = _by(tuned, "specialty")
+    chosen = {name for name, records in groups.items() if name and len(records) >= FEWEST_QUESTIONS}
+    if not chosen:
+        most = max(map(len, groups.values()), default=0)
+        return f"No table by specialty: none has {FEWEST_QUESTIONS} questions (at most {most}), and fewer can show nothing."
+    ours, theirs = ([record for record in records if record["specialty"] in chosen] for records in (base, tuned))
+    return scores_table(ours, theirs, "specialty")
+
+
 # --- base and tuned --------------------------------------------------------------------------------------------------
 
 
@@ -110,13 +131,21 @@ def compare_records(
     base: Sequence[McqAnswer],
     tuned: Sequence[McqAnswer],
     settings: EvaluationSettings,
-    key: Literal["correct", "abstained"] = "correct",
+    key: Reading | Literal["abstained"] = "strict",
 ) -> PairedMcq:
-    """Compare two models by one key of their answers. Raises ValueError unless both answered the same questions."""
+    """Compare two models by a reading of their answers, or by which they abstained from.
+
+    Raises ValueError unless both answered the same questions."""
     if [(r["task"], r["id"]) for r in base] != [(r["task"], r["id"]) for r in tuned]:
         raise ValueError("base and tuned records are of different questions: same task, limit and seed for both")
-    ours, theirs = (np.array([record[key] for record in records], dtype=float) for records in (base, tuned))
+    ours, theirs = (_column(records, key) for records in (base, tuned))
     return {**count_pairs(ours, theirs), **compare_shares(ours, theirs, settings)}
+
+
+def _column(records: Sequence[McqAnswer], key: Reading | Literal["abstained"]) -> Array:
+    if key == "abstained":
+        return np.array([record["abstained"] for record in records], dtype=float)
+    return right_column(records, key)
 
 
 def seen_in_training(records: Sequence[McqAnswer], train: Dataset, settings: DatasetSettings) -> set[McqKey]:
@@ -139,9 +168,11 @@ def split_seen(records: Sequence[McqAnswer], seen: set[McqKey]) -> tuple[list[Mc
 def compare_mcq(
     base: Sequence[McqAnswer], tuned: Sequence[McqAnswer], seen: set[McqKey], settings: EvaluationSettings
 ) -> dict[str, PairedMcq]:
-    """Compare two models on the questions not in `seen`: mcq_accuracy, mcq_abstained and mcq_accuracy_answered.
+    """Compare two models on the questions not in `seen`, by each reading (see `readings.MEASURES`).
 
-    The last is over the questions that both models answered. A metric is left out if it has no question."""
+    mcq_accuracy and mcq_abstained are the strict reading's, mcq_letter and mcq_likelihood those of the same names;
+    mcq_accuracy_answered is the strict one over the questions that both models answered. A metric is left out if it has no
+    question that was read so for both."""
     clean = [split_seen(records, seen)[0] for records in (base, tuned)]
     if not clean[0]:
         return {}
@@ -149,6 +180,9 @@ def compare_mcq(
         "mcq_accuracy": compare_records(*clean, settings),
         "mcq_abstained": compare_records(*clean, settings, key="abstained"),
     }
+    for reading in ("letter", "likelihood"):
+        if pairs := read_pairs(*clean, reading):
+            found[f"mcq_{reading}"] = compare_records(*zip(*pairs, strict=True), settings, key=reading)
     both = [pair for pair in zip(*clean, strict=True) if not any(record["abstained"] for record in pair)]
     if both:
         found["mcq_accuracy_answered"] = compare_records(*zip(*both, strict=True), settings)
@@ -161,6 +195,8 @@ def compare_mcq(
 def published_scores(base: Sequence[McqAnswer], tuned: Sequence[McqAnswer]) -> pd.DataFrame:
     """Return published scores (`PUBLISHED`) below our own, for each task that was asked and has any; indexed by task, model.
 
+    These were read from generated answers, so the strict reading and the letter stand beside them. Our likelihood reading
+    is what leaderboards of lm-eval's multiple-choice tasks show instead; `scoring` says so in its line.
     Accuracy has its 95 % Wilson interval. If no task has published scores, MedQA's stand there for orientation, without our
     own."""
     import pandas as pd
@@ -170,10 +206,8 @@ def published_scores(base: Sequence[McqAnswer], tuned: Sequence[McqAnswer]) -> p
     tasks = [task for task in ours["tuned"] if task in data["questions"]]
     lines = []
     for task in tasks or [_FOR_ORIENTATION]:
-        for label, groups in ours.items() if tasks else ():
-            scores = score_answers(groups[task])
-            own = {"stderr": scores["accuracy"]["stderr"], "abstained": scores["abstained"]["value"]}
-            lines.append(_line(task, label, scores["accuracy"], "this run", _STRICT) | own)
+        for reading in MEASURES if tasks else ():
+            lines += [line for label, groups in ours.items() for line in _own_line(task, label, groups[task], reading)]
         n = data["questions"][task]
         for entry in data["scores"]:
             right = round(entry[task] / 100 * n)
@@ -181,6 +215,17 @@ def published_scores(base: Sequence[McqAnswer], tuned: Sequence[McqAnswer]) -> p
             lines.append(_line(task, entry["model"], share, **data["sources"][entry["source"]]))
     columns = ["task", "model", "accuracy", "low", "high", "n", "stderr", "abstained", "source", "scoring"]
     return pd.DataFrame(lines, columns=columns).set_index(["task", "model"])
+
+
+def _own_line(task: str, label: str, records: Sequence[McqAnswer], reading: Reading) -> list[dict[str, str | float | None]]:
+    """Return a model's line of one reading; none if no answer was read so."""
+    read = [record for record in records if is_right(record, reading) is not None]
+    if not read:
+        return []
+    share = _share(right_column(read, reading), 0.95)
+    abstained = {"abstained": score_answers(read)["abstained"]["value"]} if reading == "strict" else {}
+    line = _line(task, f"{label}, {reading}", share, "this run", f"{reading}: {MEASURES[reading]}")
+    return [line | {"stderr": share["stderr"]} | abstained]
 
 
 def _line(task: str, model: str, share: Estimate, source: str, scoring: str) -> dict[str, str | float | None]:

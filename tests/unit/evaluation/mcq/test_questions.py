@@ -18,7 +18,6 @@ from medcot_utils.evaluation.mcq.run import (
     load_questions,
     prompt,
     read_answer,
-    task_rows,
 )
 
 pytest_plugins = ("mcq_fixtures",)
@@ -67,8 +66,6 @@ def test_optional_ids_and_specialties_are_used_if_present(write):
     first, second = load_questions(write(*rows))
     assert (first["id"], first["specialty"], first["answer"]) == ("7", "toxicology", "B")
     assert first["options"] == {"A": "1", "B": "0"} and second["options"]["E"] == "t"
-    dataset = task_rows(questions=[first, second])["test"]
-    assert dataset["options"] == [["1", "0"], list("pqrst")], "Arrow gave a row options of another"
 
 
 @pytest.mark.parametrize(
@@ -95,6 +92,23 @@ def test_optional_ids_and_specialties_are_used_if_present(write):
         ({"question": "q", "options": ["x", float("nan")], "answer": "A"}, "option B is empty"),
         ({"question": "q", "options": TEXTS, "answer": True}, "the answer True is no option"),
         ({"question": "q", "options": ["x", "\ud83d"], "answer": "A"}, "B holds half a character"),
+        (
+            {"question": "q", "options": {"A": "x", "B": "  "}, "answer": "B"},
+            "option B is '  '; expected a text for every option",
+        ),
+        ({"question": "q", "options": {"A": "x", "B": ""}, "answer": "B"}, "option B is empty"),
+        ({"question": "q", "options": ["", "x"], "answer": ""}, "no answer"),
+        ({"question": "q", "options": ["Sodium"] * 3, "answer": 2}, "every option reads 'Sodium'; expected at least two"),
+        ({"question": "q", "options": ["Sodium", " sodium", "SODIUM "], "answer": "B"}, "every option reads 'sodium'"),
+        ({"question": "q", "options": ["Sodium"], "answer": "A"}, "every option reads 'Sodium'; expected at least two"),
+        (
+            {"question": "q", "options": ["Na", "K", "Na "], "answer": "C"},
+            "options A and C both read 'Na', and C is the right one",
+        ),
+        (
+            {"question": "q", "options": ["a  b", "K", "a b"], "answer": "a b"},
+            "options A and C both read 'a b', and C is the right",
+        ),
         ({"question": "q \ud83d", "options": TEXTS, "answer": "A"}, "question holds half a character"),
     ],
 )
@@ -103,6 +117,12 @@ def test_a_faulty_row_is_named_with_what_was_expected(write, row, message):
     with pytest.raises(McqError, match=message) as caught:
         load_questions(path)
     assert "own.jsonl, row 2" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("texts", [["AA", "Aa", "aa"], ["Sodium", "Zinc", "Zinc"], ["1", "10", "1.0"]])
+def test_options_that_differ_at_the_right_one_are_taken(write, texts):
+    (question,) = load_questions(write({"question": "q", "options": texts, "answer": 0}))
+    assert list(question["options"].values()) == texts
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), ""], ids=["null", "NaN", "empty"])
@@ -217,11 +237,13 @@ def test_rows_of_the_hubs_shapes_become_questions(task, tmp_path, monkeypatch, w
     folder.mkdir()
     faulty = dict(HUB_ROWS[task][0])
     faulty |= {"medqa": {"ending2": ""}, "medmcqa": {"cop": -1}, "pubmedqa": {"final_decision": ""}}[task]
-    lines = [json.dumps(row) for row in [*HUB_ROWS[task], faulty]]
+    alike = dict(HUB_ROWS[task][0]) | {"medqa": {"ending0": "Potassium"}, "medmcqa": {"opa": "Potassium"}, "pubmedqa": {}}[task]
+    lines = [json.dumps(row) for row in [*HUB_ROWS[task], faulty, *[alike] * (task != "pubmedqa")]]
     (folder / f"{source['split']}.jsonl").write_text("\n".join(lines))
     first, second = read_questions(path=str(folder), split=source["split"], shape=source["shape"])
     said = capsys.readouterr()
-    assert "1 of 3 rows left out" in said.out and said.out.count("\n") == 1 and said.err == ""
+    out = "1 of 3" if task == "pubmedqa" else "2 of 4"  # PubMedQA's three options are the same everywhere
+    assert f"{out} rows left out" in said.out and said.out.count("\n") == 1 and said.err == ""
     assert first["id"] != second["id"] and first["answer"] == "B"
     if task == "pubmedqa":
         assert first["question"] == "We asked.\nWe saw.\n\nIs it so?"

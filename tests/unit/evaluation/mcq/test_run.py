@@ -1,27 +1,20 @@
-"""Multiple choice: what is read and what is not, and lm-eval over real models."""
+"""Multiple choice: what is read strictly and what is not, and three readings of real and scripted models."""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 
 import pytest
 
 from medcot_utils.config import load_config
-from medcot_utils.evaluation.mcq.run import (
-    TASKS,
-    McqError,
-    judge_row,
-    load_questions,
-    prompt,
-    read_answer,
-    run_mcq,
-)
+from medcot_utils.evaluation.mcq.run import list_prompts, load_questions, prompt, read_answer, run_tasks
+from medcot_utils.run.journal import Journal
 
 pytest_plugins = ("mcq_fixtures",)
 
 CONFIG = load_config("smoke", ["model.load_in_4bit=false"])
-SETTINGS = CONFIG.evaluation  # 95 %, 500 resamples
 OPTIONS = {"A": "Chloride", "B": "Vitamin A", "C": "C. difficile", "D": "HLA_B27"}
 LETTERS = {"A": "Sodium", "B": "Potassium", "C": "Calcium"}
 
@@ -111,19 +104,7 @@ def test_what_was_thought_does_not_count_against_the_answer():
     assert read_answer("Answer: A. No, wait.\nAnswer: C</think>Answer: D", OPTIONS) == "D"
 
 
-@pytest.mark.parametrize(
-    ("completion", "expected"),
-    [
-        ("so</think>Answer: B", {"correct": 1, "abstained": 0}),
-        ("so</think>Answer: A", {"correct": 0, "abstained": 0}),
-        ("so</think>Perhaps B", {"correct": 0, "abstained": 1}),
-    ],
-)
-def test_what_cannot_be_read_is_abstained_and_not_wrong(completion, expected):
-    assert judge_row({"options": ["x", "y"], "answer": "B"}, [completion]) == expected
-
-
-# --- lm-eval over a model ------------------------------------------------------------------------------------------
+# --- asking a model ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -135,175 +116,279 @@ def tiny():
     return engine.for_inference(model), tokenizer
 
 
+def configured(*settings):
+    given = ["evaluation.mcq_limit=5", "evaluation.mcq_max_new_tokens=9", "evaluation.answer_tokens=7", "generation.batch_size=2"]
+    return load_config("smoke", ["model.load_in_4bit=false", *given, *settings])
+
+
 @pytest.fixture
-def spy(monkeypatch):
-    """The arguments of every call of a model's generate, and the token ids it made."""
+def scripted(monkeypatch):
+    """A function that gives answers instead of the model's own: completions by what the prompt holds."""
 
-    def watch(model):
-        calls, generate = [], model.generate
+    def script(completions):
+        def answer(model, tokenizer, asked, settings, answer_tokens, journal, label):
+            assert (settings.max_new_tokens, answer_tokens) == (9, 0)
+            found = []
+            for one in asked:
+                completion = next(text for name, text in completions.items() if name in one.prompt)
+                record = {"id": one.id, "sample": 0, "prompt": one.prompt, "completion": completion}
+                record["closed"] = completion.count("</think>")
+                found.append(record | {"forced": {"closed_by": "itself" if record["closed"] else "budget"}})
+            return found
 
-        def watched(**arguments):
-            sequences = generate(**arguments)
-            calls.append(arguments | {"sequences": sequences})
-            return sequences
+        monkeypatch.setattr("medcot_utils.models.generation.answer_prompts", answer)
 
-        monkeypatch.setattr(model, "generate", watched, raising=False)
-        return calls
-
-    return watch
+    return script
 
 
-def prompts_of(call, tokenizer):
-    """The prompts' token ids without padding, checked to be padded on the left."""
-    for ids, mask in zip(call["input_ids"], call["attention_mask"], strict=True):
-        real = mask.bool()
-        assert bool(real[-1]) and not bool((real[:-1] & ~real[1:]).any()), "padding inside or on the right"
-        yield ids[real].tolist()
+@pytest.fixture
+def contexts(monkeypatch):
+    """The token ids of all rows that lm-eval gives the model."""
+    from lm_eval.models.huggingface import HFLM
+
+    seen, call = [], HFLM._model_call
+
+    def watched(self, inps, **more):
+        seen.append(inps.tolist())
+        return call(self, inps, **more)
+
+    monkeypatch.setattr(HFLM, "_model_call", watched)
+    return seen
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("newline", [True, False])
-def test_lm_eval_asks_the_tiny_model_exactly_what_was_meant(tiny, spy, newline, capsys):
+def test_the_tiny_model_reads_exactly_what_was_meant(tiny, contexts, newline, capsys):
     model, tokenizer = tiny
-    calls, side, tune = spy(model), tokenizer.padding_side, dict(max_new_tokens=9, batch_size=2)
-    records = run_mcq(model, tokenizer, "shipped", limit=5, newline_after_think=newline, seed=2, label="base", **tune)
-    questions = load_questions("shipped", 5, seed=2)
+    side = tokenizer.padding_side
+    config = configured(f"prompt.newline_after_think={newline}")
+    records = run_tasks(model, tokenizer, config, "base")
+    questions = load_questions("shipped", 5, seed=config.seed)
     assert [record["id"] for record in records] == [question["id"] for question in questions]
-    asked = [ids for call in calls for ids in prompts_of(call, tokenizer)]
-    assert [len(call["input_ids"]) for call in calls] == [2, 2, 1]
-    assert sorted(asked) == sorted(tokenizer(prompt(question, newline))["input_ids"] for question in questions)
-    assert all(ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id for ids in asked)
-    for call in calls:
-        assert call["do_sample"] is False and call["eos_token_id"] == tokenizer.eos_token_id
-        assert [criterion.sequence for criterion in call["stopping_criteria"]] == [tokenizer.eos_token], "only EOS may stop it"
-        assert call["max_length"] == call["input_ids"].shape[1] + 9
-    keys = {"model", "task", "id", "question", "options", "answer", "specialty", "completion", "read", "correct", "abstained"}
+    meant = []
     for record, question in zip(records, questions, strict=True):
-        assert set(record) == keys and question.items() <= record.items()
-        assert (record["model"], record["task"]) == ("base", "shipped")
+        assert question.items() <= record.items() and (record["model"], record["task"]) == ("base", "shipped")
         assert (record["read"], record["correct"], record["abstained"]) == (None, False, True), "random weights answer nothing"
+        assert record["closed_by"] == "budget" and {record["letter"], record["likelihood"]} <= set("ABCD")
+        assert len(tokenizer(record["completion"], add_special_tokens=False)["input_ids"]) > 0
+        # The letters share all but their last token, so that lm-eval runs the model once for them.
+        meant.append(f"{prompt(question, newline)}{record['completion'].rstrip()}\n</think>\nAnswer: A")
+        meant += [f"Question: {question['question']}\nAnswer: {text}" for text in question["options"].values()]
+    read = [ids for batch in contexts for ids in batch]
+    for text in meant:
+        ids = tokenizer(text)["input_ids"][:-1]
+        assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+        assert any(row[: len(ids)] == ids for row in read), "padding stands on the right only"
+    assert len(read) == len(meant) and max(map(len, contexts)) == 2
     assert tokenizer.padding_side == side
     shown = capsys.readouterr()
-    assert shown.out == "" and shown.err.count("\n") <= 1 and "multiple choice, base: 100%" in shown.err and "5/5" in shown.err
+    assert shown.out.count("\n") <= 1 and "multiple choice, base: 100%" in shown.err
+    assert "likeliest options, base: 100%" in shown.err and "10/10" in shown.err and shown.err.count("\n") <= 2
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("own", [{}, {"do_sample": True, "repetition_penalty": 5.0, "min_new_tokens": 30, "num_beams": 2}])
-def test_completions_equal_the_projects_own_generation(tiny, own):
-    from medcot_utils.models.generation import answer_questions
-
-    model, tokenizer = tiny
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in own.items():  # what a checkpoint may bring, and what nobody asked for
-            patch.setattr(model.generation_config, name, value)
-        records = run_mcq(model, tokenizer, "shipped", limit=6, max_new_tokens=16, batch_size=4, seed=5)
-    blocks = [prompt(question, False).partition("### Question:\n")[2] for question in load_questions("shipped", 6, seed=5)]
-    asked = [{"id": str(i), "Question": block.partition("\n\n### Response:")[0]} for i, block in enumerate(blocks)]
-    settings = CONFIG.generation.model_copy(update={"max_new_tokens": 16, "batch_size": 3})
-    answers = answer_questions(model, tokenizer, asked, settings, True, 1)
-    assert [record["completion"] for record in records] == [answer["completion"] for answer in answers]
-    assert len({record["completion"] for record in records}) > 1
+def test_open_thinking_has_no_letter_without_forced_closing(tiny):
+    records = run_tasks(*tiny, configured("evaluation.answer_tokens=null"), "base")
+    assert len(records) == 5 and all("letter" not in record and "closed_by" not in record for record in records)
+    assert all(record["likelihood"] in "ABCD" for record in records)
 
 
 @pytest.mark.model
 def test_the_callers_rng_streams_and_log_levels_stay_untouched(tiny):
+    import random
+
     import numpy as np
     import torch
 
     def state():
-        return np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), logging.root.manager.disable
+        own = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        return own, logging.root.manager.disable, sys.stdout, sys.stderr
 
     # Values that no library would set by itself.
+    random.seed(80)
     np.random.seed(81)
     torch.manual_seed(82)
     logging.disable(logging.DEBUG)
-    before = state(), sys.stdout, sys.stderr
-    run_mcq(*tiny, "shipped", limit=1, max_new_tokens=2)
-    assert (state(), sys.stdout, sys.stderr) == before
-    with pytest.raises(McqError):
-        run_mcq(*tiny, "shipped", limit=1, max_new_tokens=5000)
-    after = state(), sys.stdout, sys.stderr
+    before = state()
+    run_tasks(*tiny, configured("evaluation.mcq_limit=1"), "base")
+    after = state()
     logging.disable(logging.NOTSET)
     assert after == before
 
 
 @pytest.mark.model
-def test_a_scripted_model_gets_the_score_its_outputs_deserve(tiny, monkeypatch, write):
-    # Real lm-eval, real tokenizer, made-up token ids in place of the model's: only so is a right answer known beforehand.
-    import torch
-
-    model, tokenizer = tiny
+def test_a_scripted_model_gets_the_score_its_outputs_deserve(tiny, scripted, write):
     replies = {
-        "first": "So.\n\nLet me see.\n\n</think>\n\nIt is sodium.\n\nIn short:\n\nAnswer: A",
-        "second": "So.</think>Answer: C",
-        "third": "So.</think>The answer is A",
-        "fourth": "So.\nAnswer: A",
+        "The first ion?": "So.\n\nLet me see.\n\n</think>\n\nIt is sodium.\n\nIn short:\n\nAnswer: A",
+        "The second ion?": "So.</think>Answer: C",
+        "The third ion?": "So.</think>The answer is A",
+        "The fourth ion?": "So.\nAnswer: A",
     }
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-
-    def scripted(input_ids, **arguments):
-        made = []
-        for ids in input_ids:
-            text = tokenizer.decode(ids)
-            reply = next(reply for name, reply in replies.items() if f"The {name} ion?" in text)
-            made.append([*tokenizer(reply, add_special_tokens=False)["input_ids"], eos])
-        longest = max(map(len, made))
-        return torch.cat([input_ids, torch.tensor([ids + [pad] * (longest - len(ids)) for ids in made])], dim=1)
-
-    monkeypatch.setattr(model, "generate", scripted, raising=False)
-    path = write(*({"id": name, "question": f"The {name} ion?", "options": LETTERS, "answer": "A"} for name in replies))
-    records = run_mcq(model, tokenizer, path, batch_size=3, max_new_tokens=64, label="tuned")
-    assert [record["completion"] for record in records] == list(replies.values()), "cut at a newline, or not at EOS"
+    scripted(replies)
+    path = write(*({"id": name, "question": name, "options": LETTERS, "answer": "A"} for name in replies))
+    records = run_tasks(*tiny, configured(f"evaluation.mcq_tasks=[{path}]"), "tuned")
+    assert [record["completion"] for record in records] == list(replies.values())
     assert [record["read"] for record in records] == ["A", "C", None, None]
     assert [record["correct"] for record in records] == [True, False, False, False]
     assert [record["abstained"] for record in records] == [False, False, True, True]
+    assert [record["closed_by"] for record in records] == ["itself", "itself", "itself", "budget"]
     assert {record["task"] for record in records} == {"own.jsonl"}
 
 
-@pytest.mark.model
-def test_a_question_that_would_lose_its_beginning_is_refused(tiny):
-    with pytest.raises(McqError, match=r"takes \d+ tokens: with max_new_tokens \(1900\) more than the model's 2048"):
-        run_mcq(*tiny, "shipped", limit=2, max_new_tokens=1900)
+def prefer(monkeypatch, model, score):
+    """Make a model's logits those of `score(token ids before, vocabulary size)`, the same for every position."""
+    import torch
+    from transformers.modeling_outputs import CausalLMOutput
+
+    def forward(input_ids, **_):
+        size = model.config.vocab_size
+        return CausalLMOutput(logits=torch.stack([score(ids, size).expand(len(ids), size) for ids in input_ids]))
+
+    monkeypatch.setattr(model, "forward", forward)
 
 
 @pytest.mark.model
-def test_lm_eval_itself_can_run_the_task_files(tiny, write):
-    from lm_eval.evaluator import simple_evaluate
+def test_the_letter_is_the_likeliest_after_the_models_own_thinking(tiny, scripted, monkeypatch, write):
+    import torch
+
+    model, tokenizer = tiny
+    (a,), (b,) = (tokenizer(f"x {letter}", add_special_tokens=False)["input_ids"][-1:] for letter in "AB")
+    told = tokenizer("Potassium it is", add_special_tokens=False)["input_ids"][-3:]
+
+    def score(ids, size):
+        thought_of_b = any(ids[i : i + 3].tolist() == told for i in range(len(ids)))
+        return torch.zeros(size).index_fill(0, torch.tensor([b if thought_of_b else a]), 9.0)
+
+    scripted(
+        {
+            "The own tag?": "Hm, Potassium it is\n</think>\nAnswer: A",  # what is written after the tag does not count
+            "The cut one?": "Hm, Potassium it is",
+            "The doubted one?": "Hm.</think>Potassium it is",
+        }
+    )
+    prefer(monkeypatch, model, score)
+    names = ("own tag", "cut one", "doubted one")
+    path = write(*({"question": f"The {name}?", "options": LETTERS, "answer": "B"} for name in names))
+    records = run_tasks(model, tokenizer, configured(f"evaluation.mcq_tasks=[{path}]"), "base")
+    assert [record["letter"] for record in records] == ["B", "B", "A"]
+    assert [record["read"] for record in records] == ["A", None, None], "the strict reading is another one"
+
+
+@pytest.mark.model
+def test_an_answer_too_long_to_read_again_has_no_letter(tiny, scripted, write, capsys):
+    # A context that lm-eval would cut at its beginning, without a word.
+    scripted({"The long one?": "\ufffd" * 1500, "The short one?": "Hm."})
+    path = write(*({"question": f"The {name} one?", "options": LETTERS, "answer": "B"} for name in ("long", "short")))
+    long, short = run_tasks(*tiny, configured(f"evaluation.mcq_tasks=[{path}]"), "base")
+    assert "letter" not in long and "letter" in short and "likelihood" in long
+    assert "1 answers are too long to be read once more: they have no letter" in capsys.readouterr().out
+
+
+@pytest.mark.model
+def test_a_question_beyond_the_context_is_refused_before_it(tiny):
+    from medcot_utils.models.batches import GenerationError
+
+    config = configured("evaluation.mcq_max_new_tokens=1900")
+    with pytest.raises(GenerationError, match=r"evaluation.mcq_max_new_tokens 1900"):
+        run_tasks(*tiny, config, "base")
+    # The closing tag and a letter need room too.
+    (one,) = list_prompts(configured("evaluation.mcq_limit=1"))
+    assert one.endswith("<think>\n\n</think>\nAnswer: A") and list_prompts(configured("evaluation.mcq_tasks=[]")) == []
+
+
+@pytest.mark.model
+def test_tasks_of_one_name_or_none_are_asked_once_each(tiny, tmp_path):
+    paths = []
+    for folder, text in (("one", "Is it so?"), ("two", "Is it not?")):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "own.jsonl"
+        path.write_text(json.dumps({"question": text, "options": LETTERS, "answer": "A"}))
+        paths.append(str(path))
+    records = run_tasks(*tiny, configured(f"evaluation.mcq_tasks=[{', '.join([*paths, paths[0]])}]"), "base")
+    assert [(record["id"], record["question"]) for record in records] == [("row-1", "Is it so?"), ("row-1", "Is it not?")]
+    assert run_tasks(*tiny, configured("evaluation.mcq_tasks=[]"), "base") == []
+
+
+class Killed(BaseException):
+    pass
+
+
+class Dying(Journal):
+    """A journal whose process dies after so many writes."""
+
+    left = 0
+
+    def add(self, records):
+        super().add(records)
+        self.left -= 1
+        if not self.left:
+            raise Killed
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("writes", [2, 4, 6], ids=["answers", "letters", "likelihoods"])
+def test_killed_multiple_choice_asks_only_what_is_missing(tiny, contexts, monkeypatch, tmp_path, writes):
+    # 5 questions in batches of 2 are 3 writes of answers; chunks of 3 are 2 of letters and 2 of likelihoods.
+    monkeypatch.setattr("medcot_utils.evaluation.mcq.run._KEPT_AT_ONCE", 3)
+    whole = run_tasks(*tiny, configured(), "base")
+    read_once = len(contexts)
+    contexts.clear()
+    dying = Dying(tmp_path / "part", "this model")
+    dying.left = writes
+    with pytest.raises(Killed):
+        run_tasks(*tiny, configured(), "base", dying)
+    assert run_tasks(*tiny, configured(), "base", Journal(tmp_path / "part", "this model")) == whole
+    assert len(contexts) == read_once, "a likelihood was taken twice, or never"
+    contexts.clear()
+    assert run_tasks(*tiny, configured(), "base", Journal(tmp_path / "part", "this model")) == whole and contexts == []
+
+
+@pytest.mark.model
+def test_kept_letters_are_not_another_models(tiny, contexts, tmp_path):
+    run_tasks(*tiny, configured(), "base", Journal(tmp_path / "part", "this model"))
+    read_once = len(contexts)
+    run_tasks(*tiny, configured(), "base", Journal(tmp_path / "part", "another model"))
+    assert len(contexts) == 2 * read_once
+
+
+@pytest.mark.model
+def test_a_batch_too_large_for_the_gpu_is_made_smaller(tiny, contexts, monkeypatch, capsys):
+    import torch
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    path = write(*({"question": f"Which ion {i}?", "options": list(LETTERS.values()), "answer": 0} for i in range(3)))
-    for name, metadata in (("medcot_shipped", {"limit": 2, "seed": 3}), ("medcot_file", {"limit": 2, "path": path})):
-        manager = TaskManager(include_path=TASKS, include_defaults=False, metadata=metadata)
-        harness = HFLM(pretrained=tiny[0], tokenizer=tiny[1])
-        found = simple_evaluate(harness, tasks=[name], task_manager=manager, gen_kwargs={"max_gen_toks": 3})
-        assert found["results"][name]["sample_len"] == 2 and found["results"][name]["abstained,none"] == 1.0
-        assert "correct_stderr,none" in found["results"][name]
-        assert found["higher_is_better"][name] == {"correct": True, "abstained": False}
+    expected = run_tasks(*tiny, configured(), "base")
+    call = HFLM._model_call
+
+    def on_a_small_gpu(self, inps, **more):
+        if len(inps) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return call(self, inps, **more)
+
+    monkeypatch.setattr(HFLM, "_model_call", on_a_small_gpu)
+    found = run_tasks(*tiny, configured("generation.batch_size=5"), "base")
+    assert max(map(len, contexts)) == 2
+    assert [(one["letter"], one["likelihood"]) for one in found] == [(one["letter"], one["likelihood"]) for one in expected]
 
 
 @pytest.mark.embedded
-def test_smollm2_is_prompted_with_one_bos_and_consistent_records(spy, capsys):
+def test_smollm2_gives_three_consistent_readings(contexts):
     from medcot_utils.models.engine import get_engine
 
-    config = load_config("demo", ["model.load_in_4bit=false"])
+    config = load_config("demo", ["model.load_in_4bit=false", "evaluation.mcq_limit=4", "evaluation.mcq_max_new_tokens=48"])
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"answer_tokens": 8})})
     assert config.model.name == "embedded:smollm2-135m-instruct"
     engine = get_engine(config.model)
     model, tokenizer = engine.load(config.model)
-    calls = spy(engine.for_inference(model))
-    records = run_mcq(model, tokenizer, "shipped", limit=4, max_new_tokens=48, batch_size=4, label="base")
+    records = run_tasks(engine.for_inference(model), tokenizer, config, "base")
     assert len(records) == len({record["id"] for record in records}) == len({record["specialty"] for record in records}) == 4
-    (call,) = calls
-    for ids in prompts_of(call, tokenizer):
-        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
-        assert tokenizer.decode(ids).endswith("### Response:\n<think>\n")
-    made = call["sequences"][:, call["input_ids"].shape[1] :]
-    assert made.shape[1] <= 48 and any("\n" in record["completion"] for record in records), "a newline must end nothing"
+    for ids in (ids for batch in contexts for ids in batch):
+        assert ids[0] == tokenizer.bos_token_id
+    assert any("\n" in record["completion"] for record in records), "a newline must end nothing"
     for record in records:
         assert record["completion"].strip() and record["abstained"] == (record["read"] is None)
         assert record["correct"] == (record["read"] == record["answer"])
         assert record["read"] == read_answer(record["completion"], record["options"])
-    assert len(records) == 4
+        assert {record["letter"], record["likelihood"]} <= set(record["options"])
 
 
 def test_the_module_imports_without_lm_eval_torch_or_pandas():

@@ -19,7 +19,9 @@ from medcot_utils.evaluation.mcq.scores import (
     score_answers,
     scores_table,
     seen_in_training,
+    specialty_table,
 )
+from medcot_utils.evaluation.metrics import METRICS
 
 SETTINGS = load_config("smoke").evaluation
 
@@ -80,9 +82,36 @@ def test_each_task_has_its_own_line_and_is_never_pooled():
     assert list(table.index) == ["medqa", "shipped"] and list(table["n"]) == [40, 20]
     assert table.loc["medqa", "tuned: right"].startswith("1.00 [") and table.loc["shipped", "tuned: right"].startswith("0.00 [")
     assert overview(tuned) == {
-        "shipped, 20 questions": "0.00 right, 0.00 abstained",
-        "medqa, 40 questions": "1.00 right, 0.00 abstained",
+        "shipped, strict": "0.00 right of 20 questions, 0.00 abstained",
+        "medqa, strict": "1.00 right of 40 questions, 0.00 abstained",
     }
+
+
+def read(given, letter, likelihood):
+    """Records of a right answer A with the letters of the other readings."""
+    return [record | {"answer": "A", "letter": letter, "likelihood": likelihood} for record in given]
+
+
+def test_the_overview_shows_three_readings_of_one_model():
+    some = read(records(right=5, abstained=10), "A", "B")
+    del some[0]["letter"]
+    assert overview(some) == {
+        "shipped, strict": "0.25 right of 20 questions, 0.50 abstained",
+        "shipped, letter": "1.00 right of 19 questions",
+        "shipped, likelihood": "0.00 right of 20 questions",
+    }
+
+
+def test_specialties_of_few_questions_have_no_table():
+    base, tuned = records(right=2), records(right=7, label="tuned")
+    assert list(specialty_table(base, tuned).index) == ["s0", "s1"]
+    few = [record | {"specialty": "s2"} for record in records(right=2, n=5)]
+    renamed = [record | {"id": f"few-{record['id']}"} for record in few]
+    assert list(specialty_table([*base, *renamed], [*tuned, *renamed]).index) == ["s0", "s1"], "5 questions show nothing"
+    assert specialty_table(few, few).startswith("No table by specialty: none has 6 questions (at most 5)")
+    assert specialty_table([], []).startswith("No table by specialty")
+    unnamed = [record | {"specialty": ""} for record in base]
+    assert isinstance(specialty_table(unnamed, unnamed), str)
 
 
 def test_no_questions_give_an_empty_result_without_an_error():
@@ -149,8 +178,8 @@ def test_notebook_06_quotes_how_each_published_score_was_scored():
 def test_published_scores_follow_ours_for_the_same_task_only():
     base = [*of_task("shipped", 20), *of_task("medqa", 6)]
     table = published_scores(base, [*of_task("shipped", 20), *of_task("medqa", 9, abstained=2)]).loc["medqa"]
-    assert list(table.index[:2]) == ["base", "tuned"] and list(table["accuracy"][:2]) == [6 / 20, 9 / 20]
-    assert table.loc["tuned", "abstained"] == pytest.approx(0.1) and table.loc["tuned", "stderr"] > 0
+    assert list(table.index[:2]) == ["base, strict", "tuned, strict"] and list(table["accuracy"][:2]) == [6 / 20, 9 / 20]
+    assert table.loc["tuned, strict", "abstained"] == pytest.approx(0.1) and table.loc["tuned, strict", "stderr"] > 0
     published = table.iloc[2:]
     assert published.loc["DeepSeek-R1-Distill-Llama-8B", "accuracy"] == pytest.approx(0.554)
     assert "MedReason" in published.loc["DeepSeek-R1-Distill-Llama-8B", "source"]
@@ -165,10 +194,23 @@ def test_published_scores_follow_ours_for_the_same_task_only():
         assert (of_others["accuracy"] * 100).round(1).tolist() == scores
 
 
+def test_each_reading_beside_published_scores_says_what_it_is():
+    base, tuned = (read(of_task("medqa", right), "A", "B") for right in (6, 9))
+    table = published_scores(base, tuned).loc["medqa"]
+    assert list(table.index[:6]) == [
+        f"{side}, {name}" for name in ("strict", "letter", "likelihood") for side in ("base", "tuned")
+    ]
+    assert list(table["accuracy"][:6]) == [0.3, 0.45, 1, 1, 0, 0]
+    assert (
+        "leaderboards" in table.loc["base, likelihood", "scoring"] and "leaderboards" not in table.loc["base, letter", "scoring"]
+    )
+    assert table["abstained"].notna().sum() == 2, "only the strict reading abstains"
+
+
 def test_medqa_scores_orient_tasks_without_published_ones():
     table = published_scores(of_task("shipped", 6), of_task("shipped", 9))
     assert set(table.index.get_level_values("task")) == {"medqa"}
-    assert not {"base", "tuned"} & set(table.index.get_level_values("model"))
+    assert not [name for name in table.index.get_level_values("model") if name.startswith(("base", "tuned"))]
 
 
 def test_accuracy_among_both_answered_needs_such_questions():
@@ -177,3 +219,17 @@ def test_accuracy_among_both_answered_needs_such_questions():
     some = compare_mcq(records(4, abstained=10), records(9, abstained=2, label="tuned"), set(), SETTINGS)
     assert some["mcq_accuracy"]["n"] == 20 and some["mcq_accuracy_answered"]["n"] == 10
     assert (some["mcq_accuracy_answered"]["base"]["value"], some["mcq_accuracy_answered"]["tuned"]["value"]) == (0.4, 0.9)
+
+
+def test_compared_readings_count_the_questions_read_for_both():
+    base = read(records(right=2, abstained=9), "B", "A")
+    tuned = read(records(right=7, label="tuned"), "A", "B")
+    for record in base[:4]:
+        del record["letter"]
+    found = compare_mcq(base, tuned, {("shipped", "q19")}, SETTINGS)
+    assert list(found) == ["mcq_accuracy", "mcq_abstained", "mcq_letter", "mcq_likelihood", "mcq_accuracy_answered"]
+    shares = {name: (metric["n"], metric["base"]["value"], metric["tuned"]["value"]) for name, metric in found.items()}
+    assert shares["mcq_letter"] == (15, 0, 1) and shares["mcq_likelihood"] == (19, 1, 0)
+    assert shares["mcq_accuracy"] == (19, pytest.approx(2 / 19), pytest.approx(7 / 19))
+    assert found["mcq_letter"]["difference"]["p"] == pytest.approx(2 / 2**15)
+    assert set(METRICS) > set(found)

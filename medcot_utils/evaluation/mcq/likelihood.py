@@ -1,0 +1,109 @@
+"""Read which option is likeliest to a model, through lm-evaluation-harness's own `multiple_choice` tasks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from string import ascii_uppercase
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from medcot_utils.evaluation.mcq.questions import McqQuestion, choose, quiet, read_questions
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TASKS = Path(__file__).parent
+
+
+class OptionRow(TypedDict):
+    """Hold a row of a `multiple_choice` task: the likelihood of ` ` and each choice is taken after the context."""
+
+    context: str
+    choices: list[str]
+    right: int  # index of the right choice
+
+
+def text_row(question: McqQuestion) -> OptionRow:
+    """Return the row of the likelihood reading: the question alone, and the options' texts.
+
+    It is the usual form, of lm-eval's ARC and of leaderboards."""
+    return _row(question, f"Question: {question['question']}\nAnswer:", [*question["options"].values()])
+
+
+def letter_row(question: McqQuestion, thought: str) -> OptionRow:
+    """Return the row of the letter reading: the options' letters after `thought`, which is the prompt and closed thinking."""
+    return _row(question, f"{thought}Answer:", [*question["options"]])
+
+
+def _row(question: McqQuestion, context: str, choices: list[str]) -> OptionRow:
+    return {"context": context, "choices": choices, "right": [*question["options"]].index(question["answer"])}
+
+
+def task_rows(
+    rows: Sequence[OptionRow] | None = None,
+    limit: int | None = None,
+    seed: int = 3407,
+    path: str = "shipped",
+    name: str | None = None,
+    split: str | None = None,
+    shape: str = "usual",
+    **_: Any,
+) -> DatasetDict:
+    """Return a task's rows: those given, or `text_row` of each question of the source in the task's file.
+
+    It is lm-eval's `custom_dataset`; other arguments are lm-eval's own metadata."""
+    from datasets import Dataset, DatasetDict
+
+    if rows is None:
+        rows = [text_row(question) for question in choose(read_questions(path, name, split, shape), limit, seed)]
+    return DatasetDict(test=Dataset.from_list([*rows]))
+
+
+def make_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> HFLM:
+    """Return the loaded model as lm-eval asks it. Probabilities are taken in 32 bits: in 16, close options would be equal."""
+    from lm_eval.models.huggingface import HFLM
+
+    with quiet():
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+
+
+def fits(harness: HFLM, row: OptionRow) -> bool:
+    """Return whether the model's context holds a row. Of a longer one lm-eval would cut off the beginning."""
+    longest = max(row["choices"], key=len)
+    return len(harness.tok_encode(f"{row['context']} {longest}")) <= harness.max_length
+
+
+def likeliest_letters(harness: HFLM, rows: Sequence[OptionRow], by_length: bool) -> list[str]:
+    """Return the letter of each row's likeliest choice; the first of equal ones.
+
+    `by_length` divides its log-likelihood by its number of characters, so that long texts do not lose for being long. These
+    are the choices that lm-eval counts as `acc_norm`, and without `by_length` as `acc`. The caller's random generators and log
+    levels stay as they are."""
+    import numpy as np
+
+    with quiet():
+        samples = _evaluate(harness, rows)
+    letters = []
+    for row, sample in zip(rows, samples, strict=True):
+        lengths = [len(choice) if by_length else 1 for choice in row["choices"]]
+        likelihoods = np.array([likelihood for likelihood, _ in sample["filtered_resps"]])
+        letters.append(ascii_uppercase[int(np.argmax(likelihoods / lengths))])
+    return letters
+
+
+def _evaluate(harness: HFLM, rows: Sequence[OptionRow]) -> list[dict[str, Any]]:
+    """Return lm-eval's samples, in the order of the rows."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
+    # Not simple_evaluate, which seeds the caller's generators and describes the machine each time, in seconds.
+    drawn = random.getstate()  # TaskManager draws names that nobody sees
+    try:
+        tasks = TaskManager(include_path=TASKS, include_defaults=False, metadata={"rows": rows}).load(["medcot_file"])
+        found = evaluate(lm=harness, task_dict=tasks, bootstrap_iters=0, log_samples=True)
+    finally:
+        random.setstate(drawn)
+    return sorted(found["samples"]["medcot_file"], key=lambda sample: sample["doc_id"])

@@ -1,0 +1,142 @@
+"""The readings of multiple choice, each named for what it measures: against chance, and base beside tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+import numpy as np
+
+from medcot_utils.evaluation.intervals import (
+    Difference,
+    Estimate,
+    estimate_share,
+    estimate_share_difference,
+    format_interval,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from medcot_utils.config import EvaluationSettings
+    from medcot_utils.evaluation.mcq.run import McqAnswer
+
+Reading = Literal["strict", "letter", "likelihood"]
+
+MEASURES: dict[Reading, str] = {
+    "strict": "knowledge and the asked form: a line `Answer: X` after one closed thinking; no such line is not right",
+    "letter": "knowledge after the model's own thinking, closed by it or for it: the likeliest letter after `Answer:`",
+    "likelihood": "knowledge without thinking: the likeliest option's text, by its length (leaderboards' acc_norm)",
+}
+# Answers are as likely as another in the last digits only by rounding, as scipy.stats.binomtest has it.
+_AS_LIKELY = 1 + 1e-7
+
+
+class ReadShare(Estimate):
+    """Hold a model's share of right answers with Wilson's interval.
+
+    p: of guessing among the options, `chance_p`; abstained questions do not count there, for nothing was guessed. None if all
+    are abstained. abstained: the questions without a readable answer, which only the strict reading has."""
+
+    p: float | None
+    abstained: int
+
+
+class McqReading(TypedDict):
+    """Hold one reading of a task's questions by both models.
+
+    chance: the share of right answers that guessing among the options gives. difference: tuned minus base, with McNemar's
+    exact p."""
+
+    task: str
+    reading: Reading
+    measures: str
+    n: int
+    chance: float
+    base: ReadShare
+    tuned: ReadShare
+    difference: Difference
+
+
+def is_right(record: McqAnswer, reading: Reading) -> bool | None:
+    """Return whether a reading of an answer is right, or None if the answer was not read so, as in earlier runs."""
+    if reading == "strict":
+        return bool(record["correct"])
+    return record[reading] == record["answer"] if reading in record else None
+
+
+def read_pairs(base: Sequence[McqAnswer], tuned: Sequence[McqAnswer], reading: Reading) -> list[tuple[McqAnswer, McqAnswer]]:
+    """Return the pairs of answers to one question that were both read so."""
+    pairs = zip(base, tuned, strict=True)
+    return [pair for pair in pairs if all(is_right(record, reading) is not None for record in pair)]
+
+
+def right_column(records: Sequence[McqAnswer], reading: Reading) -> np.ndarray:
+    """Return 1 for each answer that a reading finds right, else 0."""
+    return np.array([bool(is_right(record, reading)) for record in records], dtype=float)
+
+
+def chance_p(right: int, options: Sequence[int]) -> float:
+    """Return the exact two-sided p of `right` right answers if each question is guessed among its number of options.
+
+    With the same number everywhere it is scipy.stats.binomtest, else the same sum over the Poisson binomial distribution:
+    the probability of all counts that are no likelier than this one."""
+    from scipy.stats import binomtest, poisson_binom
+
+    if len(set(options)) == 1:
+        return float(binomtest(right, len(options), 1 / options[0]).pvalue)
+    likelihoods = poisson_binom([1 / number for number in options]).pmf(np.arange(len(options) + 1))
+    return float(likelihoods[likelihoods <= likelihoods[right] * _AS_LIKELY].sum())
+
+
+def compare_readings(base: Sequence[McqAnswer], tuned: Sequence[McqAnswer], settings: EvaluationSettings) -> list[McqReading]:
+    """Return each reading of each task that both models' answers have; nothing without answers.
+
+    Both must hold the same questions in the same order (see `scores.split_seen`). A reading counts the questions that were
+    read so for both models."""
+    found = []
+    for task in dict.fromkeys(record["task"] for record in base):
+        ours, theirs = ([record for record in records if record["task"] == task] for records in (base, tuned))
+        for reading, measures in MEASURES.items():
+            if not (pairs := read_pairs(ours, theirs, reading)):
+                continue
+            sides = [list(side) for side in zip(*pairs, strict=True)]
+            columns = [right_column(side, reading) for side in sides]
+            found.append(
+                McqReading(
+                    task=task,
+                    reading=reading,
+                    measures=measures,
+                    n=len(pairs),
+                    chance=float(np.mean([1 / len(record["options"]) for record in sides[0]])),
+                    base=_read_share(sides[0], columns[0], reading, settings),
+                    tuned=_read_share(sides[1], columns[1], reading, settings),
+                    difference=estimate_share_difference(*columns, settings),
+                )
+            )
+    return found
+
+
+def _read_share(records: Sequence[McqAnswer], right: np.ndarray, reading: Reading, settings: EvaluationSettings) -> ReadShare:
+    read = [record for record in records if not (reading == "strict" and record["abstained"])]
+    p = chance_p(int(right.sum()), [len(record["options"]) for record in read]) if read else None
+    return {**estimate_share(right, settings.confidence_level), "p": p, "abstained": len(records) - len(read)}
+
+
+def readings_table(readings: Sequence[McqReading]) -> pd.DataFrame:
+    """Return `compare_readings` as a table: one line per task and reading."""
+    import pandas as pd
+
+    lines = []
+    for reading in readings:
+        line = {"task": reading["task"], "reading": reading["reading"], "n": reading["n"], "chance": f"{reading['chance']:.2f}"}
+        for side in ("base", "tuned"):
+            share = reading[side]
+            line[f"{side}: right"] = format_interval(share)
+            line[f"{side}: p against chance"] = "" if share["p"] is None else f"{share['p']:.3f}"
+            line[f"{side}: abstained"] = share["abstained"]
+        line |= {"difference": format_interval(reading["difference"]), "p (McNemar)": f"{reading['difference']['p']:.3f}"}
+        lines.append(line | {"measures": reading["measures"]})
+    sides = [f"{side}: {what}" for side in ("base", "tuned") for what in ("right", "p against chance", "abstained")]
+    columns = ["task", "reading", "n", "chance", *sides, "difference", "p (McNemar)", "measures"]
+    return pd.DataFrame(lines, columns=columns).set_index(["task", "reading"])
