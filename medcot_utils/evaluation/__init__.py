@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules={"mcq"},
     submod_attrs={
-        "scored_set": ["score"],
+        "scored_set": ["score", "score_merged"],
         "comparison": [
             "compare",
             "compare_sampled",
@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "needed_table",
             "Measured",
         ],
+        "merged": ["compare_merged", "merged_table", "merged_verdicts_table"],
         "claims": ["judge", "claims_table"],
         "report": ["build_report"],
     },

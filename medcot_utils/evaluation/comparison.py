@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from medcot_utils.evaluation.intervals import (
     ratio_of,
     share_questions_needed,
 )
-from medcot_utils.evaluation.metrics import METRICS, Metric, embedder, sampled_columns
+from medcot_utils.evaluation.metrics import METRICS, Metric, cut_lengths, embedder, sampled_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,16 +40,34 @@ _COUNTED_BY_CHARACTER = (
     "Words are counted by white space. Chinese, Japanese, Thai and some other scripts have none between words: there each "
     "character counts as a word, in lengths, repetition and ROUGE-L."
 )
+Side = Literal["base", "tuned"]
+SIDES: tuple[Side, Side] = ("base", "tuned")
+# What the models of both sides are called in tables and verdicts.
+Labels = tuple[str, str]
+LABELS: Labels = ("base", "tuned")
+# How answers are read: in tables, conclusions and claims.
+BY_THEMSELVES, FORCED = "as they answer", "forced closing"
 _NEVER_TESTED = """- whether an answer is medically right: no metric here reads for that
 - anything about questions unlike these, or about patients"""
 
 
+class CutLengths(TypedDict):
+    """Count the answers of each model that a budget cut, of `answers` each: such a length is a lower bound."""
+
+    base: int
+    tuned: int
+    answers: int
+
+
 class ComparedMetric(TypedDict):
-    """Hold one metric of two models on the same questions. The difference is tuned minus base, paired."""
+    """Hold one metric of two models on the same questions. The difference is tuned minus base, paired.
+
+    cut: of a length, if an answer was cut; then that model's mean is a lower bound."""
 
     base: Estimate
     tuned: Estimate
     difference: Difference
+    cut: NotRequired[CutLengths]
 
 
 # By the metric's name, a key of METRICS.
@@ -124,8 +143,8 @@ def compare(
     """Return every metric of two models' greedy answers; an empty dict if there is nothing to compare.
 
     The metrics of the loss are left out unless both models have `losses`, those of answers without `questions`."""
-    base, tuned = ([record for record in losses if record["model"] == model] for model in models)
-    metrics = _compare_losses(base, tuned, settings, seed) if base and tuned else {}
+    by_model = [[record for record in losses if record["model"] == model] for model in models]
+    metrics = _compare_losses(_loss_columns(by_model), settings, seed) if all(by_model) else {}
     answers = ([[one.greedy[model] for one in questions]] for model in models)
     return metrics | (_compare_answers(*answers, questions, settings, seed) if questions else {})
 
@@ -134,7 +153,7 @@ def compare_sampled(questions: Sequence[AnsweredQuestion], settings: EvaluationS
     """Return what `compare` gives of answers, over the sampled ones; an empty dict without samples.
 
     Each question counts with its mean, and questions, not answers, are what is resampled."""
-    n_samples = len(questions[0].samples["base"]) if questions else 0
+    n_samples = len(questions[0].samples.get("base", [])) if questions else 0
     answers = ([[one.samples[model][k] for one in questions] for k in range(n_samples)] for model in ("base", "tuned"))
     return _compare_answers(*answers, questions, settings, seed) if n_samples else {}
 
@@ -154,18 +173,58 @@ def compare_shares(base: Array, tuned: Array, settings: EvaluationSettings) -> C
     return {"base": estimate_share(base, level), "tuned": estimate_share(tuned, level), "difference": difference}
 
 
-def _compare_losses(
-    base: Sequence[RowLoss], tuned: Sequence[RowLoss], settings: EvaluationSettings, seed: int
-) -> dict[str, ComparedMetric]:
-    (base_nll, base_tokens), (tuned_nll, tuned_tokens) = (
-        [np.array([record[key] for record in side], dtype=float) for key in ("nll", "tokens")] for side in (base, tuned)
-    )
+def compare_loss_bars(losses: Sequence[RowLoss], settings: EvaluationSettings, seed: int) -> LossBars | None:
+    """Return the loss of 16-bit base, base and tuned model on the same rows, from records labeled `base_16bit`, `base` and
+    `tuned`; None if the 16-bit base's was not taken. Raises ValueError unless all three have the same rows."""
+    by_model = [[record for record in losses if record["model"] == model] for model in ("base_16bit", "base", "tuned")]
+    if not all(by_model):
+        return None
+    whole, base, tuned = _loss_columns(by_model)
+    rounding, learning, fall = (_compare_loss(*pair, settings, seed) for pair in ((whole, base), (whole, tuned), (tuned, base)))
+    of_whole, of_base, of_tuned = (ratio_of(*columns) for columns in (whole, base, tuned))
+
+    def share(drawn: Array) -> Array:
+        return (of_base(drawn) - of_whole(drawn)) / (of_base(drawn) - of_tuned(drawn))
+
+    fell = is_clear(fall["difference"]) and fall["difference"]["value"] > 0  # a share of nothing has no size
+    return {
+        "base_16bit": rounding["base"],
+        "base": rounding["tuned"],
+        "tuned": learning["tuned"],
+        "rounding": rounding["difference"],
+        "learning": learning["difference"],
+        "share": estimate(share, len(whole[0]), settings, seed) if fell else None,
+    }
+
+
+# The summed negative log-likelihoods and the numbers of tokens of one model's rows.
+_LossColumns = tuple[Array, Array]
+
+
+def _loss_columns(by_model: Sequence[Sequence[RowLoss]]) -> list[_LossColumns]:
+    first, *others = [[record["id"] for record in records] for records in by_model]
+    if any(ids != first for ids in others):
+        names = " and ".join(records[0]["model"] for records in by_model)
+        raise ValueError(f"the losses of {names} are of different rows: run notebooks 05 to 07 of one run")
+    return [
+        tuple(np.array([record[key] for record in records], dtype=float) for key in ("nll", "tokens")) for records in by_model
+    ]
+
+
+def _compare_loss(base: _LossColumns, tuned: _LossColumns, settings: EvaluationSettings, seed: int) -> ComparedMetric:
+    return _compare_statistics(ratio_of(*base), ratio_of(*tuned), _changes(base, tuned), settings, seed)
+
+
+def _changes(base: _LossColumns, tuned: _LossColumns) -> Array:
     # A row of the loss counts by its tokens; its own loss is near enough to say how much rows differ.
-    changes = tuned_nll / tuned_tokens - base_nll / base_tokens
-    ours, theirs = ratio_of(base_nll, base_tokens), ratio_of(tuned_nll, tuned_tokens)
-    loss = _compare_statistics(ours, theirs, changes, settings, seed)
+    return tuned[0] / tuned[1] - base[0] / base[1]
+
+
+def _compare_losses(sides: Sequence[_LossColumns], settings: EvaluationSettings, seed: int) -> dict[str, ComparedMetric]:
+    ours, theirs = (ratio_of(*columns) for columns in sides)
+    loss = _compare_loss(*sides, settings, seed)
     perplexity = _compare_statistics(
-        lambda drawn: np.exp(ours(drawn)), lambda drawn: np.exp(theirs(drawn)), changes, settings, seed
+        lambda drawn: np.exp(ours(drawn)), lambda drawn: np.exp(theirs(drawn)), _changes(*sides), settings, seed
     )
     perplexity["difference"]["needed"] = loss["difference"]["needed"]  # the same rows tell both apart
     return {"eval_loss": loss, "perplexity": perplexity}
@@ -179,14 +238,22 @@ def _compare_answers(
     seed: int,
 ) -> dict[str, ComparedMetric]:
     """Compare answers: one sequence per sample, each over the questions. The mean of several is no yes or no."""
-    references = [one.question["Response"] for one in questions]
-    ours, theirs = (sampled_columns(samples, references, settings.embedding_model) for samples in (base, tuned))
-    return {
-        name: compare_shares(ours[name], theirs[name], settings)
-        if len(base) == 1 and METRICS[name].yes_or_no
-        else _compare_statistics(mean_of(ours[name]), mean_of(theirs[name]), theirs[name] - ours[name], settings, seed)
-        for name in ours
-    }
+    asked = [one.question for one in questions]
+    ours, theirs = (sampled_columns(samples, asked, settings.embedding_model) for samples in (base, tuned))
+    cut_base, cut_tuned = (
+        Counter(name for records in side for record in records for name in cut_lengths(record)) for side in (base, tuned)
+    )
+    metrics = {}
+    for name in ours:
+        if len(base) == 1 and METRICS[name].yes_or_no:
+            metrics[name] = compare_shares(ours[name], theirs[name], settings)
+        else:
+            columns = ours[name], theirs[name]
+            metrics[name] = _compare_statistics(*map(mean_of, columns), theirs[name] - ours[name], settings, seed)
+        if cut_base[name] or cut_tuned[name]:
+            counts = CutLengths(base=cut_base[name], tuned=cut_tuned[name], answers=len(base) * len(asked))
+            metrics[name]["cut"] = counts
+    return metrics
 
 
 def _compare_statistics(
@@ -225,48 +292,102 @@ def describe_counting(questions: Sequence[AnsweredQuestion]) -> list[str]:
     return [_COUNTED_BY_CHARACTER] if any(map(counts_characters, texts)) else []
 
 
-def metric_lines(metrics: Metrics) -> list[MetricLine]:
-    """Return a line for every metric: values with their intervals, and the verdict."""
+def metric_lines(metrics: Metrics, labels: Labels = LABELS) -> list[MetricLine]:
+    """Return a line for every metric: values with their intervals, and the verdict. `labels`: what the models are called."""
     return [
         MetricLine(
             METRICS[name],
-            *(format_interval(metric[side]) for side in ("base", "tuned", "difference")),
-            verdict(name, metric),
+            *(format_side(metric, side) for side in ("base", "tuned", "difference")),
+            verdict(name, metric, labels),
         )
         for name, metric in metrics.items()
     ]
 
 
-def verdict(name: str, metric: ComparedMetric) -> str:
+def count_of(name: str, n: int) -> str:
+    """Return what a metric was measured on, as in `24 questions` or `1 held-out row`."""
+    what = "held-out row" if name in ("eval_loss", "perplexity") else "question"
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def format_side(metric: ComparedMetric, side: Side | Literal["difference"]) -> str:
+    """Return a number of a metric with its interval; with `at least` or `at most` if cut lengths make it a bound."""
+    cut = metric.get("cut", {"base": 0, "tuned": 0})
+    # Longer base answers would make the difference smaller, longer tuned ones larger; with both it has no bound.
+    below = cut["base"] == 0 < cut["tuned"] if side == "difference" else cut[side] > 0
+    above = side == "difference" and cut["tuned"] == 0 < cut["base"]
+    return "at least " * below + "at most " * above + format_interval(metric[side])
+
+
+def undone_by_cut(name: str, metric: ComparedMetric, labels: Labels = LABELS) -> str:
+    """Say which cut answers could undo a difference if they were whole; an empty text if none could.
+
+    A length that fell did so all the more if base answers were cut, but not if tuned ones were."""
+    value = metric["difference"]["value"]
+    side = "tuned" if value < 0 else "base"
+    return describe_cut(name, metric, labels, (side,)) if value else ""
+
+
+def describe_cut(name: str, metric: ComparedMetric, labels: Labels = LABELS, sides: Sequence[Side] = SIDES) -> str:
+    """Say how many of the models' answers were cut, as in `the thinking of 5 of 24 base answers was cut`; "" if none was."""
+    cut = metric.get("cut", {"base": 0, "tuned": 0})
+    counts = [
+        f"{cut[side]} of {cut['answers']} {label} answers"
+        for side, label in zip(SIDES, labels, strict=True)
+        if side in sides and cut[side]
+    ]
+    text = " and ".join(counts)
+    return text and (f"the thinking of {text} was cut" if name.startswith("thinking") else f"{text} were cut")
+
+
+def is_shown(name: str, metric: ComparedMetric) -> bool:
+    """Return whether a difference is clear, and would be if no answer had been cut."""
+    return is_clear(metric["difference"]) and not undone_by_cut(name, metric)
+
+
+def verdict(name: str, metric: ComparedMetric, labels: Labels = LABELS) -> str:
     """Say whether the metric rose or fell, and for better or worse, or that no difference is shown.
 
-    It goes by interval and test alone."""
+    It goes by interval and test alone, and by what was cut."""
     difference = metric["difference"]
     if not np.isfinite(difference["value"]):
         return "can't tell: not a finite number"
     if not is_clear(difference):
-        return f"no difference shown with {difference['n']} questions"
+        return f"no difference shown with {count_of(name, difference['n'])}"
+    if undone := undone_by_cut(name, metric, labels):
+        return f"can't tell: {undone}"
     direction = "rose" if difference["value"] > 0 else "fell"
     better = METRICS[name].better
     judged = "" if not better else ", better" if np.sign(difference["value"]) == better else ", worse"
     return direction + judged
 
 
-def conclusions(metrics: Metrics) -> str:
-    """Return what the numbers do and do not show, as Markdown, computed from the intervals."""
+def conclusions(metrics: Metrics, forced: Metrics | None = None) -> str:
+    """Return what the numbers do and do not show, in both readings, as Markdown, computed from the intervals."""
+    found = _conclusions(metrics)
+    if forced:
+        found = f"### {BY_THEMSELVES.capitalize()}\n\n{found}\n\n### {FORCED.capitalize()}\n\n{_conclusions(forced)}"
+    return f"{found}\n\n**Not tested** at all:\n\n{_NEVER_TESTED}"
+
+
+def _conclusions(metrics: Metrics) -> str:
     shown, not_shown = [], []
     for name, metric in metrics.items():
         difference, text = metric["difference"], METRICS[name].label
-        if is_clear(difference):
-            sides = f"from {format_interval(metric['base'])} to {format_interval(metric['tuned'])}"
+        if is_shown(name, metric):
+            sides = f"from {format_side(metric, 'base')} to {format_side(metric, 'tuned')}"
             shown.append(f"- {text} **{verdict(name, metric)}**, {sides}")
         else:
-            needed = f"; a difference of that size takes about {difference['needed']:,} questions" if difference["needed"] else ""
-            not_shown.append(f"- {text}: {verdict(name, metric)} ({format_interval(difference)}{needed})")
+            needed = difference["needed"] if not is_clear(difference) else None
+            size = f"; a difference of that size takes about {needed:,} questions" if needed else ""
+            not_shown.append(f"- {text}: {verdict(name, metric)} ({format_side(metric, 'difference')}{size})")
     parts = ["**Shown**, the interval of the difference lies clear of zero:", "\n".join(shown) or "- nothing"]
     if not_shown:
-        parts += ["**Not shown**, the interval holds zero or the exact test is not clear:", "\n".join(not_shown)]
-    return "\n\n".join([*parts, "**Not tested** at all:", _NEVER_TESTED])
+        parts += [
+            "**Not shown**, the interval holds zero, the exact test is not clear or answers were cut:",
+            "\n".join(not_shown),
+        ]
+    return "\n\n".join(parts)
 
 
 def needed_table(metrics: Metrics, confidence_level: float, sizes: Sequence[float] = (0.05, 0.1, 0.2)) -> pd.DataFrame:
@@ -292,13 +413,19 @@ def needed_table(metrics: Metrics, confidence_level: float, sizes: Sequence[floa
     return table.astype(dict.fromkeys(table.columns[1:], "Int64"))
 
 
-def metrics_table(metrics: Metrics) -> pd.DataFrame:
-    """Return the comparison as a table: one line per metric, values with their intervals, and the verdict."""
+def metrics_table(metrics: Metrics, forced: Metrics | None = None, labels: Labels = LABELS) -> pd.DataFrame:
+    """Return the comparison as a table: one line per metric, values with their intervals, and the verdict.
+
+    With `forced`, the columns come twice, for both readings; a metric without the second has empty cells there."""
     import pandas as pd
 
-    lines = [
-        {"metric": line.metric.label, "base": line.base, "tuned": line.tuned, "difference": line.difference}
-        | {"verdict": line.verdict}
-        for line in metric_lines(metrics)
-    ]
-    return pd.DataFrame(lines, columns=["metric", "base", "tuned", "difference", "verdict"]).set_index("metric")
+    tables = {}
+    for reading, measured in {BY_THEMSELVES: metrics, FORCED: forced or {}}.items():
+        lines = {
+            line.metric.label: [line.base, line.tuned, line.difference, line.verdict] for line in metric_lines(measured, labels)
+        }
+        columns = [*labels, "difference", "verdict"]
+        tables[reading] = pd.DataFrame.from_dict(lines, orient="index", columns=columns).rename_axis("metric")
+    if not forced:
+        return tables[BY_THEMSELVES]
+    return pd.concat(tables, axis="columns").reindex(tables[BY_THEMSELVES].index).fillna("")

@@ -102,6 +102,16 @@ def questions_needed(spread: float, difference: float, confidence_level: float =
     return max(FEWEST_QUESTIONS, math.ceil((z * spread / difference) ** 2))
 
 
+def questions_needed_within(
+    spread: float, difference: float, margin: float, confidence_level: float = 0.95, power: float = 0.8
+) -> int | None:
+    """Return how many questions a paired comparison needs for an interval within `margin` on both sides, with this power.
+
+    By the normal approximation, as `questions_needed` with what lies between the difference found and the margin; None if
+    the difference found is not within the margin, or if nothing differs."""
+    return questions_needed(spread, margin - abs(difference), confidence_level, power) if abs(difference) < margin else None
+
+
 # --- shares of yes and no --------------------------------------------------------------------------------------------
 
 
@@ -197,6 +207,22 @@ def share_questions_needed(changed: float, difference: float, confidence_level: 
     while n <= _EXACT_POWER_UP_TO and exact_power(n, changed, difference, confidence_level) < power:
         n += max(1, n // 50)
     return n
+
+
+def share_questions_needed_within(
+    changed: float, difference: float, margin: float, confidence_level: float = 0.95, power: float = 0.8
+) -> int | None:
+    """Return the same for a difference of two shares that differ on the share `changed` of the questions.
+
+    If they differ on none, Wilson's interval of a share of 0 ends at z^2 / (n + z^2)."""
+    from scipy.stats import norm
+
+    z = norm.ppf(0.5 + confidence_level / 2)
+    fewest = max(FEWEST_QUESTIONS, math.ceil(z**2 * (1 - margin) / margin))
+    spread = math.sqrt(max(changed - difference**2, 0))
+    if abs(difference) >= margin:
+        return None
+    return max(fewest, questions_needed_within(spread, difference, margin, confidence_level, power) or 0)
 
 
 def exact_power(n: int, changed: float, difference: float, confidence_level: float = 0.95) -> float:
