@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 import numpy as np
 
 from medcot_utils.config import EvaluationSettings, RunConfig
-from medcot_utils.data.words import counts_characters
-from medcot_utils.evaluation.intervals import (
-    Array,
-    Difference,
-    Estimate,
-    Statistic,
-    estimate,
-    estimate_share,
-    estimate_share_difference,
-    format_interval,
-    is_clear,
-    mean_of,
-    questions_needed,
-    ratio_of,
-    share_questions_needed,
-)
+from medcot_utils.evaluation.intervals import format_interval, is_clear, mean_of, questions_needed, share_questions_needed
+from medcot_utils.evaluation.loss import LossBars, compare_losses
 from medcot_utils.evaluation.metrics import METRICS, Metric, cut_lengths, embedder, sampled_columns
+from medcot_utils.evaluation.paired import ComparedMetric, CutLengths, Metrics, compare_shares, compare_statistics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,10 +23,6 @@ if TYPE_CHECKING:
     from medcot_utils.models.losses import RowLoss
     from medcot_utils.models.records import AnswerRecord
 
-_COUNTED_BY_CHARACTER = (
-    "Words are counted by white space. Chinese, Japanese, Thai and some other scripts have none between words: there each "
-    "character counts as a word, in lengths, repetition and ROUGE-L."
-)
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
 # What the models of both sides are called in tables and verdicts.
@@ -49,43 +32,6 @@ LABELS: Labels = ("base", "tuned")
 BY_THEMSELVES, FORCED = "as they answer", "forced closing"
 _NEVER_TESTED = """- whether an answer is medically right: no metric here reads for that
 - anything about questions unlike these, or about patients"""
-
-
-class CutLengths(TypedDict):
-    """Count the answers of each model that a budget cut, of `answers` each: such a length is a lower bound."""
-
-    base: int
-    tuned: int
-    answers: int
-
-
-class ComparedMetric(TypedDict):
-    """Hold one metric of two models on the same questions. The difference is tuned minus base, paired.
-
-    cut: of a length, if an answer was cut; then that model's mean is a lower bound."""
-
-    base: Estimate
-    tuned: Estimate
-    difference: Difference
-    cut: NotRequired[CutLengths]
-
-
-# By the metric's name, a key of METRICS.
-Metrics = Mapping[str, ComparedMetric]
-
-
-class LossBars(TypedDict):
-    """Hold the held-out loss of three models on the same rows, in nats per trained token.
-
-    rounding: the 4-bit base minus the 16-bit base: what rounding had cost. learning: the tuned model minus the 16-bit base.
-    share: rounding over the whole fall from base to tuned; None if the loss did not fall."""
-
-    base_16bit: Estimate
-    base: Estimate
-    tuned: Estimate
-    rounding: Difference
-    learning: Difference
-    share: Estimate | None
 
 
 class Measured(TypedDict):
@@ -143,8 +89,7 @@ def compare(
     """Return every metric of two models' greedy answers; an empty dict if there is nothing to compare.
 
     The metrics of the loss are left out unless both models have `losses`, those of answers without `questions`."""
-    by_model = [[record for record in losses if record["model"] == model] for model in models]
-    metrics = _compare_losses(_loss_columns(by_model), settings, seed) if all(by_model) else {}
+    metrics = compare_losses(losses, models, settings, seed)
     answers = ([[one.greedy[model] for one in questions]] for model in models)
     return metrics | (_compare_answers(*answers, questions, settings, seed) if questions else {})
 
@@ -166,70 +111,6 @@ def compare_all(
     return {label: compare(questions, losses, settings, seed, (first, label)) for label in others}
 
 
-def compare_shares(base: Array, tuned: Array, settings: EvaluationSettings) -> ComparedMetric:
-    """Compare two columns of ones and zeros over the same questions."""
-    level = settings.confidence_level
-    difference = estimate_share_difference(base, tuned, settings)
-    return {"base": estimate_share(base, level), "tuned": estimate_share(tuned, level), "difference": difference}
-
-
-def compare_loss_bars(losses: Sequence[RowLoss], settings: EvaluationSettings, seed: int) -> LossBars | None:
-    """Return the loss of 16-bit base, base and tuned model on the same rows, from records labeled `base_16bit`, `base` and
-    `tuned`; None if the 16-bit base's was not taken. Raises ValueError unless all three have the same rows."""
-    by_model = [[record for record in losses if record["model"] == model] for model in ("base_16bit", "base", "tuned")]
-    if not all(by_model):
-        return None
-    whole, base, tuned = _loss_columns(by_model)
-    rounding, learning, fall = (_compare_loss(*pair, settings, seed) for pair in ((whole, base), (whole, tuned), (tuned, base)))
-    of_whole, of_base, of_tuned = (ratio_of(*columns) for columns in (whole, base, tuned))
-
-    def share(drawn: Array) -> Array:
-        return (of_base(drawn) - of_whole(drawn)) / (of_base(drawn) - of_tuned(drawn))
-
-    fell = is_clear(fall["difference"]) and fall["difference"]["value"] > 0  # a share of nothing has no size
-    return {
-        "base_16bit": rounding["base"],
-        "base": rounding["tuned"],
-        "tuned": learning["tuned"],
-        "rounding": rounding["difference"],
-        "learning": learning["difference"],
-        "share": estimate(share, len(whole[0]), settings, seed) if fell else None,
-    }
-
-
-# The summed negative log-likelihoods and the numbers of tokens of one model's rows.
-_LossColumns = tuple[Array, Array]
-
-
-def _loss_columns(by_model: Sequence[Sequence[RowLoss]]) -> list[_LossColumns]:
-    first, *others = [[record["id"] for record in records] for records in by_model]
-    if any(ids != first for ids in others):
-        names = " and ".join(records[0]["model"] for records in by_model)
-        raise ValueError(f"the losses of {names} are of different rows: run notebooks 05 to 07 of one run")
-    return [
-        tuple(np.array([record[key] for record in records], dtype=float) for key in ("nll", "tokens")) for records in by_model
-    ]
-
-
-def _compare_loss(base: _LossColumns, tuned: _LossColumns, settings: EvaluationSettings, seed: int) -> ComparedMetric:
-    return _compare_statistics(ratio_of(*base), ratio_of(*tuned), _changes(base, tuned), settings, seed)
-
-
-def _changes(base: _LossColumns, tuned: _LossColumns) -> Array:
-    # A row of the loss counts by its tokens; its own loss is near enough to say how much rows differ.
-    return tuned[0] / tuned[1] - base[0] / base[1]
-
-
-def _compare_losses(sides: Sequence[_LossColumns], settings: EvaluationSettings, seed: int) -> dict[str, ComparedMetric]:
-    ours, theirs = (ratio_of(*columns) for columns in sides)
-    loss = _compare_loss(*sides, settings, seed)
-    perplexity = _compare_statistics(
-        lambda drawn: np.exp(ours(drawn)), lambda drawn: np.exp(theirs(drawn)), _changes(*sides), settings, seed
-    )
-    perplexity["difference"]["needed"] = loss["difference"]["needed"]  # the same rows tell both apart
-    return {"eval_loss": loss, "perplexity": perplexity}
-
-
 def _compare_answers(
     base: Sequence[Sequence[AnswerRecord]],
     tuned: Sequence[Sequence[AnswerRecord]],
@@ -249,27 +130,11 @@ def _compare_answers(
             metrics[name] = compare_shares(ours[name], theirs[name], settings)
         else:
             columns = ours[name], theirs[name]
-            metrics[name] = _compare_statistics(*map(mean_of, columns), theirs[name] - ours[name], settings, seed)
+            metrics[name] = compare_statistics(*map(mean_of, columns), theirs[name] - ours[name], settings, seed)
         if cut_base[name] or cut_tuned[name]:
             counts = CutLengths(base=cut_base[name], tuned=cut_tuned[name], answers=len(base) * len(asked))
             metrics[name]["cut"] = counts
     return metrics
-
-
-def _compare_statistics(
-    base: Statistic, tuned: Statistic, changes: Array, settings: EvaluationSettings, seed: int
-) -> ComparedMetric:
-    """Compare a statistic of both models. `changes`: what it changed by from base to tuned, question by question."""
-    n = len(changes)
-    difference = estimate(lambda drawn: tuned(drawn) - base(drawn), n, settings, seed)
-    with np.errstate(all="ignore"):
-        spread = float(np.std(changes, ddof=1)) if n > 1 else 0.0
-    needed = questions_needed(spread, difference["value"], settings.confidence_level)
-    return {
-        "base": estimate(base, n, settings, seed),
-        "tuned": estimate(tuned, n, settings, seed),
-        "difference": {**difference, "spread": spread, "needed": needed},
-    }
 
 
 # --- in words and tables ---------------------------------------------------------------------------------------------
@@ -284,12 +149,6 @@ class MetricLine:
     tuned: str
     difference: str
     verdict: str
-
-
-def describe_counting(questions: Sequence[AnsweredQuestion]) -> list[str]:
-    """Return what a reader must know of how these questions' texts were counted, one note a line; nothing for most scripts."""
-    texts = [text for one in questions for text in (one.question["Response"], *(a["answer"] for a in one.greedy.values()))]
-    return [_COUNTED_BY_CHARACTER] if any(map(counts_characters, texts)) else []
 
 
 def metric_lines(metrics: Metrics, labels: Labels = LABELS) -> list[MetricLine]:

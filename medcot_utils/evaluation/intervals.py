@@ -225,6 +225,18 @@ def share_questions_needed_within(
     return max(fewest, questions_needed_within(spread, difference, margin, confidence_level, power) or 0)
 
 
+def half_questions_needed(share: float, confidence_level: float = 0.95, power: float = 0.8) -> int | None:
+    """Return how many questions show, with this power, that a share of this size is not one half; None if it is one half.
+
+    By the normal approximation. Source: Chow, Shao and Wang, "Sample Size Calculations in Clinical Research", 4.1."""
+    from scipy.stats import norm
+
+    if share == 0.5:
+        return None
+    z = norm.ppf(0.5 + confidence_level / 2) / 2 + norm.ppf(power) * math.sqrt(share * (1 - share))
+    return max(FEWEST_QUESTIONS, math.ceil((z / (share - 0.5)) ** 2))
+
+
 def exact_power(n: int, changed: float, difference: float, confidence_level: float = 0.95) -> float:
     """Return the probability that McNemar's exact test of `n` questions is clear.
 
