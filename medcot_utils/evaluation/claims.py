@@ -142,7 +142,7 @@ def _of_answers(claim: Claim, answered: Metrics, forced: Metrics | None, sampled
         return Evidence(reading, " that both answered", answered, claim.expected, [in_samples])
     by_themselves = Beside("on the questions that both answered by themselves", answered, claim.expected)
     shown = "no question was answered by both by themselves"
-    if answered:
+    if claim.expected.keys() <= answered.keys():
         shown = f"the {fewest(claim.expected, answered)} that both answered by themselves: {_values(claim.expected, answered)}"
     reading = f"{FORCED}, on all scored questions"
     return Evidence(reading, f", {FORCED}", forced, claim.expected, [by_themselves, in_samples], shown)

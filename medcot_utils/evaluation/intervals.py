@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -57,7 +57,12 @@ def ratio_of(numerator: Array, denominator: Array) -> Statistic:
 
 
 def estimate(statistic: Statistic, n: int, settings: EvaluationSettings, seed: int) -> Estimate:
-    """Return a statistic over `n` questions with its bootstrap interval.
+    """Return a statistic over `n` questions with its bootstrap interval."""
+    return estimate_all([statistic], n, settings, seed)[0]
+
+
+def estimate_all(statistics: Sequence[Statistic], n: int, settings: EvaluationSettings, seed: int) -> list[Estimate]:
+    """Return statistics over the same `n` questions with their bootstrap intervals, from the same resamples.
 
     Questions are resampled whole, so both models' answers to one question stay together (scipy.stats.bootstrap).
     The percentiles are the expanded ones of Hesterberg 2015 ("What Teachers Should Know About the Bootstrap",
@@ -67,19 +72,24 @@ def estimate(statistic: Statistic, n: int, settings: EvaluationSettings, seed: i
 
     questions = np.arange(n)
     with np.errstate(all="ignore"):  # a diverged model's loss or perplexity is no finite number
-        value = float(statistic(questions))
-        if n < 2 or not math.isfinite(value):
-            return {"value": value, "low": None, "high": None, "n": n}
+        values = [float(statistic(questions)) for statistic in statistics]
+        if n < 2 or not any(map(math.isfinite, values)):
+            return [{"value": value, "low": None, "high": None, "n": n} for value in values]
         found = bootstrap(
             (questions,),
-            lambda drawn, axis: statistic(drawn),
+            lambda drawn, axis: np.stack([statistic(drawn) for statistic in statistics]),
             vectorized=True,
             n_resamples=settings.n_resamples,
             confidence_level=_expanded(settings.confidence_level, n),
             method="percentile",
             rng=np.random.default_rng(seed),
         ).confidence_interval
-    return {"value": value, "low": float(found.low), "high": float(found.high), "n": n}
+    return [
+        {"value": value, "low": float(low), "high": float(high), "n": n}
+        if math.isfinite(value)
+        else {"value": value, "low": None, "high": None, "n": n}
+        for value, low, high in zip(values, found.low, found.high, strict=True)
+    ]
 
 
 def _expanded(level: float, n: int) -> float:

@@ -13,7 +13,7 @@ from medcot_utils.evaluation.intervals import (
     Difference,
     Estimate,
     Statistic,
-    estimate,
+    estimate_all,
     estimate_share,
     estimate_share_difference,
     questions_needed,
@@ -55,12 +55,9 @@ def compare_statistics(
 ) -> ComparedMetric:
     """Compare a statistic of both models. `changes`: what it changed by from base to tuned, question by question."""
     n = len(changes)
-    difference = estimate(lambda drawn: tuned(drawn) - base(drawn), n, settings, seed)
+    statistics = [base, tuned, lambda drawn: tuned(drawn) - base(drawn)]
+    of_base, of_tuned, difference = estimate_all(statistics, n, settings, seed)
     with np.errstate(all="ignore"):
         spread = float(np.std(changes, ddof=1)) if n > 1 else 0.0
     needed = questions_needed(spread, difference["value"], settings.confidence_level)
-    return {
-        "base": estimate(base, n, settings, seed),
-        "tuned": estimate(tuned, n, settings, seed),
-        "difference": {**difference, "spread": spread, "needed": needed},
-    }
+    return {"base": of_base, "tuned": of_tuned, "difference": {**difference, "spread": spread, "needed": needed}}
