@@ -42,6 +42,11 @@ def split_words(text: str) -> list[str]:
     return words
 
 
+def find_pieces(text: str) -> list[tuple[int, int]]:
+    """Return where the pieces of a text begin and end: its words and, between characters without spaces, its punctuation."""
+    return [piece.span() for piece in _PART.finditer(text)]
+
+
 def guess_language(texts: Iterable[str]) -> str | None:
     """Return the language code of texts whose script says it (zh, ja, ko, th, el, he), or None, as for all Latin letters."""
     letters = "".join(regex.findall(r"\p{L}+", " ".join(texts)))

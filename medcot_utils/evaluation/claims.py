@@ -2,51 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
-from medcot_utils.evaluation.intervals import FEWEST_QUESTIONS, format_interval, is_clear
+from medcot_utils.evaluation.comparison import FORCED, count_of, format_side
+from medcot_utils.evaluation.decisions import (
+    CANNOT_TELL,
+    DOES_NOT,
+    HOLDS,
+    Beside,
+    Evidence,
+    decide,
+    decide_learning,
+    describe_rounding,
+    fewest,
+)
+from medcot_utils.evaluation.intervals import FEWEST_QUESTIONS
 from medcot_utils.evaluation.metrics import METRICS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from medcot_utils.evaluation.comparison import Metrics
-    from medcot_utils.evaluation.intervals import Estimate
-
-HOLDS, DOES_NOT, CANNOT_TELL = "holds", "does not hold", "can't tell"
-# A difference that lies wholly within this, either way, is none that a reader would notice. In the metrics' own units.
-SMALLEST = {
-    "eval_loss": 0.01,
-    "thinking_words": 5.0,
-    "completion_words": 5.0,
-    "bullet_rate": 0.05,
-    "one_paragraph_rate": 0.05,
-    "rouge_l": 0.01,
-    "chrf": 0.01,
-    "mcq_accuracy": 0.01,
-    "mcq_accuracy_answered": 0.01,
-}
+    from medcot_utils.evaluation.comparison import LossBars, Metrics
+    from medcot_utils.evaluation.decisions import Outcome
 
 
 @dataclass(frozen=True)
 class Claim:
     """Hold a claim and the metrics that test it.
 
-    expected: each metric must move this way (+1 up, -1 down) by SMALLEST or more. most: shares that must be on their side
-    of one half; ("base", "bullet_rate", +1) says that most of the base's answers are lists.
-    of_answers: the claim is about answers, so it is tested on the questions that both models answered."""
+    expected: each metric must move this way (+1 up, -1 down) by SMALLEST or more. before: the same, in runs that lack one of
+    those. most: shares that must be on their side of one half; ("base", "bullet_rate", +1) says that most of the base's
+    answers are lists. beside: metrics that must not clearly say the opposite.
+    of_answers: the claim is about answers, so it is tested with forced closing or, in runs without it, on the questions that
+    both models answered."""
 
     text: str
     expected: Mapping[str, Literal[-1, 1]]
     of_answers: bool = False
-    most: Sequence[tuple[Literal["base", "tuned"], str, Literal[-1, 1]]] = field(default=())
+    before: Mapping[str, Literal[-1, 1]] = field(default_factory=dict)
+    most: Sequence[tuple[Literal["base", "tuned"], str, Literal[-1, 1]]] = ()
+    beside: Mapping[str, Literal[-1, 1]] = field(default_factory=dict)
 
 
 CLAIMS = (
     Claim(
-        "Fine-tuning works: the loss falls (the article shows the training loss; here: on rows not trained on)", {"eval_loss": -1}
+        "Fine-tuning works: the loss falls, and by more than 4-bit rounding had cost the base (the article shows the training "
+        "loss; here: on rows not trained on)",
+        {"eval_loss": -1},
     ),
     Claim("The base model thinks at length; tuned, it thinks less", {"thinking_words": -1}, of_answers=True),
     Claim(
@@ -64,90 +68,162 @@ CLAIMS = (
     Claim("The tuned model is more concise (thinking and answer together)", {"completion_words": -1}, of_answers=True),
     Claim("The tuned answer is closer to the data set's own", {"rouge_l": 1, "chrf": 1}, of_answers=True),
     Claim(
-        "The tuned answer is more precise (here: more multiple-choice answers are right, also where both models answer)",
-        {"mcq_accuracy": 1, "mcq_accuracy_answered": 1},
+        "The tuned answer is more precise (here: more multiple-choice questions are answered rightly)",
+        {"mcq_letter": 1},
+        before={"mcq_accuracy": 1, "mcq_accuracy_answered": 1},
+        beside={"mcq_accuracy_answered": 1, "mcq_likelihood": 1},
     ),
 )
+_LOSS_CLAIM = CLAIMS[0]
 ARTICLE_CLAIM = "The tuned model answers the article's test question better"
 
 
 class ClaimVerdict(TypedDict):
-    """Say what became of a claim."""
+    """Say what became of a claim. Runs of earlier versions lack the fields that may be missing.
+
+    verdict: holds; does not hold, and why; or can't tell, and why; with what it was judged on.
+    reading: how answers were read, and which questions count; n: how many. answered_result: what stands beside and must not
+    contradict it: of answers, the questions that both models answered by themselves; "" if nothing does. needed: how many
+    questions would tell; None if these do, or if more would not."""
 
     claim: str
     tested_by: str  # the metrics' labels
     result: str  # their values with intervals
-    verdict: str  # holds; does not hold, and why; or can't tell, and why
+    verdict: str
+    reading: NotRequired[str]
+    n: NotRequired[int]
+    answered_result: NotRequired[str]
+    needed: NotRequired[int | None]
 
 
-def judge(metrics: Metrics, answered: Metrics, sampled: Metrics, article_seen: Sequence[str] = ()) -> list[ClaimVerdict]:
+def outcome(judged: ClaimVerdict) -> Outcome:
+    """Return how a claim's verdict begins: whether it holds, does not hold, or cannot be told."""
+    return next(one for one in (HOLDS, DOES_NOT, CANNOT_TELL) if judged["verdict"].startswith(one))
+
+
+# --- judge -----------------------------------------------------------------------------------------------------------
+
+
+def judge(
+    metrics: Metrics,
+    answered: Metrics,
+    sampled: Metrics,
+    article_seen: Sequence[str] = (),
+    *,
+    forced: Metrics | None = None,
+    sampled_forced: Metrics | None = None,
+    losses: LossBars | None = None,
+    confidence_level: float = 0.95,
+) -> list[ClaimVerdict]:
     """Judge every claim.
 
     Args:
         metrics: what `compare` gives over the counted questions, with those of multiple choice if they were measured.
-        answered: the same over the questions that both models answered in full form; empty if there are none. A model that
-            never answers has no length and no likeness of answers.
+        answered: the same over the questions that both models answered in full form by themselves; empty if there are none.
         sampled: what `compare_sampled` gives. If it clearly says the opposite, neither is believed.
-        article_seen: ids of training rows that hold the article's question."""
-    return [_judge(claim, answered if claim.of_answers else metrics, sampled) for claim in CLAIMS] + [_article(article_seen)]
+        article_seen: ids of training rows that hold the article's question.
+        forced, sampled_forced: the same as `metrics` and `sampled` with forced closing. Without it a claim about answers is
+            judged on `answered`: a model that never answers has no length and no likeness of answers.
+        losses: the loss of the 16-bit base beside the others, if it was taken."""
+    verdicts = []
+    for claim in CLAIMS:
+        if claim.of_answers:
+            evidence = _of_answers(claim, answered, forced, sampled_forced or sampled)
+        else:
+            evidence = _of_metrics(claim, metrics)
+        verdicts.append(_judge(claim, evidence, losses, confidence_level))
+    return [*verdicts, _article(article_seen)]
 
 
-def _judge(claim: Claim, metrics: Metrics, sampled: Metrics) -> ClaimVerdict:
-    among = " on the questions that both models answered" if claim.of_answers else ""
-    tested_by = ", ".join(METRICS[name].label for name in claim.expected) + among
-    if missing := [name for name in claim.expected if name not in metrics]:
+def _of_answers(claim: Claim, answered: Metrics, forced: Metrics | None, sampled: Metrics) -> Evidence:
+    in_samples = Beside("in the sampled answers", sampled, claim.expected)
+    if not forced:
+        reading = "as they answer, on the questions that both models answered"
+        return Evidence(reading, " that both answered", answered, claim.expected, [in_samples])
+    by_themselves = Beside("on the questions that both answered by themselves", answered, claim.expected)
+    shown = "no question was answered by both by themselves"
+    if claim.expected.keys() <= answered.keys():
+        shown = f"the {fewest(claim.expected, answered)} that both answered by themselves: {_values(claim.expected, answered)}"
+    reading = f"{FORCED}, on all scored questions"
+    return Evidence(reading, f", {FORCED}", forced, claim.expected, [by_themselves, in_samples], shown)
+
+
+def _of_metrics(claim: Claim, metrics: Metrics) -> Evidence:
+    if claim is _LOSS_CLAIM:
+        return Evidence("held-out rows", "", metrics, claim.expected, [])
+    if not claim.expected.keys() <= metrics.keys():
+        return Evidence("all questions", "", metrics, claim.before, [])
+    beside = [Beside("", metrics, {name: sign}) for name, sign in claim.beside.items() if name in metrics]
+    shown = "; ".join(
+        f"{METRICS[name].text}: {_values(one.expected, metrics)} (n = {metrics[name]['difference']['n']})"
+        for one in beside
+        for name in one.expected
+    )
+    return Evidence("all questions", "", metrics, claim.expected, beside, shown)
+
+
+def _judge(claim: Claim, evidence: Evidence, bars: LossBars | None, level: float) -> ClaimVerdict:
+    metrics, expected = evidence.metrics, evidence.expected
+    among = f" ({evidence.reading})" if claim.of_answers else ""
+    found: ClaimVerdict = {
+        "claim": claim.text,
+        "tested_by": ", ".join(METRICS[name].label for name in expected) + among,
+        "result": "nothing to measure it on",
+        "verdict": "",
+        "reading": evidence.reading,
+        "n": 0,
+        "answered_result": evidence.shown,
+        "needed": None,
+    }
+    if missing := [name for name in expected if name not in metrics]:
         unanswered = claim.of_answers and not metrics
         why = "no question was answered by both models" if unanswered else f"{METRICS[missing[0]].text}: not measured"
-        result, verdict = "nothing to measure it on", f"{CANNOT_TELL}: {why}"
-    else:
-        shown = []
-        for name in claim.expected:
-            base, tuned, difference = (format_interval(metrics[name][side]) for side in ("base", "tuned", "difference"))
-            shown.append(f"{base} to {tuned}, difference {difference}")
-        result, verdict = "; ".join(shown), _decide(claim, metrics, sampled)
-    return {"claim": claim.text, "tested_by": tested_by, "result": result, "verdict": verdict}
+        return found | {"verdict": f"{CANNOT_TELL}: {why}"}
+
+    decided, result = decide(claim, evidence, level), _values(expected, metrics)
+    if claim is _LOSS_CLAIM:
+        decided = decide_learning(bars, level) if decided.outcome == HOLDS else decided
+        result += describe_rounding(bars) if bars else ""
+    n = fewest(expected, metrics)
+    why = f": {decided.why}" if decided.why else ""
+    verdict = f"{decided.outcome} with {count_of(next(iter(expected)), n)}{evidence.among}{why}"
+    return found | {"result": result, "verdict": verdict, "n": n, "needed": decided.needed}
 
 
-def _decide(claim: Claim, metrics: Metrics, sampled: Metrics) -> str:
-    differences = {name: metrics[name]["difference"] for name in claim.expected}
-    n = min(difference["n"] for difference in differences.values())
-    cannot_tell = f"{CANNOT_TELL} with {n} questions" + (" that both answered" if claim.of_answers else "")
-    if n < FEWEST_QUESTIONS or any(difference["low"] is None for difference in differences.values()):
-        return cannot_tell
-    for name, sign in claim.expected.items():
-        if is_clear(differences[name]) and sign * differences[name]["value"] < 0:
-            return f"{DOES_NOT}: {METRICS[name].text} went the other way"
-        if max(abs(differences[name]["low"]), abs(differences[name]["high"])) < SMALLEST[name]:
-            return f"{DOES_NOT}: {METRICS[name].text} differs by less than {SMALLEST[name]:g}"
-    for side, name, sign in claim.most:
-        if _beyond_half(metrics[name][side], -sign):
-            return f"{DOES_NOT}: {METRICS[name].text}, {side}: {'fewer' if sign > 0 else 'more'} than half"
-    moved = all(is_clear(found) and abs(found["value"]) >= SMALLEST[name] for name, found in differences.items())
-    if not moved or not all(_beyond_half(metrics[name][side], sign) for side, name, sign in claim.most):
-        return cannot_tell
-    for name, sign in claim.expected.items():
-        other = sampled.get(name, {}).get("difference")
-        if other and is_clear(other) and sign * other["value"] < 0:
-            return f"{CANNOT_TELL}: {METRICS[name].text} went the other way in the sampled answers"
-    return HOLDS
+def _values(names: Iterable[str], metrics: Metrics) -> str:
+    shown = []
+    for name in names:
+        base, tuned, difference = (format_side(metrics[name], side) for side in ("base", "tuned", "difference"))
+        shown.append(f"{base} to {tuned}, difference {difference}")
+    return "; ".join(shown)
 
 
-def _beyond_half(share: Estimate, sign: int) -> bool:
-    return share["low"] > 0.5 if sign > 0 else share["high"] < 0.5
+# --- the article's question, and the table ---------------------------------------------------------------------------
 
 
 def _article(article_seen: Sequence[str]) -> ClaimVerdict:
-    seen = f"it stands in the training rows ({', '.join(article_seen)})" if article_seen else "it is one question"
+    seen = f"; it stands in the training rows ({', '.join(article_seen)})" if article_seen else ""
     return {
         "claim": ARTICLE_CLAIM,
         "tested_by": "nothing: shown in the report, never scored",
         "result": "one answer of each model, side by side",
-        "verdict": f"{CANNOT_TELL}: {seen}",
+        "verdict": f"{CANNOT_TELL}: one question, and at least {FEWEST_QUESTIONS} are needed{seen}",
+        "reading": "as they answer",
+        "n": 1,
+        "needed": FEWEST_QUESTIONS,
     }
 
 
 def claims_table(verdicts: Sequence[ClaimVerdict]) -> pd.DataFrame:
-    """Return the claims as a table, one line each."""
+    """Return the claims as a table, one line each; with what stands beside the result, if anything does."""
     import pandas as pd
 
-    return pd.DataFrame(verdicts).rename(columns={"tested_by": "tested by"}).set_index("claim")
+    columns = {
+        "claim": "claim",
+        "tested_by": "tested by",
+        "result": "result",
+        "answered_result": "beside it",
+        "verdict": "verdict",
+    }
+    table = pd.DataFrame(verdicts).reindex(columns=list(columns)).rename(columns=columns).set_index("claim").fillna("")
+    return table if table["beside it"].any() else table.drop(columns="beside it")

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 import numpy as np
 
 from medcot_utils.config import EvaluationSettings, RunConfig
-from medcot_utils.data.words import counts_characters
-from medcot_utils.evaluation.intervals import (
-    Array,
-    Difference,
-    Estimate,
-    Statistic,
-    estimate,
-    estimate_share,
-    estimate_share_difference,
-    format_interval,
-    is_clear,
-    mean_of,
-    questions_needed,
-    ratio_of,
-    share_questions_needed,
-)
-from medcot_utils.evaluation.metrics import METRICS, Metric, embedder, sampled_columns
+from medcot_utils.evaluation.intervals import format_interval, is_clear, mean_of, questions_needed, share_questions_needed
+from medcot_utils.evaluation.loss import LossBars, compare_losses
+from medcot_utils.evaluation.metrics import METRICS, Metric, cut_lengths, embedder, sampled_columns
+from medcot_utils.evaluation.paired import ComparedMetric, CutLengths, Metrics, compare_shares, compare_statistics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,38 +23,15 @@ if TYPE_CHECKING:
     from medcot_utils.models.losses import RowLoss
     from medcot_utils.models.records import AnswerRecord
 
-_COUNTED_BY_CHARACTER = (
-    "Words are counted by white space. Chinese, Japanese, Thai and some other scripts have none between words: there each "
-    "character counts as a word, in lengths, repetition and ROUGE-L."
-)
+Side = Literal["base", "tuned"]
+SIDES: tuple[Side, Side] = ("base", "tuned")
+# What the models of both sides are called in tables and verdicts.
+Labels = tuple[str, str]
+LABELS: Labels = ("base", "tuned")
+# How answers are read: in tables, conclusions and claims.
+BY_THEMSELVES, FORCED = "as they answer", "forced closing"
 _NEVER_TESTED = """- whether an answer is medically right: no metric here reads for that
 - anything about questions unlike these, or about patients"""
-
-
-class ComparedMetric(TypedDict):
-    """Hold one metric of two models on the same questions. The difference is tuned minus base, paired."""
-
-    base: Estimate
-    tuned: Estimate
-    difference: Difference
-
-
-# By the metric's name, a key of METRICS.
-Metrics = Mapping[str, ComparedMetric]
-
-
-class LossBars(TypedDict):
-    """Hold the held-out loss of three models on the same rows, in nats per trained token.
-
-    rounding: the 4-bit base minus the 16-bit base: what rounding had cost. learning: the tuned model minus the 16-bit base.
-    share: rounding over the whole fall from base to tuned; None if the loss did not fall."""
-
-    base_16bit: Estimate
-    base: Estimate
-    tuned: Estimate
-    rounding: Difference
-    learning: Difference
-    share: Estimate | None
 
 
 class Measured(TypedDict):
@@ -124,8 +89,7 @@ def compare(
     """Return every metric of two models' greedy answers; an empty dict if there is nothing to compare.
 
     The metrics of the loss are left out unless both models have `losses`, those of answers without `questions`."""
-    base, tuned = ([record for record in losses if record["model"] == model] for model in models)
-    metrics = _compare_losses(base, tuned, settings, seed) if base and tuned else {}
+    metrics = compare_losses(losses, models, settings, seed)
     answers = ([[one.greedy[model] for one in questions]] for model in models)
     return metrics | (_compare_answers(*answers, questions, settings, seed) if questions else {})
 
@@ -134,7 +98,7 @@ def compare_sampled(questions: Sequence[AnsweredQuestion], settings: EvaluationS
     """Return what `compare` gives of answers, over the sampled ones; an empty dict without samples.
 
     Each question counts with its mean, and questions, not answers, are what is resampled."""
-    n_samples = len(questions[0].samples["base"]) if questions else 0
+    n_samples = len(questions[0].samples.get("base", [])) if questions else 0
     answers = ([[one.samples[model][k] for one in questions] for k in range(n_samples)] for model in ("base", "tuned"))
     return _compare_answers(*answers, questions, settings, seed) if n_samples else {}
 
@@ -147,30 +111,6 @@ def compare_all(
     return {label: compare(questions, losses, settings, seed, (first, label)) for label in others}
 
 
-def compare_shares(base: Array, tuned: Array, settings: EvaluationSettings) -> ComparedMetric:
-    """Compare two columns of ones and zeros over the same questions."""
-    level = settings.confidence_level
-    difference = estimate_share_difference(base, tuned, settings)
-    return {"base": estimate_share(base, level), "tuned": estimate_share(tuned, level), "difference": difference}
-
-
-def _compare_losses(
-    base: Sequence[RowLoss], tuned: Sequence[RowLoss], settings: EvaluationSettings, seed: int
-) -> dict[str, ComparedMetric]:
-    (base_nll, base_tokens), (tuned_nll, tuned_tokens) = (
-        [np.array([record[key] for record in side], dtype=float) for key in ("nll", "tokens")] for side in (base, tuned)
-    )
-    # A row of the loss counts by its tokens; its own loss is near enough to say how much rows differ.
-    changes = tuned_nll / tuned_tokens - base_nll / base_tokens
-    ours, theirs = ratio_of(base_nll, base_tokens), ratio_of(tuned_nll, tuned_tokens)
-    loss = _compare_statistics(ours, theirs, changes, settings, seed)
-    perplexity = _compare_statistics(
-        lambda drawn: np.exp(ours(drawn)), lambda drawn: np.exp(theirs(drawn)), changes, settings, seed
-    )
-    perplexity["difference"]["needed"] = loss["difference"]["needed"]  # the same rows tell both apart
-    return {"eval_loss": loss, "perplexity": perplexity}
-
-
 def _compare_answers(
     base: Sequence[Sequence[AnswerRecord]],
     tuned: Sequence[Sequence[AnswerRecord]],
@@ -179,30 +119,22 @@ def _compare_answers(
     seed: int,
 ) -> dict[str, ComparedMetric]:
     """Compare answers: one sequence per sample, each over the questions. The mean of several is no yes or no."""
-    references = [one.question["Response"] for one in questions]
-    ours, theirs = (sampled_columns(samples, references, settings.embedding_model) for samples in (base, tuned))
-    return {
-        name: compare_shares(ours[name], theirs[name], settings)
-        if len(base) == 1 and METRICS[name].yes_or_no
-        else _compare_statistics(mean_of(ours[name]), mean_of(theirs[name]), theirs[name] - ours[name], settings, seed)
-        for name in ours
-    }
-
-
-def _compare_statistics(
-    base: Statistic, tuned: Statistic, changes: Array, settings: EvaluationSettings, seed: int
-) -> ComparedMetric:
-    """Compare a statistic of both models. `changes`: what it changed by from base to tuned, question by question."""
-    n = len(changes)
-    difference = estimate(lambda drawn: tuned(drawn) - base(drawn), n, settings, seed)
-    with np.errstate(all="ignore"):
-        spread = float(np.std(changes, ddof=1)) if n > 1 else 0.0
-    needed = questions_needed(spread, difference["value"], settings.confidence_level)
-    return {
-        "base": estimate(base, n, settings, seed),
-        "tuned": estimate(tuned, n, settings, seed),
-        "difference": {**difference, "spread": spread, "needed": needed},
-    }
+    asked = [one.question for one in questions]
+    ours, theirs = (sampled_columns(samples, asked, settings.embedding_model) for samples in (base, tuned))
+    cut_base, cut_tuned = (
+        Counter(name for records in side for record in records for name in cut_lengths(record)) for side in (base, tuned)
+    )
+    metrics = {}
+    for name in ours:
+        if len(base) == 1 and METRICS[name].yes_or_no:
+            metrics[name] = compare_shares(ours[name], theirs[name], settings)
+        else:
+            columns = ours[name], theirs[name]
+            metrics[name] = compare_statistics(*map(mean_of, columns), theirs[name] - ours[name], settings, seed)
+        if cut_base[name] or cut_tuned[name]:
+            counts = CutLengths(base=cut_base[name], tuned=cut_tuned[name], answers=len(base) * len(asked))
+            metrics[name]["cut"] = counts
+    return metrics
 
 
 # --- in words and tables ---------------------------------------------------------------------------------------------
@@ -219,54 +151,102 @@ class MetricLine:
     verdict: str
 
 
-def describe_counting(questions: Sequence[AnsweredQuestion]) -> list[str]:
-    """Return what a reader must know of how these questions' texts were counted, one note a line; nothing for most scripts."""
-    texts = [text for one in questions for text in (one.question["Response"], *(a["answer"] for a in one.greedy.values()))]
-    return [_COUNTED_BY_CHARACTER] if any(map(counts_characters, texts)) else []
-
-
-def metric_lines(metrics: Metrics) -> list[MetricLine]:
-    """Return a line for every metric: values with their intervals, and the verdict."""
+def metric_lines(metrics: Metrics, labels: Labels = LABELS) -> list[MetricLine]:
+    """Return a line for every metric: values with their intervals, and the verdict. `labels`: what the models are called."""
     return [
         MetricLine(
             METRICS[name],
-            *(format_interval(metric[side]) for side in ("base", "tuned", "difference")),
-            verdict(name, metric),
+            *(format_side(metric, side) for side in ("base", "tuned", "difference")),
+            verdict(name, metric, labels),
         )
         for name, metric in metrics.items()
     ]
 
 
-def verdict(name: str, metric: ComparedMetric) -> str:
+def count_of(name: str, n: int) -> str:
+    """Return what a metric was measured on, as in `24 questions` or `1 held-out row`."""
+    what = "held-out row" if name in ("eval_loss", "perplexity") else "question"
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def format_side(metric: ComparedMetric, side: Side | Literal["difference"]) -> str:
+    """Return a number of a metric with its interval; with `at least` or `at most` if cut lengths make it a bound."""
+    cut = metric.get("cut", {"base": 0, "tuned": 0})
+    # Longer base answers would make the difference smaller, longer tuned ones larger; with both it has no bound.
+    below = cut["base"] == 0 < cut["tuned"] if side == "difference" else cut[side] > 0
+    above = side == "difference" and cut["tuned"] == 0 < cut["base"]
+    return "at least " * below + "at most " * above + format_interval(metric[side])
+
+
+def undone_by_cut(name: str, metric: ComparedMetric, labels: Labels = LABELS) -> str:
+    """Say which cut answers could undo a difference if they were whole; an empty text if none could.
+
+    A length that fell did so all the more if base answers were cut, but not if tuned ones were."""
+    value = metric["difference"]["value"]
+    side = "tuned" if value < 0 else "base"
+    return describe_cut(name, metric, labels, (side,)) if value else ""
+
+
+def describe_cut(name: str, metric: ComparedMetric, labels: Labels = LABELS, sides: Sequence[Side] = SIDES) -> str:
+    """Say how many of the models' answers were cut, as in `the thinking of 5 of 24 base answers was cut`; "" if none was."""
+    cut = metric.get("cut", {"base": 0, "tuned": 0})
+    counts = [
+        f"{cut[side]} of {cut['answers']} {label} answers"
+        for side, label in zip(SIDES, labels, strict=True)
+        if side in sides and cut[side]
+    ]
+    text = " and ".join(counts)
+    return text and (f"the thinking of {text} was cut" if name.startswith("thinking") else f"{text} were cut")
+
+
+def is_shown(name: str, metric: ComparedMetric) -> bool:
+    """Return whether a difference is clear, and would be if no answer had been cut."""
+    return is_clear(metric["difference"]) and not undone_by_cut(name, metric)
+
+
+def verdict(name: str, metric: ComparedMetric, labels: Labels = LABELS) -> str:
     """Say whether the metric rose or fell, and for better or worse, or that no difference is shown.
 
-    It goes by interval and test alone."""
+    It goes by interval and test alone, and by what was cut."""
     difference = metric["difference"]
     if not np.isfinite(difference["value"]):
         return "can't tell: not a finite number"
     if not is_clear(difference):
-        return f"no difference shown with {difference['n']} questions"
+        return f"no difference shown with {count_of(name, difference['n'])}"
+    if undone := undone_by_cut(name, metric, labels):
+        return f"can't tell: {undone}"
     direction = "rose" if difference["value"] > 0 else "fell"
     better = METRICS[name].better
     judged = "" if not better else ", better" if np.sign(difference["value"]) == better else ", worse"
     return direction + judged
 
 
-def conclusions(metrics: Metrics) -> str:
-    """Return what the numbers do and do not show, as Markdown, computed from the intervals."""
+def conclusions(metrics: Metrics, forced: Metrics | None = None) -> str:
+    """Return what the numbers do and do not show, in both readings, as Markdown, computed from the intervals."""
+    found = _conclusions(metrics)
+    if forced:
+        found = f"### {BY_THEMSELVES.capitalize()}\n\n{found}\n\n### {FORCED.capitalize()}\n\n{_conclusions(forced)}"
+    return f"{found}\n\n**Not tested** at all:\n\n{_NEVER_TESTED}"
+
+
+def _conclusions(metrics: Metrics) -> str:
     shown, not_shown = [], []
     for name, metric in metrics.items():
         difference, text = metric["difference"], METRICS[name].label
-        if is_clear(difference):
-            sides = f"from {format_interval(metric['base'])} to {format_interval(metric['tuned'])}"
+        if is_shown(name, metric):
+            sides = f"from {format_side(metric, 'base')} to {format_side(metric, 'tuned')}"
             shown.append(f"- {text} **{verdict(name, metric)}**, {sides}")
         else:
-            needed = f"; a difference of that size takes about {difference['needed']:,} questions" if difference["needed"] else ""
-            not_shown.append(f"- {text}: {verdict(name, metric)} ({format_interval(difference)}{needed})")
+            needed = difference["needed"] if not is_clear(difference) else None
+            size = f"; a difference of that size takes about {needed:,} questions" if needed else ""
+            not_shown.append(f"- {text}: {verdict(name, metric)} ({format_side(metric, 'difference')}{size})")
     parts = ["**Shown**, the interval of the difference lies clear of zero:", "\n".join(shown) or "- nothing"]
     if not_shown:
-        parts += ["**Not shown**, the interval holds zero or the exact test is not clear:", "\n".join(not_shown)]
-    return "\n\n".join([*parts, "**Not tested** at all:", _NEVER_TESTED])
+        parts += [
+            "**Not shown**, the interval holds zero, the exact test is not clear or answers were cut:",
+            "\n".join(not_shown),
+        ]
+    return "\n\n".join(parts)
 
 
 def needed_table(metrics: Metrics, confidence_level: float, sizes: Sequence[float] = (0.05, 0.1, 0.2)) -> pd.DataFrame:
@@ -292,13 +272,19 @@ def needed_table(metrics: Metrics, confidence_level: float, sizes: Sequence[floa
     return table.astype(dict.fromkeys(table.columns[1:], "Int64"))
 
 
-def metrics_table(metrics: Metrics) -> pd.DataFrame:
-    """Return the comparison as a table: one line per metric, values with their intervals, and the verdict."""
+def metrics_table(metrics: Metrics, forced: Metrics | None = None, labels: Labels = LABELS) -> pd.DataFrame:
+    """Return the comparison as a table: one line per metric, values with their intervals, and the verdict.
+
+    With `forced`, the columns come twice, for both readings; a metric without the second has empty cells there."""
     import pandas as pd
 
-    lines = [
-        {"metric": line.metric.label, "base": line.base, "tuned": line.tuned, "difference": line.difference}
-        | {"verdict": line.verdict}
-        for line in metric_lines(metrics)
-    ]
-    return pd.DataFrame(lines, columns=["metric", "base", "tuned", "difference", "verdict"]).set_index("metric")
+    tables = {}
+    for reading, measured in {BY_THEMSELVES: metrics, FORCED: forced or {}}.items():
+        lines = {
+            line.metric.label: [line.base, line.tuned, line.difference, line.verdict] for line in metric_lines(measured, labels)
+        }
+        columns = [*labels, "difference", "verdict"]
+        tables[reading] = pd.DataFrame.from_dict(lines, orient="index", columns=columns).rename_axis("metric")
+    if not forced:
+        return tables[BY_THEMSELVES]
+    return pd.concat(tables, axis="columns").reindex(tables[BY_THEMSELVES].index).fillna("")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -57,7 +57,12 @@ def ratio_of(numerator: Array, denominator: Array) -> Statistic:
 
 
 def estimate(statistic: Statistic, n: int, settings: EvaluationSettings, seed: int) -> Estimate:
-    """Return a statistic over `n` questions with its bootstrap interval.
+    """Return a statistic over `n` questions with its bootstrap interval."""
+    return estimate_all([statistic], n, settings, seed)[0]
+
+
+def estimate_all(statistics: Sequence[Statistic], n: int, settings: EvaluationSettings, seed: int) -> list[Estimate]:
+    """Return statistics over the same `n` questions with their bootstrap intervals, from the same resamples.
 
     Questions are resampled whole, so both models' answers to one question stay together (scipy.stats.bootstrap).
     The percentiles are the expanded ones of Hesterberg 2015 ("What Teachers Should Know About the Bootstrap",
@@ -67,19 +72,24 @@ def estimate(statistic: Statistic, n: int, settings: EvaluationSettings, seed: i
 
     questions = np.arange(n)
     with np.errstate(all="ignore"):  # a diverged model's loss or perplexity is no finite number
-        value = float(statistic(questions))
-        if n < 2 or not math.isfinite(value):
-            return {"value": value, "low": None, "high": None, "n": n}
+        values = [float(statistic(questions)) for statistic in statistics]
+        if n < 2 or not any(map(math.isfinite, values)):
+            return [{"value": value, "low": None, "high": None, "n": n} for value in values]
         found = bootstrap(
             (questions,),
-            lambda drawn, axis: statistic(drawn),
+            lambda drawn, axis: np.stack([statistic(drawn) for statistic in statistics]),
             vectorized=True,
             n_resamples=settings.n_resamples,
             confidence_level=_expanded(settings.confidence_level, n),
             method="percentile",
             rng=np.random.default_rng(seed),
         ).confidence_interval
-    return {"value": value, "low": float(found.low), "high": float(found.high), "n": n}
+    return [
+        {"value": value, "low": float(low), "high": float(high), "n": n}
+        if math.isfinite(value)
+        else {"value": value, "low": None, "high": None, "n": n}
+        for value, low, high in zip(values, found.low, found.high, strict=True)
+    ]
 
 
 def _expanded(level: float, n: int) -> float:
@@ -100,6 +110,16 @@ def questions_needed(spread: float, difference: float, confidence_level: float =
         return None
     z = norm.ppf(0.5 + confidence_level / 2) + norm.ppf(power)
     return max(FEWEST_QUESTIONS, math.ceil((z * spread / difference) ** 2))
+
+
+def questions_needed_within(
+    spread: float, difference: float, margin: float, confidence_level: float = 0.95, power: float = 0.8
+) -> int | None:
+    """Return how many questions a paired comparison needs for an interval within `margin` on both sides, with this power.
+
+    By the normal approximation, as `questions_needed` with what lies between the difference found and the margin; None if
+    the difference found is not within the margin, or if nothing differs."""
+    return questions_needed(spread, margin - abs(difference), confidence_level, power) if abs(difference) < margin else None
 
 
 # --- shares of yes and no --------------------------------------------------------------------------------------------
@@ -197,6 +217,34 @@ def share_questions_needed(changed: float, difference: float, confidence_level: 
     while n <= _EXACT_POWER_UP_TO and exact_power(n, changed, difference, confidence_level) < power:
         n += max(1, n // 50)
     return n
+
+
+def share_questions_needed_within(
+    changed: float, difference: float, margin: float, confidence_level: float = 0.95, power: float = 0.8
+) -> int | None:
+    """Return the same for a difference of two shares that differ on the share `changed` of the questions.
+
+    If they differ on none, Wilson's interval of a share of 0 ends at z^2 / (n + z^2)."""
+    from scipy.stats import norm
+
+    z = norm.ppf(0.5 + confidence_level / 2)
+    fewest = max(FEWEST_QUESTIONS, math.ceil(z**2 * (1 - margin) / margin))
+    spread = math.sqrt(max(changed - difference**2, 0))
+    if abs(difference) >= margin:
+        return None
+    return max(fewest, questions_needed_within(spread, difference, margin, confidence_level, power) or 0)
+
+
+def half_questions_needed(share: float, confidence_level: float = 0.95, power: float = 0.8) -> int | None:
+    """Return how many questions show, with this power, that a share of this size is not one half; None if it is one half.
+
+    By the normal approximation. Source: Chow, Shao and Wang, "Sample Size Calculations in Clinical Research", 4.1."""
+    from scipy.stats import norm
+
+    if share == 0.5:
+        return None
+    z = norm.ppf(0.5 + confidence_level / 2) / 2 + norm.ppf(power) * math.sqrt(share * (1 - share))
+    return max(FEWEST_QUESTIONS, math.ceil((z / (share - 0.5)) ** 2))
 
 
 def exact_power(n: int, changed: float, difference: float, confidence_level: float = 0.95) -> float:

@@ -13,10 +13,13 @@ import numpy as np
 from medcot_utils.data.contamination import normalize
 from medcot_utils.data.words import split_words
 from medcot_utils.errors import MedcotError
+from medcot_utils.evaluation.copied import remove_copied
+from medcot_utils.models.records import thinking_is_cut
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from medcot_utils.data.rows import Question
     from medcot_utils.models.records import AnswerRecord
 
 
@@ -61,6 +64,7 @@ METRICS: dict[str, Metric] = {
     "bullet_rate": Metric("answers written as a list", "share", 0, yes_or_no=True),
     "one_paragraph_rate": Metric("answers of exactly one paragraph, no list", "share", 0, yes_or_no=True),
     "repetition": Metric("4-word sequences that came before in the same text", "share", -1),
+    "copied": Metric("words of the answer that copy the question, in sequences of 8", "share", 0),
     "rouge_l": Metric("ROUGE-L of the answer against the reference", "F1", 1),
     "chrf": Metric("chrF of the answer against the reference", "0 to 1", 1),
     "embedding_similarity": Metric("likeness of meaning to the reference, by evaluation.embedding_model", "cosine", 1),
@@ -70,6 +74,7 @@ METRICS: dict[str, Metric] = {
     "mcq_likelihood": Metric("questions whose right option is the likeliest text, without thinking", "share", 1, yes_or_no=True),
     "mcq_accuracy_answered": Metric("questions answered rightly, of those that both models answered", "share", 1, yes_or_no=True),
 }
+# What is compared with a reference is the answer without what it copied: a copied question is like any text on its subject.
 # A model that never closes its tag has no answer: its style is read off what it wrote last, which is its thinking.
 
 # A bullet, a number or both in bold; in Chinese and Japanese the marks stand right before the text. The indent stays on its
@@ -128,10 +133,20 @@ def chrf(answer: str, reference: str) -> float:
     return sentence_chrf(answer, [reference]).score / 100
 
 
-def measure_answer(record: AnswerRecord, reference: str) -> dict[str, float]:
-    """Return every metric of one answer but the losses, by name."""
+def cut_lengths(record: AnswerRecord) -> set[str]:
+    """Return the lengths of an answer that are lower bounds, because a budget ended what they are the length of."""
+    thinking = {"thinking_tokens", "thinking_words"} if thinking_is_cut(record) else set()
+    rest = set() if record["finished"] else {"answer_tokens", "answer_words"}
+    return thinking | rest | ({"completion_words"} if thinking or rest else set())
+
+
+def measure_answer(record: AnswerRecord, question: Question) -> dict[str, float]:
+    """Return every metric of one answer but the losses, by name.
+
+    Likeness to the reference is that of the answer without what it copied from the question (`copied.remove_copied`)."""
     answer, thinking = record["answer"], record["thinking"]
     written = answer or thinking
+    own, copied = remove_copied(answer, question["Question"])
     return {
         # Well formed: closed exactly once with text on both sides; a bare or doubled tag is no closed reasoning.
         "closed_think_rate": float(record["well_formed"]),
@@ -145,32 +160,36 @@ def measure_answer(record: AnswerRecord, reference: str) -> dict[str, float]:
         "bullet_rate": float(is_bullet_list(written)),
         "one_paragraph_rate": float(count_paragraphs(written) == 1 and not is_bullet_list(written)),
         "repetition": repetition(f"{thinking} {answer}"),
-        "rouge_l": rouge_l(answer, reference),
-        "chrf": chrf(answer, reference),
+        "copied": copied,
+        "rouge_l": rouge_l(own, question["Response"]),
+        "chrf": chrf(own, question["Response"]),
     }
 
 
 def answer_columns(
-    records: Sequence[AnswerRecord], references: Sequence[str], embedding_model: str | None = None
+    records: Sequence[AnswerRecord], questions: Sequence[Question], embedding_model: str | None = None
 ) -> dict[str, np.ndarray]:
-    """Return one column per metric, with one value per answer, each against the reference beside it.
+    """Return one column per metric, with one value per answer, each to the question beside it.
 
     With an embedding model, `embedding_similarity` is among them."""
-    values = [measure_answer(record, reference) for record, reference in zip(records, references, strict=True)]
+    values = [measure_answer(record, question) for record, question in zip(records, questions, strict=True)]
     columns = {name: np.array([row[name] for row in values], dtype=float) for name in values[0]}
     if embedding_model is not None:
-        answers = [record["answer"] for record in records]
-        columns["embedding_similarity"] = embedding_similarity(answers, references, embedding_model)
+        own = [
+            remove_copied(record["answer"], question["Question"])[0] for record, question in zip(records, questions, strict=True)
+        ]
+        references = [question["Response"] for question in questions]
+        columns["embedding_similarity"] = embedding_similarity(own, references, embedding_model)
     return columns
 
 
 def sampled_columns(
-    samples: Sequence[Sequence[AnswerRecord]], references: Sequence[str], embedding_model: str | None = None
+    samples: Sequence[Sequence[AnswerRecord]], questions: Sequence[Question], embedding_model: str | None = None
 ) -> dict[str, np.ndarray]:
     """Return one column per metric, with each question's mean over its samples.
 
     `samples` holds one sequence per sample, with the questions in the same order in each."""
-    columns = [answer_columns(records, references, embedding_model) for records in samples]
+    columns = [answer_columns(records, questions, embedding_model) for records in samples]
     return {name: np.mean([column[name] for column in columns], axis=0) for name in columns[0]}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from medcot_utils.models.records import by_sample
+from medcot_utils.models.records import by_sample, with_forced_closing
 
 if TYPE_CHECKING:
     from medcot_utils.data.rows import Question
@@ -59,10 +59,25 @@ def score(
     questions: Sequence[Question], base: Sequence[AnswerRecord], tuned: Sequence[AnswerRecord], data_report: DataReport
 ) -> ScoredSet:
     """Return the set that notebook 06 works on, from a run's artifacts. Raises ValueError as `pair_answers` does."""
+    return ScoredSet(pair_answers(questions, {"base": base, "tuned": tuned}), _repeated_by(data_report))
+
+
+def score_merged(
+    questions: Sequence[Question], tuned: Sequence[AnswerRecord], merged: Sequence[AnswerRecord], data_report: DataReport
+) -> ScoredSet:
+    """Return the set that notebook 07 works on: the greedy answers, labeled `tuned` and `merged`, to what the merged model
+    was asked, which may be fewer questions, or none."""
+    ids = {record["id"] for record in merged}
+    asked = [question for question in questions if question["id"] in ids]
+    answers = {"tuned": [record for record in tuned if record["id"] in ids and record["sample"] == 0], "merged": merged}
+    return ScoredSet(pair_answers(asked, answers) if asked else [], _repeated_by(data_report))
+
+
+def _repeated_by(data_report: DataReport) -> dict[str, list[str]]:
     repeated_by: dict[str, list[str]] = {}
     for repeat in [] if data_report["repeats_dropped"] else data_report["repeats"]:
         repeated_by.setdefault(str(repeat["question_id"]), []).append(repeat["train_id"])
-    return ScoredSet(pair_answers(questions, {"base": base, "tuned": tuned}), repeated_by)
+    return repeated_by
 
 
 def pair_answers(questions: Sequence[Question], answers: Mapping[str, Sequence[AnswerRecord]]) -> list[AnsweredQuestion]:
@@ -84,3 +99,19 @@ def pair_answers(questions: Sequence[Question], answers: Mapping[str, Sequence[A
         )
         for index, question in enumerate(questions)
     ]
+
+
+def force_closing(questions: Sequence[AnsweredQuestion]) -> list[AnsweredQuestion]:
+    """Return the questions with all answers as they read with forced closing (`records.with_forced_closing`).
+
+    The list is empty if a greedy answer has none, as in runs without evaluation.answer_tokens, and a question is without
+    samples if one of them has none."""
+    found = []
+    for one in questions:
+        greedy = {model: with_forced_closing(record) for model, record in one.greedy.items()}
+        samples = {model: [with_forced_closing(record) for record in records] for model, records in one.samples.items()}
+        if None in greedy.values():
+            return []
+        whole = not any(None in records for records in samples.values())
+        found.append(AnsweredQuestion(one.question, greedy, samples if whole else {}))
+    return found

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 
 from medcot_utils.config import load_config
-from medcot_utils.evaluation.claims import ARTICLE_CLAIM, CLAIMS, DOES_NOT, HOLDS, SMALLEST, claims_table, judge
+from medcot_utils.evaluation.claims import ARTICLE_CLAIM, CLAIMS, claims_table, judge, outcome
 from medcot_utils.evaluation.comparison import compare
+from medcot_utils.evaluation.decisions import CANNOT_TELL, DOES_NOT, HOLDS, SMALLEST
 from medcot_utils.evaluation.mcq.scores import compare_mcq
 from medcot_utils.evaluation.metrics import METRICS
-from medcot_utils.evaluation.scored_set import score
+from medcot_utils.evaluation.paired import compare_shares
+from medcot_utils.evaluation.scored_set import force_closing, score
 
 CONFIG = load_config("smoke", ["model.load_in_4bit=false", "generation.max_new_tokens=12"])
 SETTINGS = CONFIG.evaluation  # 95 %, 500 resamples
 BY_METRIC = {next(iter(claim.expected)): claim.text for claim in CLAIMS}
+OF_ANSWERS = [next(iter(claim.expected)) for claim in CLAIMS if claim.of_answers]
 QUESTIONS = 40  # as many as are held out of the shipped cases
 
 REFERENCE = ["the", "mitral", "valve", "is", "most", "often", "affected", "by", "rheumatic", "fever"]
@@ -32,12 +35,14 @@ CLAIMED = {
     "one_paragraph_rate": ({"lists": 0.0, "single": 0.3}, {"lists": 0.0, "single": 0.8}),
     "completion_words": ({}, {"thinking": 48.0}),
     "rouge_l": ({}, {"likeness": 0.7}),
-    "mcq_accuracy": ({}, {"right": 0.8}),
+    "mcq_letter": ({}, {"right": 0.8}),
 }
 
 
-def drawn(seed, n=QUESTIONS, **truth):
-    """What one model would give for `n` questions: (answers, losses as (nll, tokens), multiple choice)."""
+def drawn(seed, n=QUESTIONS, cut=False, **truth):
+    """What one model would give for `n` questions: (answers, losses as (nll, tokens), multiple choice).
+
+    cut: whether thinking that was not closed ended at its budget; else its text ended without the tag."""
     truth = USUAL | truth
     generator, rows = np.random.default_rng(seed), np.random.default_rng(n).integers(50, 300, size=n)
     answers, held_out, choices = [], [], []
@@ -50,24 +55,42 @@ def drawn(seed, n=QUESTIONS, **truth):
         thinking = " ".join(map(str, range(max(1, round(truth["thinking"] + 10 * noise[0])))))
         answer = f"- {first}\n- {second}" if chance[0] < truth["lists"] else single
         closed, read = bool(chance[3] < truth["closed"]), bool(chance[4] < truth["read"])
-        written_so = {"thinking": thinking, "answer": answer} if closed else {"thinking": f"{thinking} {answer}", "answer": ""}
-        lengths = {"thinking_tokens": 1, "answer_tokens": 1}
-        answers.append({"id": f"q{index}", "well_formed": closed, "finished": True} | written_so | lengths)
+        answers.append(answered(f"q{index}", thinking, answer, closed, cut))
         held_out.append((rows[index] * (truth["loss"] + 0.4 * noise[1]), rows[index]))
-        right = bool(read and chance[2] < truth["right"])
-        choices.append({"task": "shipped", "id": f"m{index}", "correct": right, "abstained": not read})
+        right = bool(chance[2] < truth["right"])
+        choices.append(
+            {"task": "shipped", "id": f"m{index}", "correct": read and right, "abstained": not read, "letter_right": right}
+        )
     return answers, held_out, choices
+
+
+def answered(name, thinking, answer, closed=True, cut=False):
+    """A record with its forced answer. If the model did not close its thinking by itself, its own answer is empty."""
+    closed_by = "itself" if closed else "budget" if cut else "end"
+    return {
+        "id": name,
+        "completion": thinking,
+        "thinking": thinking,
+        "answer": answer if closed else "",
+        "thinking_tokens": 1,
+        "answer_tokens": 1,
+        "closed": int(closed),
+        "well_formed": closed,
+        "finished": closed or not cut,
+        "forced": {"closed_by": closed_by, "answer": answer, "answer_tokens": 1, "finished": True},
+    }
 
 
 def all_scored(base, tuned, questions=None):
     """A scored set of greedy answers, in which every question counts."""
-    questions = questions or [{"id": record["id"], "scored": True, "Response": " ".join(REFERENCE)} for record in base]
+    asked = {"scored": True, "Question": "Which valve?", "Response": " ".join(REFERENCE)}
+    questions = questions or [asked | {"id": record["id"]} for record in base]
     sides = ([record | {"sample": 0} for record in side] for side in (base, tuned))
     return score(questions, *sides, {"repeats": [], "repeats_dropped": True})
 
 
-def judged(base, tuned, seed=7):
-    """{the claim's first metric: verdict}, by the way that notebook 06 goes."""
+def judged(base, tuned, seed=7, forced=True):
+    """{the claim's first metric: verdict}, by the way that notebook 06 goes; without `forced` as in runs before it."""
     held_out = [
         {"model": label, "id": f"h{index}", "nll": float(nll), "tokens": int(tokens)}
         for label, side in (("base", base), ("tuned", tuned))
@@ -75,26 +98,39 @@ def judged(base, tuned, seed=7):
     ]
 
     scored = all_scored(base[0], tuned[0])
-    metrics = compare(scored.counted, held_out, SETTINGS, seed) | compare_mcq(base[2], tuned[2], set(), SETTINGS)
-    all_answered = len(scored.answered) == len(scored.counted)
-    answered = metrics if all_answered else compare(scored.answered, [], SETTINGS, seed)
-    verdicts = {record["claim"]: record["verdict"] for record in judge(metrics, answered, {})}
+    metrics = compare([], held_out, SETTINGS, seed) | compare_mcq(base[2], tuned[2], set(), SETTINGS)
+    answered, named = compare(scored.answered, [], SETTINGS, seed), {}
+    if forced:
+        letters = [np.array([float(one["letter_right"]) for one in side[2]]) for side in (base, tuned)]
+        metrics["mcq_letter"] = compare_shares(*letters, SETTINGS)
+        all_answered = len(scored.answered) == len(scored.counted)
+        named = {"forced": answered if all_answered else compare(force_closing(scored.counted), [], SETTINGS, seed)}
+    verdicts = {record["claim"]: record["verdict"] for record in judge(metrics, answered, {}, **named)}
     return {metric: verdicts[text] for metric, text in BY_METRIC.items()}
+
+
+def holds(verdict):
+    return verdict.startswith(HOLDS)
 
 
 def has_no_effect(verdict):
     """Neither that something was gained nor that something was lost."""
-    return verdict != HOLDS and "went the other way" not in verdict
+    return not holds(verdict) and "went the other way" not in verdict
 
 
 # --- nothing changed -----------------------------------------------------------------------------------------------
 
 
-def test_no_claim_holds_for_a_model_compared_with_itself():
-    found = judged(drawn(1), drawn(1))
+@pytest.mark.parametrize("closed", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("forced", [True, False])
+def test_no_claim_holds_for_a_model_compared_with_itself(closed, forced):
+    same = drawn(1, closed=closed, cut=closed == 0)
+    found = judged(same, same, forced=forced)
     assert all(map(has_no_effect, found.values()))
-    assert found["eval_loss"] == f"{DOES_NOT}: held-out loss, per trained token differs by less than 0.01"
-    assert found["mcq_accuracy"] == f"can't tell with {QUESTIONS} questions", "40 questions cannot rule out so little"
+    rows = f"with {QUESTIONS} held-out rows"
+    assert found["eval_loss"] == f"{DOES_NOT} {rows}: held-out loss, per trained token differs by less than 0.01"
+    letters = found["mcq_letter"]
+    assert not forced or letters.startswith(f"can't tell with {QUESTIONS} questions: it takes about "), "0.01 is not ruled out"
 
 
 def test_claims_about_two_draws_hold_as_rarely_as_the_level_says():
@@ -102,9 +138,10 @@ def test_claims_about_two_draws_hold_as_rarely_as_the_level_says():
     # those of what most answers are err less. Of 200 pairs 5 are expected; 14 or more come up once in 1,000 such tests.
     pairs, held, against = 200, Counter(), Counter()
     for seed in range(pairs):
-        for metric, verdict in judged(drawn(2 * seed), drawn(2 * seed + 1), seed).items():
-            held[metric] += verdict == HOLDS
-            against[metric] += "went the other way" in verdict
+        draws = (drawn(2 * seed, closed=0.7), drawn(2 * seed + 1, closed=0.7))
+        for metric, verdict in judged(*draws, seed).items():
+            held[metric] += holds(verdict)
+            against[metric] += verdict.startswith(DOES_NOT) and "went the other way" in verdict
     print(f"by chance, of {pairs}: holds {dict(held)}, the other way {dict(against)}")
     assert max(held.values()) <= 13 and held.total() / pairs / len(BY_METRIC) < 0.035
     assert max(against.values()) <= 13
@@ -149,70 +186,263 @@ def test_no_claim_holds_for_a_real_model_with_a_zero_adapter():
 
 @pytest.mark.parametrize("metric", BY_METRIC)
 def test_a_claim_holds_for_a_real_change_but_not_its_opposite(metric):
-    base, tuned = (drawn(seed, 150, **truth) for seed, truth in enumerate(CLAIMED[metric]))
-    assert judged(base, tuned)[metric] == HOLDS
-    assert judged(tuned, base)[metric].startswith(f"{DOES_NOT}: ") and "went the other way" in judged(tuned, base)[metric]
+    base, tuned = (drawn(seed, 150, closed=0.8, **truth) for seed, truth in enumerate(CLAIMED[metric]))
+    assert holds(judged(base, tuned)[metric])
+    back = judged(tuned, base)[metric]
+    assert back.startswith(f"{DOES_NOT} with 150 ") and "went the other way" in back
     # Drawn from one seed, the two differ by the change alone, and no other claim is touched. (A list's dashes are letters and
     # words as well, and thinking is a part of all that is written.)
-    alone = judged(*(drawn(1, 150, **truth) for truth in CLAIMED[metric]))
+    alone = judged(*(drawn(1, 150, closed=0.8, **truth) for truth in CLAIMED[metric]))
     form = {"bullet_rate", "one_paragraph_rate", "completion_words", "rouge_l"}
     touched = form if metric in form else {"thinking_words", "completion_words"} if metric == "thinking_words" else {metric}
     touched |= {"thinking_words"} if metric == "completion_words" else set()
-    assert alone[metric] == HOLDS
+    assert holds(alone[metric])
     assert all(has_no_effect(alone[other]) for other in BY_METRIC if other not in touched)
 
 
 @pytest.mark.parametrize("metric", BY_METRIC)
 def test_three_questions_cannot_show_even_a_real_change(metric):
     base, tuned = (drawn(seed, 3, **truth) for seed, truth in enumerate(CLAIMED[metric]))
-    assert judged(base, tuned)[metric].startswith("can't tell with 3 questions")
+    found = judged(base, tuned)[metric]
+    assert found.startswith("can't tell with 3 ") and found.endswith(": at least 6 are needed")
+
+
+# --- two readings --------------------------------------------------------------------------------------------------
+
+
+def test_a_base_that_never_closes_its_tag_is_judged_all_the_same():
+    base = drawn(1, 100, closed=0.0, cut=True, lists=0.9, thinking=200.0)
+    found = judged(base, drawn(2, 100, thinking=40.0, lists=0.0, single=0.9, likeness=0.9))
+    assert {found[metric] for metric in OF_ANSWERS} == {"holds with 100 questions, forced closing"}
+    # Without forced closing there is nothing to judge, as before.
+    before = judged(base, drawn(2, 100), forced=False)
+    assert {before[metric] for metric in OF_ANSWERS} == {"can't tell: no question was answered by both models"}
+    few = judged(drawn(1, 100, closed=0.04, thinking=200.0), drawn(2, 100, thinking=40.0), forced=False)
+    assert {few[metric].partition(" with ")[0] for metric in OF_ANSWERS} == {"can't tell"}
+
+
+@pytest.mark.parametrize("metric", OF_ANSWERS)
+def test_what_both_answered_themselves_must_not_contradict(metric):
+    (sign,) = {sign for claim in CLAIMS if metric in claim.expected for sign in claim.expected.values()}
+    names = next(claim.expected for claim in CLAIMS if metric in claim.expected)
+    shares = {"base": {"value": 0.9, "low": 0.8, "high": 1.0, "n": 20}, "tuned": {"value": 0.1, "low": 0.0, "high": 0.2, "n": 20}}
+    if sign > 0:
+        shares = {"base": shares["tuned"], "tuned": shares["base"]}
+    forced = {name: made(sign * 20, sign * 20 - 1, sign * 20 + 1) | shares for name in names}
+    for beside, expected in ((sign * 9.0, HOLDS), (None, HOLDS), (-sign * 9.0, CANNOT_TELL)):
+        answered = {} if beside is None else {name: made(beside, beside - 1, beside + 1, n=9) for name in names}
+        record = judged_record(metric, judge({}, answered, {}, forced=forced))
+        assert outcome(record) == expected and record["n"] == 20 and record["reading"].startswith("forced closing")
+        none = "no question was answered by both by themselves"
+        assert (record["answered_result"] == none) is (beside is None)
+        assert beside is None or record["answered_result"].startswith("the 9 that both answered by themselves: 1.00 [")
+    text = METRICS[metric].text
+    where = "on the questions that both answered by themselves"
+    assert record["verdict"] == f"can't tell with 20 questions, forced closing: {text} went the other way {where}"
+
+
+def test_sampled_answers_that_disagree_leave_a_claim_undecided():
+    metrics = {"thinking_words": made(-20.0, -30.0, -10.0)}
+    for sampled, expected in ((20.0, CANNOT_TELL), (-9.0, HOLDS)):
+        other = {"thinking_words": made(sampled, sampled - 5, sampled + 5)}
+        agreeing = {"thinking_words": made(-9.0, -14.0, -4.0)}
+        for record in (
+            judged_record("thinking_words", judge(metrics, metrics, other)),
+            judged_record("thinking_words", judge({}, {}, agreeing, forced=metrics, sampled_forced=other)),
+        ):
+            assert outcome(record) == expected
+            assert (expected == HOLDS) or record["verdict"].endswith("went the other way in the sampled answers")
+
+
+# --- lengths that were cut -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "value", "expected"),
+    [
+        (12, 0, -20.0, "holds with 20 questions, forced closing"),
+        (12, 3, -20.0, "can't tell with 20 questions, forced closing: {}3 of 20 tuned answers{}"),
+        (0, 1, -20.0, "can't tell with 20 questions, forced closing: {}1 of 20 tuned answers{}"),
+        (0, 3, 20.0, "does not hold with 20 questions, forced closing: {text} went the other way"),
+        (4, 0, 20.0, "can't tell with 20 questions, forced closing: {}4 of 20 base answers{}"),
+        (4, 3, 20.0, "can't tell with 20 questions, forced closing: {}3 of 20 tuned answers{}"),
+        (4, 0, -0.1, "can't tell with 20 questions, forced closing: {}4 of 20 base answers{}"),
+        (0, 0, -0.1, "does not hold with 20 questions, forced closing: {text} differs by less than 5"),
+    ],
+)
+@pytest.mark.parametrize("metric", ["thinking_words", "completion_words"])
+def test_a_cut_length_is_a_bound_that_may_not_be_undone(metric, base, tuned, value, expected):
+    found = made(value, value - 2, value + 2) | {"cut": {"base": base, "tuned": tuned, "answers": 20}}
+    around = ("the thinking of ", " was cut") if metric == "thinking_words" else ("", " were cut")
+    record = judged_record(metric, judge({}, {}, {}, forced={metric: found}))
+    assert record["verdict"] == expected.format(*around, text=METRICS[metric].text)
+    assert record["needed"] is None, "more questions would not tell"
+    assert ("at least 1.00" in record["result"]) is (base + tuned > 0)
+
+
+def test_thinking_cut_at_its_budget_shows_that_tuned_thinks_less():
+    def at_budget(words, forced):
+        cut = {"closed_by": "budget", "answer": "the mitral valve", "answer_tokens": 3, "finished": forced}
+        return [answered(f"q{i}", "so " * words, "", closed=False, cut=True) | {"forced": cut} for i in range(20)]
+
+    shorter = [answered(f"q{i}", "so " * (20 + i % 5), "the mitral valve") for i in range(20)]
+    for base, tuned, thinking, everything in (
+        (at_budget(60, True), shorter, HOLDS, HOLDS),
+        (at_budget(60, False), shorter, HOLDS, HOLDS),
+        (at_budget(60, True), at_budget(30, True), CANNOT_TELL, CANNOT_TELL),
+        (shorter, at_budget(60, True), DOES_NOT, DOES_NOT),
+    ):
+        forced = compare(force_closing(all_scored(base, tuned).counted), [], SETTINGS, 7)
+        found = judge({}, {}, {}, forced=forced)
+        assert outcome(judged_record("thinking_words", found)) == thinking
+        assert outcome(judged_record("completion_words", found)) == everything
+
+
+# --- the loss and the 16-bit base ----------------------------------------------------------------------------------
+
+
+def bars(rounding, learning, half=0.02):
+    """Three bars of loss, the 4-bit base at 4.00; rounding and learning as `LossBars` has them."""
+
+    def around(value, **more):
+        return {"value": value, "low": value - half, "high": value + half, "n": 40} | more
+
+    whole = 4.0 - rounding
+    found = {"base_16bit": around(whole), "base": around(4.0), "tuned": around(whole + learning)}
+    differences = {"rounding": around(rounding, spread=0.3, needed=9), "learning": around(learning, spread=0.3, needed=77)}
+    return found | differences | {"share": around(rounding / (rounding - learning))}
+
+
+@pytest.mark.parametrize(
+    ("rounding", "learning", "half", "expected"),
+    [
+        (0.39, -0.42, 0.02, "holds with 40 held-out rows: below the 16-bit base too"),
+        (0.81, 0.10, 0.02, "does not hold with 40 held-out rows: the tuned model stays above the 16-bit base"),
+        (0.81, 0.001, 0.005, "does not hold with 40 held-out rows: tuned model and 16-bit base differ by less than 0.01: "),
+        (
+            0.79,
+            -0.02,
+            0.03,
+            "can't tell with 40 held-out rows: it takes about 77 to show, against the 16-bit base, the difference",
+        ),
+        (
+            0.81,
+            0.02,
+            0.03,
+            "can't tell with 40 held-out rows: it takes about 7,064 to show, against the 16-bit base, a difference",
+        ),
+    ],
+)
+def test_the_loss_must_fall_below_the_16_bit_base_too(rounding, learning, half, expected):
+    metrics = {"eval_loss": made(-0.8, -0.9, -0.7, n=40)}
+    record = judged_record("eval_loss", judge(metrics, {}, {}, losses=bars(rounding, learning, half)))
+    assert record["verdict"].startswith(expected) and record["n"] == 40
+    assert f"the 4-bit rounding had cost {rounding:.2f} of {rounding - learning:.2f}, " in record["result"]
+
+
+def test_the_share_that_rounding_had_cost_stands_in_the_result():
+    metrics = {"eval_loss": made(-0.8, -0.9, -0.7, n=40)}
+    record = judged_record("eval_loss", judge(metrics, {}, {}, losses=bars(0.39, -0.42)))
+    assert record["result"].endswith(
+        "; 16-bit base 3.61 [3.59, 3.63]: the 4-bit rounding had cost 0.39 of 0.81, 48 % [46 %, 50 %]"
+    )
+
+
+def test_a_16_bit_base_that_was_not_measured_is_named():
+    metrics = {"eval_loss": made(-0.8, -0.9, -0.7, n=40)}
+    record = judged_record("eval_loss", judge(metrics, {}, {}))
+    assert record["verdict"] == "holds with 40 held-out rows: below the 4-bit base; the 16-bit base was not measured"
+
+
+# --- multiple choice -----------------------------------------------------------------------------------------------
+
+
+def test_more_precise_is_judged_by_letters_and_not_contradicted():
+    better, worse = made(0.2, 0.1, 0.3, n=60), made(-0.2, -0.3, -0.1, n=12)
+    for beside, expected in (
+        ({}, "holds with 60 questions"),
+        ({"mcq_accuracy_answered": better, "mcq_likelihood": better}, "holds with 60 questions"),
+        ({"mcq_accuracy_answered": worse}, "can't tell with 60 questions: {} went the other way"),
+        ({"mcq_likelihood": worse}, "can't tell with 60 questions: {} went the other way"),
+    ):
+        record = judged_record("mcq_letter", judge({"mcq_letter": better} | beside, {}, {}))
+        assert record["verdict"] == expected.format(METRICS[next(iter(beside), "mcq_letter")].text)
+        assert all(METRICS[name].text in record["answered_result"] for name in beside)
+
+
+def test_in_runs_without_letters_strict_readings_are_judged():
+    better, worse, unclear = made(0.2, 0.1, 0.3), made(-0.2, -0.3, -0.1), made(0.2, -0.1, 0.5, spread=1.0, needed=40)
+    for answered, expected in ((better, HOLDS), (worse, DOES_NOT), (unclear, CANNOT_TELL)):
+        record = judged_record("mcq_letter", judge({"mcq_accuracy": better, "mcq_accuracy_answered": answered}, {}, {}))
+        assert outcome(record) == expected and METRICS["mcq_accuracy"].label in record["tested_by"]
+
+
+def test_guessing_where_the_base_abstains_is_not_more_precise():
+    guesses = drawn(2, 60, right=0.25)
+    assert judged(drawn(1, 60, read=0.0), guesses, forced=False)["mcq_letter"].startswith("can't tell")
+    assert not holds(judged(drawn(1, 100, read=0.2, right=0.8), drawn(2, 100, right=0.4), forced=False)["mcq_letter"])
+    assert not holds(judged(drawn(1, 100, read=0.2, right=0.8), drawn(2, 100, right=0.4))["mcq_letter"])
 
 
 # --- what only looks like an effect --------------------------------------------------------------------------------
 
 
-def test_no_answer_claim_holds_if_the_base_never_closes_its_tag():
-    base, tuned = drawn(1, 100, closed=0.0, thinking=200.0), drawn(2, 100, thinking=40.0, lists=0.0, likeness=0.9)
-    found = judged(base, tuned)
-    of_answers = {next(iter(claim.expected)) for claim in CLAIMS if claim.of_answers}
-    assert len(of_answers) == 5
-    assert {found[metric] for metric in of_answers} == {"can't tell: no question was answered by both models"}
-    few = judged(drawn(1, 100, closed=0.04, thinking=200.0), tuned)
-    assert {few[metric].partition(" with ")[0] for metric in of_answers} == {"can't tell"}
-
-
-def test_guessing_where_the_base_abstains_is_not_more_precise():
-    guesses = drawn(2, 60, right=0.25)
-    assert judged(drawn(1, 60, read=0.0), guesses)["mcq_accuracy"].startswith("can't tell")
-    assert judged(drawn(1, 100, read=0.2, right=0.8), drawn(2, 100, right=0.4))["mcq_accuracy"] != HOLDS
-
-
 def test_fewer_lists_prove_nothing_if_the_base_rarely_used_them():
     found = judged(drawn(1, 150, lists=0.3), drawn(2, 150, lists=0.0))["bullet_rate"]
-    assert found == f"{DOES_NOT}: answers written as a list, base: fewer than half"
+    assert found == f"{DOES_NOT} with 150 questions, forced closing: answers written as a list, base: fewer than half"
 
 
 def test_lists_that_are_only_somewhat_fewer_are_lists_still():
     found = judged(drawn(1, 200, lists=1.0), drawn(2, 200, lists=0.85))["bullet_rate"]
-    assert found == f"{DOES_NOT}: answers written as a list, tuned: more than half"
+    assert found == f"{DOES_NOT} with 200 questions, forced closing: answers written as a list, tuned: more than half"
 
 
 def test_a_difference_too_small_to_matter_is_none_however_clear():
     tiny = made(-2e-4, -3e-4, -1e-4, n=2000)
     assert verdict_of("eval_loss", {"eval_loss": tiny}).endswith("differs by less than 0.01")
-    assert verdict_of("eval_loss", {"eval_loss": made(-0.008, -0.015, -0.001, n=50)}) == "can't tell with 50 questions"
+    small = made(-0.008, -0.015, -0.001, n=50, spread=0.02)
+    whether = "whether held-out loss, per trained token differs by 0.01"
+    assert (
+        verdict_of("eval_loss", {"eval_loss": small}) == f"can't tell with 50 held-out rows: it takes about 785 to show {whether}"
+    )
 
 
-def test_sampled_answers_that_disagree_leave_a_claim_undecided():
-    metrics = {"thinking_words": made(-20.0, -30.0, -10.0)}
-    claim = BY_METRIC["thinking_words"]
-    for sampled, expected in (
-        (20.0, "can't tell: length of the thinking went the other way in the sampled answers"),
-        (-9.0, HOLDS),
-    ):
-        other = {"thinking_words": made(sampled, sampled - 5, sampled + 5)}
-        found = {record["claim"]: record["verdict"] for record in judge(metrics, metrics, other)}
-        assert found[claim] == expected
+# --- how many questions it would take ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("difference", "needed", "what"),
+    [
+        ({"value": -8.0, "low": -20.0, "high": 4.0, "spread": 30.0, "needed": 111}, 111, "the difference found of 8 ("),
+        ({"value": 8.0, "low": -4.0, "high": 20.0, "spread": 30.0, "needed": 111}, 283, "a difference of 5 ("),
+        ({"value": 0.0, "low": -12.0, "high": 12.0, "spread": 30.0, "needed": None}, 283, "a difference of 5 ("),
+        ({"value": -2.0, "low": -14.0, "high": 10.0, "spread": 30.0, "needed": 1766}, 283, "a difference of 5 ("),
+    ],
+    ids=["found", "found the other way", "nothing found", "found too little"],
+)
+def test_what_cannot_be_told_says_how_many_questions_it_takes(difference, needed, what):
+    record = judged_record("thinking_words", judge({}, {}, {}, forced={"thinking_words": made(n=24, **difference)}))
+    text = f"it takes about {needed:,} to show {what}{METRICS['thinking_words'].text})"
+    assert record["verdict"] == f"can't tell with 24 questions, forced closing: {text}"
+    assert record["needed"] == needed
+
+
+def test_of_two_open_metrics_the_one_that_takes_more_is_named():
+    few, many = (made(0.02, -0.1, 0.14, spread=0.3, needed=needed) for needed in (80, 900))
+    for rouge, chrf, name in ((few, many, "chrf"), (many, few, "rouge_l")):
+        record = judged_record("rouge_l", judge({}, {}, {}, forced={"rouge_l": rouge, "chrf": chrf}))
+        assert record["needed"] == 900 and record["verdict"].endswith(f"the difference found of 0.02 ({METRICS[name].text})")
+
+
+def test_a_majority_that_is_not_clear_says_how_many_it_takes():
+    shares = {
+        "base": {"value": 0.6, "low": 0.45, "high": 0.73, "n": 40},
+        "tuned": {"value": 0.1, "low": 0.0, "high": 0.2, "n": 40},
+    }
+    found = made(-0.5, -0.6, -0.4, n=40, p=0.001, alpha=0.05, changed=0.5, needed=15) | shares
+    record = judged_record("bullet_rate", judge({}, {}, {}, forced={"bullet_rate": found}))
+    assert record["needed"] == 194  # ((1.96 x 0.5 + 0.84 x 0.49) / 0.1)^2
+    assert record["verdict"].endswith("it takes about 194 to show that base, answers written as a list are more than half")
 
 
 # --- verdicts from made-up numbers ---------------------------------------------------------------------------------
@@ -220,31 +450,38 @@ def test_sampled_answers_that_disagree_leave_a_claim_undecided():
 
 def made(value, low, high, n=20, **test):
     sides = {side: {"value": 1.0, "low": 0.9, "high": 1.1, "n": n} for side in ("base", "tuned")}
-    return sides | {"difference": {"value": value, "low": low, "high": high, "n": n} | test}
+    return sides | {"difference": {"value": value, "low": low, "high": high, "n": n, "spread": 0.5, "needed": 40} | test}
+
+
+def judged_record(metric, records):
+    return next(record for record in records if record["claim"] == BY_METRIC[metric])
 
 
 def verdict_of(metric, metrics):
-    return next(record["verdict"] for record in judge(metrics, metrics, {}) if record["claim"] == BY_METRIC[metric])
+    return judged_record(metric, judge(metrics, metrics, {}))["verdict"]
 
 
-UP, DOWN, UNCLEAR = made(0.2, 0.1, 0.3), made(-0.2, -0.3, -0.1), made(0.2, -0.1, 0.5, n=12)
+UP, DOWN, UNCLEAR = made(0.2, 0.1, 0.3, n=12), made(-0.2, -0.3, -0.1, n=12), made(0.2, -0.1, 0.5, n=12)
 
 
 @pytest.mark.parametrize(
     ("rouge", "chrf", "expected"),
     [
         (UP, UP, HOLDS),
-        (UP, UNCLEAR, "can't tell with 12 questions that both answered"),
-        (UNCLEAR, UP, "can't tell with 12 questions that both answered"),
+        (UP, UNCLEAR, f"{CANNOT_TELL}: it takes about 40 to show the difference found of 0.2 (chrF"),
+        (UNCLEAR, UP, f"{CANNOT_TELL}: it takes about 40 to show the difference found of 0.2 (ROUGE-L"),
         (UP, DOWN, f"{DOES_NOT}: chrF of the answer against the reference went the other way"),
         (DOWN, UP, f"{DOES_NOT}: ROUGE-L of the answer against the reference went the other way"),
         (DOWN, UNCLEAR, f"{DOES_NOT}: ROUGE-L of the answer against the reference went the other way"),
-        (UNCLEAR, UNCLEAR, "can't tell with 12 questions that both answered"),
-        (UP, None, "can't tell: chrF of the answer against the reference: not measured"),
+        (UNCLEAR, UNCLEAR, f"{CANNOT_TELL}: it takes about 40 to show the difference found of 0.2 (ROUGE-L"),
     ],
 )
 def test_a_claim_of_two_metrics_needs_both_and_falls_with_either(rouge, chrf, expected):
-    assert verdict_of("rouge_l", {"rouge_l": rouge} | ({"chrf": chrf} if chrf else {})) == expected
+    found, why = expected.split(":") if ":" in expected else (expected, "")
+    verdict = verdict_of("rouge_l", {"rouge_l": rouge, "chrf": chrf})
+    assert verdict.startswith(f"{found} with 12 questions that both answered" + (f":{why}" if why else ""))
+    assert bool(why) is (verdict != "holds with 12 questions that both answered")
+    assert verdict_of("rouge_l", {"rouge_l": rouge}) == "can't tell: chrF of the answer against the reference: not measured"
 
 
 def test_an_unclear_exact_test_keeps_a_claim_from_holding():
@@ -255,19 +492,23 @@ def test_an_unclear_exact_test_keeps_a_claim_from_holding():
         }
         return made(-1.0, -1.0, -0.6, n=n, p=p, alpha=0.05) | levels
 
-    assert verdict_of("bullet_rate", {"bullet_rate": found(20, 0.25)}) == "can't tell with 20 questions that both answered"
-    assert verdict_of("bullet_rate", {"bullet_rate": found(20, 0.03)}) == HOLDS
+    unclear, clear = (verdict_of("bullet_rate", {"bullet_rate": found(20, p)}) for p in (0.25, 0.03))
+    assert unclear.startswith("can't tell with 20 questions that both answered: it takes about 40 ")
+    assert clear == "holds with 20 questions that both answered"
 
 
 def test_of_one_question_without_an_interval_nothing_can_be_told():
-    assert verdict_of("eval_loss", {"eval_loss": made(-2.0, None, None, n=1)}) == "can't tell with 1 questions"
+    one = verdict_of("eval_loss", {"eval_loss": made(-2.0, None, None, n=1)})
+    assert one == "can't tell with 1 held-out row: at least 6 are needed"
+    infinite = verdict_of("eval_loss", {"eval_loss": made(float("inf"), None, None)})
+    assert infinite == "can't tell with 20 held-out rows: held-out loss, per trained token is not a finite number"
 
 
 def test_what_was_not_measured_is_said_to_be_so_for_every_claim():
     records = judge({}, {}, {})
     assert len(records) == len(CLAIMS) + 1
     for claim, record in zip(CLAIMS, records, strict=False):
-        first = METRICS[next(iter(claim.expected))].text
+        first = METRICS[next(iter(claim.before or claim.expected))].text
         why = "no question was answered by both models" if claim.of_answers else f"{first}: not measured"
         assert (record["claim"], record["result"]) == (claim.text, "nothing to measure it on")
         assert record["verdict"] == f"can't tell: {why}"
@@ -275,8 +516,8 @@ def test_what_was_not_measured_is_said_to_be_so_for_every_claim():
 
 def test_a_record_names_the_claims_test_and_its_outcome():
     measured = {"rouge_l": UP, "chrf": UP}
-    record = next(r for r in judge({}, measured, {}) if r["claim"] == BY_METRIC["rouge_l"])
-    among = "on the questions that both models answered"
+    record = judged_record("rouge_l", judge({}, measured, {}))
+    among = "(as they answer, on the questions that both models answered)"
     assert record["tested_by"] == f"{METRICS['rouge_l'].label}, {METRICS['chrf'].label} {among}"
     one = "1.00 [0.90, 1.10] to 1.00 [0.90, 1.10], difference 0.20 [0.10, 0.30]"
     assert record["result"] == f"{one}; {one}"
@@ -285,16 +526,16 @@ def test_a_record_names_the_claims_test_and_its_outcome():
 @pytest.mark.parametrize("seen", [(), ("row-0",), ("row-0", "row-77")])
 def test_the_articles_question_alone_never_proves_its_claim(seen):
     everything_better = {name: made(-9, -9, -9) if METRICS[name].better < 0 else made(9, 9, 9) for name in METRICS}
-    *_, record = judge(everything_better, everything_better, {}, seen)
-    assert record["claim"] == ARTICLE_CLAIM and record["verdict"].startswith("can't tell: ")
-    where = f"it stands in the training rows ({', '.join(seen)})" if seen else "it is one question"
-    assert record["verdict"] == f"can't tell: {where}"
+    *_, record = judge(everything_better, everything_better, {}, seen, forced=everything_better)
+    where = f"; it stands in the training rows ({', '.join(seen)})" if seen else ""
+    assert record["claim"] == ARTICLE_CLAIM
+    assert record["verdict"] == f"can't tell: one question, and at least 6 are needed{where}"
 
 
 def test_every_claim_names_known_metrics_and_their_direction():
     assert set(BY_METRIC) == set(CLAIMED), "each claim has a shift of its own above"
     for claim in CLAIMS:
-        for name, sign in claim.expected.items():
+        for name, sign in (*claim.expected.items(), *claim.before.items()):
             assert METRICS[name].better in (0, sign), f"{claim.text}: {name}"
             assert SMALLEST[name] > 0
 
@@ -303,4 +544,15 @@ def test_the_table_has_a_line_for_every_claim_with_its_verdict():
     table = claims_table(judge({"eval_loss": DOWN}, {}, {}))
     assert list(table.index) == [*(claim.text for claim in CLAIMS), ARTICLE_CLAIM]
     assert list(table.columns) == ["tested by", "result", "verdict"]
-    assert table.loc[BY_METRIC["eval_loss"], "verdict"] == HOLDS
+    assert holds(table.loc[BY_METRIC["eval_loss"], "verdict"])
+    beside = claims_table(judge({"eval_loss": DOWN}, {}, {}, forced={"thinking_words": DOWN}))
+    assert list(beside.columns) == ["tested by", "result", "beside it", "verdict"]
+    assert beside.loc[BY_METRIC["eval_loss"], "beside it"] == ""
+
+
+def test_records_of_earlier_runs_are_tabulated_and_read_too():
+    old = {"claim": "c", "tested_by": "t", "result": "r", "verdict": "does not hold: x differs by less than 5"}
+    assert claims_table([old]).loc["c"].tolist() == ["t", "r", old["verdict"]]
+    assert [outcome(old | {"verdict": text}) for text in ("holds", "can't tell with 3 questions", old["verdict"])] == [
+        *(HOLDS, CANNOT_TELL, DOES_NOT)
+    ]

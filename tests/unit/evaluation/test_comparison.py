@@ -32,6 +32,7 @@ def answers(n=30, well_formed=0, bullets=0, shift=0, text="the mitral valve"):
     return [
         {
             "id": f"q{i}",
+            "closed": int(i < well_formed),
             "well_formed": i < well_formed,
             "finished": True,
             "thinking": "so",
@@ -49,7 +50,7 @@ def paired(base, tuned, reference="the mitral valve"):
 
 def all_answered(given, reference="the mitral valve"):
     """Questions with the greedy answers of several models."""
-    asked = [{"id": record["id"], "Response": reference} for record in next(iter(given.values()))]
+    asked = [{"id": record["id"], "Question": "Which valve?", "Response": reference} for record in next(iter(given.values()))]
     return pair_answers(asked, {label: [r | {"sample": 0} for r in records] for label, records in given.items()})
 
 
@@ -60,7 +61,7 @@ def all_sampled(base, tuned):
         label: [r | {"sample": k} for k, records in enumerate([samples[0], *samples]) for r in records]
         for label, samples in given.items()
     }
-    return pair_answers([{"id": record["id"], "Response": "x"} for record in base[0]], answers)
+    return pair_answers([{"id": record["id"], "Question": "Which valve?", "Response": "x"} for record in base[0]], answers)
 
 
 def losses(base=2.0, tuned=2.0, n=30):
@@ -84,7 +85,8 @@ def test_identical_answers_show_no_difference_and_no_claim():
         width = metric["difference"]["high"] - metric["difference"]["low"]
         assert metric["difference"]["value"] == 0 and (width > 0 if METRICS[name].yes_or_no else width == 0)
         assert metric["difference"]["needed"] is None and metric["difference"].get("p", 1) == 1
-        assert verdict(name, metric) == "no difference shown with 30 questions"
+        what = "held-out rows" if name in ("eval_loss", "perplexity") else "questions"
+        assert verdict(name, metric) == f"no difference shown with 30 {what}"
     assert "**Shown**, the interval of the difference lies clear of zero:\n\n- nothing" in conclusions(metrics)
 
 
@@ -161,7 +163,9 @@ def test_one_question_is_compared_without_intervals():
         "needed": None,
     }
     assert metrics["eval_loss"]["difference"]["value"] == pytest.approx(-0.5)
-    assert {verdict(name, metric) for name, metric in metrics.items()} == {"no difference shown with 1 questions"}
+    assert {verdict(name, metric) for name, metric in metrics.items()} == {
+        f"no difference shown with 1 {what}" for what in ("question", "held-out row")
+    }
 
 
 def test_needed_follows_from_the_difference_and_spread_found():
@@ -202,7 +206,7 @@ def test_answers_to_other_questions_are_refused():
 
 def test_a_list_without_a_closed_tag_is_a_list_too():
     record = answers(1)[0] | {"answer": "", "thinking": "1. fever\n2. rash"}
-    assert answer_columns([record], ["x"])["bullet_rate"].tolist() == [1.0]
+    assert answer_columns([record], [{"Question": "q", "Response": "x"}])["bullet_rate"].tolist() == [1.0]
 
 
 def test_conclusions_claim_only_what_was_shown():

@@ -1,0 +1,98 @@
+"""The held-out loss of two models, and how much of its fall the rounding of the base to 4 bits had cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+
+from medcot_utils.config import EvaluationSettings
+from medcot_utils.evaluation.intervals import Array, Difference, Estimate, estimate, is_clear, ratio_of
+from medcot_utils.evaluation.paired import ComparedMetric, compare_statistics
+
+if TYPE_CHECKING:
+    from medcot_utils.models.losses import RowLoss
+
+
+class LossBars(TypedDict):
+    """Hold the held-out loss of three models on the same rows, in nats per trained token.
+
+    rounding: the 4-bit base minus the 16-bit base: what rounding had cost. learning: the tuned model minus the 16-bit base.
+    share: rounding over the whole fall from base to tuned; None if the loss did not fall."""
+
+    base_16bit: Estimate
+    base: Estimate
+    tuned: Estimate
+    rounding: Difference
+    learning: Difference
+    share: Estimate | None
+
+
+# The summed negative log-likelihoods and the numbers of tokens of one model's rows.
+_Columns = tuple[Array, Array]
+
+
+def compare_losses(
+    losses: Sequence[RowLoss], models: tuple[str, str], settings: EvaluationSettings, seed: int
+) -> dict[str, ComparedMetric]:
+    """Return eval_loss and perplexity of two models by their labels; an empty dict unless both have losses.
+
+    Raises ValueError unless they are of the same rows."""
+    sides = _columns_of(losses, models)
+    if not sides:
+        return {}
+    loss = _compare_loss(*sides, settings, seed)
+    ours, theirs = (ratio_of(*columns) for columns in sides)
+    perplexity = compare_statistics(
+        lambda drawn: np.exp(ours(drawn)), lambda drawn: np.exp(theirs(drawn)), _changes(*sides), settings, seed
+    )
+    perplexity["difference"]["needed"] = loss["difference"]["needed"]  # the same rows tell both apart
+    return {"eval_loss": loss, "perplexity": perplexity}
+
+
+def compare_loss_bars(losses: Sequence[RowLoss], settings: EvaluationSettings, seed: int) -> LossBars | None:
+    """Return the loss of 16-bit base, base and tuned model, from records labeled `base_16bit`, `base` and `tuned`.
+
+    None if one of them was not taken. Raises ValueError unless all three are of the same rows."""
+    sides = _columns_of(losses, ("base_16bit", "base", "tuned"))
+    if not sides:
+        return None
+    whole, base, tuned = sides
+    rounding, learning, fall = (_compare_loss(*pair, settings, seed) for pair in ((whole, base), (whole, tuned), (tuned, base)))
+    of_whole, of_base, of_tuned = (ratio_of(*columns) for columns in sides)
+
+    def share(drawn: Array) -> Array:
+        return (of_base(drawn) - of_whole(drawn)) / (of_base(drawn) - of_tuned(drawn))
+
+    fell = is_clear(fall["difference"]) and fall["difference"]["value"] > 0  # of no fall there is no share
+    return {
+        "base_16bit": rounding["base"],
+        "base": rounding["tuned"],
+        "tuned": learning["tuned"],
+        "rounding": rounding["difference"],
+        "learning": learning["difference"],
+        "share": estimate(share, len(whole[0]), settings, seed) if fell else None,
+    }
+
+
+def _columns_of(losses: Sequence[RowLoss], models: Sequence[str]) -> list[_Columns]:
+    by_model = [[record for record in losses if record["model"] == model] for model in models]
+    if not all(by_model):
+        return []
+    first, *others = [[record["id"] for record in records] for records in by_model]
+    if any(ids != first for ids in others):
+        raise ValueError(f"the losses of {' and '.join(models)} are of different rows: run notebooks 05 to 07 of one run")
+    return [
+        (np.array([one["nll"] for one in records], dtype=float), np.array([one["tokens"] for one in records], dtype=float))
+        for records in by_model
+    ]
+
+
+def _compare_loss(base: _Columns, tuned: _Columns, settings: EvaluationSettings, seed: int) -> ComparedMetric:
+    return compare_statistics(ratio_of(*base), ratio_of(*tuned), _changes(base, tuned), settings, seed)
+
+
+def _changes(base: _Columns, tuned: _Columns) -> Array:
+    # A row of the loss counts by its tokens; its own loss is near enough to say how much rows differ.
+    return tuned[0] / tuned[1] - base[0] / base[1]

@@ -1,0 +1,78 @@
+"""Everything that notebook 06 measures, computed in one call: the content of metrics.json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from medcot_utils.config import RunConfig
+from medcot_utils.data.words import counts_characters
+from medcot_utils.evaluation.claims import judge
+from medcot_utils.evaluation.comparison import Measured, Metrics, compare, compare_sampled
+from medcot_utils.evaluation.loss import compare_loss_bars
+from medcot_utils.evaluation.scored_set import force_closing
+
+if TYPE_CHECKING:
+    from medcot_utils.evaluation.scored_set import AnsweredQuestion, ScoredSet
+    from medcot_utils.models.losses import RowLoss
+
+_COUNTED_BY_CHARACTER = (
+    "Words are counted by white space. Chinese, Japanese, Thai and some other scripts have none between words: there each "
+    "character counts as a word, in lengths, repetition and ROUGE-L."
+)
+
+
+def measure(scored: ScoredSet, losses: Sequence[RowLoss], mcq_metrics: Metrics, config: RunConfig) -> Measured:
+    """Compare base and tuned model in every metric and reading, and judge the claims.
+
+    Args:
+        losses: of the models labeled `base`, `tuned` and, if it was taken, `base_16bit`, on all held-out rows; those that
+            training rows repeat are left out here.
+        mcq_metrics: what `mcq.compare_mcq` gives."""
+    settings, seed, counted = config.evaluation, config.seed, scored.counted
+    held_out = [record for record in losses if record["id"] not in scored.repeated_by]
+    metrics = compare(counted, held_out, settings, seed) | mcq_metrics
+    sampled, answered = compare_sampled(counted, settings, seed), compare(scored.answered, [], settings, seed)
+    closed = force_closing(counted)
+    forced, sampled_forced = compare(closed, [], settings, seed), compare_sampled(closed, settings, seed)
+    bars = compare_loss_bars(held_out, settings, seed)
+    claims = judge(
+        *(metrics, answered, sampled, scored.repeated_by.get("article", [])),
+        **{"forced": forced, "sampled_forced": sampled_forced, "losses": bars, "confidence_level": settings.confidence_level},
+    )
+    measured = Measured(
+        n_questions=len(counted),
+        metrics=metrics,
+        claims=claims,
+        notes=[*describe_counting(counted), *describe_closing(counted)],
+        n_samples=settings.n_samples,
+        sampled=sampled or None,
+        n_answered=len(scored.answered),
+        answered=answered,
+        n_contaminated=len(scored.apart),
+        contaminated=compare(scored.apart, [], settings, seed) or None,
+    )
+    if forced:
+        measured |= {"forced": forced, "sampled_forced": sampled_forced or None}
+    return measured | {"losses": bars} if bars else measured
+
+
+def describe_counting(questions: Sequence[AnsweredQuestion]) -> list[str]:
+    """Return what a reader must know of how these questions' texts were counted, one note a line; nothing for most scripts."""
+    texts = [text for one in questions for text in (one.question["Response"], *(a["answer"] for a in one.greedy.values()))]
+    return [_COUNTED_BY_CHARACTER] if any(map(counts_characters, texts)) else []
+
+
+def describe_closing(questions: Sequence[AnsweredQuestion]) -> list[str]:
+    """Return whose thinking was closed for how many of the greedy answers, one note a model; nothing without forced closing."""
+    notes = []
+    for model in questions[0].greedy if questions else ():
+        records = [one.greedy[model] for one in questions]
+        if all("forced" in record for record in records):
+            count = Counter(record["forced"]["closed_by"] for record in records)
+            notes.append(
+                f"Forced closing: of {len(records)} answers the {model} model closed {count['itself']} by itself; "
+                f"{count['budget']} were closed for it at their budget, and {count['end']} where the text ended without the tag."
+            )
+    return notes

@@ -1,0 +1,180 @@
+"""Whether the merged model, which people load, behaves as the 4-bit model that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
+
+from medcot_utils.config import EvaluationSettings
+from medcot_utils.evaluation.claims import CANNOT_TELL, SMALLEST
+from medcot_utils.evaluation.comparison import (
+    Labels,
+    Metrics,
+    compare,
+    count_of,
+    describe_cut,
+    format_side,
+    is_shown,
+    metrics_table,
+    verdict,
+)
+from medcot_utils.evaluation.intervals import FEWEST_QUESTIONS, questions_needed_within, share_questions_needed_within
+from medcot_utils.evaluation.metrics import METRICS
+from medcot_utils.evaluation.scored_set import force_closing
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from medcot_utils.evaluation.comparison import ComparedMetric
+    from medcot_utils.evaluation.scored_set import AnsweredQuestion
+    from medcot_utils.models.losses import RowLoss
+
+LABELS: Labels = ("measured (4-bit)", "merged")
+AS_MEASURED, DIFFERS = "behaves as measured", "differs"
+Behaves = Literal["yes", "no", "can't tell"]
+# A reader who loads the model notices one answer in ten that no longer closes its thinking, or no longer ends, and an answer
+# that is a tenth longer or shorter. Of the loss the same is noticed as in the claims: 0.01 nats are 1 % of perplexity, ten
+# times what batching and rounding do.
+_NOTICED_SHARE, _NOTICED_LENGTH = 0.1, 0.1
+# {metric: what it says of the model}.
+_JUDGED = {"closed_think_rate": "form", "finished_rate": "form", "completion_words": "length", "eval_loss": "loss"}
+
+
+class MergedVerdict(TypedDict):
+    """Say whether the merged model differs in one metric by more than `margin`, which is in the metric's own units.
+
+    needed: how many questions or rows would tell, if these could not."""
+
+    about: str  # form, length or loss
+    metric: str  # a key of METRICS
+    verdict: str  # behaves as measured; differs, and how; or can't tell, and why
+    margin: float | None  # None if the metric was not measured
+    n: int
+    needed: int | None
+
+
+class MergedMeasured(TypedDict):
+    """Hold the content of merged_metrics.json: the measured 4-bit model beside the merged one, on the same questions.
+
+    n_questions: the counted ones that the merged model answered; 0 if its answers were not measured.
+    metrics, forced: as in `Measured`, of greedy answers, and of the loss. In each, `base` is the measured 4-bit model and
+    `tuned` the merged one.
+    same_answers: to how many of the questions both wrote the same, word for word.
+    not_measured: why the merged model was not asked, as in `needs 15.0 GiB`; None if it was.
+    behaves: whether what people load behaves as what was measured. summary: the same in one line, with the reasons."""
+
+    n_questions: int
+    metrics: Metrics
+    forced: NotRequired[Metrics]
+    same_answers: int
+    not_measured: str | None
+    verdicts: Sequence[MergedVerdict]
+    behaves: Behaves
+    summary: str
+
+
+def compare_merged(
+    questions: Sequence[AnsweredQuestion],
+    losses: Sequence[RowLoss],
+    settings: EvaluationSettings,
+    seed: int,
+    not_measured: str | None = None,
+) -> MergedMeasured:
+    """Compare the merged model with the measured one.
+
+    Args:
+        questions: the counted ones of `score_merged`, with greedy answers labeled `tuned` and `merged`; none if not asked.
+        losses: on the same held-out rows, without those that training rows repeat, labeled the same."""
+    models = ("tuned", "merged")
+    metrics = compare(questions, losses, settings, seed, models)
+    forced = compare(force_closing(questions), [], settings, seed, models)
+    verdicts = [_judge(name, metrics.get(name), settings.confidence_level, not_measured) for name in _JUDGED]
+    same = sum(one.greedy["tuned"]["completion"] == one.greedy["merged"]["completion"] for one in questions)
+    measured: MergedMeasured = {
+        "n_questions": len(questions),
+        "metrics": metrics,
+        "same_answers": same,
+        "not_measured": not_measured,
+        "verdicts": verdicts,
+        "behaves": _behaves(verdicts),
+        "summary": _summarize(verdicts, not_measured),
+    }
+    return {**measured, "forced": forced} if forced else measured
+
+
+def _judge(name: str, metric: ComparedMetric | None, level: float, not_measured: str | None) -> MergedVerdict:
+    found: MergedVerdict = {"about": _JUDGED[name], "metric": name, "verdict": "", "margin": None, "n": 0, "needed": None}
+    if metric is None:
+        return found | {"verdict": f"{CANNOT_TELL}: not measured" + (f", {not_measured}" if not_measured else "")}
+    difference, margin = metric["difference"], _margin(name, metric)
+    found |= {"margin": margin, "n": difference["n"]}
+    cannot_tell = f"{CANNOT_TELL} with {count_of(name, difference['n'])}"
+    if difference["n"] < FEWEST_QUESTIONS:
+        return found | {"verdict": f"{cannot_tell}: at least {FEWEST_QUESTIONS} are needed", "needed": FEWEST_QUESTIONS}
+    if difference["low"] is None:
+        return found | {"verdict": verdict(name, metric)}
+    if is_shown(name, metric) and abs(difference["value"]) >= margin:
+        sides = f"from {format_side(metric, 'base')} to {format_side(metric, 'tuned')}"
+        return found | {"verdict": f"{DIFFERS}: {verdict(name, metric)}, {sides}"}
+    if cut := describe_cut(name, metric, LABELS):
+        return found | {"verdict": f"{cannot_tell}: {cut}"}
+    if -margin < difference["low"] and difference["high"] < margin:
+        return found | {"verdict": AS_MEASURED}
+    needed = _needed(metric, margin, level)
+    would = f"about {needed:,} would tell" if needed else "the difference is near what a reader would notice"
+    return found | {"verdict": f"{cannot_tell}: {would}", "needed": needed}
+
+
+def _margin(name: str, metric: ComparedMetric) -> float:
+    if METRICS[name].yes_or_no:
+        return _NOTICED_SHARE
+    return max(SMALLEST[name], _NOTICED_LENGTH * metric["base"]["value"] if name == "completion_words" else 0)
+
+
+def _needed(metric: ComparedMetric, margin: float, level: float) -> int | None:
+    """Return how many questions would show that the models differ by less than the margin or, if they differ by more, that."""
+    difference = metric["difference"]
+    if abs(difference["value"]) >= margin:
+        return difference["needed"]
+    if "changed" in difference:
+        return share_questions_needed_within(difference["changed"], difference["value"], margin, level)
+    return questions_needed_within(difference["spread"], difference["value"], margin, level)
+
+
+def _behaves(verdicts: Sequence[MergedVerdict]) -> Behaves:
+    found = [one["verdict"] for one in verdicts]
+    if any(text.startswith(DIFFERS) for text in found):
+        return "no"
+    return "yes" if all(text == AS_MEASURED for text in found) else "can't tell"
+
+
+def _summarize(verdicts: Sequence[MergedVerdict], not_measured: str | None) -> str:
+    """Return the one line: yes, no or can't tell, with the reasons for it and what is as measured all the same."""
+    behaves = _behaves(verdicts)
+    as_measured = [one["about"] for one in verdicts if one["verdict"] == AS_MEASURED]
+    beginning = {"no": DIFFERS, "can't tell": CANNOT_TELL, "yes": AS_MEASURED}[behaves]
+    reasons = [
+        f"{METRICS[one['metric']].text} ({one['verdict'].removeprefix(beginning).lstrip(': ').removeprefix('with ')})"
+        for one in verdicts
+        if one["verdict"].startswith(beginning) and one["n"]
+    ]
+    if not_measured and behaves == "can't tell":
+        reasons.insert(0, f"its answers were not measured ({not_measured})")
+    because = "" if behaves == "yes" else f", because {'; '.join(reasons)}" if reasons else ""
+    also = f"; as measured: {', '.join(dict.fromkeys(as_measured))}" if as_measured else ""
+    return f"What you load behaves as what was measured: {behaves}{because}{also}"
+
+
+def merged_table(measured: MergedMeasured) -> pd.DataFrame:
+    """Return the comparison as `metrics_table` does, in both readings, with the merged model's column."""
+    return metrics_table(measured["metrics"], measured.get("forced"), LABELS)
+
+
+def merged_verdicts_table(measured: MergedMeasured) -> pd.DataFrame:
+    """Return whether the merged model behaves as measured: one line for form, length and loss each."""
+    import pandas as pd
+
+    lines = [
+        {"about": one["about"], "metric": METRICS[one["metric"]].label, "verdict": one["verdict"]} for one in measured["verdicts"]
+    ]
+    return pd.DataFrame(lines).set_index(["about", "metric"])

@@ -1,0 +1,63 @@
+"""One metric of two models on the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NotRequired, TypedDict
+
+import numpy as np
+
+from medcot_utils.config import EvaluationSettings
+from medcot_utils.evaluation.intervals import (
+    Array,
+    Difference,
+    Estimate,
+    Statistic,
+    estimate_all,
+    estimate_share,
+    estimate_share_difference,
+    questions_needed,
+)
+
+
+class CutLengths(TypedDict):
+    """Count the answers of each model that a budget cut, of `answers` each: such a length is a lower bound."""
+
+    base: int
+    tuned: int
+    answers: int
+
+
+class ComparedMetric(TypedDict):
+    """Hold one metric of two models on the same questions. The difference is tuned minus base, paired.
+
+    cut: of a length, if an answer was cut; then that model's mean is a lower bound."""
+
+    base: Estimate
+    tuned: Estimate
+    difference: Difference
+    cut: NotRequired[CutLengths]
+
+
+# By the metric's name, a key of METRICS.
+Metrics = Mapping[str, ComparedMetric]
+
+
+def compare_shares(base: Array, tuned: Array, settings: EvaluationSettings) -> ComparedMetric:
+    """Compare two columns of ones and zeros over the same questions."""
+    level = settings.confidence_level
+    difference = estimate_share_difference(base, tuned, settings)
+    return {"base": estimate_share(base, level), "tuned": estimate_share(tuned, level), "difference": difference}
+
+
+def compare_statistics(
+    base: Statistic, tuned: Statistic, changes: Array, settings: EvaluationSettings, seed: int
+) -> ComparedMetric:
+    """Compare a statistic of both models. `changes`: what it changed by from base to tuned, question by question."""
+    n = len(changes)
+    statistics = [base, tuned, lambda drawn: tuned(drawn) - base(drawn)]
+    of_base, of_tuned, difference = estimate_all(statistics, n, settings, seed)
+    with np.errstate(all="ignore"):
+        spread = float(np.std(changes, ddof=1)) if n > 1 else 0.0
+    needed = questions_needed(spread, difference["value"], settings.confidence_level)
+    return {"base": of_base, "tuned": of_tuned, "difference": {**difference, "spread": spread, "needed": needed}}
