@@ -38,14 +38,29 @@ def available_gpu_memory() -> float:
     if not torch.cuda.is_available():
         return math.inf
     release_gpu_memory()
-    free, total = torch.cuda.mem_get_info()
-    allowed = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
-    least = min(free, allowed)
+    least = _available_memory(torch.cuda.current_device())
     if torch.distributed.is_initialized():
         everywhere = torch.tensor(least, dtype=torch.float64, device="cuda")
         torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
         least = everywhere.item()
     return least
+
+
+def available_memory_of_gpus() -> list[float]:
+    """Return the bytes that this process can still take on each visible GPU; an empty list without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    release_gpu_memory()
+    return [_available_memory(index) for index in range(torch.cuda.device_count())]
+
+
+def _available_memory(index: int) -> float:
+    import torch
+
+    free, total = torch.cuda.mem_get_info(index)
+    return min(free, torch.cuda.get_per_process_memory_fraction(index) * total - torch.cuda.memory_reserved(index))
 
 
 def reset_peak_gpu_memory() -> None:

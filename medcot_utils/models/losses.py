@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -40,16 +41,16 @@ def row_losses(model: PreTrainedModel, rows: Dataset, batch_size: int, label: st
 
     model.eval()
     lengths = [len(ids) for ids in rows["input_ids"]]
-    batches = _batches(lengths, batch_size, model.config.get_text_config().vocab_size)
+    batches = split_into_batches(lengths, batch_size, model.config.get_text_config().vocab_size)
     records: dict[int, RowLoss] = {}
     for chosen in tqdm(batches, desc=f"held-out loss, {label}", unit="batch"):
-        found = _batch_losses(model, [rows[i] for i in chosen])
+        found = batch_losses(model, [rows[i] for i in chosen], model.device)
         for i, (nll, tokens) in zip(chosen, found, strict=True):
             records[i] = RowLoss(model=label, id=str(rows[i]["id"]), nll=nll, tokens=tokens)
     return [records[i] for i in range(len(rows))]
 
 
-def _batches(lengths: Sequence[int], batch_size: int, vocab_size: int) -> list[list[int]]:
+def split_into_batches(lengths: Sequence[int], batch_size: int, vocab_size: int) -> list[list[int]]:
     """Return the rows' indices, longest first, in batches of at most `batch_size` whose logits fit."""
     left = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     batches = []
@@ -61,11 +62,11 @@ def _batches(lengths: Sequence[int], batch_size: int, vocab_size: int) -> list[l
     return batches
 
 
-def _batch_losses(model: PreTrainedModel, batch: Sequence[TokenizedRow]) -> list[tuple[float, int]]:
+def batch_losses(model: PreTrainedModel, batch: Sequence[TokenizedRow], device: torch.device) -> list[tuple[float, int]]:
     """Return (nll, labels) of each row. As a function it frees its logits before the next batch makes its own."""
     import torch
 
-    ids, labels, mask = (tensor.to(model.device) for tensor in _pad_right(batch))
+    ids, labels, mask = (tensor.to(device) for tensor in _pad_right(batch))
     with torch.inference_mode():
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     found = []

@@ -37,7 +37,7 @@ def compare_weights(settings: ModelSettings, adapter: Path, merged: Path) -> Wei
     A weight is right if each of its numbers is as near to the float32 sum as its dtype allows. That bound does not grow with
     the model, and an adapter that is lost or added twice breaks it in any dtype. In memory are one layer's change and a piece
     of its weight."""
-    folder = find_weights_folder(settings)
+    folder = find_weights_folder(settings.name, settings.revision)
     base, found = open_weights(folder), open_weights(merged)
     changes = _read_peft_changes(folder, adapter, base)
     wrong = [f"{name} is missing" for name in sorted(base.keys() - found.keys())]

@@ -8,13 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psutil import virtual_memory
-
 from medcot_utils.config import ModelSettings
 from medcot_utils.errors import MedcotError
-from medcot_utils.machine.gpu import available_gpu_memory
 from medcot_utils.machine.weight_files import INDEX, SINGLE, read_weight_map, weight_files
 from medcot_utils.models.embedded import find_model_source
+from medcot_utils.models.placement import place_weights
 from medcot_utils.models.stored_names import find_stored_names
 from medcot_utils.models.tokenizer import load_tokenizer_from
 
@@ -36,36 +34,18 @@ class MergeError(MedcotError):
 def load_unquantized(source: str | Path, dtype: str, revision: str | None = None, adapter: Path | None = None) -> Loaded:
     """Return (model, tokenizer) in `dtype`, never quantized, with the PEFT adapter if one is given.
 
-    The model is on the GPU if its weights and a quarter more for computing fit. On a smaller GPU that quarter stays free,
-    and weights that don't fit stay in RAM: accelerate copies them when they are needed. An 8B model in 16 bits takes
-    15 GiB, and a T4 has 14.6."""
+    The model is on one GPU if its weights and a quarter more for computing fit, else on all visible GPUs together. If they are
+    too small, that quarter stays free, and weights that don't fit stay in RAM: accelerate copies them when they are needed. An
+    8B model in 16 bits takes 15 GiB, and a T4 has 14.6."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    kind = getattr(torch, dtype)
-    placed = _placement(source, kind, revision)
-    model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=kind, **placed)
-    if adapter is not None:
+    placed = place_weights(source, dtype, revision)
+    model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=getattr(torch, dtype), **placed)
+    if adapter is not None:  # PEFT places the weights again
         model = PeftModel.from_pretrained(model, str(adapter), **placed)
     return model, load_tokenizer_from(source, revision)
-
-
-def _placement(source: str | Path, kind: torch.dtype, revision: str | None) -> dict[str, Any]:
-    """Return the arguments that tell `from_pretrained` where the weights go. PEFT places them again, and needs the same."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if not torch.cuda.is_available():
-        return {}
-    with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, revision=revision))
-    weights = kind.itemsize * sum(parameter.numel() for parameter in shapes.parameters())
-    free = available_gpu_memory()
-    if free > 1.25 * weights:
-        return {"device_map": {"": 0}}
-    room = {0: max(0, int(free - 0.25 * weights)), "cpu": virtual_memory().available}
-    return {"device_map": "auto", "max_memory": room}
 
 
 def load_base(settings: ModelSettings, dtype: str, adapter: Path | None = None) -> Loaded:
@@ -90,7 +70,7 @@ def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str) -> None
     from tqdm.auto import tqdm
     from transformers import AutoConfig
 
-    kind, folder = getattr(torch, dtype), find_weights_folder(settings)
+    kind, folder = getattr(torch, dtype), find_weights_folder(settings.name, settings.revision)
     config = AutoConfig.from_pretrained(folder)
     slices = open_weights(folder)
     changes = _read_changes(adapter)
@@ -145,17 +125,17 @@ def _read_generation_config(folder: Path, config: PretrainedConfig, tokenizer: P
     return GenerationConfig(bos_token_id=tokenizer.bos_token_id, **tokens)
 
 
-def find_weights_folder(settings: ModelSettings) -> Path:
-    """Return the folder with a base model's weights, configuration and tokenizer; downloaded first if it is on the Hub."""
-    source = find_model_source(settings.name)
+def find_weights_folder(name: str, revision: str | None = None) -> Path:
+    """Return the folder with a model's weights, configuration and tokenizer; downloaded first if it is on the Hub."""
+    source = find_model_source(name)
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    folder = Path(snapshot_download(source, revision=settings.revision, allow_patterns=[*_BESIDE_THE_WEIGHTS, SINGLE]))
+    folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*_BESIDE_THE_WEIGHTS, SINGLE]))
     if not (folder / SINGLE).exists() and (folder / INDEX).exists():
         shards = sorted(set(read_weight_map(folder / INDEX).values()))
-        snapshot_download(source, revision=settings.revision, allow_patterns=[*_BESIDE_THE_WEIGHTS, *shards])
+        snapshot_download(source, revision=revision, allow_patterns=[*_BESIDE_THE_WEIGHTS, *shards])
     return folder
 
 

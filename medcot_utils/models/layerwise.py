@@ -1,0 +1,241 @@
+"""Take the held-out loss of a model that is not quantized: whole if memory holds it, else one decoder layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from psutil import virtual_memory
+
+from medcot_utils.config import RunConfig
+from medcot_utils.errors import MedcotError
+from medcot_utils.machine.gpu import available_memory_of_gpus
+from medcot_utils.machine.weight_files import weight_files
+from medcot_utils.models.embedded import PREFIX
+from medcot_utils.models.engine import compute_dtype
+from medcot_utils.models.losses import RowLoss, batch_losses, row_losses, split_into_batches
+from medcot_utils.models.merging import find_weights_folder, load_unquantized
+from medcot_utils.models.placement import count_weight_bytes, fits_in_memory
+from medcot_utils.models.stored_names import find_stored_names
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate.utils import OffloadedWeightsLoader
+    from datasets import Dataset
+    from tqdm import tqdm
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    Device = int | str  # a GPU's index or `cpu`, as safetensors and accelerate both take it
+
+# Hidden states of a group: those that go into a layer, the pieces that come out, and these joined, with room for one more.
+_COPIES = 4
+
+
+class LayerwiseError(MedcotError):
+    """Say why a model cannot be run layer by layer."""
+
+
+def base_16bit_losses(config: RunConfig, rows: Dataset) -> list[RowLoss]:
+    """Return the loss of a run's base before its 4-bit rounding on each tokenized row, labeled `base_16bit`.
+
+    It computes in the run's own dtype, so that only the rounding tells it from the 4-bit base."""
+    dtype = str(compute_dtype(config.model)).removeprefix("torch.")
+    batch_size = config.training.per_device_eval_batch_size
+    return unquantized_losses(config.model.name, config.model.revision, dtype, rows, batch_size, "base_16bit")
+
+
+def describe_16bit_base(config: RunConfig) -> str:
+    """Return one line on what the 16-bit weights of a run's base are."""
+    if config.model.name == f"{PREFIX}smollm2-135m-instruct":
+        return "The 16-bit base is itself unpacked from 4-bit weights (Q4_1): what that rounding had cost cannot be seen here."
+    return "The 16-bit base is the checkpoint as published, before any rounding to 4 bits."
+
+
+def unquantized_losses(name: str, revision: str | None, dtype: str, rows: Dataset, batch_size: int, label: str) -> list[RowLoss]:
+    """Return the loss of each tokenized row as `row_losses` does, of a model that is not quantized.
+
+    A model that the GPUs, or RAM without a GPU, cannot hold is run by `layerwise_losses`.
+
+    Args:
+        name: as in the settings: a Hub id, a folder, or an embedded model."""
+    folder = find_weights_folder(name, revision)
+    if fits_in_memory(count_weight_bytes(folder, dtype)):
+        model, _ = load_unquantized(folder, dtype)
+        return row_losses(model, rows, batch_size, label)
+    return layerwise_losses(folder, dtype, rows, batch_size, label)
+
+
+def layerwise_losses(folder: Path, dtype: str, rows: Dataset, batch_size: int, label: str) -> list[RowLoss]:
+    """Return the loss of each tokenized row with only embeddings, output layer and one decoder layer in memory at a time.
+
+    As many rows as memory holds the hidden states of go through together, so each layer is read once for all of them. Within
+    a layer, and for the logits, they go in batches. Equal to `row_losses` up to rounding. Raises LayerwiseError for a model
+    whose weights are stored otherwise than it computes with them."""
+    import torch
+    from tqdm.auto import tqdm
+
+    device = 0 if torch.cuda.is_available() else "cpu"
+    model, weights = _open_model(folder, getattr(torch, dtype), device)
+    layers = _decoder_layers(model)
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    groups = _split_into_groups(lengths, model, device)
+    records: dict[int, RowLoss] = {}
+    with tqdm(total=len(groups) * len(layers), desc=f"held-out loss, {label}, layer by layer", unit="layer") as bar:
+        _stream_layers(model, weights, device, batch_size, bar)
+        for group in groups:
+            hidden = _run_decoder(model, [rows[i]["input_ids"] for i in group], device)
+            for i, (nll, tokens) in zip(group, _losses_of(model, hidden, [rows[i] for i in group], batch_size), strict=True):
+                records[i] = RowLoss(model=label, id=str(rows[i]["id"]), nll=nll, tokens=tokens)
+            del hidden
+    return [records[i] for i in range(len(rows))]
+
+
+# --- the model -----------------------------------------------------------------------------------------------------
+
+
+def _open_model(folder: Path, kind: torch.dtype, device: Device) -> tuple[PreTrainedModel, OffloadedWeightsLoader]:
+    """Return the model with its text weights on the device, except those of the decoder layers, and what reads weights."""
+    from accelerate import init_empty_weights
+    from accelerate.utils import set_module_tensor_to_device
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=kind)
+    weights = _weights_by_own_name(model, config, folder, device)
+    prefix = _layers_name(model)
+    for name in weights:
+        if not name.startswith(prefix):
+            set_module_tensor_to_device(model, name, device, value=weights[name])
+    for name, buffer in model.get_decoder().named_buffers():
+        if buffer.device.type != "meta" and not name.startswith("layers."):
+            set_module_tensor_to_device(model.get_decoder(), name, device)
+    model.tie_weights()
+    return model.eval(), weights
+
+
+def _weights_by_own_name(
+    model: PreTrainedModel, config: PretrainedConfig, folder: Path, device: Device
+) -> OffloadedWeightsLoader:
+    """Return accelerate's loader of the weights of decoder and output layer, by the model's own names, from the checkpoint."""
+    from accelerate.utils import OffloadedWeightsLoader
+    from safetensors import safe_open
+
+    stored: dict[str, str] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            stored |= dict.fromkeys(opened.keys(), str(file))
+    parts = (_name_of(model, model.get_decoder()), _name_of(model, model.get_output_embeddings()))
+    own = [name for name in model.state_dict() if name.startswith(tuple(f"{part}." for part in parts))]
+    own = [name for name in own if name not in model.all_tied_weights_keys]
+    names = find_stored_names(config, own, stored)
+    if strange := [name for name in own if names[name] not in stored]:
+        raise LayerwiseError(
+            f"{strange[0]} of {folder.name}/ is stored in another form than the model computes with, so the model cannot be run "
+            f"layer by layer: use a GPU that holds it, or set evaluation.base_16bit_loss=false"
+        )
+    return OffloadedWeightsLoader(
+        index={name: {"safetensors_file": stored[names[name]], "weight_name": names[name]} for name in own}, device=device
+    )
+
+
+def _stream_layers(model: PreTrainedModel, weights: OffloadedWeightsLoader, device: Device, batch_size: int, bar: tqdm) -> None:
+    """Let each decoder layer read its weights when it is called, use them for all rows, and drop them."""
+    from accelerate.hooks import attach_align_device_hook
+
+    for index, layer in enumerate(_decoder_layers(model)):
+        layer.forward = _in_pieces(layer.forward, batch_size, bar)  # below the hook: one reading serves all pieces
+        attach_align_device_hook(
+            layer,
+            execution_device=device,
+            offload=True,
+            offload_buffers=True,
+            weights_map=weights,
+            module_name=f"{_layers_name(model)}{index}",
+            preload_module_classes=[type(layer).__name__],
+        )
+
+
+def _in_pieces(forward: Callable[..., Any], size: int, bar: tqdm) -> Callable[..., Any]:
+    """Return a layer's forward that takes `size` rows of its batch at a time and joins what comes out."""
+    from accelerate.utils import concatenate, recursively_apply
+
+    def forward_in_pieces(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows = len(hidden)
+
+        def cut(tensor: torch.Tensor, piece: slice) -> torch.Tensor:
+            # Masks and positions have one row for all, or one for each row of the batch.
+            return tensor[piece] if tensor.ndim > 1 and len(tensor) == rows else tensor
+
+        outputs = []
+        for at in range(0, rows, size):
+            own_args, own_kwargs = recursively_apply(cut, (args, kwargs), slice(at, at + size))
+            outputs.append(forward(hidden[at : at + size], *own_args, **own_kwargs))
+        bar.update()
+        return concatenate(outputs)
+
+    return forward_in_pieces
+
+
+def _decoder_layers(model: PreTrainedModel) -> Any:
+    return model.get_decoder().layers
+
+
+def _layers_name(model: PreTrainedModel) -> str:
+    return f"{_name_of(model, model.get_decoder())}.layers."
+
+
+def _name_of(model: PreTrainedModel, part: torch.nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
+
+
+# --- the rows ------------------------------------------------------------------------------------------------------
+
+
+def _split_into_groups(lengths: Sequence[int], model: PreTrainedModel, device: Device) -> list[list[int]]:
+    """Return the rows' indices, longest first, in groups whose hidden states take half of the free memory."""
+    free = available_memory_of_gpus()[0] if device == 0 else virtual_memory().available
+    per_token = _COPIES * model.config.get_text_config().hidden_size * model.dtype.itemsize
+    left, groups = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True), []
+    while left:
+        size = max(1, int(free / 2 // (per_token * lengths[left[0]])))
+        groups.append(left[:size])
+        left = left[size:]
+    return groups
+
+
+def _run_decoder(model: PreTrainedModel, token_ids: Sequence[Sequence[int]], device: Device) -> torch.Tensor:
+    """Return the last hidden states (rows, tokens of the longest row, hidden size) of rows that are padded on the right.
+
+    Causal attention never looks at the padding, so no mask is needed."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    kept = []
+
+    def keep(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        kept.append(output.last_hidden_state)
+        output.last_hidden_state = output.last_hidden_state[:, :1]  # the logits of all rows would be too large
+        return output
+
+    ids = pad_sequence([torch.tensor(one) for one in token_ids], batch_first=True).to(device)
+    hook = model.get_decoder().register_forward_hook(keep)
+    with torch.inference_mode():
+        model(input_ids=ids, use_cache=False)
+    hook.remove()
+    return kept[0]
+
+
+def _losses_of(model: PreTrainedModel, hidden: torch.Tensor, group: Sequence[Any], batch_size: int) -> list[tuple[float, int]]:
+    """Return (nll, labels) of each row from its last hidden states, with the model's own output layer and what follows it."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    decoder, found = model.get_decoder(), []
+    lengths = [len(row["input_ids"]) for row in group]  # longest first, so batches are of rows that follow each other
+    for chosen in split_into_batches(lengths, batch_size, model.config.get_text_config().vocab_size):
+        own = BaseModelOutputWithPast(last_hidden_state=hidden[chosen[0] : chosen[-1] + 1, : lengths[chosen[0]]])
+        decoder.forward = lambda *args, _own=own, **kwargs: _own
+        found += batch_losses(model, [group[i] for i in chosen], hidden.device)
+        del decoder.forward
+    return found

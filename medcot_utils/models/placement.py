@@ -1,0 +1,42 @@
+"""Decide where the weights of a model that is not quantized go: on one GPU, over all of them, or in part in RAM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from psutil import virtual_memory
+
+from medcot_utils.machine.gpu import available_memory_of_gpus
+
+_WITH_ROOM = 1.25  # weights, and a quarter more for computing
+
+
+def count_weight_bytes(source: str | Path, dtype: str, revision: str | None = None) -> int:
+    """Return the bytes that a model's weights take in `dtype`, from its configuration alone."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, revision=revision))
+    return getattr(torch, dtype).itemsize * sum(parameter.numel() for parameter in shapes.parameters())
+
+
+def fits_in_memory(weights: int) -> bool:
+    """Return whether the GPUs together, or RAM on a machine without one, hold so many bytes of weights and room to compute."""
+    return (sum(available_memory_of_gpus()) or virtual_memory().available) > _WITH_ROOM * weights
+
+
+def place_weights(source: str | Path, dtype: str, revision: str | None = None) -> dict[str, Any]:
+    """Return the arguments that tell `from_pretrained` where the weights go.
+
+    One GPU takes them all if it can, and several share them otherwise. What they have no room for stays in RAM."""
+    free = available_memory_of_gpus()
+    if not free:
+        return {}
+    weights = count_weight_bytes(source, dtype, revision)
+    if free[0] > _WITH_ROOM * weights:
+        return {"device_map": {"": 0}}
+    working = (_WITH_ROOM - 1) * weights / len(free)
+    room = {index: max(0, int(there - working)) for index, there in enumerate(free)}
+    return {"device_map": "auto", "max_memory": {**room, "cpu": virtual_memory().available}}
