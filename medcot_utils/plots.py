@@ -130,7 +130,7 @@ def comparison_figure(measured: Mapping[str, Any], merged: Mapping[str, Any] | N
     likeness, length, readings = rows[1].subplots(1, 3, width_ratios=[1.4, 1.3, 1.2])
     _draw_losses(loss, measured, merged or {})
     asked = f", {measured['n_questions']} questions" if "n_questions" in measured else ""
-    _draw_groups(form, f"Form by themselves{asked}", "share of questions", _groups(measured, merged or {}, _FORM))
+    _draw_groups(form, f"Form of what each model wrote{asked}", "share of questions", _groups(measured, merged or {}, _FORM))
     both = [
         group
         for name, label in {"rouge_l": "ROUGE-L", "chrf": "chrF"}.items()
@@ -199,6 +199,7 @@ def _label(axes: Axes, title: str, unit: str, labels: Sequence[str]) -> None:
     if not axes.patches:
         _say(axes, "none measured")
     axes.set(title=title, ylabel=unit, xticks=range(len(labels)), xticklabels=labels)
+    axes.set_xlim(-0.5, max(len(labels), 1) - 0.5)
     axes.set_ylim(0, 1.04 if unit.startswith("share") else 1.12 * axes.get_ylim()[1])
     axes.tick_params(axis="x", labelsize=9, length=0)
     _tidy(axes)
