@@ -111,6 +111,29 @@ def measured():
     }
 
 
-def merged():
-    """The content of merged_metrics.json but its verdicts."""
-    return {"n_questions": 24, "metrics": metrics(MERGED), "not_measured": None}
+def claims():
+    """A claim of each kind of verdict."""
+    kinds = {"holds": "A", "does not hold: the length went the other way": "B", "can't tell: about 90 questions would tell": "C"}
+    return [
+        {"claim": f"Claim {name}", "tested_by": "the loss", "result": "2.00 to 1.50", "verdict": verdict}
+        for verdict, name in kinds.items()
+    ]
+
+
+def merged(not_measured=None):
+    """The content of merged_metrics.json."""
+    found = metrics(MERGED)
+    if not_measured:
+        found = {"eval_loss": found["eval_loss"]}
+    verdicts = [
+        {"about": "form", "metric": "closed_think_rate", "verdict": "differs: fell, worse", "margin": 0.1, "n": 24},
+        {"about": "loss", "metric": "eval_loss", "verdict": "behaves as measured", "margin": 0.01, "n": 40},
+    ]
+    return {
+        "n_questions": 0 if not_measured else 24,
+        "metrics": found,
+        "same_answers": 0,
+        "not_measured": not_measured,
+        "verdicts": [one | {"needed": None} for one in verdicts],
+        "summary": "What you load behaves as what was measured: no, because its form differs",
+    }
