@@ -113,10 +113,15 @@ def measured():
 
 def claims():
     """A claim of each kind of verdict."""
-    kinds = {"holds": "A", "does not hold: the length went the other way": "B", "can't tell: about 90 questions would tell": "C"}
+    kinds = {
+        "A": ("holds with 40 rows", None),
+        "B": ("does not hold with 24 questions, forced closing: the length went the other way", None),
+        "C": ("can't tell with 24 questions: about 90 would tell", 90),
+    }
+    more = {"tested_by": "the loss", "result": "2.00 to 1.50", "reading": "held-out rows", "n": 24}
     return [
-        {"claim": f"Claim {name}", "tested_by": "the loss", "result": "2.00 to 1.50", "verdict": verdict}
-        for verdict, name in kinds.items()
+        {"claim": f"Claim {name}", "verdict": verdict, "needed": needed, "answered_result": "none beside"} | more
+        for name, (verdict, needed) in kinds.items()
     ]
 
 

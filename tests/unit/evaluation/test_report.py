@@ -103,7 +103,9 @@ def test_the_report_opens_with_the_figure_and_what_was_decided(measured_more):
     for text in order[1:]:
         places.append(measured_more.index(text, places[-1]))
     assert places == sorted(places)
-    assert "about 90 questions would tell" in measured_more[places[4] : places[6]]
+    assert "about 90 would tell" in measured_more[places[4] : places[6]]
+    assert '<td class="number">90</td>' in measured_more and measured_more.count("Beside it: none beside") == 3
+    assert re.findall(r'<td class="(\w*)">(?:holds|does not|can)', measured_more) == ["holds", "doesnot", ""]
 
 
 def test_both_readings_stand_beside_each_other_with_the_merged(measured_more):
