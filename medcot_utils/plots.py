@@ -5,21 +5,23 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # The trainer's log: entries with a step and a loss or an eval_loss, as training_log.jsonl holds them.
 LossLog = Sequence[Mapping[str, float]]
-# {metric: {base, tuned: an estimate with value, low and high}}, as metrics.json holds them.
-Metrics = Mapping[str, Mapping[str, Mapping[str, float | None]]]
+# An estimate as metrics.json holds it: value, low and high.
+Bounds = Mapping[str, float | None]
 
 # Okabe and Ito's palette: told apart with any color vision, in print too.
 BASE, TUNED, GREY = "#999999", "#0072B2", "#444444"
-ACCENT = "#D55E00"
+ACCENT, MERGED, BASE_16BIT = "#D55E00", "#009E73", "#E69F00"
 
 
 def _figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
@@ -83,49 +85,156 @@ def length_figure(tokens: Sequence[int], limit: int) -> Figure:
     return figure
 
 
-# Title, unit, and the metrics with their labels.
-_PANELS = (
-    ("Held-out loss", "nats per token", {"eval_loss": "loss"}),
-    (
-        "Format and similarity",
-        "share, or F1",
-        {"closed_think_rate": "closes\n</think>", "finished_rate": "ends", "bullet_rate": "list", "rouge_l": "ROUGE-L"},
-    ),
-    ("Length", "tokens", {"thinking_tokens": "thinking", "answer_tokens": "answer"}),
-)
+# --- the comparison --------------------------------------------------------------------------------------------------
+
+_MODELS = {"base": ("base", BASE), "tuned": ("tuned", TUNED), "merged": ("merged", MERGED)}
+_FORM = {
+    "closed_think_rate": "closes its\nthinking",
+    "finished_rate": "ends",
+    "bullet_rate": "is a list",
+    "one_paragraph_rate": "is one\nparagraph",
+}
+_READINGS = {
+    "mcq_accuracy": ("strict", "strict"),
+    "mcq_letter": ("letter", "letter after\nthinking"),
+    "mcq_likelihood": ("likelihood", "likelihood\nof option"),
+}
 
 
-def comparison_figure(metrics: Metrics) -> Figure:
-    """Draw base and tuned side by side with their intervals: loss, the three rates and ROUGE-L, lengths.
+@dataclass(frozen=True)
+class _Group:
+    """The bars over one label, by model. at_least: the models whose number is a lower bound. chance: what guessing gives."""
 
-    A metric that was not measured is left out, and so is a bar that would have no finite height."""
+    label: str
+    bars: Mapping[str, Bounds]
+    at_least: Collection[str] = ()
+    chance: float | None = None
+
+
+def comparison_figure(measured: Mapping[str, Any], merged: Mapping[str, Any] | None = None) -> Figure:
+    """Draw everything that was compared, each bar with its interval: loss, form, likeness, lengths and multiple choice.
+
+    Answers are shown as the models give them by themselves and, beside that, with forced closing. A metric that was not
+    measured is left out, and so is a bar that would have no finite height.
+
+    Args:
+        measured: the content of metrics.json.
+        merged: the content of merged_metrics.json; the merged model gets a bar beside the others'."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(9.2, 3.4), layout="constrained", dpi=110)
-    sides = ((-0.2, "base", BASE), (0.2, "tuned", TUNED))
-    for axes, (title, unit, labels) in zip(figure.subplots(1, 3, width_ratios=[1, 2.6, 1.5]), _PANELS, strict=True):
-        names = [name for name in labels if name in metrics]
-        for offset, side, color in sides:
-            drawn = [index for index, name in enumerate(names) if math.isfinite(metrics[name][side]["value"])]
-            estimates = [metrics[names[index]][side] for index in drawn]
-            values = [estimate["value"] for estimate in estimates]
-            # Without an interval the bar has none: it ends where the value is.
-            low, high = (
-                [abs(one["value"] - (one["value"] if one[end] is None else one[end])) for one in estimates]
-                for end in ("low", "high")
-            )
-            places = [index + offset for index in drawn]
-            axes.bar(places, values, 0.38, color=color)
-            axes.errorbar(places, values, yerr=[low, high], fmt="none", ecolor=GREY, capsize=3, linewidth=1)
-        if not axes.patches:
-            _say(axes, "none measured")
-        axes.set(title=title, ylabel=unit, xticks=range(len(names)), xticklabels=[labels[name] for name in names])
-        axes.set_ylim(bottom=0)
-        _tidy(axes)
-    handles = [Patch(color=color, label=side) for _, side, color in sides]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    figure = Figure(figsize=(10.0, 6.8), layout="constrained", dpi=110)
+    rows = figure.subfigures(2, 1, hspace=0.03)
+    loss, form = rows[0].subplots(1, 2, width_ratios=[1, 1.9])
+    likeness, length, readings = rows[1].subplots(1, 3, width_ratios=[1.4, 1.3, 1.2])
+    _draw_losses(loss, measured, merged or {})
+    asked = f", {measured['n_questions']} questions" if "n_questions" in measured else ""
+    _draw_groups(form, f"Form of what each model wrote{asked}", "share of questions", _groups(measured, merged or {}, _FORM))
+    both = [
+        group
+        for name, label in {"rouge_l": "ROUGE-L", "chrf": "chrF"}.items()
+        for group in _natural_and_forced(measured, merged or {}, name, label)
+    ]
+    _draw_groups(likeness, "Likeness to the reference answer", "likeness, 0 to 1", both)
+    lengths = _groups(measured, merged or {}, {"thinking_tokens": "thinking"})
+    lengths += _natural_and_forced(measured, merged or {}, "answer_tokens", "answer")
+    unit = "tokens (≥: cut, so at least)" if any(group.at_least for group in lengths) else "tokens"
+    _draw_groups(length, "Length", unit, lengths)
+    choices = _reading_groups(measured)
+    _draw_groups(readings, "Multiple choice", "share right", choices)
+    shown = [model for model in _MODELS if model != "merged" or merged]
+    handles: list[Artist] = [Patch(color=_MODELS[model][1], label=_MODELS[model][0]) for model in shown]
+    if any(group.chance is not None for group in choices):
+        handles.append(Line2D([], [], color=ACCENT, linestyle="--", label="chance"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.suptitle("What fine-tuning changed, on held-out rows and questions", fontsize=13)
     return figure
+
+
+def loss_bars_figure(measured: Mapping[str, Any], merged: Mapping[str, Any] | None = None) -> Figure:
+    """Draw the held-out loss of every model that has one, in nats per token: 16-bit base, base, tuned, and merged model.
+
+    The arguments are those of `comparison_figure`."""
+    figure, axes = _figure("", "", "")
+    _draw_losses(axes, measured, merged or {})
+    return figure
+
+
+def _draw_losses(axes: Axes, measured: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
+    found = {"16-bit\nbase": (measured["losses"]["base_16bit"], BASE_16BIT)} if "losses" in measured else {}
+    if loss := measured["metrics"].get("eval_loss"):
+        found |= {"4-bit\nbase" if found else "base": (loss["base"], BASE), "tuned": (loss["tuned"], TUNED)}
+    if loss := merged.get("metrics", {}).get("eval_loss"):
+        found["merged"] = (loss["tuned"], MERGED)
+    for place, (estimate, color) in enumerate(found.values()):
+        _draw_bar(axes, place, 0.7, estimate, color, f"{estimate['value']:.2f}")
+    _label(axes, "Held-out loss", "nats per token", list(found))
+
+
+def _draw_groups(axes: Axes, title: str, unit: str, groups: Sequence[_Group]) -> None:
+    models = [model for model in _MODELS if any(model in group.bars for group in groups)]
+    width = 0.8 / max(len(models), 1)
+    for index, group in enumerate(groups):
+        for model, estimate in group.bars.items():
+            place = index + (models.index(model) - (len(models) - 1) / 2) * width
+            _draw_bar(axes, place, 0.94 * width, estimate, _MODELS[model][1], "≥" * (model in group.at_least))
+        if group.chance is not None:
+            axes.hlines(group.chance, index - 0.5, index + 0.5, color=ACCENT, linestyle="--", linewidth=1.2)
+    _label(axes, title, unit, [group.label for group in groups])
+
+
+def _draw_bar(axes: Axes, place: float, width: float, estimate: Bounds, color: str, text: str = "") -> None:
+    value = estimate["value"]
+    if value is None or not math.isfinite(value):
+        return
+    # Without an interval the bar has none: it ends where the value is.
+    low, high = (value if estimate[end] is None else estimate[end] for end in ("low", "high"))
+    axes.bar(place, value, width, color=color)
+    axes.errorbar(place, value, yerr=[[abs(value - low)], [abs(high - value)]], fmt="none", ecolor=GREY, capsize=3, linewidth=1)
+    axes.annotate(text, (place, max(value, high)), (0, 2), textcoords="offset points", ha="center", va="bottom")
+
+
+def _label(axes: Axes, title: str, unit: str, labels: Sequence[str]) -> None:
+    if not axes.patches:
+        _say(axes, "none measured")
+    axes.set(title=title, ylabel=unit, xticks=range(len(labels)), xticklabels=labels)
+    axes.set_xlim(-0.5, max(len(labels), 1) - 0.5)
+    axes.set_ylim(0, 1.04 if unit.startswith("share") else 1.12 * axes.get_ylim()[1])
+    axes.tick_params(axis="x", labelsize=9, length=0)
+    _tidy(axes)
+
+
+def _groups(
+    measured: Mapping[str, Any], merged: Mapping[str, Any], labels: Mapping[str, str], reading: str = "metrics"
+) -> list[_Group]:
+    """Return a group for every metric of a reading (`metrics`: by themselves; `forced`) that was measured."""
+    found = []
+    for name, label in labels.items():
+        if metric := (measured.get(reading) or {}).get(name):
+            others = (merged.get(reading) or {}).get(name)
+            bars = {"base": metric["base"], "tuned": metric["tuned"]} | ({"merged": others["tuned"]} if others else {})
+            cut = metric.get("cut", {})
+            found.append(_Group(label, bars, at_least=[model for model in bars if cut.get(model)]))
+    return found
+
+
+def _natural_and_forced(measured: Mapping[str, Any], merged: Mapping[str, Any], name: str, label: str) -> list[_Group]:
+    if not measured.get("forced"):
+        return _groups(measured, merged, {name: label})
+    forced = _groups(measured, merged, {name: f"{label},\nforced"}, "forced")
+    return _groups(measured, merged, {name: f"{label},\nby itself"}) + forced
+
+
+def _reading_groups(measured: Mapping[str, Any]) -> list[_Group]:
+    """Return a group for every reading of multiple choice, over all tasks, with what guessing would give."""
+    groups = []
+    for name, (reading, label) in _READINGS.items():
+        lines = [line for line in measured.get("mcq_readings") or [] if line["reading"] == reading]
+        chance = sum(line["n"] * line["chance"] for line in lines) / sum(line["n"] for line in lines) if lines else None
+        for group in _groups(measured, {}, {name: label}):
+            groups.append(replace(group, label=f"{label}\nn = {group.bars['base'].get('n')}", chance=chance))
+    return groups
 
 
 def to_data_uri(figure: Figure) -> str:

@@ -155,9 +155,6 @@ def status(
 
 
 def _print_status(found: Status, run_dir: Path) -> None:
-    from medcot_utils.evaluation.comparison import verdict
-    from medcot_utils.evaluation.intervals import format_interval
-    from medcot_utils.evaluation.metrics import METRICS
     from medcot_utils.run.artifacts import ARTIFACTS
 
     title = f"{run_dir} (profile {found['profile']})"
@@ -173,17 +170,30 @@ def _print_status(found: Status, run_dir: Path) -> None:
     console.print(steps)
     compared = next(step["state"] == "done" for step in found["steps"] if step["name"] == "06_comparison")
     if found["metrics"]:
-        metrics = Table("metric", "base", "tuned", "difference", "verdict", title="before and after", title_justify="left")
-        for name, metric in found["metrics"].items():
-            cells = [format_interval(metric[side]) for side in ("base", "tuned", "difference")]
-            metrics.add_row(METRICS[name].label, *cells, verdict(name, metric))
-        console.print(metrics)
+        console.print(_metrics_table(found))
     elif compared:
         console.print("before and after: none of the headline metrics was measured")
+    if found["merged_verdict"] and compared:
+        console.print(found["merged_verdict"], highlight=False)
     if found["metrics"] or compared:
         console.print(
             f"report: {run_dir / ARTIFACTS['report'].file}\nexecuted notebooks: {run_dir / 'notebooks'}/", highlight=False
         )
+
+
+def _metrics_table(found: Status) -> Table:
+    from medcot_utils.evaluation.comparison import metric_lines
+
+    lines = {name: (line.metric.label, line) for name, line in zip(found["metrics"], metric_lines(found["metrics"]), strict=True)}
+    for name, line in zip(found["forced"], metric_lines(found["forced"]), strict=True):
+        lines[f"{name}, forced"] = (f"{line.metric.label}, with forced closing", line)
+    merged = {name: line.tuned for name, line in zip(found["merged"], metric_lines(found["merged"]), strict=True)}
+    columns = ["metric", "base", "tuned", *(["merged"] if merged else []), "difference", "verdict"]
+    table = Table(*columns, title="before and after", title_justify="left")
+    for name, (label, line) in lines.items():
+        third = [merged.get(name, "")] if merged else []
+        table.add_row(label, line.base, line.tuned, *third, line.difference, line.verdict)
+    return table
 
 
 @app.command()

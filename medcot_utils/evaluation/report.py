@@ -4,49 +4,40 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medcot_utils import plots
 from medcot_utils.config import RunConfig, setting_names
-from medcot_utils.data.contamination import contaminated
-from medcot_utils.data.words import split_words
+from medcot_utils.evaluation.claims import CANNOT_TELL
 from medcot_utils.evaluation.comparison import MetricLine, compare_all, metric_lines
 from medcot_utils.evaluation.grades import describe_grades, summarize_grades
-from medcot_utils.evaluation.metrics import chrf, is_bullet_list
+from medcot_utils.evaluation.intervals import format_interval
+from medcot_utils.evaluation.merged_column import describe_merged, read_merged
+from medcot_utils.evaluation.metrics import METRICS, Metric
 from medcot_utils.evaluation.scored_set import AnsweredQuestion
-from medcot_utils.models.records import by_sample
+from medcot_utils.evaluation.side_by_side import (
+    Key,
+    ShownRun,
+    anchors_of,
+    columns_of,
+    listed,
+    read_run,
+    show_question,
+)
 
 if TYPE_CHECKING:
-    from medcot_utils.data.rows import Question
     from medcot_utils.data.tokens import DataReport
-    from medcot_utils.evaluation.comparison import Measured
+    from medcot_utils.evaluation.claims import ClaimVerdict
+    from medcot_utils.evaluation.comparison import Measured, Metrics
+    from medcot_utils.evaluation.merged import MergedMeasured
     from medcot_utils.models.losses import RowLoss
-    from medcot_utils.models.records import AnswerRecord
     from medcot_utils.run.directory import Run
 
-# A length that is half or twice the base model's is marked.
-_MARKED_RATIO = 2.0
 # Settings in which runs may differ, those that change how the answers were made and judged first.
 _SECTIONS = ("seed", "generation", "evaluation", "prompt", "model", "dataset", "lora", "training", "profile")
-_SAME_BASE = ("model.name", "model.revision", "model.load_in_4bit")
-
-# A question is the same in two runs only where id, text and reference are: ids are often no more than row numbers.
-Key = tuple[str, str, str]
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """What the page shows of a run, read once. `name` is no other run's; `seen`: ids that a trained row repeats."""
-
-    run: Run
-    name: str
-    questions: Mapping[Key, Question]
-    answers: Mapping[str, Mapping[Key, AnswerRecord]]  # by base and tuned
-    data_report: DataReport
-    seen: set[str]
 
 
 def build_report(*runs: Run) -> str:
@@ -60,15 +51,18 @@ def build_report(*runs: Run) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True, default_for_string=True)
     )
-    shown = [_read(run, name) for run, name in zip(runs, _names([run.path for run in runs]), strict=True)]
-    columns = _columns(shown)
-    anchors = _anchors(shown)
-    questions = [_shown_question(key, anchor, shown, columns) for key, anchor in anchors.items()]
+    shown = [read_run(run, name) for run, name in zip(runs, _names([run.path for run in runs]), strict=True)]
+    columns = columns_of(shown)
+    anchors = anchors_of(shown)
+    questions = [show_question(key, anchor, shown, columns) for key, anchor in anchors.items()]
     several = len(runs) > 1
+    labels = [column.label for column in columns]
     return environment.get_template("report.html.j2").render(
+        title=f"runs {listed(one.name for one in shown)}" if several else f"{', '.join(labels[:-1])} and {labels[-1]}",
         runs=[_run_section(one, several, anchors) for one in shown],
-        columns=columns,
         names=[one.name for one in shown],
+        names_of=METRICS,
+        interval=format_interval,
         differences=_differences(shown) if several else {},
         tuned=_tuned_compared(shown) if several else None,
         questions=questions,
@@ -99,30 +93,46 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _read(run: Run, name: str) -> _Shown:
-    asked = {(str(q["id"]), q["Question"], q["Response"]): q for q in run.read("questions")}
-    keys = {key[0]: key for key in asked}
-    answers = {}
-    for side in ("base", "tuned"):
-        greedy = by_sample(run.read(f"{side}_answers"))[0]
-        answers[side] = {keys[str(record["id"])]: record for record in greedy if str(record["id"]) in keys}
-    data_report = run.read("data_report")
-    return _Shown(run, name, asked, answers, data_report, contaminated(data_report))
-
-
 # --- one run -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
+class _Row:
+    """A metric of a table: as the models answer by themselves and with forced closing, then the merged model's against the
+    tuned one's in both readings. None: not measured."""
+
+    metric: Metric
+    natural: MetricLine | None
+    forced: MetricLine | None
+    merged: MetricLine | None
+    merged_forced: MetricLine | None
+
+
+@dataclass(frozen=True)
+class _LossBar:
+    """A line on the held-out loss: a model's, or a difference with its meaning."""
+
+    text: str
+    value: str
+
+
+@dataclass(frozen=True)
 class _RunSection:
-    """The page's section of one run. tables: {title: lines}. comparison, loss: figures as data addresses."""
+    """The page's section of one run. tables: {title: rows}. comparison, loss: figures as data addresses.
+
+    decided, undecided: the claims that hold or do not hold, and the others. merged_line: `describe_merged`."""
 
     title: str
     config: RunConfig
     confidence: str
     plan: Mapping[str, object]
     measured: Measured
-    tables: Mapping[str, Sequence[MetricLine]]
+    merged: MergedMeasured | None
+    merged_line: str
+    decided: Sequence[ClaimVerdict]
+    undecided: Sequence[ClaimVerdict]
+    losses: Sequence[_LossBar]
+    tables: Mapping[str, Sequence[_Row]]
     notes: Sequence[str]
     comparison: str
     loss: str
@@ -130,40 +140,76 @@ class _RunSection:
     anchors: Mapping[str, str]  # {question id: what it is linked by}
 
 
-def _run_section(shown: _Shown, named: bool, anchors: Mapping[Key, str]) -> _RunSection:
+def _run_section(shown: ShownRun, named: bool, anchors: Mapping[Key, str]) -> _RunSection:
     run = shown.run
     measured: Measured = run.read("metrics")
+    merged = read_merged(run)
     graded = summarize_grades(run)
+    open_claims = [claim for claim in measured["claims"] if claim["verdict"].startswith(CANNOT_TELL)]
     return _RunSection(
         title=f"Run {shown.name}" if named else "What fine-tuning did and did not do",
         config=run.config,
         confidence=_percent(run),
         plan=run.read("plan"),
         measured=measured,
-        tables=_tables(measured),
+        merged=merged,
+        merged_line=describe_merged(run),
+        decided=[claim for claim in measured["claims"] if claim not in open_claims],
+        undecided=open_claims,
+        losses=_loss_bars(measured),
+        tables=_tables(measured, merged),
         notes=[*measured["notes"], *(describe_grades(graded).splitlines() if graded else [])],
-        comparison=plots.to_data_uri(plots.comparison_figure(measured["metrics"])),
+        comparison=plots.to_data_uri(plots.comparison_figure(measured, merged)),
         loss=plots.to_data_uri(plots.loss_figure(run.read("training_log"))),
         data=shown.data_report,
         anchors={key[0]: anchors[key] for key in shown.questions},
     )
 
 
-def _tables(measured: Measured) -> dict[str, list[MetricLine]]:
+def _tables(measured: Measured, merged: MergedMeasured | None) -> dict[str, list[_Row]]:
     answered, apart = measured["n_answered"], measured["n_contaminated"]
-    titled = {
-        f"greedy answers, {measured['n_questions']} questions": measured["metrics"],
-        f"sampled answers, {measured['n_samples']} a question, each question by its mean": measured["sampled"],
-        f"greedy answers, the {answered} questions that both models answered in full form": measured["answered"],
-        f"{apart} questions that training rows repeat, apart from all other figures": measured["contaminated"],
+    # Title: metrics as they answer, with forced closing, and of the merged model in both readings.
+    titled: dict[str, tuple[Metrics | None, ...]] = {
+        f"greedy answers, {measured['n_questions']} questions": (
+            *(measured["metrics"], measured.get("forced")),
+            *((merged["metrics"], merged.get("forced")) if merged else ()),
+        ),
+        f"sampled answers, {measured['n_samples']} a question, each question by its mean": (
+            measured["sampled"],
+            measured.get("sampled_forced"),
+        ),
+        f"greedy answers, the {answered} questions that both models answered in full form": (measured["answered"],),
+        f"{apart} questions that training rows repeat, apart from all other figures": (measured["contaminated"],),
     }
-    return {title: metric_lines(metrics) for title, metrics in titled.items() if metrics}
+    return {title: rows for title, readings in titled.items() if (rows := _rows(*readings))}
+
+
+def _rows(*readings: Metrics | None) -> list[_Row]:
+    lines = [dict(zip(metrics or {}, metric_lines(metrics or {}), strict=True)) for metrics in readings]
+    lines += [{}] * (4 - len(lines))
+    return [_Row(METRICS[name], *(of.get(name) for of in lines)) for name in METRICS if any(name in of for of in lines[:2])]
+
+
+def _loss_bars(measured: Measured) -> list[_LossBar]:
+    """Return the losses of 16-bit base, 4-bit base and tuned model, and what lies between them; nothing without the first."""
+    if "losses" not in measured:
+        return []
+    losses = measured["losses"]
+    share = losses["share"]
+    return [
+        _LossBar("16-bit base", format_interval(losses["base_16bit"])),
+        _LossBar("4-bit base, which the adapter was trained on", format_interval(losses["base"])),
+        _LossBar("tuned", format_interval(losses["tuned"])),
+        _LossBar("what rounding the base to 4 bits cost", format_interval(losses["rounding"])),
+        _LossBar("tuned against the 16-bit base: what was learned beyond that", format_interval(losses["learning"])),
+        _LossBar("share of the whole fall that only makes up for rounding", format_interval(share) if share else "did not fall"),
+    ]
 
 
 # --- several runs --------------------------------------------------------------------------------------------------
 
 
-def _differences(shown: Sequence[_Shown]) -> dict[str, list[str]]:
+def _differences(shown: Sequence[ShownRun]) -> dict[str, list[str]]:
     """Return what differs between the runs: the questions they asked, then settings, each with its value in every run."""
     common = set.intersection(*(set(one.questions) for one in shown))
     found = {}
@@ -198,7 +244,7 @@ class _TunedCompared:
     lines: Sequence[Sequence[MetricLine]] = ()
 
 
-def _tuned_compared(shown: Sequence[_Shown]) -> _TunedCompared:
+def _tuned_compared(shown: Sequence[ShownRun]) -> _TunedCompared:
     """Compare the tuned models on the questions that all runs asked, scored and did not train on.
 
     The held-out loss is compared too if all runs took it on the same rows."""
@@ -219,11 +265,11 @@ def _tuned_compared(shown: Sequence[_Shown]) -> _TunedCompared:
     return _TunedCompared(len(keys), _percent(first.run), labels, bool(losses), [*lines])
 
 
-def _counts(shown: _Shown, key: Key) -> bool:
+def _counts(shown: ShownRun, key: Key) -> bool:
     return key in shown.answers["tuned"] and bool(shown.questions[key]["scored"]) and key[0] not in shown.seen
 
 
-def _common_losses(shown: Sequence[_Shown], labels: Sequence[str]) -> list[RowLoss]:
+def _common_losses(shown: Sequence[ShownRun], labels: Sequence[str]) -> list[RowLoss]:
     """Return the tuned models' losses on the held-out rows that no run trained on, if all runs have the same rows, else none."""
     rows = {one.run.manifest()["artifacts"].get("held_out_rows", {}).get("sha256") for one in shown}
     if len(rows) > 1 or rows == {None}:
@@ -235,140 +281,3 @@ def _common_losses(shown: Sequence[_Shown], labels: Sequence[str]) -> list[RowLo
         for record in one.run.read("held_out_loss")
         if record["model"] == "tuned" and str(record["id"]) not in seen
     ]
-
-
-# --- side by side --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Column:
-    """A model's answers on the page. `base`: the answers that they are set against."""
-
-    label: str
-    answers: Mapping[Key, AnswerRecord]
-    base: Mapping[Key, AnswerRecord]
-
-
-def _columns(shown: Sequence[_Shown]) -> list[_Column]:
-    """Return each base that is another model, or answered otherwise, followed by the tuned models of its runs."""
-    groups: list[list[_Shown]] = []
-    for one in shown:
-        group = next((group for group in groups if all(_same_base(one, other) for other in group)), None)
-        if group is None:
-            groups.append([one])
-        else:
-            group.append(one)
-    columns = []
-    for group in groups:
-        base = {key: record for one in group for key, record in one.answers["base"].items()}
-        columns.append(_Column("base" if len(groups) == 1 else f"base, {_listed(one.name for one in group)}", base, base))
-        for one in group:
-            columns.append(_Column("tuned" if len(shown) == 1 else f"tuned, {one.name}", one.answers["tuned"], base))
-    return columns
-
-
-def _same_base(one: _Shown, other: _Shown) -> bool:
-    ours, theirs = one.answers["base"], other.answers["base"]
-    return all(one.run.config.get(name) == other.run.config.get(name) for name in _SAME_BASE) and all(
-        ours[key][text] == theirs[key][text] for key in ours.keys() & theirs.keys() for text in ("thinking", "answer")
-    )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return " and ".join(names)
-
-
-def _anchors(shown: Sequence[_Shown]) -> dict[Key, str]:
-    """Return {question: what it is linked by}: its id, with a number if another question has that id too."""
-    anchors: dict[Key, str] = {}
-    taken: set[str] = set()
-    for key in itertools.chain.from_iterable(one.questions for one in shown):
-        if key not in anchors:
-            numbered = itertools.chain([key[0]], (f"{key[0]}-{n}" for n in itertools.count(2)))
-            anchors[key] = next(anchor for anchor in numbered if anchor not in taken)
-            taken.add(anchors[key])
-    return anchors
-
-
-@dataclass(frozen=True)
-class _ShownAnswer:
-    """An answer under its question. thinking_words, answer_words: lengths. marks: where it differs from its base model's."""
-
-    label: str
-    thinking: str
-    answer: str
-    thinking_words: int
-    answer_words: int
-    marks: Sequence[str]
-
-
-@dataclass(frozen=True)
-class _ShownQuestion:
-    """A question with all answers to it.
-
-    anchor: what it is linked by. outcome: how the models ended their reasoning. differ: whether they ended it differently.
-    apart: see `_apart`."""
-
-    question: Question
-    anchor: str
-    answers: Sequence[_ShownAnswer]
-    tags: Sequence[str]
-    outcome: str
-    differ: bool
-    apart: float
-
-
-def _shown_question(key: Key, anchor: str, shown: Sequence[_Shown], columns: Sequence[_Column]) -> _ShownQuestion:
-    asking = [one for one in shown if key in one.questions]
-    alone = f"{_listed(one.name for one in asking)} alone" if len(asking) < len(shown) else ""
-    given = [column for column in columns if key in column.answers]
-    records = [column.answers[key] for column in given]
-    outcome = _outcome([column.label for column in given], records, len(asking))
-    return _ShownQuestion(
-        question=asking[0].questions[key],
-        anchor=anchor,
-        answers=[_shown_answer(column.label, column.answers[key], column.base.get(key)) for column in given],
-        tags=[f"asked in {alone}"] * bool(alone) + _tags(asking, key, len(shown) > 1),
-        outcome=f"{alone}: {outcome}" if alone else outcome,
-        differ=len({bool(record["well_formed"]) for record in records}) > 1,
-        apart=_apart([record["answer"] or record["thinking"] for record in records]),
-    )
-
-
-def _tags(asking: Sequence[_Shown], key: Key, named: bool) -> list[str]:
-    scored = asking[0].questions[key]["scored"]
-    tags = [] if scored else ["shown, not scored"]
-    if repeated := [one.name for one in asking if key[0] in one.seen]:
-        where = f" in {_listed(repeated)}" if named else ""
-        tags.append(f"repeated in training{where}{', set apart' if scored else ''}")
-    return tags
-
-
-def _apart(texts: Sequence[str]) -> float:
-    """Return how unlike the two texts least alike are, 0 to 1, by chrF; two empty ones are alike."""
-    pairs = itertools.combinations(texts, 2)
-    return max((round(1 - chrf(last, first), 3) for first, last in pairs if first != last), default=0.0)
-
-
-def _outcome(labels: Sequence[str], records: Sequence[AnswerRecord], n_runs: int) -> str:
-    """Say how the models ended their reasoning, which takes no judgement of medicine."""
-    ends, closed = {True: "reasons and answers", False: "does not"}, [bool(record["well_formed"]) for record in records]
-    both = n_runs == 1 and len(closed) == 2
-    if len(set(closed)) == 1:
-        return f"{'both' if both else 'all'}: {ends[closed[0]]}"
-    if both:
-        return f"base {ends[closed[0]]}, tuned {ends[closed[1]]}"
-    return f"reasons and answers: only {'; '.join(label for label, end in zip(labels, closed, strict=True) if end)}"
-
-
-def _shown_answer(label: str, record: AnswerRecord, base: AnswerRecord | None) -> _ShownAnswer:
-    thinking, answer = len(split_words(record["thinking"])), len(split_words(record["answer"]))
-    marks = [] if record["well_formed"] else ["does not close the tag properly"]
-    if not record["finished"]:
-        marks.append("cut off")
-    if is_bullet_list(record["answer"] or record["thinking"]):
-        marks.append("a list")
-    before, now = (len(split_words(f"{one['thinking']} {one['answer']}")) for one in (base or record, record))
-    if before and now and not 1 / _MARKED_RATIO < now / before < _MARKED_RATIO:
-        marks.append(f"{now / before:.1f} times the words" if now > before else f"{before / now:.1f} times fewer words")
-    return _ShownAnswer(label, record["thinking"], record["answer"], thinking, answer, marks)

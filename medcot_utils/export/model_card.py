@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medcot_utils.config import RunConfig
 from medcot_utils.data.words import guess_language
-from medcot_utils.evaluation.comparison import verdict
+from medcot_utils.evaluation.comparison import MetricLine, metric_lines
 from medcot_utils.evaluation.intervals import format_interval
+from medcot_utils.evaluation.merged_column import describe_merged, read_merged
 from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.models.embedded import PREFIX, describe_model, find_hub_address
 from medcot_utils.run.sources import with_commits_used
@@ -19,7 +20,15 @@ from medcot_utils.run.sources import with_commits_used
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
+    from medcot_utils.evaluation.comparison import Measured, Metrics
+    from medcot_utils.evaluation.merged import MergedMeasured
     from medcot_utils.run.directory import Run
+
+
+_MERGED_INTO = {
+    "base_16bit": "the 16-bit base",
+    "dequantized_4bit": "the 4-bit weights that it was trained beside, unpacked to 16 bits",
+}
 
 
 def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | None = None, tag: str | None = None) -> str:
@@ -33,6 +42,7 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
 
     config = with_commits_used(run.config, run.manifest())
     measured, check, report = run.read("metrics"), run.read("export_check"), run.read("data_report")
+    merged = read_merged(run)
     kind = kind or ("one" if config.hub.repo_id and config.hub.layout == "one" else "merged")
     if addresses is None:
         pushed = [name for name in config.hub.artifacts if name != "gguf" or config.export.gguf] if config.hub.repo_id else []
@@ -53,13 +63,8 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         datasets=None if config.dataset.path or config.dataset.name == "shipped" else [config.dataset.name],
         tags=["medical", "chain-of-thought", "reasoning", "lora", "sft", *(["gguf"] if "gguf" in (kind, *addresses) else [])],
         model_name=addresses.get(kind, next(iter(addresses.values()), f"{describe_model(config.model.name)}, tuned")),
-        eval_results=_eval_results(config, measured, trained_name),
+        eval_results=_eval_results(config, measured, None if kind == "adapter" else merged, trained_name),
     )
-    lines = [
-        {"text": METRICS[name].label, "verdict": verdict(name, metric)}
-        | {side: format_interval(metric[side]) for side in ("base", "tuned", "difference")}
-        for name, metric in measured["metrics"].items()
-    ]
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("model_card.md.j2")),
@@ -68,7 +73,17 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         licence=license_data.get("license_name", license_data["license"]),
         source=_data_source(config),
         language=language,
-        metrics=lines,
+        metrics=_lines(measured["metrics"]),
+        forced=_lines(measured.get("forced", {})),
+        losses=measured.get("losses"),
+        readings=measured.get("mcq_readings", []),
+        merged=merged,
+        merged_metrics=_lines(merged["metrics"] if merged else {}),
+        merged_forced=_lines(merged.get("forced", {}) if merged else {}),
+        merged_line=describe_merged(run),
+        merged_into=_MERGED_INTO[config.export.merge_into],
+        names=METRICS,
+        interval=format_interval,
         notes=measured["notes"],
         n_questions=measured["n_questions"],
         multiple_choice="mcq_accuracy" in measured["metrics"],
@@ -83,6 +98,10 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         repeats_dropped=report["repeats_dropped"],
     )
     return str(card)
+
+
+def _lines(metrics: Metrics) -> dict[str, MetricLine]:
+    return dict(zip(metrics, metric_lines(metrics), strict=True))
 
 
 def find_language(config: RunConfig, texts: Iterable[str]) -> str | None:
@@ -112,18 +131,22 @@ def _license(config: RunConfig) -> dict[str, str]:
     return {"license": "other", "license_name": "as-the-base-model"} | link
 
 
-def _eval_results(config: RunConfig, measured: dict[str, Any], trained_name: str) -> list[EvalResult]:
-    """Return the tuned model's metrics for the Hub's model-index, each with its interval and the base's value."""
+def _eval_results(config: RunConfig, measured: Measured, merged: MergedMeasured | None, trained_name: str) -> list[EvalResult]:
+    """Return the metrics for the Hub's model-index, each with its interval and the base's value.
+
+    They are those of the merged model, which people load, if it was measured, else the tuned model's: the index cannot tell
+    two models apart."""
     from huggingface_hub import EvalResult
 
     of_hub = not config.dataset.path and config.dataset.name != "shipped"
     confidence = round(100 * config.evaluation.confidence_level)
+    model, found = ("merged 16-bit model", merged) if merged else (trained_name, measured)
     return [
         EvalResult(
             task_type="text-generation",
-            task_name=f"medical questions with reasoning, measured on the {trained_name}",
+            task_name=f"medical questions with reasoning, measured on the {model}",
             dataset_type=config.dataset.name if of_hub else "medcot-shipped" if not config.dataset.path else "local-file",
-            dataset_name=f"{_data_source(config)}; {measured['n_questions']} held-out questions",
+            dataset_name=f"{_data_source(config)}; {found['n_questions']} held-out questions",
             dataset_config=config.dataset.subset if of_hub else None,
             dataset_revision=config.dataset.revision if of_hub else None,
             metric_type=name,
@@ -131,12 +154,12 @@ def _eval_results(config: RunConfig, measured: dict[str, Any], trained_name: str
             metric_value=round(metric["tuned"]["value"], 4),
             metric_args={
                 f"interval_{confidence}": _rounded(metric["tuned"]["low"], metric["tuned"]["high"]),
-                "base_value": _rounded(metric["base"]["value"])[0],
+                "base_value": _rounded(measured["metrics"][name]["base"]["value"])[0],
             },
             verified=False,
         )
-        for name, metric in measured["metrics"].items()
-        if math.isfinite(metric["tuned"]["value"])
+        for name, metric in found["metrics"].items()
+        if math.isfinite(metric["tuned"]["value"]) and name in measured["metrics"]
     ]
 
 

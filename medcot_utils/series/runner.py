@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from medcot_utils.config import (
     RunConfig,
@@ -20,6 +20,7 @@ from medcot_utils.config import (
     with_absolute_paths,
 )
 from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused, quote
+from medcot_utils.evaluation.merged_column import describe_merged, read_merged
 from medcot_utils.machine import hardware, redaction
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.paths import HOME, PACKAGE, expand_home
@@ -33,10 +34,14 @@ from medcot_utils.run.manifest import GpuPeak, describe_costs
 from medcot_utils.series.kernel import KERNEL, check_kernel
 from medcot_utils.series.preflight import preflight
 
+if TYPE_CHECKING:
+    from medcot_utils.evaluation.comparison import ComparedMetric, Metrics
+
 NOTEBOOKS = tuple(STEPS)
 TRAINING = ARTIFACTS["adapter"].step
 _MOST_REASONS = 5  # of a step's being done again, in its line
 HEADLINE = ("eval_loss", "closed_think_rate", "finished_rate", "rouge_l", "thinking_tokens", "answer_tokens")
+CHANGED_BY_CLOSING = ("rouge_l", "answer_tokens")  # the headline metrics of the answer
 
 # A headless kernel's own log (a note on its transport, the interrupt at shutdown) says nothing of the notebook.
 QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
@@ -315,7 +320,10 @@ class Status(TypedDict):
     run_dir: str
     profile: str
     steps: list[StepStatus]
-    metrics: dict[str, object]  # the headline ones that metrics.json holds; empty before notebook 06
+    metrics: dict[str, ComparedMetric]  # the headline ones that metrics.json holds; empty before notebook 06
+    forced: dict[str, ComparedMetric]  # those that forced closing changes, with it; empty if it was not asked for
+    merged: dict[str, ComparedMetric]  # tuned to merged model, the headline ones; empty before notebook 07 measured it
+    merged_verdict: str  # whether people load what was measured; empty if the merged model is not measured
 
 
 def status(run: Run) -> Status:
@@ -326,8 +334,18 @@ def status(run: Run) -> Status:
         | {key: recorded.get(name, {}).get(key) for key in ("seconds", "peak_memory_mb", "peak_gpu_memory_mb", "error")}
         for name in NOTEBOOKS
     ]
-    metrics = {}
-    if run.is_fresh("metrics", deep=False):
-        measured = run.read("metrics")["metrics"]
-        metrics = {name: measured[name] for name in HEADLINE if name in measured}
-    return {"run_dir": str(run.path), "profile": run.config.profile, "steps": steps, "metrics": metrics}
+    measured = run.read("metrics") if run.is_fresh("metrics", deep=False) else {"metrics": {}}
+    merged = read_merged(run)
+    return {
+        "run_dir": str(run.path),
+        "profile": run.config.profile,
+        "steps": steps,
+        "metrics": _only(HEADLINE, measured["metrics"]),
+        "forced": _only(CHANGED_BY_CLOSING, measured.get("forced", {})),
+        "merged": _only(HEADLINE, merged["metrics"] if merged else {}),
+        "merged_verdict": describe_merged(run),
+    }
+
+
+def _only(names: Iterable[str], metrics: Metrics) -> dict[str, ComparedMetric]:
+    return {name: metrics[name] for name in names if name in metrics}

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
+import made_up_measures
+
 from medcot_utils import evaluation
 from medcot_utils.config import load_config
+from medcot_utils.evaluation.metrics import METRICS
 
 CONFIG = load_config("smoke")
+# Everything that a run can measure beyond what it measures by default.
+MORE = load_config("smoke", ["evaluation.answer_tokens=12", "evaluation.base_16bit_loss=true", "evaluation.measure_merged=true"])
 # Closes the page's own script, makes a new one, fetches a picture, leaves an attribute, and ends a line within a script.
 ATTACK = (
     """</script><script>alert("x")</script> see <img src="https://evil.example/x.png" onerror='alert(1)'> & "quoted" """
@@ -95,6 +100,8 @@ def fill(
         for i in range(8)
     ]
     run.write("held_out_loss", held_out)
+    if run.wants("base_16bit_loss"):
+        run.write("base_16bit_loss", [{"model": "base_16bit", "id": f"h{i}", "nll": 18.0, "tokens": 10} for i in range(8)])
     run.write("tuned_answers", tuned_answers)
     run.write("tuned_mcq", mcq[1])
 
@@ -148,3 +155,27 @@ class Tags(HTMLParser):
             self.text += text
         if self.tags and self.tags[-1] == "option":
             self.options[next(reversed(self.options))][-1] += text.strip("\n")
+
+
+def known(metrics):
+    return {name: metric for name, metric in metrics.items() if name in METRICS}
+
+
+def fill_more(run, base_forced=ATTACK, closed_by="budget", merged=True, not_measured=None):
+    """A run with configuration MORE: what `fill` writes, then forced answers, the 16-bit base and the merged model."""
+    forced = {"closed_by": closed_by, "answer": base_forced, "answer_tokens": 5, "finished": True}
+    fill(run, tuned=("The mitral valve.", True), thinking="A murmur, I think.")
+    run.write("base_answers", [record | {"forced": forced} for record in run.read("base_answers")])
+    itself = {"closed_by": "itself", "answer": "The mitral valve.", "answer_tokens": 5, "finished": True}
+    run.write("tuned_answers", [record | {"forced": itself} for record in run.read("tuned_answers")])
+    measured = made_up_measures.measured()
+    readings = {reading: known(measured[reading]) for reading in ("metrics", "forced")}
+    run.write("metrics", measured | readings | {"claims": made_up_measures.claims()})
+    for name in ("merged", "export_check"):
+        run.write(name, CHECK if name == "export_check" else lambda folder: (folder / "model.safetensors").write_bytes(b"0"))
+    if merged:
+        asked = [] if not_measured else [answer(question, "The merged one.", True) for question in QUESTIONS]
+        run.write("merged_answers", asked)
+        run.write("merged_loss", [{"model": "merged", "id": f"h{i}", "nll": 15.0, "tokens": 10} for i in range(8)])
+        run.write("merged_metrics", made_up_measures.merged(not_measured))
+    return run

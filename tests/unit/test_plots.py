@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import math
 
+import made_up_measures
 import pytest
+from matplotlib.colors import to_hex
 
-from medcot_utils.plots import band_figure, comparison_figure, loss_figure, to_data_uri
+from medcot_utils.plots import (
+    ACCENT,
+    BASE,
+    MERGED,
+    TUNED,
+    band_figure,
+    comparison_figure,
+    loss_bars_figure,
+    loss_figure,
+    to_data_uri,
+)
 
 NOTHING = "none measured"
 LOSS = {side: {"value": value, "low": None, "high": None} for side, value in (("base", 2.0), ("tuned", 1.5))}
@@ -20,20 +32,55 @@ def said(figure):
 @pytest.mark.parametrize(
     ("metrics", "empty_panels", "bars"),
     [
-        ({}, 3, 0),
-        ({"eval_loss": LOSS}, 2, 2),
-        ({"rouge_l": LOSS, "perplexity": LOSS}, 2, 2),
-        ({"eval_loss": BROKEN, "answer_tokens": LOSS}, 1, 3),
-        ({"eval_loss": dict.fromkeys(LOSS, BROKEN["tuned"])}, 3, 0),
+        ({}, 5, 0),
+        ({"eval_loss": LOSS}, 4, 2),
+        ({"rouge_l": LOSS, "perplexity": LOSS}, 4, 2),
+        ({"eval_loss": BROKEN, "answer_tokens": LOSS}, 3, 3),
+        ({"eval_loss": dict.fromkeys(LOSS, BROKEN["tuned"])}, 5, 0),
+        ({"mcq_accuracy": LOSS, "closed_think_rate": LOSS}, 3, 4),
     ],
-    ids=["nothing", "loss alone", "one of four", "a loss that is no number", "nothing finite"],
+    ids=["nothing", "loss alone", "one of four", "a loss that is no number", "nothing finite", "form and multiple choice"],
 )
 @pytest.mark.filterwarnings("error")
 def test_the_comparison_figure_shows_what_was_measured(metrics, empty_panels, bars):
-    figure = comparison_figure(metrics)
+    figure = comparison_figure({"metrics": metrics})
     assert said(figure).count(NOTHING) == empty_panels
     assert sum(len(axes.patches) for axes in figure.axes) == bars
     assert to_data_uri(figure).startswith("data:image/png;base64,")
+
+
+def bars(axes):
+    """{color: heights of its bars} of a panel."""
+    found = {}
+    for bar in axes.patches:
+        found.setdefault(to_hex(bar.get_facecolor()).upper(), []).append(round(bar.get_height(), 2))
+    return found
+
+
+def test_the_figure_shows_losses_readings_and_the_merged_model():
+    figure = comparison_figure(made_up_measures.measured(), made_up_measures.merged())
+    loss, form, likeness, length, choice = figure.axes
+    assert [tick.get_text() for tick in loss.get_xticklabels()] == ["16-bit\nbase", "4-bit\nbase", "tuned", "merged"]
+    assert [round(bar.get_height(), 2) for bar in loss.patches] == [3.6, 3.99, 3.18, 3.06]
+    assert bars(form)[MERGED] == [0.71, 0.88, 0.0, 1.0] and bars(form)[BASE] == [0.0, 0.33, 0.17, 0.33]
+    assert bars(likeness)[BASE] == [0.0, 0.13, 0.0, 0.27], "by itself and forced, beside each other"
+    assert bars(length)[BASE] == [198.0, 0.0, 71.0]
+    assert said(figure).count("≥") == 1, "thinking that was cut is a lower bound"
+    assert bars(choice) == {BASE: [0.0, 0.25, 0.4], TUNED: [0.0, 0.28, 0.38]}
+    assert sum(to_hex(line.get_color()) == ACCENT.lower() for line in choice.collections) == 3, "chance, for each reading"
+    assert [text.get_text() for text in figure.legends[0].texts] == ["base", "tuned", "merged", "chance"]
+
+
+def test_an_earlier_run_has_no_bar_that_it_did_not_measure():
+    figure = comparison_figure({"metrics": made_up_measures.measured()["metrics"]})
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["base", "tuned"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["base", "tuned"]
+    assert MERGED not in bars(figure.axes[1]) and bars(figure.axes[2])[BASE] == [0.0, 0.0]
+
+
+def test_the_losses_alone_make_a_figure():
+    axes = loss_bars_figure(made_up_measures.measured()).axes[0]
+    assert said(axes.figure) == ["3.60", "3.99", "3.18"] and axes.get_ylabel() == "nats per token"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from made_up_runs import fill
+from made_up_runs import MORE, fill, fill_more
 
 from medcot_utils.cli import main
 from medcot_utils.cli.main import _parse_parameters
@@ -18,6 +18,7 @@ from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused
 from medcot_utils.machine import hardware
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.run.directory import Run
+from medcot_utils.series.runner import HEADLINE
 
 MEDCOT = Path(sys.executable).with_name("medcot")
 
@@ -248,8 +249,8 @@ def test_status_as_json_has_no_metrics_before_the_comparison(tmp_path):
     result = medcot("status", tmp_path / "run", "--json")
     assert (result.returncode, result.stderr) == (0, "")
     found = json.loads(result.stdout)
-    assert set(found) == {"run_dir", "profile", "steps", "metrics"}
-    assert (found["profile"], found["metrics"]) == ("smoke", {})
+    assert set(found) == {"run_dir", "profile", "steps", "metrics", "forced", "merged", "merged_verdict"}
+    assert (found["profile"], found["metrics"], found["forced"], found["merged"]) == ("smoke", {}, {}, {})
     assert [step["name"] for step in found["steps"]] == list(STEPS)
     keys = {"name", "state", "seconds", "peak_memory_mb", "peak_gpu_memory_mb", "error"}
     assert all(set(step) == keys for step in found["steps"])
@@ -277,6 +278,21 @@ def test_status_shows_the_headline_metrics_that_there_are(tmp_path, medcot_here,
     assert list(json.loads(stored.stdout)["metrics"]) == sorted(left, reverse=True)
     assert ("before and after: none of the headline metrics was measured" in table.stdout) is (not left)
     assert ("length of the answer (tokens)" in table.stdout) is bool(left)
+
+
+@pytest.mark.parametrize("measured", [True, False], ids=["measured", "not yet"])
+def test_status_has_a_column_for_the_merged_model(tmp_path, medcot_here, measured):
+    run = fill_more(Run.create(tmp_path / "run", MORE), merged=measured)
+    run.write("report", "<html>")
+    run.record_step("06_comparison", state="done")
+    table, stored = medcot_here("status", run.path), json.loads(medcot_here("status", run.path, "--json").stdout)
+    assert ("merged" in table.stdout.partition("before and after")[2].splitlines()[2]) is measured
+    expected = "What you load behaves as what was measured: no" if measured else "Merged model: see notebook 07."
+    assert expected in table.stdout and stored["merged_verdict"].startswith(expected)
+    assert list(stored["merged"]) == (list(HEADLINE) if measured else [])
+    assert list(stored["forced"]) == ["rouge_l", "answer_tokens"]
+    assert "0.71 [0.54, 0.88]" in table.stdout or not measured
+    assert "with forced closing" in " ".join(table.stdout.split())
 
 
 def test_doctor_says_of_every_profile_whether_it_can_run_here(tmp_path):

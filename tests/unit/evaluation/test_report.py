@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from made_up_runs import CONFIG, QUESTIONS, Tags, fill
+from made_up_runs import ATTACK, CONFIG, MORE, QUESTIONS, Tags, fill, fill_more
 
 from medcot_utils import evaluation
 from medcot_utils.cli.grading_page import Desk
@@ -79,3 +79,93 @@ def test_the_grading_pages_heading_names_any_specialty(tmp_path, specialty, tags
     desk = Desk(run, "grader")
     heading = desk.heading(desk.next_pair())
     assert heading.count('class="tag"') == len(tags) and all(f">{tag}</span>" in heading for tag in tags)
+
+
+# --- both readings, three bars, the merged model -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured_more(tmp_path_factory):
+    """The page of a run that measured everything."""
+    return build_report(fill_more(Run.create(tmp_path_factory.mktemp("more") / "run", MORE)))
+
+
+def table(page, name):
+    """The rows of a run's table, each as the texts of its cells."""
+    found = re.search(rf'<table class="{name}">(.*?)</table>', page, re.DOTALL)
+    rows = re.findall(r"<tr>(.*?)</tr>", found[1], re.DOTALL)
+    return [[shown(cell) for cell in re.findall(r"<t[hd][^>]*>.*?</t[hd]>", row, re.DOTALL)] for row in rows]
+
+
+def test_the_report_opens_with_the_figure_and_what_was_decided(measured_more):
+    order = ["<img", "Decided: each holds or does not", "Claim A", "Claim B", "Not decided", "Claim C", "What changed", "<table"]
+    places = [measured_more.index(order[0])]
+    for text in order[1:]:
+        places.append(measured_more.index(text, places[-1]))
+    assert places == sorted(places)
+    assert "about 90 would tell" in measured_more[places[4] : places[6]]
+    assert '<td class="number">90</td>' in measured_more and measured_more.count("Beside it: none beside") == 3
+    assert re.findall(r'<td class="(\w*)">(?:holds|does not|can)', measured_more) == ["holds", "doesnot", ""]
+
+
+def test_both_readings_stand_beside_each_other_with_the_merged(measured_more):
+    heads, names, *rows = table(measured_more, "metrics")
+    assert heads == ["", "as they answer by themselves", "with forced closing"]
+    assert names[1:] == ["base", "tuned", "merged", "difference, tuned from base"] * 2
+    rouge = next(row for row in rows if row[0].startswith("ROUGE-L"))
+    assert [cell.split(" [")[0] for cell in rouge[1:4]] == ["0.00", "0.16", "0.15"]
+    assert [cell.split(" [")[0] for cell in rouge[5:8]] == ["0.13", "0.16", ""]
+    loss = next(row for row in rows if row[0].startswith("held-out loss"))
+    assert loss[4].endswith("fell, better") and loss[5:] == [""] * 4, "the loss knows no closing"
+
+
+def test_the_loss_stands_in_three_bars_with_their_difference(measured_more):
+    lines = {name: value.split(" [")[0] for name, value in table(measured_more, "losses")[1:]}
+    assert [*lines.values()] == ["3.60", "3.99", "3.18", "0.39", "-0.42", "0.48"]
+
+
+def test_multiple_choice_has_a_line_for_each_reading(measured_more):
+    strict, letter, likelihood = table(measured_more, "readings")[1:]
+    assert strict[0] == "shipped, strict what strict reads" and strict[1:3] == ["20", "0.25"]
+    assert "none read, 20 abstained" in strict[3] and "p = 0.500 against chance" in letter[3]
+    assert likelihood[5].endswith("p = 0.800 (McNemar)")
+
+
+def test_the_merged_model_has_its_verdict_and_difference(measured_more):
+    page = shown(measured_more)
+    assert "What you load behaves as what was measured: no, because its form differs." in page
+    assert "form: thinking closed once, text on both sides: differs: fell, worse" in page
+    closed = next(row for row in table(measured_more, "merged")[1:] if row[0].startswith("thinking closed"))
+    assert [cell.split(" [")[0] for cell in closed[1:3]] == ["1.00", "0.71"] and closed[3].startswith("-0.29")
+
+
+def test_a_merged_model_not_measured_yet_is_left_to_notebook_07(tmp_path):
+    run = fill_more(Run.create(tmp_path / "run", MORE), merged=False)
+    page = build_report(run)
+    assert "Merged model: see notebook 07." in shown(page) and 'class="merged"' not in page
+    assert "Merged model" not in shown(build_report(fill(Run.create(tmp_path / "old", CONFIG))))
+
+
+def test_a_merged_model_too_large_for_the_gpu_says_so(tmp_path):
+    run = fill_more(Run.create(tmp_path / "run", MORE), not_measured="needs 15.0 GiB")
+    page = build_report(run)
+    assert "Its answers were not measured: needs 15.0 GiB." in shown(page)
+    assert len(table(page, "merged")) == 2, "a head and the loss"
+    assert "<h3>merged</h3>" not in page
+
+
+# --- what each model wrote -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("closed_by", "why"),
+    [("budget", "its budget ended its thinking"), ("end", "it ended its text without closing its thinking")],
+)
+def test_a_forced_answer_is_labeled_below_what_was_written(tmp_path, closed_by, why):
+    page = build_report(fill_more(Run.create(tmp_path / "run", MORE), closed_by=closed_by))
+    base, tuned, merged = re.findall(r"<section><h3>(.*?)</section>", page, re.DOTALL)[:3]
+    assert base.startswith("base") and tuned.startswith("tuned") and merged.startswith("merged")
+    assert '<details class="thinking" open><summary>all that it wrote by itself' in base and "A murmur, I think." in base
+    assert f"Answer with forced closing, for {why}:" in base and ATTACK in Tags(base).text and ATTACK not in base
+    assert "forced closing" not in tuned and "The mitral valve." in tuned and "The merged one." in merged
+    assert "(no answer" not in page
