@@ -11,6 +11,7 @@ import itertools
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 from medcot_utils import config as configs
@@ -59,7 +60,7 @@ def measure(dtype: str, weights: str, batches: list[int]) -> dict[str, float]:
     engine = engines.get_engine(demo.model)
     from medcot_utils.models.transformers_engine import dequantize_on_cpu
 
-    model, tokenizer = engine.load(demo.model)
+    model, _ = engine.load(demo.model)
     if weights == "unpacked":
         dequantize_on_cpu(model)
     model = engine.add_lora(model, demo.lora)
@@ -72,13 +73,17 @@ def measure(dtype: str, weights: str, batches: list[int]) -> dict[str, float]:
         engine.for_inference(model)
     for batch in batches:
         prompts = torch.randint(10, 40000, (batch, PROMPT_TOKENS))
-        how = {"attention_mask": torch.ones_like(prompts), "do_sample": False, "eos_token_id": None}
-        with torch.inference_mode():
-            one, many = (
-                _best(lambda n=n: model.generate(prompts, max_new_tokens=n, min_new_tokens=n, **how), 1) for n in (1, NEW_TOKENS)
-            )
+        one, many = (_best(partial(_answer, model, prompts, tokens), 1) for tokens in (1, NEW_TOKENS))
         found[f"a token of {batch} answers"] = (many - one) / (NEW_TOKENS - 1)
     return found
+
+
+def _answer(model, prompts, tokens: int) -> None:
+    import torch
+
+    how = {"attention_mask": torch.ones_like(prompts), "do_sample": False, "eos_token_id": None}
+    with torch.inference_mode():
+        model.generate(prompts, max_new_tokens=tokens, min_new_tokens=tokens, **how)
 
 
 def _best(work, times: int) -> float:

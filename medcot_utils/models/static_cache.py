@@ -26,21 +26,21 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model with plain linear layers in its compute dtype: 4-bit weights dequantized, a LoRA adapter merged.
 
     W + (alpha/r) B A is summed in float32 and rounded once. The given model (a PeftModel has an adapter) is used up."""
-    deltas = {}
+    adapted = {}
     if hasattr(model, "peft_config"):
         from peft.tuners.lora import LoraLayer
 
-        for name, layer in model.get_base_model().named_modules():
-            if isinstance(layer, LoraLayer):
-                with torch.no_grad():
-                    deltas[name] = layer.get_delta_weight("default").float().cpu()
+        base = model.get_base_model()
+        adapted = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
         model = model.unload()
+        for layer in adapted.values():
+            del layer.base_layer  # only the matrices A and B are needed: quantized weights must not stay in memory
     if getattr(model, "is_quantized", False):
         model = model.dequantize()
-    for name, delta in deltas.items():
+    for name, layer in adapted.items():
         weight = model.get_submodule(name).weight
         with torch.no_grad():
-            weight.copy_(weight.float() + delta.to(weight.device))
+            weight.copy_(weight.float() + layer.get_delta_weight("default").float().to(weight.device))
     return model.eval()
 
 
