@@ -73,23 +73,22 @@ def estimate_all(statistics: Sequence[Statistic], n: int, settings: EvaluationSe
     questions = np.arange(n)
     with np.errstate(all="ignore"):  # a diverged model's loss or perplexity is no finite number
         values = [float(statistic(questions)) for statistic in statistics]
-        if n < 2 or not any(map(math.isfinite, values)):
-            return [{"value": value, "low": None, "high": None, "n": n} for value in values]
-        found = bootstrap(
+        found: list[Estimate] = [{"value": value, "low": None, "high": None, "n": n} for value in values]
+        finite = [i for i, value in enumerate(values) if n > 1 and math.isfinite(value)]
+        if not finite:
+            return found
+        interval = bootstrap(
             (questions,),
-            lambda drawn, axis: np.stack([statistic(drawn) for statistic in statistics]),
+            lambda drawn, axis: np.stack([statistics[i](drawn) for i in finite]),
             vectorized=True,
             n_resamples=settings.n_resamples,
             confidence_level=_expanded(settings.confidence_level, n),
             method="percentile",
             rng=np.random.default_rng(seed),
         ).confidence_interval
-    return [
-        {"value": value, "low": float(low), "high": float(high), "n": n}
-        if math.isfinite(value)
-        else {"value": value, "low": None, "high": None, "n": n}
-        for value, low, high in zip(values, found.low, found.high, strict=True)
-    ]
+    for i, low, high in zip(finite, interval.low, interval.high, strict=True):
+        found[i] |= {"low": float(low), "high": float(high)}
+    return found
 
 
 def _expanded(level: float, n: int) -> float:

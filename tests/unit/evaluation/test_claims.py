@@ -138,7 +138,7 @@ def test_claims_about_two_draws_hold_as_rarely_as_the_level_says():
     # those of what most answers are err less. Of 200 pairs 5 are expected; 14 or more come up once in 1,000 such tests.
     pairs, held, against = 200, Counter(), Counter()
     for seed in range(pairs):
-        draws = (drawn(2 * seed, closed=0.7), drawn(2 * seed + 1, closed=0.7))
+        draws = (drawn(2 * seed, 24, closed=0.7), drawn(2 * seed + 1, 24, closed=0.7))
         for metric, verdict in judged(*draws, seed).items():
             held[metric] += holds(verdict)
             against[metric] += verdict.startswith(DOES_NOT) and "went the other way" in verdict

@@ -11,6 +11,7 @@ from medcot_utils.evaluation.comparison import (
     compare_all,
     compare_sampled,
     conclusions,
+    is_shown,
     metrics_table,
     needed_table,
     verdict,
@@ -307,6 +308,76 @@ def test_samples_must_match_the_questions_and_their_number():
         all_sampled([answers(), answers()], [answers(), answers()[::-1]])
     with pytest.raises(ValueError, match="numbers of samples"):
         all_sampled([answers(), answers()], [answers()])
+
+
+# --- lengths that were cut -----------------------------------------------------------------------------------------
+
+
+def lengths(words, unfinished=0, n=20):
+    """Answers of so many words, thinking included; the first are cut in their answer."""
+    return [
+        record | {"thinking": "so " * (words - 3), "finished": i >= unfinished, "closed": 1, "well_formed": True}
+        for i, record in enumerate(answers(n))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "expected", "shown"),
+    [
+        ((60, 0), (30, 0), "fell", ("60.0", "30.0", "-30.0")),
+        ((60, 5), (30, 0), "fell", ("at least 60.0", "30.0", "at most -30.0")),
+        ((60, 0), (30, 5), "can't tell: 5 of 20 tuned answers were cut", ("60.0", "at least 30.0", "at least -30.0")),
+        ((60, 5), (30, 5), "can't tell: 5 of 20 tuned answers were cut", ("at least 60.0", "at least 30.0", "-30.0")),
+        ((30, 0), (60, 5), "rose", ("30.0", "at least 60.0", "at least 30.0")),
+        ((30, 5), (60, 0), "can't tell: 5 of 20 base answers were cut", ("at least 30.0", "60.0", "at most 30.0")),
+        ((30, 5), (30, 5), "no difference shown with 20 questions", ("at least 30.0", "at least 30.0", "0.00")),
+    ],
+)
+def test_a_cut_length_is_a_bound_in_verdicts_and_tables(base, tuned, expected, shown):
+    metrics = compare(paired(lengths(*base), lengths(*tuned)), [], SETTINGS, 7)
+    metric = metrics["completion_words"]
+    assert verdict("completion_words", metric) == expected
+    assert is_shown("completion_words", metric) is (expected in ("fell", "rose"))
+    assert metric.get("cut") == ({"base": base[1], "tuned": tuned[1], "answers": 20} if base[1] or tuned[1] else None)
+    row = metrics_table(metrics).loc[METRICS["completion_words"].label]
+    assert tuple(row[side].split(" [")[0] for side in ("base", "tuned", "difference")) == shown
+    text = conclusions(metrics)
+    assert (f"{METRICS['completion_words'].label} **{expected}**" in text) is (expected in ("fell", "rose"))
+    # The thinking was whole, and only the answer's own length is cut with it.
+    assert "cut" not in metrics["thinking_words"] and ("cut" in metrics["answer_words"]) is ("cut" in metric)
+
+
+def test_of_samples_all_cut_answers_are_counted():
+    base = [lengths(60, 5), lengths(60, 3)]
+    found = compare_sampled(all_sampled(base, [lengths(30)] * 2), SETTINGS, 7)["completion_words"]
+    assert found["cut"] == {"base": 8, "tuned": 0, "answers": 40} and verdict("completion_words", found) == "fell"
+
+
+# --- two readings --------------------------------------------------------------------------------------------------
+
+
+def test_both_readings_stand_side_by_side_in_the_table():
+    natural = compared(answers(well_formed=3), answers(well_formed=27))
+    forced = compare(paired(answers(well_formed=30), answers(well_formed=30)), [], SETTINGS, 7)
+    table = metrics_table(natural, forced)
+    assert table.columns.tolist() == [
+        (reading, column)
+        for reading in ("as they answer", "forced closing")
+        for column in ("base", "tuned", "difference", "verdict")
+    ]
+    closed = table.loc[METRICS["closed_think_rate"].label]
+    assert closed["as they answer", "verdict"] == "rose, better"
+    assert closed["forced closing", "verdict"] == "no difference shown with 30 questions"
+    assert list(table.index) == list(metrics_table(natural).index)
+    assert set(table.loc[METRICS["eval_loss"].label]["forced closing"]) == {""}, "the loss has one reading"
+
+
+def test_conclusions_tell_both_readings_and_what_no_one_tests():
+    natural = compared(answers(well_formed=3), answers(well_formed=27))
+    forced = compare(paired(answers(well_formed=30), answers(well_formed=30)), [], SETTINGS, 7)
+    first, second = conclusions(natural, forced).split("### Forced closing")
+    assert first.startswith("### As they answer") and "**rose, better**" in first and "**rose, better**" not in second
+    assert second.count("**Not tested** at all") == 1 == conclusions(natural).count("**Not tested** at all")
 
 
 # --- before a model is loaded --------------------------------------------------------------------------------------

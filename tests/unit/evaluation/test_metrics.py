@@ -17,6 +17,7 @@ from medcot_utils.evaluation.metrics import (
     answer_columns,
     chrf,
     count_paragraphs,
+    cut_lengths,
     embedder,
     embedding_similarity,
     is_bullet_list,
@@ -30,9 +31,17 @@ from medcot_utils.run.artifacts import SHIPPED_CASES
 REFERENCE = "The mitral valve is most often affected"
 
 
+def asked(reference=REFERENCE, question="Which valve?"):
+    return {"Question": question, "Response": reference}
+
+
 def record(thinking="so", answer="the mitral valve", **changes):
     lengths = {"thinking_tokens": 7, "answer_tokens": 5}
-    return {"id": "q", "well_formed": True, "finished": True, "thinking": thinking, "answer": answer} | lengths | changes
+    return (
+        {"id": "q", "closed": 1, "well_formed": True, "finished": True, "thinking": thinking, "answer": answer}
+        | lengths
+        | changes
+    )
 
 
 # --- form ----------------------------------------------------------------------------------------------------------
@@ -112,7 +121,7 @@ def test_paragraphs_are_what_blank_lines_part(text, expected):
     ids=["one block", "two blocks", "a list", "one bullet", "no answer, one block", "no answer, two blocks", "nothing"],
 )
 def test_one_paragraph_means_exactly_one_and_no_list(thinking, answer, expected):
-    assert measure_answer(record(thinking, answer), REFERENCE)["one_paragraph_rate"] == expected
+    assert measure_answer(record(thinking, answer), asked())["one_paragraph_rate"] == expected
 
 
 # --- repetition ----------------------------------------------------------------------------------------------------
@@ -146,8 +155,8 @@ def test_a_loop_comes_near_1_and_normal_text_stays_near_0():
 
 
 def test_an_answer_that_repeats_the_thinking_is_repetition():
-    assert measure_answer(record(NORMAL, NORMAL), REFERENCE)["repetition"] == pytest.approx(repetition(f"{NORMAL} {NORMAL}"))
-    assert measure_answer(record(NORMAL, "Vasculitis."), REFERENCE)["repetition"] < 0.02
+    assert measure_answer(record(NORMAL, NORMAL), asked())["repetition"] == pytest.approx(repetition(f"{NORMAL} {NORMAL}"))
+    assert measure_answer(record(NORMAL, "Vasculitis."), asked())["repetition"] < 0.02
 
 
 # --- likeness ------------------------------------------------------------------------------------------------------
@@ -189,7 +198,7 @@ def test_rouge_l_of_ascii_texts_is_rouge_scores_own():
 
 
 def test_lengths_count_characters_where_a_script_has_no_spaces():
-    found = measure_answer(record("先看心电图", "急性心梗，休克。 PCI"), "急性心梗")
+    found = measure_answer(record("先看心电图", "急性心梗，休克。 PCI"), asked("急性心梗"))
     assert (found["thinking_words"], found["answer_words"], found["completion_words"]) == (5, 7, 12)
 
 
@@ -222,19 +231,19 @@ def test_chrf_sees_inflected_words_that_rouge_l_misses():
 
 
 def test_every_other_metric_is_measured_per_answer():
-    others = ("eval_loss", "perplexity", "mcq_accuracy", "mcq_accuracy_answered", "mcq_abstained", "embedding_similarity")
-    assert set(measure_answer(record(), REFERENCE)) == set(METRICS) - set(others)
+    others = {name for name in METRICS if name.startswith("mcq_")} | {"eval_loss", "perplexity", "embedding_similarity"}
+    assert set(measure_answer(record(), asked())) == set(METRICS) - others
 
 
 def test_lengths_count_the_words_of_thinking_and_answer():
-    found = measure_answer(record("one  two\nthree", " four, five "), REFERENCE)
+    found = measure_answer(record("one  two\nthree", " four, five "), asked())
     assert (found["thinking_words"], found["answer_words"], found["completion_words"]) == (3, 2, 5)
     assert (found["thinking_tokens"], found["answer_tokens"]) == (7, 5), "as the record says: its tokenizer counted them"
 
 
 def test_no_answer_is_measured_by_its_thinking_alone():
     loop = "1. mitral valve\n2. mitral valve\n" * 20
-    found = measure_answer(record(loop, "", well_formed=False, finished=False, answer_tokens=0), REFERENCE)
+    found = measure_answer(record(loop, "", well_formed=False, finished=False, answer_tokens=0), asked())
     assert (found["closed_think_rate"], found["finished_rate"], found["answered_rate"]) == (0, 0, 0)
     assert (found["answer_words"], found["completion_words"]) == (0, 120)
     assert (found["rouge_l"], found["chrf"]) == (0, 0), "likeness is the answer's, and there is none"
@@ -242,31 +251,65 @@ def test_no_answer_is_measured_by_its_thinking_alone():
 
 
 def test_a_model_that_writes_nothing_at_all_is_measured_too():
-    found = measure_answer(record("", "", well_formed=False), REFERENCE)
+    found = measure_answer(record("", "", well_formed=False), asked())
     assert {name for name, value in found.items() if value} == {"finished_rate", "thinking_tokens", "answer_tokens"}
 
 
 def test_an_answer_of_blanks_is_no_answer():
     assert (
-        measure_answer(record(answer=" \n"), REFERENCE)["answered_rate"]
-        == 0
-        < measure_answer(record(), REFERENCE)["answered_rate"]
+        measure_answer(record(answer=" \n"), asked())["answered_rate"] == 0 < measure_answer(record(), asked())["answered_rate"]
     )
 
 
 def test_columns_hold_one_value_per_question_in_order():
-    columns = answer_columns([record(answer="one two"), record(answer="three")], ["one two", "three three"])
+    columns = answer_columns([record(answer="one two"), record(answer="three")], [asked("one two"), asked("three three")])
     assert columns["answer_words"].tolist() == [2, 1]
     assert columns["rouge_l"].tolist() == [1, pytest.approx(2 / 3)]
     assert columns["chrf"].tolist() == [1, chrf("three", "three three")] != columns["rouge_l"].tolist()
     with pytest.raises(ValueError, match="zip"):
-        answer_columns([record()], ["one", "two"])
+        answer_columns([record()], [asked(), asked()])
 
 
 def test_of_several_samples_each_question_has_its_mean():
     first, second = ([record(answer="word " * n, finished=n > 2) for n in lengths] for lengths in ((2, 10), (4, 20)))
-    columns = sampled_columns([first, second], [REFERENCE] * 2)
+    columns = sampled_columns([first, second], [asked()] * 2)
     assert columns["answer_words"].tolist() == [3, 15] and columns["finished_rate"].tolist() == [0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "cut"),
+    [
+        ({}, set()),
+        ({"finished": False}, {"answer_tokens", "answer_words", "completion_words"}),
+        (
+            {"finished": False, "closed": 0},
+            {"thinking_tokens", "thinking_words", "answer_tokens", "answer_words", "completion_words"},
+        ),
+        ({"closed": 0}, set()),
+        ({"forced": {"closed_by": "budget"}}, {"thinking_tokens", "thinking_words", "completion_words"}),
+        ({"forced": {"closed_by": "end"}, "closed": 0}, set()),
+    ],
+    ids=["whole", "the answer", "the thinking", "ended without a tag", "forced", "forced after its end"],
+)
+def test_what_a_budget_ended_has_a_length_of_at_least_that(changes, cut):
+    assert cut_lengths(record(**changes)) == cut
+
+
+# --- copied from the question --------------------------------------------------------------------------------------
+
+LONG = "A man of sixty has had chest pain on exertion for three weeks and a loud systolic murmur."
+
+
+def test_likeness_is_taken_without_what_copies_the_question():
+    own = "The mitral valve is narrow."
+    alone, after = (measure_answer(record(answer=answer), asked(own, LONG)) for answer in (own, f"{LONG} {own}"))
+    assert (alone["copied"], after["copied"]) == (0, pytest.approx(18 / 23))
+    assert after["rouge_l"] == alone["rouge_l"] == 1 and after["chrf"] == alone["chrf"]
+    assert after["answer_words"] == 23, "lengths are of what was written"
+    # A reference that restates the question does not reward an answer that copies it.
+    copy = measure_answer(record(answer=LONG), asked(f"{LONG} {own}", LONG))
+    assert (copy["copied"], copy["rouge_l"], copy["chrf"]) == (1, 0, 0)
+    assert rouge_l(LONG, f"{LONG} {own}") > 0.8
 
 
 # --- meaning -------------------------------------------------------------------------------------------------------
@@ -284,9 +327,11 @@ def test_semantic_similarity_is_the_cosine_of_the_embeddings():
     a, b = SentenceTransformer(folder).encode([answers[0], REFERENCE])
     assert found[0] == pytest.approx(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)), abs=1e-3)  # bfloat16
     assert found[1] == 0 and found[2] == pytest.approx(1, abs=1e-3) and found[0] < 0.999
-    columns = answer_columns([record(answer=answers[0])], [REFERENCE], folder)
+    columns = answer_columns([record(answer=answers[0])], [asked()], folder)
+    copied = answer_columns([record(answer=LONG)], [asked(question=LONG)], folder)
+    assert copied["embedding_similarity"].tolist() == [0]
     assert columns["embedding_similarity"].tolist() == pytest.approx([found[0]], abs=1e-3)
-    assert "embedding_similarity" not in answer_columns([record(answer=answers[0])], [REFERENCE])
+    assert "embedding_similarity" not in answer_columns([record(answer=answers[0])], [asked()])
 
 
 def test_a_missing_embedding_model_is_named_in_one_line(tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from medcot_utils import evaluation
+from medcot_utils.evaluation.claims import outcome
+from medcot_utils.evaluation.scored_set import force_closing
 from medcot_utils.run import Run
 
 RUN_OF_0_1_0 = Path(__file__).parents[2] / "data" / "run-of-0.1.0.tar.xz"
@@ -69,6 +71,37 @@ def test_answers_to_other_questions_or_as_many_are_refused():
         evaluation.score(ASKED, good, answers(True, True, True, True, n_samples=2), report)
 
 
+def forced_answers(closed_by, n_samples=1, without=()):
+    forced = {"closed_by": closed_by, "answer": "It is.", "answer_tokens": 3, "finished": True}
+    return [
+        record
+        | {"thinking": "so", "completion": "so", "answer": ""}
+        | ({} if record["sample"] in without else {"forced": forced})
+        for record in answers(*[closed_by == "itself"] * 4, n_samples=n_samples)
+    ]
+
+
+def closed_set(base, tuned):
+    scored = evaluation.score(ASKED, base, tuned, {"repeats": [], "repeats_dropped": True})
+    return force_closing(scored.counted)
+
+
+def test_with_forced_closing_every_question_has_an_answer():
+    one, *_ = closed_set(forced_answers("budget"), forced_answers("itself"))
+    base, tuned = one.greedy["base"], one.greedy["tuned"]
+    assert (base["answer"], base["well_formed"]) == ("It is.", True) and (tuned["answer"], tuned["well_formed"]) == ("", True)
+    assert [record["answer"] for record in one.samples["base"]] == ["It is."]
+
+
+def test_without_a_forced_answer_there_is_no_such_reading():
+    forced = forced_answers("budget")
+    assert closed_set(forced, forced_answers("budget", without=(0, 1))) == []
+    assert len(closed_set(forced, forced)) == 3
+    # If the sampled answers alone lack it, the greedy ones have it all the same.
+    greedy_alone = closed_set(forced, forced_answers("budget", without=(1,)))
+    assert len(greedy_alone) == 3 and [one.samples for one in greedy_alone] == [{}] * 3
+
+
 def test_a_part_without_questions_or_samples_has_no_metrics():
     from medcot_utils.config import load_config
 
@@ -77,6 +110,9 @@ def test_a_part_without_questions_or_samples_has_no_metrics():
     without = [{"id": question["id"], "sample": 0, "well_formed": True} for question in ASKED]
     scored = evaluation.score(ASKED, without, without, {"repeats": [], "repeats_dropped": True})
     assert evaluation.compare_sampled(scored.counted, settings, 1) == {}
+
+
+LENGTHS = ("thinking_tokens", "thinking_words", "answer_tokens", "answer_words", "completion_words")
 
 
 def numbers(value, path=()):
@@ -91,27 +127,22 @@ def test_a_run_of_0_1_0_is_measured_as_it_was(tmp_path):
     with tarfile.open(RUN_OF_0_1_0) as archive:
         archive.extractall(tmp_path / "old", filter="data")
     run = Run.open(tmp_path / "old")
-    before, settings, seed = run.read("metrics"), run.config.evaluation, run.config.seed
+    before, settings = run.read("metrics"), run.config.evaluation
     base_mcq, tuned_mcq = run.read("base_mcq"), run.read("tuned_mcq")
 
     scored = evaluation.score(run.read("questions"), run.read("base_answers"), run.read("tuned_answers"), run.read("data_report"))
-    losses = [record for record in run.read("held_out_loss") if record["id"] not in scored.repeated_by]
-    metrics = evaluation.compare(scored.counted, losses, settings, seed)
     mcq_seen = evaluation.mcq.seen_in_training(tuned_mcq, run.read("train_rows"), run.config.dataset)
-    metrics |= evaluation.mcq.compare_mcq(base_mcq, tuned_mcq, mcq_seen, settings)
-    sampled = evaluation.compare_sampled(scored.counted, settings, seed)
-    answered = evaluation.compare(scored.answered, [], settings, seed)
-    measured = evaluation.Measured(
-        n_questions=len(scored.counted),
-        metrics=metrics,
-        claims=evaluation.judge(metrics, answered, sampled, scored.repeated_by.get("article", [])),
-        notes=[],
-        n_samples=run.config.evaluation.n_samples,
-        sampled=sampled or None,
-        n_answered=len(scored.answered),
-        answered=answered,
-        n_contaminated=len(scored.apart),
-        contaminated=evaluation.compare(scored.apart, [], settings, seed) or None,
-    )
-    assert numbers(json.loads(json.dumps(measured))) == numbers(before)
+    mcq_metrics = evaluation.mcq.compare_mcq(base_mcq, tuned_mcq, mcq_seen, settings)
+    measured = json.loads(json.dumps(evaluation.measure(scored, run.read("held_out_loss"), mcq_metrics, run.config)))
+
+    assert [(one["claim"].split(" (")[0][:12], outcome(one)) for one in measured.pop("claims")] == [
+        (one["claim"].split(" (")[0][:12], outcome(one)) for one in before.pop("claims")
+    ]
+    tables = ("metrics", "sampled", "answered", "contaminated")
+    for name, metric in [item for table in tables for item in (measured[table] or {}).items()]:
+        assert name in LENGTHS or "cut" not in metric
+        metric.pop("cut", None)  # later: what a budget cut
+    for table in tables:
+        assert (measured[table] or {}).pop("copied", None) is None or "copied" not in before[table]  # later: a metric
+    assert numbers(measured) == numbers(before)
     assert list(measured) == list(before) and list(measured["metrics"]) == list(before["metrics"])
