@@ -5,7 +5,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "merged": ["save_adapter", "save_merged", "verify_export", "require_agreement"],
+        "measured": ["open_merged", "measure_merged"],
+        "merged": ["save_adapter", "save_merged", "probe_references", "verify_export", "require_agreement"],
         "model_card": ["model_card"],
         "gguf": ["save_gguf", "verify_gguf", "require_gguf_agreement"],
         "hub.push": ["publish"],

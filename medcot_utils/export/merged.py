@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 from medcot_utils.config import GenerationSettings, RunConfig
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine import disk, paths
+from medcot_utils.machine.gpu import release_gpu_memory
+from medcot_utils.models.engine import compute_dtype
 from medcot_utils.models.generation import complete
-from medcot_utils.models.losses import row_losses
+from medcot_utils.models.losses import RowLoss, row_losses
 from medcot_utils.models.merge_check import WeightCheck, compare_weights, find_weight_fault
-from medcot_utils.models.merging import load_base, load_unquantized
+from medcot_utils.models.merging import MergeBase, load_base, merge, open_16bit_base
 from medcot_utils.run.files import sha256_of
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
     from medcot_utils.models.engine import Engine
     from medcot_utils.run.directory import Run
+
+MergeTarget = Literal["base_16bit", "dequantized_4bit"]
 
 
 class ExportError(MedcotError):
@@ -46,22 +51,34 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: R
 
 
 def save_merged(engine: Engine, run: Run) -> Path:
-    """Merge the run's adapter into its 16-bit base as the artifact `merged`, only if something changed, and return its folder.
+    """Merge the run's adapter into its base as the artifact `merged`, only if something changed, and return its folder.
 
-    Raises DiskError, before anything is downloaded or loaded, if a disk has too little room for the merged model, the GGUF
-    files asked for, and the 16-bit base that is still to be downloaded."""
-    adapter = run.require("adapter")
+    The base is the one that export.merge_into names. Raises DiskError, before anything is downloaded or loaded, if a disk has
+    too little room for the merged model, the GGUF files asked for, and the base that is still to be downloaded."""
+    config, adapter = run.config, run.require("adapter")
     if not run.is_fresh("merged"):
-        wanted = disk.still_to_export(run.config, run.path, run.read("plan")["total_parameters"])
+        wanted = disk.still_to_export(config, run.path, run.read("plan")["total_parameters"])
         disk.require_room(wanted)
         for need in wanted:
             free = paths.disk_free_gib(need.folder)
             print(f"{need.what} ({need.place}): {need.gib or 0:.2f} GiB needed, {free:.1f} GiB free")
-        if paths.ends_with_the_session(paths.scratch_dir(run.path)) and run.config.hub.repo_id is None:
+        if paths.ends_with_the_session(paths.scratch_dir(run.path)) and config.hub.repo_id is None:
             print("The merged model will lie on a disk that ends with this session: set hub.repo_id, and it is pushed to the Hub")
     return run.get_or_make(
-        "merged", lambda: lambda folder: engine.merge(run.config.model, adapter, folder, run.config.export.dtype)
+        "merged",
+        lambda: lambda folder: merge(config.model, adapter, folder, config.export.dtype, open_merge_base(engine, config)),
     )
+
+
+def find_merge_target(config: RunConfig) -> MergeTarget:
+    """Return what the adapter is added to: export.merge_into, or the 16-bit base if the base is not quantized at all."""
+    return config.export.merge_into if config.model.load_in_4bit else "base_16bit"
+
+
+def open_merge_base(engine: Engine, config: RunConfig) -> MergeBase:
+    """Return the weights that the adapter is added to, see `find_merge_target`."""
+    dequantized = find_merge_target(config) == "dequantized_4bit"
+    return engine.open_dequantized(config.model) if dequantized else open_16bit_base(config.model)
 
 
 # --- verify --------------------------------------------------------------------------------------------------------
@@ -87,12 +104,16 @@ class WrittenFile(TypedDict):
 
 
 class ExportCheck(TypedDict):
-    """The artifact `export_check`."""
+    """The artifact `export_check`.
 
-    tolerance: float  # export.logits_tolerance by the rounding of the merged dtype
+    The first of `pairs` must agree: the merged model, and its base + adapter before they were added. If that base is the
+    16-bit one, the model that was trained is another, and two more pairs say how far away it is."""
+
+    tolerance: float  # export.logits_tolerance by the rounding of the dtypes
     ok: bool  # the weights are right; the first pair's mean difference is within the tolerance, its greedy answers the same
     weights: NotRequired[WeightCheck]  # not in checks of earlier versions
-    pairs: list[ModelPair]  # merged and 16-bit base + adapter first
+    merge_into: NotRequired[MergeTarget]  # not in checks of earlier versions: base_16bit
+    pairs: list[ModelPair]
     held_out_loss: dict[str, float]  # nats per token of the merged and the trained model
     held_out_rows: int
     files: list[WrittenFile]
@@ -107,62 +128,110 @@ class Probe:
     steps: torch.Tensor  # (answer tokens, vocabulary), log-probabilities of each step of its own answer
 
 
-def verify_export(engine: Engine, run: Run) -> ExportCheck:
-    """Compare the merged weights with base + adapter one by one. Then reload three models one after the other and compare them
-    on the first held-out questions: the merged one, the 16-bit base + adapter it must equal, and the 4-bit base + adapter that
-    was trained.
+@dataclass(frozen=True)
+class References:
+    """What the merged model is compared with.
 
-    The losses are computed on the first export.check_rows held-out rows."""
-    config, adapter, merged_dir = run.config, run.require("adapter"), run.require("merged")
-    asked = [question for question in run.read("questions") if question["scored"]][: config.export.check_prompts]
-    # (prompt, the reference's reasoning)
-    texts = [(inference_prompt(q["Question"], config.prompt.newline_after_think), q["Complex_CoT"]) for q in asked]
-    dtype = _comparison_dtype(run.read("plan")["total_parameters"], config)
-    weights, tolerance = compare_weights(config.model, adapter, merged_dir), scale_tolerance(config)
+    weights: its files against base + adapter. probes: {a reference's name: what it says to each question}, the one that the
+    merged model must equal first. trained, loss: the name of the model that was trained, and its loss on the check's rows."""
 
-    rows = run.read("held_out_rows")
-    rows = rows.select(range(min(config.export.check_rows, len(rows))))
-    outputs: dict[str, list[Probe]] = {}
-    losses = {}
-    merged, tokenizer = load_unquantized(merged_dir, dtype)
-    outputs["merged"] = _probe(merged, tokenizer, texts, config)
-    losses["merged"] = _mean_loss(merged, rows, config)
-    del merged
-    base, tokenizer = load_base(config.model, dtype, adapter)
-    outputs["16-bit base + adapter"] = _probe(base, tokenizer, texts, config)
-    del base
-    trained, tokenizer = engine.load(config.model, adapter)
-    trained_name = "4-bit base + adapter" if config.model.load_in_4bit else "loaded base + adapter"
-    outputs[trained_name] = _probe(engine.for_inference(trained), tokenizer, texts, config)
-    losses[trained_name] = _mean_loss(trained, rows, config)
+    weights: WeightCheck
+    probes: dict[str, list[Probe]]
+    trained: str
+    loss: float
 
+
+def probe_references(engine: Engine, run: Run) -> References | None:
+    """Compare the merged weights with base + adapter one by one. Then load, ask and drop the models that the merged one is
+    compared with: its 16-bit base + adapter if it was merged into that, and the base + adapter that was trained.
+
+    Return None if the export was checked before; then no model is loaded."""
+    if run.is_fresh("export_check"):
+        return None
+    config, adapter, target = run.config, run.require("adapter"), find_merge_target(run.config)
+    weights = compare_weights(config.model, adapter, run.require("merged"), open_merge_base(engine, config))
+    texts, probes = _check_texts(run), {}
+    if target == "base_16bit":
+        base, tokenizer = load_base(config.model, find_check_dtype(run), adapter)
+        probes["16-bit base + adapter"] = _probe(base, tokenizer, texts, config)
+        del base
+    model, tokenizer = engine.load(config.model, adapter)
+    trained = "4-bit base + adapter" if config.model.load_in_4bit else "loaded base + adapter"
+    probes[trained] = _probe(engine.for_inference(model), tokenizer, texts, config)
+    loss = mean_loss(row_losses(model, select_check_rows(run), config.training.per_device_eval_batch_size, "check"))
+    del model
+    release_gpu_memory()
+    return References(weights, probes, trained, loss)
+
+
+def verify_export(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, references: References) -> ExportCheck:
+    """Compare the merged model, loaded from its files, with the references on the first held-out questions.
+
+    The losses are on the first export.check_rows held-out rows."""
+    config, tolerance = run.config, scale_tolerance(run.config)
+    outputs = {"merged": _probe(model, tokenizer, _check_texts(run), config)} | references.probes
+    rows = select_check_rows(run)
+    records = run.read("merged_loss") if run.wants("merged_loss") and run.is_fresh("merged_loss") else None
+    if records is None:
+        records = row_losses(model, rows, config.training.per_device_eval_batch_size, "check")
     pairs = [_compare_pair(outputs, a, b, tolerance) for a, b in itertools.combinations(outputs, 2)]
     exact = pairs[0]
     same = exact["mean_logprob_difference"] <= tolerance and exact["same_greedy"] == exact["prompts"]
     return {
         "tolerance": tolerance,
-        "ok": same and find_weight_fault(weights) is None,
-        "weights": weights,
+        "ok": same and find_weight_fault(references.weights) is None,
+        "weights": references.weights,
+        "merge_into": find_merge_target(config),
         "pairs": pairs,
-        "held_out_loss": losses,
+        "held_out_loss": {"merged": mean_loss(records[: len(rows)]), references.trained: references.loss},
         "held_out_rows": len(rows),
         "files": _written_files(run),
     }
 
 
-def _comparison_dtype(parameters: int, config: RunConfig) -> str:
+def find_trained_pair(check: ExportCheck) -> ModelPair:
+    """Return the merged model compared with the model that was trained. `b` names that one, as in `held_out_loss`."""
+    (trained,) = check["held_out_loss"].keys() - {"merged"}
+    return next(pair for pair in check["pairs"] if (pair["a"], pair["b"]) == ("merged", trained))
+
+
+def find_check_dtype(run: Run) -> str:
+    """Return the dtype in which the merged model is loaded, checked and measured."""
     # In float32 only the rounding of the merged weights is left to see; a large model is compared at 16 bits for its size.
-    return "float32" if parameters < 1e9 else config.export.dtype
+    return "float32" if run.read("plan")["total_parameters"] < 1e9 else run.config.export.dtype
+
+
+def _check_texts(run: Run) -> list[tuple[str, str]]:
+    """Return (prompt, the reference's reasoning) of the first export.check_prompts scored questions."""
+    asked = [question for question in run.read("questions") if question["scored"]][: run.config.export.check_prompts]
+    newline = run.config.prompt.newline_after_think
+    return [(inference_prompt(question["Question"], newline), question["Complex_CoT"]) for question in asked]
+
+
+def select_check_rows(run: Run) -> Dataset:
+    """Return the first export.check_rows held-out rows."""
+    rows = run.read("held_out_rows")
+    return rows.select(range(min(run.config.export.check_rows, len(rows))))
+
+
+def mean_loss(records: Sequence[RowLoss]) -> float:
+    """Return the loss over all tokens of the rows, in nats per token."""
+    return sum(record["nll"] for record in records) / sum(record["tokens"] for record in records)
 
 
 def scale_tolerance(config: RunConfig) -> float:
     """Return the allowed mean difference of log-probabilities: export.logits_tolerance is that of float16; bfloat16 rounds
     eight times as coarsely. Weights are held to their exact rounding in `compare_weights`; this finds a folder that loads as
-    another model."""
+    another model.
+
+    Merged into the dequantized base, the other model is the trained one, which computes in the run's own dtype."""
     import torch
 
-    coarser = torch.finfo(getattr(torch, config.export.dtype)).eps / torch.finfo(torch.float16).eps
-    return config.export.logits_tolerance * max(1.0, coarser)
+    dtypes = [getattr(torch, config.export.dtype)]
+    if find_merge_target(config) == "dequantized_4bit":
+        dtypes.append(compute_dtype(config.model))
+    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
+    return config.export.logits_tolerance * max(1.0, coarsest / torch.finfo(torch.float16).eps)
 
 
 def greedy_settings(config: RunConfig) -> GenerationSettings:
@@ -196,11 +265,6 @@ def _logprobs(model: PreTrainedModel, token_ids: list[int], start: int) -> torch
     with torch.inference_mode():
         logits = model(torch.tensor([token_ids], device=model.device)).logits[0, start:]
         return logits.float().log_softmax(-1).cpu()
-
-
-def _mean_loss(model: PreTrainedModel, rows: Dataset, config: RunConfig) -> float:
-    records = row_losses(model, rows, config.training.per_device_eval_batch_size, "check")
-    return sum(record["nll"] for record in records) / sum(record["tokens"] for record in records)
 
 
 def _compare_pair(outputs: dict[str, list[Probe]], a: str, b: str, tolerance: float) -> ModelPair:
@@ -242,7 +306,7 @@ def require_agreement(check: ExportCheck) -> None:
         exact = check["pairs"][0]
         weights = find_weight_fault(check["weights"]) if "weights" in check else None
         raise ExportError(
-            f"the merged model differs from the 16-bit base + adapter: {f'{weights}; ' if weights else ''}mean log-probability "
+            f"the merged model differs from the {exact['b']}: {f'{weights}; ' if weights else ''}mean log-probability "
             f"difference {exact['mean_logprob_difference']:.2g} (allowed {check['tolerance']:.2g}), same greedy answer on "
             f"{exact['same_greedy']} of {exact['prompts']} prompts. The merged folder is kept; do not publish it"
         )

@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "engine": ["get_engine", "load_tokenizer"],
         "generation": ["generate_arguments", "own_generation_settings", "stream_answer", "answer_questions"],
+        "layerwise": ["base_16bit_losses", "describe_16bit_base"],
         "losses": ["row_losses"],
         "merging": ["load_unquantized"],
     },

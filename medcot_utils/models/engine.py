@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from medcot_utils.models.merging import MergeBase
+
 # The 8B model in 16 bits (16 GB), the cache of 64 answers of 1,200 tokens (12 GB), and room to work.
 FAST_ANSWERS_GIB = 36
 
@@ -53,8 +55,8 @@ class Engine(Protocol):
     def for_inference(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return the model in eval mode, with the key-value cache on and checkpointing off."""
 
-    def merge(self, settings: ModelSettings, adapter: Path, out: Path, dtype: str) -> None:
-        """Save the 16-bit base with the adapter added to `out`, as safetensors."""
+    def open_dequantized(self, settings: ModelSettings) -> MergeBase:
+        """Return the base with the values that its 4-bit layers compute with, to merge an adapter into."""
 
 
 def quiet_start(seed: int = 3407) -> None:
@@ -114,8 +116,9 @@ def get_engine(settings: ModelSettings, fast_answers: bool = False) -> Engine:
     if has_gpu:
         torch.cuda.set_device(get_local_rank())
         if settings.gpu_memory_gib:
-            total = torch.cuda.get_device_properties(get_local_rank()).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gib * 2**30 / total))
+            for index in range(torch.cuda.device_count()):  # 16-bit weights go over all of them
+                total = torch.cuda.get_device_properties(index).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gib * 2**30 / total), index)
         fast_answers = fast_answers and torch.cuda.mem_get_info()[0] >= FAST_ANSWERS_GIB * 2**30
         fast_answers = fast_answers and (settings.gpu_memory_gib or math.inf) >= FAST_ANSWERS_GIB
     if name == "auto":

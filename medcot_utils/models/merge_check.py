@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from medcot_utils.config import ModelSettings
-from medcot_utils.models.merging import find_weights_folder, open_weights, own_name
+from medcot_utils.models.merging import MergeBase, open_16bit_base, open_weights, own_name, read_config
 from medcot_utils.models.stored_names import find_stored_names
 
 if TYPE_CHECKING:
@@ -31,30 +31,30 @@ class WeightCheck(TypedDict):
     kept: float | None  # share of the adapter's change that is left after rounding; None if it changes nothing
 
 
-def compare_weights(settings: ModelSettings, adapter: Path, merged: Path) -> WeightCheck:
+def compare_weights(settings: ModelSettings, adapter: Path, merged: Path, base: MergeBase | None = None) -> WeightCheck:
     """Compare each weight in `merged` with the base's plus what PEFT says that the adapter adds.
 
-    A weight is right if each of its numbers is as near to the float32 sum as its dtype allows. That bound does not grow with
-    the model, and an adapter that is lost or added twice breaks it in any dtype. In memory are one layer's change and a piece
-    of its weight."""
-    folder = find_weights_folder(settings.name, settings.revision)
-    base, found = open_weights(folder), open_weights(merged)
-    changes = _read_peft_changes(folder, adapter, base)
-    wrong = [f"{name} is missing" for name in sorted(base.keys() - found.keys())]
-    wrong += [f"{name} is not one of the base's" for name in sorted((found.keys() | changes.keys()) - base.keys())]
+    The base is the 16-bit one unless another is given: what the adapter was merged into. A weight is right if each of its
+    numbers is as near to the float32 sum as its dtype allows. That bound does not grow with the model, and an adapter that is
+    lost or added twice breaks it in any dtype. In memory are one layer's change and a piece of its weight."""
+    into = base or open_16bit_base(settings)
+    ours, found = into.weights, open_weights(merged)
+    changes = _read_peft_changes(into.folder, adapter, ours)
+    wrong = [f"{name} is missing" for name in sorted(ours.keys() - found.keys())]
+    wrong += [f"{name} is not one of the base's" for name in sorted((found.keys() | changes.keys()) - ours.keys())]
     projected = squared = 0.0
-    for name in sorted(base.keys() & found.keys()):
-        if base[name].get_shape() != found[name].get_shape():
-            wrong.append(f"{name} has shape {found[name].get_shape()} instead of {base[name].get_shape()}")
+    for name in sorted(ours.keys() & found.keys()):
+        if ours[name].get_shape() != found[name].get_shape():
+            wrong.append(f"{name} has shape {found[name].get_shape()} instead of {ours[name].get_shape()}")
             continue
         change = changes[name]() if name in changes else None
-        as_expected, along, size = _compare_weight(base[name], found[name], change)
+        as_expected, along, size = _compare_weight(ours[name], found[name], change)
         if not as_expected:
             times = round(along / size, 2) + 0.0 if size else None  # no -0.00
             wrong.append(f"{name} {'is not what the base has' if times is None else f'holds {times:.2f} times the change'}")
         projected, squared = projected + along, squared + size
     return {
-        "weights": len(base),
+        "weights": len(ours),
         "changed": len(changes),
         "wrong": wrong,
         "kept": projected / squared if squared else None,
@@ -116,9 +116,9 @@ def _read_peft_changes(folder: Path, adapter: Path, base: Slices) -> dict[str, C
     from peft import PeftConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
     from peft.utils import load_peft_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config, settings = AutoConfig.from_pretrained(folder), PeftConfig.from_pretrained(str(adapter))
+    config, settings = read_config(folder), PeftConfig.from_pretrained(str(adapter))
     settings.base_model_name_or_path = None  # PEFT would warn that the embedded model's name is not its folder's
     with torch.device("meta"):
         tuned = get_peft_model(AutoModelForCausalLM.from_config(config), settings)

@@ -1,9 +1,10 @@
-"""Merge an adapter into its 16-bit base, and load models that are not quantized: the same for both engines."""
+"""Merge an adapter into its base, file by file, and load models that are not quantized: the same for both engines."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,32 +57,48 @@ def load_base(settings: ModelSettings, dtype: str, adapter: Path | None = None) 
 # --- merge ---------------------------------------------------------------------------------------------------------
 
 
-def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str) -> None:
-    """Save the 16-bit base with the adapter added, and its tokenizer, to `out` as safetensors in `dtype`.
+@dataclass(frozen=True)
+class MergeBase:
+    """Hold what an adapter is added to.
 
-    The base is not the dequantized 4-bit one, whose rounding would stay in the weights. One file (4 GB) is in memory at a
-    time, so an 8B model is merged without a GPU and in less memory than a free Colab machine has. PEFT's merge_and_unload
-    needs the whole model in memory. Sums are made in float32 and rounded once. Only files that transformers loads are read.
-    Raises MergeError for a base without whole safetensors files or an adapter of another model, and WeightFilesError for shards
-    that do not follow their index."""
+    name: the base's, for messages. folder: its configuration and tokenizer. weights: its weights by their names in files,
+    read like safetensors' lazy slices: `get_shape()`, `[:]`, `[first:last]`."""
+
+    name: str
+    folder: Path
+    weights: Mapping[str, Any]
+
+
+def open_16bit_base(settings: ModelSettings) -> MergeBase:
+    """Return a configuration's 16-bit base as its files have it; downloaded first if it is on the Hub."""
+    folder = find_weights_folder(settings.name, settings.revision)
+    return MergeBase(settings.name, folder, open_weights(folder))
+
+
+def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str, base: MergeBase | None = None) -> None:
+    """Save the base with the adapter added, and its tokenizer, to `out` as safetensors in `dtype`.
+
+    The base is the 16-bit one unless another is given (see `dequantized`). One file (4 GB) is in memory at a time, so an 8B
+    model is merged without a GPU and in less memory than a free Colab machine has. PEFT's merge_and_unload needs the whole
+    model in memory. Sums are made in float32 and rounded once. Only files that transformers loads are read. Raises MergeError
+    for a base without whole safetensors files or an adapter of another model, and WeightFilesError for shards that do not
+    follow their index."""
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
     from tqdm.auto import tqdm
-    from transformers import AutoConfig
 
-    kind, folder = getattr(torch, dtype), find_weights_folder(settings.name, settings.revision)
-    config = AutoConfig.from_pretrained(folder)
-    slices = open_weights(folder)
+    kind, base = getattr(torch, dtype), base or open_16bit_base(settings)
+    config, slices = read_config(base.folder), base.weights
     changes = _read_changes(adapter)
     stored = find_stored_names(config, changes, slices)
     changes = {stored[name]: change for name, change in changes.items()}
     if strange := sorted(changes.keys() - slices.keys()):
-        raise MergeError(f"the adapter changes {strange[0]}, which {settings.name} does not have: it is another model's adapter")
+        raise MergeError(f"the adapter changes {strange[0]}, which {base.name} does not have: it is another model's adapter")
 
     # Before the weights: whatever is wrong with these files is known before minutes of merging.
-    tokenizer = load_tokenizer_from(folder)
-    generation = _read_generation_config(folder, config, tokenizer)
+    tokenizer = load_tokenizer_from(base.folder)
+    generation = _read_generation_config(base.folder, config, tokenizer)
     shapes = {name: torch.empty(found.get_shape(), dtype=kind, device="meta") for name, found in slices.items()}
     plan = split_torch_state_dict_into_shards(shapes, max_shard_size="4GB")
     out.mkdir(parents=True, exist_ok=True)
@@ -123,6 +140,16 @@ def _read_generation_config(folder: Path, config: PretrainedConfig, tokenizer: P
         return found
     print(f"the base's generation settings cannot be used, and only its special tokens are kept: {fault}")
     return GenerationConfig(bos_token_id=tokenizer.bos_token_id, **tokens)
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Return a model's configuration, without the note of a copy that its weights are quantized."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def find_weights_folder(name: str, revision: str | None = None) -> Path:

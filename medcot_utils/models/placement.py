@@ -22,6 +22,11 @@ def count_weight_bytes(source: str | Path, dtype: str, revision: str | None = No
     return getattr(torch, dtype).itemsize * sum(parameter.numel() for parameter in shapes.parameters())
 
 
+def gib_needed(weights: int) -> float:
+    """Return the GiB of memory that so many bytes of weights take with room to compute."""
+    return _WITH_ROOM * weights / 2**30
+
+
 def fits_in_memory(weights: int) -> bool:
     """Return whether the GPUs together, or RAM on a machine without one, hold so many bytes of weights and room to compute."""
     return (sum(available_memory_of_gpus()) or virtual_memory().available) > _WITH_ROOM * weights

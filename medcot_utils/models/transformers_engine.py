@@ -8,18 +8,19 @@ from typing import Literal
 import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.machine.gpu import release_gpu_memory
+from medcot_utils.models.dequantized import four_bit_config, open_quantized_on_load
 from medcot_utils.models.embedded import find_model_source
 from medcot_utils.models.engine import TrainerArguments, compute_dtype, get_local_rank
-from medcot_utils.models.merging import merge
+from medcot_utils.models.merging import MergeBase
 from medcot_utils.models.static_cache import use_grouped_decode
 from medcot_utils.models.targets import check_targets, find_excluded
 from medcot_utils.models.tokenizer import load_tokenizer_from
 
-__all__ = ["WHOLE_LOGITS", "add_lora", "for_inference", "load", "merge", "set_checkpointing", "trainer_arguments"]
+__all__ = ["WHOLE_LOGITS", "add_lora", "for_inference", "load", "open_dequantized", "set_checkpointing", "trainer_arguments"]
 
 WHOLE_LOGITS = True  # TRL's loss keeps the logits of a whole micro-batch
 
@@ -30,9 +31,7 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
     source, dtype = find_model_source(settings.name), compute_dtype(settings)
     quantization = None
     if settings.load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
+        quantization = four_bit_config(dtype)
     model = AutoModelForCausalLM.from_pretrained(
         source,
         revision=settings.revision,
@@ -45,6 +44,11 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     return model, tokenizer
+
+
+def open_dequantized(settings: ModelSettings) -> MergeBase:
+    """Return the base with the values that its 4-bit layers compute with, to merge an adapter into."""
+    return open_quantized_on_load(settings, compute_dtype(settings))
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:

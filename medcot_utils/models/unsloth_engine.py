@@ -13,13 +13,14 @@ from unsloth import FastLanguageModel
 
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.machine.gpu import release_gpu_memory
+from medcot_utils.models.dequantized import open_quantized_copy, open_quantized_on_load
 from medcot_utils.models.embedded import find_model_source
-from medcot_utils.models.engine import TrainerArguments, get_local_rank
-from medcot_utils.models.merging import merge
+from medcot_utils.models.engine import TrainerArguments, compute_dtype, get_local_rank
+from medcot_utils.models.merging import MergeBase
 from medcot_utils.models.targets import check_targets
 from medcot_utils.models.tokenizer import prepare_tokenizer
 
-__all__ = ["WHOLE_LOGITS", "add_lora", "for_inference", "load", "merge", "set_checkpointing", "trainer_arguments"]
+__all__ = ["WHOLE_LOGITS", "add_lora", "for_inference", "load", "open_dequantized", "set_checkpointing", "trainer_arguments"]
 
 WHOLE_LOGITS = False  # its loss is taken in pieces
 
@@ -45,6 +46,12 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
         model = PeftModel.from_pretrained(model, str(adapter))
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a model that sees images comes with a processor around it
     return model, prepare_tokenizer(tokenizer, model.config.get_text_config().vocab_size)
+
+
+def open_dequantized(settings: ModelSettings) -> MergeBase:
+    """Return the base with the values that its 4-bit layers compute with: of the pre-quantized copy if there is one."""
+    opened = open_quantized_on_load if settings.quantized_name is None else open_quantized_copy
+    return opened(settings, compute_dtype(settings))
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import errno
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 
 from medcot_utils.config import load_config
-from medcot_utils.export.merged import save_merged
+from medcot_utils.export import merged
 from medcot_utils.machine import disk, paths
 from medcot_utils.machine.disk import DiskError, Need, disk_table, is_disk_full, needs, require_room, shortages, still_to_export
 from medcot_utils.machine.paths import GIB, scratch_dir
@@ -155,14 +154,17 @@ def colab(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("platform", ["kaggle", "colab", "colab, not on Drive", "local"])
 @pytest.mark.parametrize(("overrides", "pushed"), [([], False), (["hub.repo_id=me/cot"], True)])
-def test_a_merge_lost_with_the_session_is_announced(platform, overrides, pushed, request, tmp_path, write_all, capsys):
+def test_a_merge_lost_with_the_session_is_announced(
+    platform, overrides, pushed, request, tmp_path, write_all, capsys, monkeypatch
+):
     lasting = tmp_path if platform == "local" else request.getfixturevalue(platform.partition(",")[0])[0]
     folder = tmp_path / "content" if "not on" in platform else lasting
     run = write_all(Run.create(folder / "run", load_config("smoke", overrides)))
     run.write("plan", {"total_parameters": 1000})
     (run.require("merged") / "weights.bin").unlink()
-    engine = SimpleNamespace(merge=lambda settings, adapter, folder, dtype: (folder / "weights.bin").write_bytes(b"new"))
-    assert (save_merged(engine, Run.open(run.path)) / "weights.bin").read_bytes() == b"new"
+    monkeypatch.setattr(merged, "open_merge_base", lambda engine, config: None)
+    monkeypatch.setattr(merged, "merge", lambda *what: (what[2] / "weights.bin").write_bytes(b"new"))
+    assert (merged.save_merged(None, Run.open(run.path)) / "weights.bin").read_bytes() == b"new"
     told = "on a disk that ends with this session: set hub.repo_id" in capsys.readouterr().out
     assert told is (platform != "local" and not pushed)
 

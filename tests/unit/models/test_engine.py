@@ -178,7 +178,7 @@ def test_the_merge_adds_to_the_16_bit_base_not_the_4_bit_one(engine, tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.02)
     tuned.save_pretrained(tmp_path / "adapter")
-    engine.merge(CONFIG.model, tmp_path / "adapter", tmp_path / "merged", "float16")
+    merge(CONFIG.model, tmp_path / "adapter", tmp_path / "merged", "float16")
 
     base = load_base(CONFIG.model, "float16")[0].get_parameter("model.layers.1.mlp.up_proj.weight").float()
     merged_model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
