@@ -14,7 +14,7 @@ ifneq ($(filter kaggle,$(MAKECMDGOALS)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick nbval lint notebooks families kaggle badges pins chromium clean
+.PHONY: help demo test quick nbval lint notebooks results families kaggle badges pins chromium clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,7 +64,10 @@ lint: $(INSTALLED) ## ruff over code and notebooks, the import contract, the rul
 	$(BIN)/python -m medcot_utils.series.committed check
 	$(BIN)/actionlint .github/workflows/*.yml
 
-notebooks: $(INSTALLED) ## execute the committed notebooks in place, in order, and redraw the README's figure
+results: $(INSTALLED) ## write the README's and docs/results.md's numbers from docs/demo.json
+	$(BIN)/python -m medcot_utils.series.committed results
+
+notebooks: $(INSTALLED) ## execute the committed notebooks in place, in order; README and docs/results.md take their numbers
 	$(ON_CPU) $(BIN)/python -m medcot_utils.series.committed execute
 
 families: $(INSTALLED) ## run the seven notebooks on a tiny checkpoint of each model family, and write the table of docs/models.md (10 minutes)

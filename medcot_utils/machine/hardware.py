@@ -130,12 +130,33 @@ def fitting_gpu(profile: str, gpus: list[Gpu] | None = None) -> tuple[Gpu | None
     return fitting, "; ".join(filter(None, (gpu.shortcoming(needed) for gpu in gpus))) or "no CUDA GPU is visible"
 
 
+# Instruction sets that decide how a CPU computes a model, and so which greedy answers it gives, by their flags in Linux.
+_INSTRUCTION_SETS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "bfloat16",
+    "amx_bf16": "AMX",
+    "asimd": "NEON",
+    "bf16": "bfloat16",
+}
+
+
+def describe_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the architecture and instruction sets, as in `x86_64 with AVX2, AVX-512`; never a model's name."""
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    lines = [line.partition(":")[2] for line in text.splitlines() if line.lower().startswith(("flags", "features"))]
+    flags = set(" ".join(lines[:1]).split())
+    found = ", ".join(dict.fromkeys(name for flag, name in _INSTRUCTION_SETS.items() if flag in flags))
+    return f"{platform.machine()} with {found}" if found else platform.machine()
+
+
 class MachineReport(TypedDict):
     """machine.json of a run."""
 
     platform: str  # kaggle, colab or local
     system: str  # name and architecture
     python: str
+    processor: str  # architecture and instruction sets; absent in earlier runs
     cpu_cores: int | None
     memory_gib: float
     memory_free_gib: float
@@ -157,6 +178,7 @@ def machine_report(run_dir: Path, overrides: Iterable[str] | str = ()) -> Machin
         "platform": platform_name(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": sys.version.split()[0],
+        "processor": describe_processor(),
         "cpu_cores": os.cpu_count(),
         "memory_gib": round(memory.total / GIB, 1),
         "memory_free_gib": round(memory.available / GIB, 1),

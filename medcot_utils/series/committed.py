@@ -1,6 +1,6 @@
 """The committed notebooks: executed in order by the embedded default, cleaned of outputs that vary, and checked.
 
-python -m medcot_utils.series.committed execute | check | setup-cells [owner/name]"""
+python -m medcot_utils.series.committed execute | check | results | setup-cells [owner/name]"""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import nbformat
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine import redaction
 from medcot_utils.run.artifacts import STEPS
+from medcot_utils.series import results
 from medcot_utils.series import setup_cell as shared
 from medcot_utils.series.runner import QUIET_KERNEL, notebooks_dir
 
@@ -91,19 +92,20 @@ def read_setup_cell(path: Path) -> str:
 
 
 def check() -> list[str]:
-    """Return one line per fault over all seven notebooks."""
+    """Return one line per fault over all seven notebooks, and over the documents that give their numbers."""
     paths = [notebooks_dir() / f"{name}.ipynb" for name in STEPS]
     lines = [f"{path.name}: {fault}" for path in paths for fault in faults(path)]
     if len({read_setup_cell(path) for path in paths}) > 1:
         lines.append("the setup cell is not the same text in all seven notebooks")
-    return lines + shared.faults()
+    return lines + shared.faults() + results.faults()
 
 
 def execute() -> None:
-    """Run the seven notebooks in order with their own defaults into a fresh run directory, and write them back cleaned."""
+    """Run the seven notebooks in order with their own defaults into a fresh run directory, and write them back cleaned.
+
+    Their numbers go into docs/demo.json, and from there into the README and docs/results.md."""
     from nbclient import NotebookClient
 
-    from medcot_utils.plots import comparison_figure
     from medcot_utils.run.directory import Run
     from medcot_utils.run.manifest import describe_costs
 
@@ -119,8 +121,7 @@ def execute() -> None:
             client.execute()
             nbformat.write(clean(notebook), path)
             print(f"{name}: {describe_costs(Run.open(run_dir).manifest()['steps'][name])}", flush=True)
-        figure = comparison_figure(Run.open(run_dir).read("metrics")["metrics"])
-        figure.savefig(folder.parent / "docs" / "comparison.png", metadata={"Software": None})
+        results.write_results(Run.open(run_dir))
 
 
 if __name__ == "__main__":
@@ -130,6 +131,9 @@ if __name__ == "__main__":
         if lines := check():
             sys.exit("\n".join(lines))
         print("the committed notebooks are executed, in order and clean")
+    elif sys.argv[1:] == ["results"]:
+        for path in results.write_documents():
+            print(path.name)
     elif sys.argv[1:2] == ["setup-cells"] and len(sys.argv) <= 3:
         try:
             for path in shared.write(new_repository=sys.argv[2] if len(sys.argv) == 3 else None):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from medcot_utils.evaluation.metrics import METRICS
+from medcot_utils.run.artifacts import STEPS
+
 # {metric: (base, tuned, half of the interval)}, as a small model's demo might give them.
 NATURAL = {
     "eval_loss": (3.99, 3.18, 0.11),
@@ -83,7 +86,7 @@ def reading(name, base, tuned, n, abstained=0):
 def measured():
     """The content of metrics.json but its claims, of a run with every setting that measures more."""
     natural = metrics(NATURAL)
-    natural["thinking_tokens"]["cut"] = {"base": 16, "tuned": 0}
+    natural["thinking_tokens"]["cut"] = {"base": 16, "tuned": 0, "answers": 24}
     return {
         "n_questions": 24,
         "metrics": natural,
@@ -141,4 +144,20 @@ def merged(not_measured=None):
         "not_measured": not_measured,
         "verdicts": [one | {"needed": None} for one in verdicts],
         "summary": "What you load behaves as what was measured: no, because its form differs",
+    }
+
+
+def demo():
+    """The content of docs/demo.json."""
+    found = measured()
+    known = {reading: {name: one for name, one in found[reading].items() if name in METRICS} for reading in ("metrics", "forced")}
+    return {
+        "commit": "0123456789ab",
+        "machine": {"processor": "x86_64 with AVX2", "cores": 2},
+        "seconds": {name: 60.0 for name in STEPS},
+        "peak_memory_mb": 2560,
+        "settings": {"max_new_tokens": 256, "answer_tokens": 96, "confidence_level": 0.95, "merge_into": "base_16bit"},
+        "plan": {"rows": 120, "steps": 30, "effective_batch": 4},
+        "metrics": found | known | {"claims": claims()},
+        "merged": merged(),
     }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from pathlib import Path
 
 import pydantic
 import pytest
 
 from medcot_utils.errors import PlatformError
-from medcot_utils.machine.hardware import Gpu, installed_versions, machine_report, resolve_profile
+from medcot_utils.machine.hardware import Gpu, describe_processor, installed_versions, machine_report, resolve_profile
 from medcot_utils.machine.paths import (
     cache_dir,
     default_run_dir,
@@ -100,6 +101,22 @@ def test_machine_report_is_json_and_names_the_place(tmp_path):
     assert report["platform"] == "local"
     assert 0 < report["memory_free_gib"] <= report["memory_gib"]
     assert report["disk_free_gib"] > 0
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "found"),
+    [
+        ("model name\t: A CPU of 2026\nflags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16\n", "AVX2, AVX-512, bfloat16, AMX"),
+        ("processor: 0\nFeatures\t: fp asimd bf16\n", "NEON, bfloat16"),
+        ("flags\t: fpu sse2\n", None),
+        (None, None),
+    ],
+    ids=["x86", "arm", "old", "no such file"],
+)
+def test_a_processor_is_told_by_its_instructions_not_its_name(tmp_path, cpuinfo, found):
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo, encoding="utf-8")
+    assert describe_processor(tmp_path / "cpuinfo") == platform.machine() + (f" with {found}" if found else "")
 
 
 # --- places --------------------------------------------------------------------------------------------------------
