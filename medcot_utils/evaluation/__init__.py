@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "Measured",
         ],
         "merged": ["compare_merged", "merged_table", "merged_verdicts_table"],
-        "loss": ["compare_loss_bars"],
+        "loss": ["compare_loss_bars", "losses_table"],
         "measured": ["measure"],
         "claims": ["judge", "claims_table"],
         "report": ["build_report"],

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from medcot_utils.evaluation.claims import ClaimVerdict
+    from medcot_utils.evaluation.mcq.readings import McqReading
     from medcot_utils.evaluation.scored_set import AnsweredQuestion
     from medcot_utils.models.losses import RowLoss
     from medcot_utils.models.records import AnswerRecord
@@ -45,7 +46,8 @@ class Measured(TypedDict):
     closing.
     n_answered, answered: the counted questions that both models answered in full form; empty if there are none.
     n_contaminated, contaminated: the questions that training rows repeat; None if there are none.
-    losses: the loss in three bars; absent if the 16-bit base's was not taken."""
+    losses: the loss in three bars; absent if the 16-bit base's was not taken.
+    mcq_readings: multiple choice in each of its readings, without the questions that training rows repeat."""
 
     n_questions: int
     metrics: Metrics
@@ -60,6 +62,7 @@ class Measured(TypedDict):
     n_contaminated: int
     contaminated: Metrics | None
     losses: NotRequired[LossBars]
+    mcq_readings: NotRequired[Sequence[McqReading]]
 
 
 def check_questions(config: RunConfig) -> str:

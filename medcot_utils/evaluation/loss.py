@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
 from medcot_utils.config import EvaluationSettings
-from medcot_utils.evaluation.intervals import Array, Difference, Estimate, estimate, is_clear, ratio_of
+from medcot_utils.evaluation.intervals import Array, Difference, Estimate, estimate, format_interval, is_clear, ratio_of
 from medcot_utils.evaluation.paired import ComparedMetric, compare_statistics
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from medcot_utils.models.losses import RowLoss
 
 
@@ -74,6 +76,24 @@ def compare_loss_bars(losses: Sequence[RowLoss], settings: EvaluationSettings, s
         "learning": learning["difference"],
         "share": estimate(share, len(whole[0]), settings, seed) if fell else None,
     }
+
+
+def losses_table(metrics: Mapping[str, ComparedMetric], bars: LossBars | None) -> pd.DataFrame:
+    """Return the loss of each model, and what its changes mean, one line each, with intervals; in nats per trained token."""
+    import pandas as pd
+
+    loss = metrics.get("eval_loss")
+    lines: dict[str, Estimate | None] = {"16-bit base": bars["base_16bit"]} if bars else {}
+    if loss:
+        lines |= {"4-bit base": loss["base"], "tuned": loss["tuned"], "tuned minus 4-bit base": loss["difference"]}
+    if bars:
+        lines |= {
+            "4-bit minus 16-bit base: what rounding had cost": bars["rounding"],
+            "tuned minus 16-bit base: what was learned": bars["learning"],
+            "share of the fall that makes up for rounding": bars["share"],
+        }
+    shown = {name: "the loss did not fall" if value is None else format_interval(value) for name, value in lines.items()}
+    return pd.Series(shown, name="nats per token [interval]", dtype=object).to_frame()
 
 
 def _columns_of(losses: Sequence[RowLoss], models: Sequence[str]) -> list[_Columns]:

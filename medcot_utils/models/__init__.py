@@ -10,5 +10,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "layerwise": ["base_16bit_losses", "describe_16bit_base"],
         "losses": ["row_losses"],
         "merging": ["load_unquantized"],
+        "records": ["show_text"],
     },
 )

@@ -79,6 +79,18 @@ def with_forced_closing(record: AnswerRecord) -> AnswerRecord | None:
     return cast("AnswerRecord", {**record, **changed})
 
 
+def show_text(record: AnswerRecord, characters: int = 400) -> str:
+    """Return what a reader should see of an answer: the answer or, if the model gave none by itself, the end of what it wrote
+    and then, labeled, the forced answer. `characters` of each at most."""
+    if record["answer"]:
+        return f"[...] </think> {record['answer'][:characters]}"
+    written = record["completion"].strip()
+    shown = written if len(written) <= characters else f"[...] {written[-characters:]}"
+    if (forced := record.get("forced")) and forced["closed_by"] != "itself":
+        shown += f"\n[</think> written for it: {forced['closed_by']}] {forced['answer'][:characters]}"
+    return shown
+
+
 def thinking_is_cut(record: AnswerRecord) -> bool:
     """Return whether the thinking ended at the budget, not by the model: its length is a lower bound."""
     if "forced" in record:
