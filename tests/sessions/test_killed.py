@@ -1,9 +1,12 @@
-"""A training whose kernel is killed: told as such, resumed from a whole checkpoint, and ending where it would have ended."""
+"""Work that is killed: told as such, resumed from what is whole on the disk, and ending where it would have ended.
+
+MEDCOT_KILLS sets how often the answers of a notebook are killed, each time at another moment; MEDCOT_SEED which moments."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -14,8 +17,15 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from medcot_utils.run.artifacts import ARTIFACTS, STEPS
+from medcot_utils.run.directory import Run
+from medcot_utils.run.files import remove
+from medcot_utils.run.journal import Journal
+
 MEDCOT = Path(sys.executable).with_name("medcot")
 SETTINGS = ("--set", "training.max_steps=40", "--set", "training.save_steps=5")
+KILLS = int(os.environ.get("MEDCOT_KILLS") or 1)
+SEED = int(os.environ.get("MEDCOT_SEED") or 1)
 
 
 def start(*arguments):
@@ -31,6 +41,11 @@ def succeed(*arguments):
     return output
 
 
+def kernels_of(process):
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if "ipykernel" in " ".join(child.cmdline())]
+
+
 def training_state(run_dir):
     steps = json.loads(succeed("status", run_dir, "--json"))["steps"]
     return next(step for step in steps if step["name"] == "05_training")
@@ -42,9 +57,9 @@ def checkpoints(run_dir):
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def printed(run_dir):
-    """What the executed training notebook printed."""
-    notebook = json.loads((run_dir / "notebooks" / "05_training.ipynb").read_text(encoding="utf-8"))
+def printed(run_dir, step="05_training"):
+    """What the executed notebook printed."""
+    notebook = json.loads((run_dir / "notebooks" / f"{step}.ipynb").read_text(encoding="utf-8"))
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
     return "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
 
@@ -80,11 +95,7 @@ def killed(prepared):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
         if checkpoints(run_dir) and not kernels:  # looked for before: the last step must not come while this looks
-            kernels = [
-                child
-                for child in psutil.Process(process.pid).children(recursive=True)
-                if "ipykernel" in " ".join(child.cmdline())
-            ]
+            kernels = kernels_of(process)
     assert len(kernels) == 1
     kernels[0].kill()
     _, errors = process.communicate(timeout=300)
@@ -134,3 +145,105 @@ def test_a_truncated_checkpoint_is_set_aside_for_the_one_before(killed, uninterr
         "two whole ones are kept beside it"
     )
     assert_ends_as(run_dir, uninterrupted)
+
+
+# --- answers -------------------------------------------------------------------------------------------------------
+
+ASKING = {"02_baseline_inference": ("base_mcq", "base_answers"), "06_comparison": ("tuned_mcq", "tuned_answers")}
+BATCH = 4
+LONGER = (
+    "generation.max_new_tokens=96",
+    "evaluation.answer_tokens=16",
+    "evaluation.n_samples=3",
+    f"generation.batch_size={BATCH}",
+)
+
+
+def kept(run_dir, name):
+    """The records of an artifact that are on the disk, finished or not."""
+    finished = run_dir / ARTIFACTS[name].file
+    if finished.exists():
+        return [json.loads(line) for line in finished.read_text(encoding="utf-8").splitlines()]
+    part = part_of(run_dir, name)
+    return Journal(part, json.loads(begun.splitlines()[0])["made_from"]).read() if (begun := read(part)) else []
+
+
+def part_of(run_dir, name):
+    return run_dir / f"{ARTIFACTS[name].file}.part"
+
+
+def read(path):
+    """What a file holds that another process may just have removed."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def count_kept(run_dir, step):
+    return sum(len(kept(run_dir, name)) for name in ASKING[step])
+
+
+@pytest.fixture(scope="module")
+def answered(smoke_series, tmp_path_factory):
+    """The session's series with longer answers, up to notebook 06."""
+    run_dir = shutil.copytree(smoke_series / "run", tmp_path_factory.mktemp("answered") / "run")
+    for name in STEPS["07_export"].makes:  # not needed, and large
+        remove(run_dir / ARTIFACTS[name].file)
+    settings = [part for setting in LONGER for part in ("--set", setting)]
+    assert succeed("run", "--run-dir", run_dir, "--to", "6", *settings).count("done before") == 3, "03 to 05"
+    return run_dir
+
+
+def kill_at(run_dir, step, records, delay, whole):
+    """Run a notebook and kill it once so many records are kept, after a delay: its kernel, or all of its processes."""
+    process = start("run", "--run-dir", run_dir, "--to", step[:2])
+    deadline = time.monotonic() + 600
+    while count_kept(run_dir, step) < records:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    kernels = kernels_of(process)
+    time.sleep(delay)
+    for victim in [psutil.Process(process.pid), *kernels] if whole else kernels:
+        victim.kill()
+    _, errors = process.communicate(timeout=300)
+    assert whole or f"notebook {step} failed: its kernel died" in errors
+
+
+@pytest.mark.parametrize("kill", range(KILLS))
+@pytest.mark.parametrize("step", ASKING)
+def test_killed_answers_go_on_where_they_were(answered, step, kill, tmp_path):
+    chance = random.Random(f"{SEED} {step} {kill}")
+    run_dir = shutil.copytree(answered, tmp_path / "run")
+    for name in STEPS[step].makes:
+        remove(run_dir / ARTIFACTS[name].file)
+    Run.open(run_dir).forget(step)
+    expected = {name: kept(answered, name) for name in ASKING[step]}
+    count = sum(map(len, expected.values()))
+    assert count == 4 + 28
+    # Between the first and the last batch, and at any moment of the making of one.
+    a_batch = BATCH * sum(record["seconds"] for record in expected[ASKING[step][1]]) / 28
+    kill_at(run_dir, step, chance.randint(1, count - BATCH), chance.uniform(0, 0.9 * a_batch), whole=kill % 2 == 0)
+    before = {name: kept(run_dir, name) for name in expected}
+    unfinished = {name: begun for name in expected if (begun := read(part_of(run_dir, name)))}
+    print(f"killed with { ({name: len(records) for name, records in before.items()}) } records kept, {sorted(unfinished)} begun")
+    assert 0 < sum(map(len, before.values())) < count
+
+    process = start("run", "--run-dir", run_dir, "--to", step[:2])
+    while process.poll() is None:  # what is kept stays, and is only added to
+        for name, begun in unfinished.items():
+            now = read(part_of(run_dir, name))
+            assert not now or now.startswith(begun[: begun.rfind(b"\n") + 1])
+        time.sleep(0.01)
+    output, errors = process.communicate()
+    assert process.returncode == 0, output + errors
+    for name, records in expected.items():
+        after = kept(run_dir, name)
+        assert untimed(after) == untimed(records) and not part_of(run_dir, name).exists()
+        assert all(record in after for record in before[name]), "with its seconds: it was not asked again"
+        if name == ASKING[step][1] and before[name]:
+            assert f"{len(before[name])} of {len(records)} answers are kept from before" in printed(run_dir, step)
+
+
+def untimed(records):
+    return [{field: value for field, value in record.items() if field != "seconds"} for record in records]
