@@ -50,7 +50,8 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
     base = find_hub_address(config.model.name)
     if kind == "gguf":
         base = addresses.get("merged", base)
-    trained_name = check["pairs"][1]["b"]
+    (trained_name,) = check["held_out_loss"].keys() - {"merged"}
+    trained = next(pair for pair in check["pairs"] if (pair["a"], pair["b"]) == ("merged", trained_name))
     license_data = _license(config)
     language = find_language(config, (question["Response"] for question in run.read("questions") if question["scored"]))
     data = ModelCardData(
@@ -81,7 +82,7 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         merged_metrics=_lines(merged["metrics"] if merged else {}),
         merged_forced=_lines(merged.get("forced", {}) if merged else {}),
         merged_line=describe_merged(run),
-        merged_into=_MERGED_INTO[config.export.merge_into],
+        merged_into=_MERGED_INTO[check.get("merge_into", config.export.merge_into)],
         names=METRICS,
         interval=format_interval,
         notes=measured["notes"],
@@ -91,6 +92,7 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         plan=run.read("plan"),
         check=check,
         trained_name=trained_name,
+        trained=trained,
         kind=kind,
         addresses=addresses,
         tag=tag,

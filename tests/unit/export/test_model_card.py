@@ -97,6 +97,15 @@ def test_the_card_says_what_the_adapter_was_merged_into(tmp_path, override, word
     assert f"The adapter was merged into {words}" in text and "Its answers were not measured: needs 15.0 GiB." in text
 
 
+def test_a_card_of_a_merge_into_4_bits_knows_one_reference(tmp_path):
+    run = fill(Run.create(tmp_path / "run", CONFIG))
+    check = run.read("export_check")
+    run.write("export_check", check | {"pairs": check["pairs"][1:]})
+    text = " ".join(model_card(run).split())
+    assert "Merged model against 4-bit base + adapter" in text and "The merged model was made from it: on 8" in text
+    assert "greedy tokens are the same on 1 of 3 prompts" in text
+
+
 def test_a_card_without_a_measured_merged_model_has_two_columns(tmp_path):
     from huggingface_hub import ModelCard
 
