@@ -44,8 +44,17 @@ class RowSampler(LogitsProcessor):
         warpers = [TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)]
         self._warpers, self._step = LogitsProcessorList(warpers), 0
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch alone."""
+        places = {row: place for place, row in enumerate(self._rows.tolist())}
+        kept = [(new, places[old]) for new, old in enumerate(rows) if old in places]
+        self._numbers = self._numbers[[place for _, place in kept]]
+        self._rows = torch.tensor([new for new, _ in kept], dtype=torch.long, device=self._rows.device)
+
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Return the scores (rows, vocabulary) with the sampled token of each sampled row as its highest."""
+        if not len(self._rows):
+            return scores
         warped = self._warpers(input_ids[self._rows], scores[self._rows])
         shares = warped.double().softmax(dim=-1).cumsum(dim=-1)
         numbers = self._numbers[:, self._step, None] * shares[:, -1:]  # the shares' sum may be off 1 by rounding
@@ -79,14 +88,24 @@ class ForcedClosing(LogitsProcessor):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int, max_new_tokens: int, answer_tokens: int) -> None:
         """Args: max_new_tokens: the budget of a row's own text. answer_tokens: that of the answer after a forced closing."""
         self.rows = [WrittenRow() for _ in range(rows)]
+        self._batch = self.rows
         self._tokenizer, self._max_new_tokens, self._answer_tokens = tokenizer, max_new_tokens, answer_tokens
         self._closing = closing_tokens(tokenizer)
+
+    @property
+    def done(self) -> list[bool]:
+        """Return for each row of the batch whether it is done."""
+        return [row.done for row in self._batch]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch alone. `rows` still holds all that it began with."""
+        self._batch = [self._batch[row] for row in rows]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Return the scores (rows, vocabulary), in which a forced token is the only possible one of its row."""
         tokens = scores.argmax(dim=-1).tolist()
         forced = {}
-        for index, row in enumerate(self.rows):
+        for index, row in enumerate(self._batch):
             instead = None if row.done else self._follow(row, tokens[index])
             if instead is not None:
                 forced[index] = instead
@@ -125,4 +144,4 @@ class StopDoneRows(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         """Return for each row whether it is done, shape (rows,)."""
-        return torch.tensor([row.done for row in self._closing.rows], device=input_ids.device)
+        return torch.tensor(self._closing.done, device=input_ids.device)

@@ -255,7 +255,14 @@ def _write_batch(
         processors.append(closing)
         criteria.append(StopDoneRows(closing))
     hooks = {"max_new_tokens": steps, "logits_processor": processors, "stopping_criteria": criteria}
-    written = complete(model, tokenizer, [one.prompt for one in rows], settings, longest, **hooks)
+    prompts = [one.prompt for one in rows]
+    if closing and model.device.type == "cpu" and settings.cache_implementation != "static":
+        from medcot_utils.models.growing_cache import generate_in_turns
+
+        inputs = _pad_left(tokenizer, prompts)
+        generate_in_turns(model, inputs, closing, generate_arguments(settings, tokenizer) | hooks)
+        return closing.rows
+    written = complete(model, tokenizer, prompts, settings, longest, **hooks)
     return (closing.rows if closing else [WrittenRow(own) for own in written])[: len(batch)]
 
 
@@ -276,10 +283,6 @@ def complete(
     length = None
     if settings.cache_implementation == "static":
         arguments["cache_implementation"], length = "static", longest
-    elif model.device.type == "cpu":
-        from medcot_utils.models.growing_cache import make_growing_cache
-
-        arguments["past_key_values"] = make_growing_cache(model)
     batch = _pad_left(tokenizer, list(prompts), length).to(model.device)
     with torch.inference_mode():
         sequences = model.generate(**batch, **arguments)

@@ -1,14 +1,20 @@
-"""A key-value cache for a CPU that grows by pages: transformers' own copies all keys and values for each token."""
+"""Write a batch on a CPU without waste: rows that are done leave it, and the cache grows by pages.
+
+transformers' own cache copies all keys and values for each token, and its `generate` keeps a row until the last one ends."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import BatchEncoding, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+if TYPE_CHECKING:
+    from medcot_utils.models.decoding import ForcedClosing
+
 _PAGE = 64  # tokens
+_TURN = 32  # tokens after which rows that are done leave the batch
 
 
 class PagedLayer(DynamicLayer):
@@ -48,3 +54,29 @@ def make_growing_cache(model: PreTrainedModel) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [PagedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def generate_in_turns(model: PreTrainedModel, inputs: BatchEncoding, closing: ForcedClosing, arguments: dict[str, Any]) -> None:
+    """Call `generate` for some tokens at a time, and between two calls take the rows that are done out of the batch.
+
+    What is written stands in `closing.rows`: as one call would write it, up to rounding, since fewer rows are multiplied at once.
+
+    Args:
+        inputs: token ids and mask (rows, tokens), padded on the left.
+        arguments: those of one call of `generate`, with `closing` among its logits processors."""
+    ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], make_growing_cache(model)
+    left = arguments["max_new_tokens"]
+    with torch.inference_mode():
+        while left > 0 and not all(closing.done):
+            rows = [row for row, done in enumerate(closing.done) if not done]
+            if len(rows) < len(ids):
+                ids, mask = ids[rows], mask[rows]
+                cache.batch_select_indices(torch.tensor(rows))
+                for processor in arguments["logits_processor"]:
+                    processor.keep(rows)
+            turn = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "max_new_tokens": min(_TURN, left)}
+            before = ids.shape[1]
+            ids = model.generate(**arguments | turn)
+            written = ids.shape[1] - before
+            mask = torch.cat([mask, mask.new_ones(len(ids), written)], dim=1)
+            left -= written
