@@ -14,7 +14,6 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     TemperatureLogitsWarper,
-    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -30,7 +29,8 @@ class RowSampler(LogitsProcessor):
 
     A row takes one random number a step, from a generator of its own on the CPU: its answer depends neither on the rows that
     share its batch nor on the device (up to rounding). The distribution is that of `do_sample` with the same settings; the
-    token is the one whose share of the cumulative distribution the number falls into (inverse transform sampling)."""
+    token is the one whose share of the cumulative distribution the number falls into (inverse transform sampling). The `top_k`
+    tokens are taken first, so that `top_p` need not sort the whole vocabulary at every step."""
 
     def __init__(
         self, seeds: Sequence[int | None], temperature: float, top_k: int, top_p: float, steps: int, device: torch.device
@@ -40,9 +40,8 @@ class RowSampler(LogitsProcessor):
         numbers = [torch.rand(steps, dtype=torch.float64, generator=_generator(seeds[row])) for row in sampled]
         self._rows = torch.tensor(sampled, device=device)
         self._numbers = torch.stack(numbers).to(device)  # (sampled rows, steps)
-        # transformers' own, in its own order
-        warpers = [TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)]
-        self._warpers, self._step = LogitsProcessorList(warpers), 0
+        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)])
+        self._top_k, self._step = top_k, 0
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch alone."""
@@ -55,11 +54,13 @@ class RowSampler(LogitsProcessor):
         """Return the scores (rows, vocabulary) with the sampled token of each sampled row as its highest."""
         if not len(self._rows):
             return scores
-        warped = self._warpers(input_ids[self._rows], scores[self._rows])
+        highest, tokens = scores[self._rows].topk(min(self._top_k, scores.shape[-1]))
+        warped = self._warpers(input_ids[self._rows], highest)
         shares = warped.double().softmax(dim=-1).cumsum(dim=-1)
         numbers = self._numbers[:, self._step, None] * shares[:, -1:]  # the shares' sum may be off 1 by rounding
         self._step += 1
-        scores[self._rows, torch.searchsorted(shares, numbers, right=True).squeeze(1)] = torch.inf
+        chosen = tokens.gather(1, torch.searchsorted(shares, numbers, right=True))
+        scores[self._rows, chosen.squeeze(1)] = torch.inf
         return scores
 
 

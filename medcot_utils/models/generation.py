@@ -76,13 +76,13 @@ class Asked:
 
     id: str  # the question's
     prompt: str
-    sample: int = 0  # as in `AnswerRecord`; with `id` the answer's key
+    sample: int = 0  # as in `AnswerRecord`
     seed: int | None = None
 
     @property
-    def key(self) -> tuple[str, int]:
-        """Return what tells an answer from the others of its list."""
-        return self.id, self.sample
+    def key(self) -> tuple[str, int, str]:
+        """Return what tells an answer from the others of its list: with the prompt, for ids of two sources may be equal."""
+        return self.id, self.sample, self.prompt
 
 
 def answer_questions(
@@ -130,7 +130,6 @@ def answer_prompts(
     float32: there the adapter's products cost a third of a step. A batch that runs out of memory is halved.
 
     Args:
-        asked: with a key each that no other has.
         settings: `max_new_tokens` is the budget of what a model writes by itself.
         answer_tokens: the most tokens of an answer after forced closing (`ForcedClosing`), recorded as `forced` beside the
             record of what the model wrote by itself, which it does not change. 0: records how the thinking was closed, and
@@ -142,7 +141,7 @@ def answer_prompts(
 
     Raises:
         GenerationError: as `choose_cache` and `check_context` do."""
-    kept = {(record["id"], record["sample"]): record for record in (journal.read() if journal else [])}
+    kept = {(record["id"], record["sample"], record["prompt"]): record for record in (journal.read() if journal else [])}
     made = {one.key: kept[one.key] for one in asked if one.key in kept}
     if made:
         print(f"{len(made)} of {len(asked)} answers are kept from before")
@@ -187,7 +186,7 @@ def _answer_all(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     asked: Sequence[Asked],
-    kept: Set[tuple[str, int]],
+    kept: Set[tuple[str, int, str]],
     settings: GenerationSettings,
     answer_tokens: int | None,
     longest: int,

@@ -76,8 +76,10 @@ def ids_of(tokenizer, text):
 
 
 def script(model, tokenizer, texts):
-    """Make the model write for each prompt its (own text, text after a forced closing), whatever it would have written."""
-    plans, now = {}, {}
+    """Make the model write for each prompt its (own text, text after a forced closing), whatever it would have written.
+
+    Gives the number of steps of each batch."""
+    plans, now, steps = {}, {}, []
     for prompt, (own, after) in texts.items():
         own = ids_of(tokenizer, own)[:BUDGET]
         # While it is forced, the model proposes something else: an EOS.
@@ -89,12 +91,15 @@ def script(model, tokenizer, texts):
         if ids.shape[1] > 1:
             prompts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             now.update(plans=[plans[prompt] for prompt in prompts], step=0)
+            steps.append(0)
         for row, plan in enumerate(now["plans"]):
             output.logits[row, -1] = 0
             output.logits[row, -1, plan[now["step"]] if now["step"] < len(plan) else 7] = 9
         now["step"] += 1
+        steps[-1] += 1
 
     model.register_forward_hook(write, with_kwargs=True)
+    return steps
 
 
 @pytest.fixture
@@ -156,13 +161,29 @@ def test_without_answer_tokens_only_the_closing_is_recorded(scripted):
             assert (forced["answer"], forced["answer_tokens"], forced["finished"]) == ("", 0, False)
 
 
+@pytest.mark.model
+def test_rows_that_need_no_closing_cost_no_step_more(fresh):
+    model, tokenizer = fresh
+    steps = script(model, tokenizer, {path: (PATHS[path][0], "") for path in PATHS})
+    for paths, expected in (
+        (["itself, cut", "itself, ends"], BUDGET),
+        (["itself, ends"], len(ids_of(tokenizer, PATHS["itself, ends"][0]))),
+    ):
+        records = answer_prompts(model, tokenizer, [Asked(path, path) for path in paths], settings(), ANSWER)
+        assert {record["forced"]["closed_by"] for record in records} == {"itself"}
+        assert steps.pop() == expected
+    answer_prompts(model, tokenizer, [Asked(path, path) for path in PATHS], settings(batch_size=9), 0)
+    assert steps.pop() == BUDGET
+
+
 # --- forced closing, against a prompt that ends in it --------------------------------------------------------------
 
 
 @pytest.fixture
-def rewritten(fresh):
+def rewritten(fresh, monkeypatch):
     """(records under forced closing by cache and batch size, the answers of a prompt with thinking and closing in it)."""
     model, tokenizer = fresh
+    monkeypatch.setattr("medcot_utils.models.batches.CLOSING", "\n</think>\nSo: ")  # one that differs from its own reverse
     for name, weight in model.named_parameters():  # else the last token alone decides, which all closings have in common
         if "self_attn" in name:
             weight.data *= 10

@@ -240,6 +240,12 @@ def test_an_interrupted_call_goes_on_with_what_is_missing(interrupt, tmp_path, c
     assert journal.read()[:6] == kept and all(record in records for record in kept), "seconds too are those of the first time"
 
 
+def test_questions_that_share_an_id_get_an_answer_each(loaded):
+    twice = [{**question, "id": "same"} for question in QUESTIONS]
+    expected = [record["completion"] for record in answers(loaded)]
+    assert [record["completion"] for record in answers(loaded, questions=twice)] == expected
+
+
 def test_an_answered_journal_asks_nothing(interrupt, tmp_path):
     journal = Journal(tmp_path / "answers.jsonl.part", "this")
     _, records = interrupt(journal, 99)
