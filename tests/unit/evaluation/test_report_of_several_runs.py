@@ -9,8 +9,7 @@ import pytest
 from made_up_runs import ATTACK, CONFIG, QUESTIONS, Tags, fill
 
 from medcot_utils.config import load_config
-from medcot_utils.evaluation.comparison import compare_all, verdict
-from medcot_utils.evaluation.intervals import format_interval
+from medcot_utils.evaluation.comparison import compare_all, format_side, verdict
 from medcot_utils.evaluation.report import build_report
 from medcot_utils.evaluation.scored_set import pair_answers
 from medcot_utils.run.directory import Run
@@ -200,7 +199,7 @@ def test_tuned_models_are_compared_on_the_shared_questions(tmp_path):
     common = [f"row-{n}" for n in range(3, 20) if n != 4]
     assert f"{len(common)} questions that all runs asked and scored and that no run trained on" in text_of(page)
     answers = {run.path.name: [r for r in run.read("tuned_answers") if r["id"] in common and r["sample"] == 0] for run in runs}
-    asked = [{"id": identity, "Response": "The vagus."} for identity in common]
+    asked = [{"id": identity, "Question": "Which nerve?", "Response": "The vagus."} for identity in common]
     expected = compare_all(pair_answers(asked, answers), [], runs[0].config.evaluation, runs[0].config.seed)
     head, *lines = table(page, "tuned")
     assert head == ["metric", "tuned, a", "tuned, b", "difference", "verdict", "tuned, c", "difference", "verdict"]
@@ -208,9 +207,9 @@ def test_tuned_models_are_compared_on_the_shared_questions(tmp_path):
     assert by_name["answers written as a list (share)"][3] == "rose"
     for name, text in (("answer_words", "length of the answer (words)"), ("bullet_rate", "answers written as a list (share)")):
         b, c = expected["b"][name], expected["c"][name]
-        cells = [format_interval(b["base"])]
+        cells = [format_side(b, "base")]
         for metric in (b, c):
-            cells += [format_interval(metric["tuned"]), format_interval(metric["difference"]), verdict(name, metric)]
+            cells += [format_side(metric, "tuned"), format_side(metric, "difference"), verdict(name, metric)]
         assert by_name[text] == cells
     assert by_name["thinking closed once, text on both sides (share)"][6] == "fell, worse"
 
