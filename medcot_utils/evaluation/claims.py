@@ -152,14 +152,14 @@ def _of_metrics(claim: Claim, metrics: Metrics) -> Evidence:
     if claim is _LOSS_CLAIM:
         return Evidence("held-out rows", "", metrics, claim.expected, [])
     if not claim.expected.keys() <= metrics.keys():
-        return Evidence("all questions", "", metrics, claim.before, [])
+        return Evidence("read strictly, all questions", ", read strictly", metrics, claim.before, [])
     beside = [Beside("", metrics, {name: sign}) for name, sign in claim.beside.items() if name in metrics]
     shown = "; ".join(
         f"{METRICS[name].text}: {_values(one.expected, metrics)} (n = {metrics[name]['difference']['n']})"
         for one in beside
         for name in one.expected
     )
-    return Evidence("all questions", "", metrics, claim.expected, beside, shown)
+    return Evidence("the likeliest letter, all questions", ", the likeliest letter", metrics, claim.expected, beside, shown)
 
 
 def _judge(claim: Claim, evidence: Evidence, bars: LossBars | None, level: float) -> ClaimVerdict:

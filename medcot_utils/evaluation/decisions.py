@@ -73,6 +73,7 @@ class Decision:
 
 
 def fewest(names: Iterable[str], metrics: Metrics) -> int:
+    """Return on how many questions these metrics were measured, of unlike numbers the lowest."""
     return min(metrics[name]["difference"]["n"] for name in names)
 
 
@@ -80,6 +81,9 @@ def fewest(names: Iterable[str], metrics: Metrics) -> int:
 
 
 def decide(claim: Claim, evidence: Evidence, level: float) -> Decision:
+    """Decide of a claim: refuted, open because lengths were cut, for want of questions or of agreement, or else it holds.
+
+    `level`: evaluation.confidence_level, which the numbers of questions are for."""
     tested = {name: evidence.metrics[name] for name in evidence.expected}
     if fewest(tested, tested) < FEWEST_QUESTIONS:
         return Decision(CANNOT_TELL, f"at least {FEWEST_QUESTIONS} are needed", FEWEST_QUESTIONS)
@@ -129,22 +133,31 @@ def _want_questions(claim: Claim, evidence: Evidence, level: float) -> Decision 
             wanting.append((half_questions_needed(share["value"], level), what))
     if not wanting:
         return None
-    needed, what = max(wanting, key=lambda one: math.inf if one[0] is None else one[0])
+    return _cannot_tell_yet(*max(wanting, key=lambda one: math.inf if one[0] is None else one[0]))
+
+
+def _cannot_tell_yet(needed: int | None, what: str) -> Decision:
     return Decision(CANNOT_TELL, f"it takes about {needed:,} to show {what}" if needed else f"too few to show {what}", needed)
 
 
 def _need_for(name: str, difference: Difference, sign: int, level: float) -> tuple[int | None, str]:
-    """Return how many questions it takes, and to show what: a difference as found or, if none was, the smallest that counts."""
+    """Return how many questions it takes, and to show what: a difference as found or, if none was, the smallest that counts.
+
+    If there are enough to show the smallest, then to tell what was found from that."""
+
+    def need(size: float) -> int | None:
+        if "changed" in difference:
+            return share_questions_needed(difference["changed"], size, level)
+        return questions_needed(difference["spread"], size, level)
+
     found, smallest, text = sign * difference["value"], SMALLEST[name], METRICS[name].text
     if found >= smallest:
-        return difference["needed"], f"the difference found of {abs(found):.2g} ({text})"
-    if is_clear(difference):  # more than nothing, and less than counts, but not clearly so
-        size, what = smallest - found, f"whether {text} differs by {smallest:g}"
+        needed, what = difference["needed"], f"the difference found of {abs(found):.2g} ({text})"
     else:
-        size, what = smallest, f"a difference of {smallest:g} ({text})"
-    if "changed" in difference:
-        return share_questions_needed(difference["changed"], size, level), what
-    return questions_needed(difference["spread"], size, level), what
+        needed, what = need(smallest), f"a difference of {smallest:g} ({text})"
+        if is_clear(difference) or (needed and needed <= difference["n"]):
+            needed, what = need(smallest - found), f"whether {text} differs by {smallest:g}"
+    return needed and max(needed, difference["n"] + 1), what  # these were too few, whatever a power of 0.8 takes
 
 
 def _contradict(beside: Sequence[Beside]) -> Decision | None:
@@ -188,12 +201,12 @@ def decide_learning(bars: LossBars | None, level: float) -> Decision:
         return Decision(DOES_NOT, f"tuned model and 16-bit base differ by less than {smallest:g}: all of it is rounding")
     if not is_clear(learning) or learning["value"] > -smallest:
         needed, what = _need_for("eval_loss", learning, -1, level)
-        return Decision(CANNOT_TELL, f"it takes about {needed:,} to show, against the 16-bit base, {what}", needed)
+        return _cannot_tell_yet(needed, f"{what}, against the 16-bit base")
     return Decision(HOLDS, "below the 16-bit base too")
 
 
 def describe_rounding(bars: LossBars) -> str:
-    """Say how much of the fall the rounding had cost, as in `0.39 of 0.81, 48 % [45, 52]`."""
+    """Say how much of the fall the rounding had cost, as in `0.39 of 0.81, 48 % [45 %, 52 %]`."""
     rounding, fall = bars["rounding"]["value"], bars["base"]["value"] - bars["tuned"]["value"]
     share = bars["share"]
     text = f"; 16-bit base {format_interval(bars['base_16bit'])}: the 4-bit rounding had cost {rounding:.2f}"

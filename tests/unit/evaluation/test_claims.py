@@ -130,7 +130,9 @@ def test_no_claim_holds_for_a_model_compared_with_itself(closed, forced):
     rows = f"with {QUESTIONS} held-out rows"
     assert found["eval_loss"] == f"{DOES_NOT} {rows}: held-out loss, per trained token differs by less than 0.01"
     letters = found["mcq_letter"]
-    assert not forced or letters.startswith(f"can't tell with {QUESTIONS} questions: it takes about "), "0.01 is not ruled out"
+    assert not forced or letters.startswith(f"can't tell with {QUESTIONS} questions, the likeliest letter: it takes about "), (
+        "0.01 is not ruled out"
+    )
 
 
 def test_claims_about_two_draws_hold_as_rarely_as_the_level_says():
@@ -323,13 +325,13 @@ def bars(rounding, learning, half=0.02):
             0.79,
             -0.02,
             0.03,
-            "can't tell with 40 held-out rows: it takes about 77 to show, against the 16-bit base, the difference",
+            "can't tell with 40 held-out rows: it takes about 77 to show the difference found of 0.02",
         ),
         (
             0.81,
             0.02,
             0.03,
-            "can't tell with 40 held-out rows: it takes about 7,064 to show, against the 16-bit base, a difference",
+            "can't tell with 40 held-out rows: it takes about 7,064 to show a difference of 0.01",
         ),
     ],
 )
@@ -360,10 +362,10 @@ def test_a_16_bit_base_that_was_not_measured_is_named():
 def test_more_precise_is_judged_by_letters_and_not_contradicted():
     better, worse = made(0.2, 0.1, 0.3, n=60), made(-0.2, -0.3, -0.1, n=12)
     for beside, expected in (
-        ({}, "holds with 60 questions"),
-        ({"mcq_accuracy_answered": better, "mcq_likelihood": better}, "holds with 60 questions"),
-        ({"mcq_accuracy_answered": worse}, "can't tell with 60 questions: {} went the other way"),
-        ({"mcq_likelihood": worse}, "can't tell with 60 questions: {} went the other way"),
+        ({}, "holds with 60 questions, the likeliest letter"),
+        ({"mcq_accuracy_answered": better, "mcq_likelihood": better}, "holds with 60 questions, the likeliest letter"),
+        ({"mcq_accuracy_answered": worse}, "can't tell with 60 questions, the likeliest letter: {} went the other way"),
+        ({"mcq_likelihood": worse}, "can't tell with 60 questions, the likeliest letter: {} went the other way"),
     ):
         record = judged_record("mcq_letter", judge({"mcq_letter": better} | beside, {}, {}))
         assert record["verdict"] == expected.format(METRICS[next(iter(beside), "mcq_letter")].text)
@@ -417,14 +419,21 @@ def test_a_difference_too_small_to_matter_is_none_however_clear():
         ({"value": 8.0, "low": -4.0, "high": 20.0, "spread": 30.0, "needed": 111}, 283, "a difference of 5 ("),
         ({"value": 0.0, "low": -12.0, "high": 12.0, "spread": 30.0, "needed": None}, 283, "a difference of 5 ("),
         ({"value": -2.0, "low": -14.0, "high": 10.0, "spread": 30.0, "needed": 1766}, 283, "a difference of 5 ("),
+        ({"value": -8.0, "low": -16.0, "high": 0.1, "spread": 12.0, "needed": 18}, 25, "the difference found of 8 ("),
     ],
-    ids=["found", "found the other way", "nothing found", "found too little"],
+    ids=["found", "found the other way", "nothing found", "found too little", "nearly enough"],
 )
 def test_what_cannot_be_told_says_how_many_questions_it_takes(difference, needed, what):
     record = judged_record("thinking_words", judge({}, {}, {}, forced={"thinking_words": made(n=24, **difference)}))
     text = f"it takes about {needed:,} to show {what}{METRICS['thinking_words'].text})"
     assert record["verdict"] == f"can't tell with 24 questions, forced closing: {text}"
     assert record["needed"] == needed
+
+
+def test_enough_to_show_the_smallest_may_not_rule_it_out():
+    found = made(-0.004, -0.0102, 0.0022, n=1000, spread=0.1, needed=4906)  # 785 would show 0.01
+    record = judged_record("eval_loss", judge({"eval_loss": found}, {}, {}))
+    assert record["needed"] == 2181 and "whether held-out loss, per trained token differs by 0.01" in record["verdict"]
 
 
 def test_of_two_open_metrics_the_one_that_takes_more_is_named():

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 
 from medcot_utils.config import load_config
 from medcot_utils.evaluation.intervals import (
     estimate,
+    estimate_all,
     estimate_share,
     estimate_share_difference,
     exact_p,
     exact_power,
     format_interval,
+    half_questions_needed,
     is_clear,
     mean_of,
     questions_needed,
+    questions_needed_within,
     ratio_of,
     share_questions_needed,
+    share_questions_needed_within,
 )
 
 SETTINGS = load_config("smoke").evaluation  # 95 %, 500 resamples
@@ -229,6 +235,50 @@ def test_mcnemars_test_has_80_percent_power_at_the_needed_number(changed, size):
         clear += exact_p(*columns(0, only_base, only_tuned, neither)) < 0.05
     assert clear / 1500 == pytest.approx(exact_power(n, changed, size), abs=0.035)
     assert exact_power(n, changed, size) >= 0.8 > exact_power(max(6, int(0.75 * n)), changed, size)
+
+
+@pytest.mark.parametrize(("spread", "difference", "margin"), [(0.3, 0.0, 0.1), (1.0, 0.1, 0.2)])
+def test_at_the_needed_number_most_intervals_lie_within_the_margin(spread, difference, margin):
+    n = questions_needed_within(spread, difference, margin)
+    means = np.random.default_rng(5).normal(difference, spread / np.sqrt(n), size=4000)
+    half = 1.96 * spread / np.sqrt(n)
+    # Of a difference of 0 both ends must be within, which happens less often than the one end that is counted.
+    within = ((means - half > -margin) & (means + half < margin)).mean()
+    assert within == pytest.approx(0.8 if difference else 0.6, abs=0.03)
+    assert questions_needed_within(spread, margin, margin) is None and questions_needed_within(0.0, 0.0, margin) is None
+
+
+def test_of_unchanged_shares_wilsons_interval_gives_the_number():
+    settings = SETTINGS
+    for margin in (0.05, 0.1, 0.2):
+        n = share_questions_needed_within(0.0, 0.0, margin)
+        ends = [estimate_share_difference(*columns(k, 0, 0, 0), settings)["high"] for k in (n - 1, n)]
+        assert ends[0] >= margin > ends[1]
+    assert share_questions_needed_within(0.3, 0.1, 0.1) is None
+    assert share_questions_needed_within(0.2, 0.05, 0.1) > share_questions_needed_within(0.1, 0.05, 0.1) > 100
+
+
+def test_the_needed_number_shows_a_majority_in_four_of_five():
+    for share in (0.6, 0.25):
+        n = half_questions_needed(share)
+        right = np.random.default_rng(6).binomial(n, share, size=2000)
+        clear = [not (found["low"] <= 0.5 <= found["high"]) for k in right for found in [wilson(k, n)]]
+        assert np.mean(clear) == pytest.approx(0.8, abs=0.06)
+    assert half_questions_needed(0.5) is None and half_questions_needed(1.0) == 6
+
+
+@cache
+def wilson(k, n):
+    return estimate_share(np.repeat([1, 0], [k, n - k]), 0.95)
+
+
+def test_estimates_from_one_bootstrap_are_those_from_several():
+    values = np.random.default_rng(2).normal(size=(3, 20))
+    values[1, 3] = np.nan
+    several = estimate_all([mean_of(column) for column in values], 20, SETTINGS, 7)
+    for one, column in zip(several, values, strict=True):
+        np.testing.assert_equal(one, estimate(mean_of(column), 20, SETTINGS, 7))
+    assert [one["low"] is None for one in several] == [False, True, False]
 
 
 def test_needed_questions_are_never_too_few_to_show_anything():
