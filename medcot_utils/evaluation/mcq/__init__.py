@@ -11,7 +11,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "compare_mcq",
             "overview",
             "published_scores",
-            "scores_table",
             "seen_in_training",
             "specialty_table",
             "split_seen",

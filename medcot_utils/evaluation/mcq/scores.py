@@ -58,7 +58,7 @@ class PairedMcq(ComparedMetric, PairedCounts):
 def score_answers(records: Sequence[McqAnswer], confidence_level: float = 0.95) -> McqScores:
     """Return the shares of right and abstained answers. Raises ValueError without records."""
     if not records:
-        raise ValueError("no records: run_mcq gives one per question")
+        raise ValueError("no records: run_tasks gives one per question")
     right, abstained = ([int(record[key]) for record in records] for key in ("correct", "abstained"))
     return {
         "n": len(records),
@@ -93,35 +93,28 @@ def _by(records: Sequence[McqAnswer], key: Literal["task", "specialty"]) -> dict
     return groups
 
 
-def scores_table(base: Sequence[McqAnswer], tuned: Sequence[McqAnswer], by: Literal["task", "specialty"]) -> pd.DataFrame:
-    """Return both models' accuracy and abstentions, one line per task or specialty; no line without records.
+def specialty_table(base: Sequence[McqAnswer], tuned: Sequence[McqAnswer]) -> pd.DataFrame | str:
+    """Return both models' strict accuracy and abstentions, one line per specialty with at least FEWEST_QUESTIONS questions.
 
-    Accuracy has its 95 % Wilson interval; lm-eval's standard error stands in a column of its own."""
+    If there is none, return a line that says so. Accuracy has its 95 % Wilson interval; lm-eval's standard error stands in a
+    column of its own."""
     import pandas as pd
 
-    ours, theirs = _by(base, by), _by(tuned, by)
+    ours, theirs = _by(base, "specialty"), _by(tuned, "specialty")
+    chosen = sorted(name for name, records in theirs.items() if name and len(records) >= FEWEST_QUESTIONS)
+    if not chosen:
+        most = max(map(len, theirs.values()), default=0)
+        return f"No table by specialty: none has {FEWEST_QUESTIONS} questions (at most {most}), and fewer can show nothing."
     lines = []
-    for name in sorted(theirs):
-        line: dict[str, str | int] = {by: name, "n": len(theirs[name])}
+    for name in chosen:
+        line: dict[str, str | int] = {"specialty": name, "n": len(theirs[name])}
         for label, records in (("base", ours[name]), ("tuned", theirs[name])):
             share = score_answers(records)["accuracy"]
             line[f"{label}: right"] = format_interval(share)
-            line[f"{label}: stderr"] = "" if share["stderr"] is None else f"{share['stderr']:.2f}"
+            line[f"{label}: stderr"] = f"{share['stderr']:.2f}"
             line[f"{label}: abstained"] = sum(bool(record["abstained"]) for record in records)
         lines.append(line)
-    sides = [f"{label}: {what}" for label in ("base", "tuned") for what in ("right", "stderr", "abstained")]
-    return pd.DataFrame(lines, columns=[by, "n", *sides]).set_index(by)
-
-
-def specialty_table(base: Sequence[McqAnswer], tuned: Sequence[McqAnswer]) -> pd.DataFrame | str:
-    """Return `scores_table` of the specialties with at least FEWEST_QUESTIONS questions, or a line that says there are none."""
-    groups = _by(tuned, "specialty")
-    chosen = {name for name, records in groups.items() if name and len(records) >= FEWEST_QUESTIONS}
-    if not chosen:
-        most = max(map(len, groups.values()), default=0)
-        return f"No table by specialty: none has {FEWEST_QUESTIONS} questions (at most {most}), and fewer can show nothing."
-    ours, theirs = ([record for record in records if record["specialty"] in chosen] for records in (base, tuned))
-    return scores_table(ours, theirs, "specialty")
+    return pd.DataFrame(lines).set_index("specialty")
 
 
 # --- base and tuned --------------------------------------------------------------------------------------------------

@@ -370,6 +370,36 @@ def test_a_batch_too_large_for_the_gpu_is_made_smaller(tiny, contexts, monkeypat
     assert [(one["letter"], one["likelihood"]) for one in found] == [(one["letter"], one["likelihood"]) for one in expected]
 
 
+@pytest.mark.model
+def test_the_adapter_still_counts_once_answering_merged_it():
+    # Answering merges the adapter into float32 weights, in place; the likelihoods are taken of the model that was given.
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from medcot_utils.evaluation.mcq import likelihood
+    from medcot_utils.models.engine import get_engine
+
+    engine = get_engine(CONFIG.model)
+    model, tokenizer = engine.load(CONFIG.model)
+    rows = [likelihood.text_row(question) for question in load_questions("shipped", 5)]
+
+    def values(model):
+        samples = likelihood._evaluate(likelihood.make_harness(engine.for_inference(model), tokenizer, 4), rows)
+        return [value for sample in samples for value, _ in sample["filtered_resps"]]
+
+    base = values(model)
+    tuned = get_peft_model(model, LoraConfig(target_modules=["o_proj", "down_proj"], r=4, lora_alpha=64))
+    torch.manual_seed(1)
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    before = values(tuned)
+    assert max(abs(one - other) for one, other in zip(before, base, strict=True)) > 0.2
+    first = run_tasks(tuned, tokenizer, configured(), "tuned")
+    assert values(tuned) == pytest.approx(before, abs=0.01)
+    assert run_tasks(tuned, tokenizer, configured(), "tuned") == first, "answered again, with the model that was used up"
+
+
 @pytest.mark.embedded
 def test_smollm2_gives_three_consistent_readings(contexts):
     from medcot_utils.models.engine import get_engine

@@ -17,7 +17,6 @@ from medcot_utils.evaluation.mcq.scores import (
     overview,
     published_scores,
     score_answers,
-    scores_table,
     seen_in_training,
     specialty_table,
 )
@@ -63,7 +62,7 @@ def test_no_right_answers_still_have_an_interval_above_zero():
 
 
 def test_the_specialty_table_counts_right_and_abstained_by_model():
-    table = scores_table(records(right=2), records(right=7, abstained=4, label="tuned"), "specialty")
+    table = specialty_table(records(right=2), records(right=7, abstained=4, label="tuned"))
     assert list(table.index) == ["s0", "s1"] and list(table["n"]) == [10, 10]
     low, high = wilson(0.4, 10)
     assert table.loc["s0", "tuned: right"] == f"0.40 [{low:.2f}, {high:.2f}]"
@@ -77,10 +76,7 @@ def of_task(task, *given, **more):
 
 
 def test_each_task_has_its_own_line_and_is_never_pooled():
-    base, tuned = ([*of_task("shipped", 0), *of_task("medqa", right, n=40)] for right in (10, 40))
-    table = scores_table(base, tuned, "task")
-    assert list(table.index) == ["medqa", "shipped"] and list(table["n"]) == [40, 20]
-    assert table.loc["medqa", "tuned: right"].startswith("1.00 [") and table.loc["shipped", "tuned: right"].startswith("0.00 [")
+    tuned = [*of_task("shipped", 0), *of_task("medqa", 40, n=40)]
     assert overview(tuned) == {
         "shipped, strict": "0.00 right of 20 questions, 0.00 abstained",
         "medqa, strict": "1.00 right of 40 questions, 0.00 abstained",
@@ -115,7 +111,6 @@ def test_specialties_of_few_questions_have_no_table():
 
 
 def test_no_questions_give_an_empty_result_without_an_error():
-    assert scores_table([], [], "task").empty and scores_table([], [], "specialty").empty
     assert "no questions asked" in overview([])["multiple choice"]
     assert compare_mcq([], [], set(), SETTINGS) == {} and seen_in_training([], None, None) == set()
     assert set(published_scores([], []).index.get_level_values("task")) == {"medqa"}
