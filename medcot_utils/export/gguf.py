@@ -27,14 +27,13 @@ from medcot_utils.machine import disk
 from medcot_utils.machine.disk import GGUF_CONVERTED, GGUF_QUANTIZED
 from medcot_utils.machine.weight_files import weight_files
 from medcot_utils.models.generation import SAMPLED_TOP_K, complete
-from medcot_utils.models.merging import load_unquantized
 from medcot_utils.models.tokenizer import load_tokenizer_from
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from medcot_utils.run.directory import Run
 
@@ -242,9 +241,9 @@ class GgufCheck(TypedDict):
     seconds: float
 
 
-def verify_gguf(run: Run) -> GgufCheck | None:
-    """Read the GGUF back, compare it with the merged model, and record the artifact `gguf_check`. None, with one line, if
-    export.gguf is null.
+def verify_gguf(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GgufCheck | None:
+    """Read the GGUF back, compare it with the merged model (see `open_merged`), and record the artifact `gguf_check`. None,
+    with one line, if export.gguf is null.
 
     Compared are special tokens, weights, and the first export.check_new_tokens greedy tokens on export.check_prompts held-out
     questions: by llama.cpp if xllamacpp is installed, and by transformers for models below a billion parameters. The check is
@@ -254,10 +253,10 @@ def verify_gguf(run: Run) -> GgufCheck | None:
     if run.config.export.gguf is None:
         print(check_gguf(run.config))
         return None
-    return run.get_or_make("gguf_check", lambda: _check_gguf(run))
+    return run.get_or_make("gguf_check", lambda: _check_gguf(run, model, tokenizer))
 
 
-def _check_gguf(run: Run) -> GgufCheck:
+def _check_gguf(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GgufCheck:
     began, kind, merged, folder = time.perf_counter(), run.config.export.gguf, run.require("merged"), run.require("gguf")
     file = folder / f"model.{kind}.gguf"
     check = GgufCheck(
@@ -267,7 +266,7 @@ def _check_gguf(run: Run) -> GgufCheck:
         exact=kind in ("f32", SIXTEEN_BITS[run.config.export.dtype]),
         special_tokens=special_tokens(file, load_tokenizer_from(merged), embedding_rows(merged)),
         weights=compare_weights(file, merged),
-        greedy=_compare_greedy(run, file, merged),
+        greedy=_compare_greedy(run, file, model, tokenizer),
     )
     return check | {"ok": not _faults(check), "seconds": round(time.perf_counter() - began, 1)}
 
@@ -351,16 +350,14 @@ def _merged_weights(merged: Path) -> Iterator[tuple[str, torch.Tensor]]:
                     yield name, weight
 
 
-def _compare_greedy(run: Run, file: Path, merged: Path) -> list[GreedyAgreement]:
+def _compare_greedy(run: Run, file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[GreedyAgreement]:
     from transformers import AutoModelForCausalLM
 
     config, small = run.config, run.read("plan")["total_parameters"] < RELOAD_PARAMETERS
     questions = [question for question in run.read("questions") if question["scored"]][: config.export.check_prompts]
     prompts = [inference_prompt(question["Question"], config.prompt.newline_after_think) for question in questions]
-    model, tokenizer = load_unquantized(merged, "float32" if small else config.export.dtype)
     settings, found = greedy_settings(config), []
-    expected = [complete(model.eval(), tokenizer, [prompt], settings)[0] for prompt in prompts]
-    del model
+    expected = [complete(model, tokenizer, [prompt], settings)[0] for prompt in prompts]
     if importlib.util.find_spec(RUNTIME) is not None:
         lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
         asked = {"prompts": prompts, "max_tokens": settings.max_new_tokens}
@@ -372,6 +369,7 @@ def _compare_greedy(run: Run, file: Path, merged: Path) -> list[GreedyAgreement]
         found.append(_agreement(said["loader"], ours, theirs, [one["prompt_tokens"] for one in said["answers"]] == lengths))
     if small:
         reloaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32").eval()
+        reloaded.set_attn_implementation(model.config.get_text_config()._attn_implementation)  # one rounding for both
         theirs = [complete(reloaded, tokenizer, [prompt], settings)[0] for prompt in prompts]
         found.append(_agreement("transformers", expected, theirs, True))
     return found

@@ -152,7 +152,8 @@ def _downloads(config: RunConfig, weights: float | None, hub: Path) -> Iterator[
         yield _need("base model", "model cache", paths.cache_dir(), weights, paths.cache_dir())
     elif not Path(model.name).is_dir():
         whole = _DOWNLOADS.get(model.name, weights)
-        yield _need("base model, 16 bits", "Hub cache", hub, whole, _in_hub_cache(hub, "models", model.name))
+        if _reads_16bit_base(config):
+            yield _need("base model, 16 bits", "Hub cache", hub, whole, _in_hub_cache(hub, "models", model.name))
         if model.quantized_name and model.engine != "transformers":
             quantized = _DOWNLOADS.get(model.quantized_name) or _folder_or_hub_bytes(
                 model.quantized_name, model.quantized_revision
@@ -161,6 +162,12 @@ def _downloads(config: RunConfig, weights: float | None, hub: Path) -> Iterator[
             yield _need("base model, 4 bits", "Hub cache", hub, quantized, held)
     if not _shipped(config) and not config.dataset.path:
         yield _need("data set", "Hub cache", hub, 2.5e8, _in_hub_cache(hub, "datasets", config.dataset.name))
+
+
+def _reads_16bit_base(config: RunConfig) -> bool:
+    """Return whether a run may load its 16-bit weights: not if all it does is done with the pre-quantized copy."""
+    copied = config.model.engine == "unsloth" and config.model.load_in_4bit and config.model.quantized_name is not None
+    return not copied or config.export.merge_into == "base_16bit" or config.evaluation.base_16bit_loss
 
 
 def _need(what: str, place: str, folder: Path, size: float | None, held: Path | None = None) -> Need:

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
     Device = int | str  # a GPU's index or `cpu`, as safetensors and accelerate both take it
 
-# Hidden states of a group: those that go into a layer, the pieces that come out, and these joined, with room for one more.
-_COPIES = 4
+# Hidden states of a group: those that go into a layer, the pieces that come out, and these joined; and as much again for the
+# last norm, which computes in float32.
+_COPIES = 6
 
 
 class LayerwiseError(MedcotError):
@@ -108,9 +109,9 @@ def _open_model(folder: Path, kind: torch.dtype, device: Device) -> tuple[PreTra
     for name in weights:
         if not name.startswith(prefix):
             set_module_tensor_to_device(model, name, device, value=weights[name])
-    for name, buffer in model.get_decoder().named_buffers():
-        if buffer.device.type != "meta" and not name.startswith("layers."):
-            set_module_tensor_to_device(model.get_decoder(), name, device)
+    for name, buffer in model.named_buffers():
+        if buffer.device.type != "meta" and not name.startswith(prefix):
+            set_module_tensor_to_device(model, name, device)
     model.tie_weights()
     return model.eval(), weights
 
@@ -159,7 +160,8 @@ def _stream_layers(model: PreTrainedModel, weights: OffloadedWeightsLoader, devi
 
 def _in_pieces(forward: Callable[..., Any], size: int, bar: tqdm) -> Callable[..., Any]:
     """Return a layer's forward that takes `size` rows of its batch at a time and joins what comes out."""
-    from accelerate.utils import concatenate, recursively_apply
+    import torch
+    from accelerate.utils import recursively_apply
 
     def forward_in_pieces(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         rows = len(hidden)
@@ -173,17 +175,21 @@ def _in_pieces(forward: Callable[..., Any], size: int, bar: tqdm) -> Callable[..
             own_args, own_kwargs = recursively_apply(cut, (args, kwargs), slice(at, at + size))
             outputs.append(forward(hidden[at : at + size], *own_args, **own_kwargs))
         bar.update()
-        return concatenate(outputs)
+        if isinstance(outputs[0], tuple):  # hidden states first, as in older families and with Unsloth's patches
+            return torch.cat([output[0] for output in outputs]), *outputs[0][1:]
+        return torch.cat(outputs)
 
     return forward_in_pieces
 
 
-def _decoder_layers(model: PreTrainedModel) -> Any:
-    return model.get_decoder().layers
+def _decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    from torch.nn import ModuleList
+
+    return next(part for part in model.get_decoder().children() if isinstance(part, ModuleList))
 
 
 def _layers_name(model: PreTrainedModel) -> str:
-    return f"{_name_of(model, model.get_decoder())}.layers."
+    return f"{_name_of(model, _decoder_layers(model))}."
 
 
 def _name_of(model: PreTrainedModel, part: torch.nn.Module) -> str:

@@ -27,6 +27,7 @@ from medcot_utils.export.gguf import (
     verify_gguf,
     write_gguf,
 )
+from medcot_utils.export.measured import open_merged
 from medcot_utils.machine import paths
 from medcot_utils.machine.disk import DiskError, gguf_needs
 from medcot_utils.machine.paths import GIB
@@ -53,7 +54,7 @@ def test_a_type_may_be_written_as_llama_cpp_lists_it():
 
 def test_without_a_type_nothing_is_done_and_one_line_says_so(run_factory, capsys):
     run = run_factory()
-    assert save_gguf(run) is None and verify_gguf(run) is None
+    assert save_gguf(run) is None and verify_gguf(run, None, None) is None
     assert set(capsys.readouterr().out.splitlines()) == {"GGUF: none asked for (export.gguf)"}
     assert "gguf" not in run.makes("07_export") and "gguf" in run_factory("export.gguf=f16").makes("07_export")
     assert not (run.path / "gguf").exists()
@@ -217,7 +218,7 @@ def test_a_16_bit_gguf_holds_the_merged_weights_to_the_bit(exported, capsys):
     folder = save_gguf(run)
     assert {file.name for file in folder.iterdir()} == {"model.f16.gguf", "Modelfile"}
     assert "GGUF: f16, by llama.cpp's converter" in capsys.readouterr().out
-    check = verify_gguf(run)
+    check = verify_gguf(run, *open_merged(run))
     require_gguf_agreement(check)
     assert check["exact"] and check["weights"] == {"tensors": 21, "max_difference": 0.0, "relative_error": 0.0}
     assert check["special_tokens"] == {
@@ -230,7 +231,7 @@ def test_a_16_bit_gguf_holds_the_merged_weights_to_the_bit(exported, capsys):
     llama_cpp, transformers = check["greedy"]
     assert llama_cpp["loader"].startswith("llama.cpp (xllamacpp 20") and llama_cpp["same_prompt_tokens"]
     assert transformers["loader"] == "transformers" and transformers["same"] == transformers["prompts"] == 3
-    assert save_gguf(run) == folder and verify_gguf(run) == check, "made before, not again"
+    assert save_gguf(run) == folder and verify_gguf(run, None, None) == check, "made before, not again"
     # Another weight, and the check tells.
     other = compare_weights(folder / "model.f16.gguf", altered(run.require("merged"), run.path / "altered"))
     assert other["max_difference"] == pytest.approx(0.5, abs=0.01)
@@ -251,7 +252,7 @@ def test_a_quantized_file_is_smaller_and_its_distance_measured(exported):
     run = exported("export.gguf=q4_k_m")
     folder = save_gguf(run)
     assert {file.name for file in folder.iterdir()} == {"model.q4_k_m.gguf", "Modelfile"}, "the 16-bit one is gone"
-    check = verify_gguf(run)
+    check = verify_gguf(run, *open_merged(run))
     require_gguf_agreement(check)
     assert not check["exact"] and 0.01 < check["weights"]["relative_error"] < 0.2
     for one in check["greedy"]:

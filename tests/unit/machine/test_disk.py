@@ -60,6 +60,25 @@ def test_the_articles_needs_include_downloads_and_checkpoints(tmp_path, monkeypa
     assert {need.place for need in found.values()} == {"Hub cache", "run directory"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "counted"),
+    [
+        ([], True),
+        (["model.engine=unsloth"], True),
+        (["export.merge_into=dequantized_4bit"], True),  # `auto` may answer with 16-bit weights, on a GPU with room
+        (["model.engine=unsloth", "export.merge_into=dequantized_4bit"], False),
+        (["model.engine=unsloth", "export.merge_into=dequantized_4bit", "evaluation.base_16bit_loss=true"], True),
+        (["model.engine=unsloth", "export.merge_into=dequantized_4bit", "model.load_in_4bit=false"], True),
+        (["model.engine=unsloth", "export.merge_into=dequantized_4bit", "model.quantized_name=null"], True),
+    ],
+)
+def test_the_16_bit_base_counts_where_it_may_be_loaded(settings, counted, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_hub_cache", lambda: tmp_path / "hub")
+    config = load_config("article", settings)
+    for wanted in (needs(config, tmp_path / "run"), still_to_export(config, tmp_path / "run", 8e9)):
+        assert ("base model, 16 bits" in by_name(wanted)) is counted
+
+
 def test_only_the_cached_model_itself_lowers_the_disk_need(tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "_hub_cache", lambda: tmp_path)
     before = by_name(needs(ARTICLE, tmp_path / "run"))["base model, 4 bits"].gib

@@ -104,6 +104,22 @@ def test_a_group_takes_half_of_the_free_memory(monkeypatch):
     assert layerwise._split_into_groups([50, 100], model, "cpu") == [[1], [0]]
 
 
+def test_a_layer_that_gives_more_than_hidden_states_is_joined():
+    from tqdm import tqdm
+
+    seen = []
+
+    def layer(hidden, mask, positions=None, cache=None):
+        seen.append((tuple(hidden.shape), tuple(mask["full"].shape), tuple(positions[0].shape), cache))
+        return hidden + mask["full"], None
+
+    hidden, mask = torch.arange(10.0).view(5, 2), torch.arange(10.0).view(5, 2)
+    forward = layerwise._in_pieces(layer, 2, tqdm(disable=True))
+    joined, more = forward(hidden, {"full": mask}, positions=(torch.zeros(1, 2),), cache=None)
+    assert torch.equal(joined, hidden + mask) and more is None
+    assert seen == [((size, 2), (size, 2), (1, 2), None) for size in (2, 2, 1)], "what is one for all stays whole"
+
+
 @pytest.mark.parametrize("fits", [True, False])
 def test_a_model_that_does_not_fit_goes_layer_by_layer(rows, monkeypatch, fits):
     asked = []
