@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DIFFERS = "differs between machines"
 _WIDTH = 140
-_NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 6: "six", 8: "eight"}
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _READINGS = {"as they answer": "metrics", "forced closing": "forced"}
 _MERGED_INTO = {"base_16bit": "the 16-bit base", "dequantized_4bit": "the unpacked 4-bit weights"}
 
@@ -118,7 +118,7 @@ def _of_merged(text: _Text) -> list[str]:
     if any(f"merged model/{one['metric']}" in text.differing for one in merged["verdicts"]):
         return [f"Whether the merged model, which people load, behaves as what was measured {DIFFERS}."]
     said = merged["summary"].partition(": ")[2]
-    if said == "yes":
+    if said.startswith("yes"):
         return ["The merged model, which people load, behaves as what was measured."]
     if said.startswith("no"):
         return ["The merged model, which people load, does not behave as what was measured."]
@@ -288,7 +288,7 @@ def _filled(paragraph: str) -> str:
 
 
 def _count(n: int) -> str:
-    return _NUMBERS.get(n, str(n))
+    return _NUMBERS[n] if n < len(_NUMBERS) else str(n)
 
 
 def _listed(parts: Sequence[str]) -> str:
