@@ -184,10 +184,10 @@ def _print_status(found: Status, run_dir: Path) -> None:
 def _metrics_table(found: Status) -> Table:
     from medcot_utils.evaluation.comparison import metric_lines
 
-    lines = {name: (line.metric.label, line) for name, line in zip(found["metrics"], metric_lines(found["metrics"]), strict=True)}
-    for name, line in zip(found["forced"], metric_lines(found["forced"]), strict=True):
+    lines = {name: (line.metric.label, line) for name, line in metric_lines(found["metrics"]).items()}
+    for name, line in metric_lines(found["forced"]).items():
         lines[f"{name}, forced"] = (f"{line.metric.label}, with forced closing", line)
-    merged = {name: line.tuned for name, line in zip(found["merged"], metric_lines(found["merged"]), strict=True)}
+    merged = {name: line.tuned for name, line in metric_lines(found["merged"]).items()}
     columns = ["metric", "base", "tuned", *(["merged"] if merged else []), "difference", "verdict"]
     table = Table(*columns, title="before and after", title_justify="left")
     for name, (label, line) in lines.items():

@@ -154,16 +154,16 @@ class MetricLine:
     verdict: str
 
 
-def metric_lines(metrics: Metrics, labels: Labels = LABELS) -> list[MetricLine]:
-    """Return a line for every metric: values with their intervals, and the verdict. `labels`: what the models are called."""
-    return [
-        MetricLine(
+def metric_lines(metrics: Metrics | None, labels: Labels = LABELS) -> dict[str, MetricLine]:
+    """Return a line for every metric by its name: values with their intervals, and the verdict; none without metrics."""
+    return {
+        name: MetricLine(
             METRICS[name],
             *(format_side(metric, side) for side in ("base", "tuned", "difference")),
             verdict(name, metric, labels),
         )
-        for name, metric in metrics.items()
-    ]
+        for name, metric in (metrics or {}).items()
+    }
 
 
 def count_of(name: str, n: int) -> str:
@@ -284,7 +284,8 @@ def metrics_table(metrics: Metrics, forced: Metrics | None = None, labels: Label
     tables = {}
     for reading, measured in {BY_THEMSELVES: metrics, FORCED: forced or {}}.items():
         lines = {
-            line.metric.label: [line.base, line.tuned, line.difference, line.verdict] for line in metric_lines(measured, labels)
+            line.metric.label: [line.base, line.tuned, line.difference, line.verdict]
+            for line in metric_lines(measured, labels).values()
         }
         columns = [*labels, "difference", "verdict"]
         tables[reading] = pd.DataFrame.from_dict(lines, orient="index", columns=columns).rename_axis("metric")

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from medcot_utils import plots
 from medcot_utils.config import RunConfig, setting_names
 from medcot_utils.evaluation.claims import CANNOT_TELL
-from medcot_utils.evaluation.comparison import MetricLine, compare_all, metric_lines
+from medcot_utils.evaluation.comparison import LABELS, MetricLine, compare_all, metric_lines
 from medcot_utils.evaluation.grades import describe_grades, summarize_grades
 from medcot_utils.evaluation.intervals import format_interval
+from medcot_utils.evaluation.merged import LABELS as MERGED_LABELS
 from medcot_utils.evaluation.merged_column import describe_merged, read_merged
 from medcot_utils.evaluation.metrics import METRICS, Metric
 from medcot_utils.evaluation.scored_set import AnsweredQuestion
@@ -185,7 +186,8 @@ def _tables(measured: Measured, merged: MergedMeasured | None) -> dict[str, list
 
 
 def _rows(*readings: Metrics | None) -> list[_Row]:
-    lines = [dict(zip(metrics or {}, metric_lines(metrics or {}), strict=True)) for metrics in readings]
+    labels = (LABELS, LABELS, MERGED_LABELS, MERGED_LABELS)
+    lines = [metric_lines(metrics, names) for metrics, names in zip(readings, labels, strict=False)]
     lines += [{}] * (4 - len(lines))
     return [_Row(METRICS[name], *(of.get(name) for of in lines)) for name in METRICS if any(name in of for of in lines[:2])]
 
@@ -261,7 +263,7 @@ def _tuned_compared(shown: Sequence[ShownRun]) -> _TunedCompared:
     # The embedding model is not loaded again for this.
     settings = first.run.config.evaluation.model_copy(update={"embedding_model": None})
     compared = compare_all(questions, losses, settings, first.run.config.seed)
-    lines = zip(*(metric_lines(metrics) for metrics in compared.values()), strict=True)
+    lines = zip(*(metric_lines(metrics).values() for metrics in compared.values()), strict=True)
     return _TunedCompared(len(keys), _percent(first.run), labels, bool(losses), [*lines])
 
 

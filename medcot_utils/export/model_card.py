@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from medcot_utils.config import RunConfig
 from medcot_utils.data.words import guess_language
-from medcot_utils.evaluation.comparison import MetricLine, metric_lines
+from medcot_utils.evaluation.comparison import metric_lines
 from medcot_utils.evaluation.intervals import format_interval
+from medcot_utils.evaluation.merged import LABELS as MERGED_LABELS
 from medcot_utils.evaluation.merged_column import describe_merged, read_merged
 from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.models.embedded import PREFIX, describe_model, find_hub_address
@@ -20,7 +21,7 @@ from medcot_utils.run.sources import with_commits_used
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-    from medcot_utils.evaluation.comparison import Measured, Metrics
+    from medcot_utils.evaluation.comparison import Measured
     from medcot_utils.evaluation.merged import MergedMeasured
     from medcot_utils.run.directory import Run
 
@@ -74,13 +75,13 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         licence=license_data.get("license_name", license_data["license"]),
         source=_data_source(config),
         language=language,
-        metrics=_lines(measured["metrics"]),
-        forced=_lines(measured.get("forced", {})),
+        metrics=metric_lines(measured["metrics"]),
+        forced=metric_lines(measured.get("forced")),
         losses=measured.get("losses"),
         readings=measured.get("mcq_readings", []),
         merged=merged,
-        merged_metrics=_lines(merged["metrics"] if merged else {}),
-        merged_forced=_lines(merged.get("forced", {}) if merged else {}),
+        merged_metrics=metric_lines(merged["metrics"] if merged else None, MERGED_LABELS),
+        merged_forced=metric_lines(merged.get("forced") if merged else None, MERGED_LABELS),
         merged_line=describe_merged(run),
         merged_into=_MERGED_INTO[check.get("merge_into", config.export.merge_into)],
         names=METRICS,
@@ -100,10 +101,6 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         repeats_dropped=report["repeats_dropped"],
     )
     return str(card)
-
-
-def _lines(metrics: Metrics) -> dict[str, MetricLine]:
-    return dict(zip(metrics, metric_lines(metrics), strict=True))
 
 
 def find_language(config: RunConfig, texts: Iterable[str]) -> str | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from medcot_utils.evaluation.claims import CANNOT_TELL, DOES_NOT, HOLDS
 from medcot_utils.evaluation.comparison import metric_lines, verdict
 from medcot_utils.evaluation.intervals import format_interval, is_clear
+from medcot_utils.evaluation.merged import LABELS as MERGED_LABELS
 from medcot_utils.evaluation.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def _loss(text: _Text) -> str:
 
 
 def _answers(text: _Text) -> str:
-    natural, forced = (_lines(text.metrics(reading)) for reading in _READINGS)
+    natural, forced = (metric_lines(text.metrics(reading)) for reading in _READINGS)
     head = ["metric", "base", "tuned", "difference", "verdict"]
     if forced:
         head += ["forced: base", "forced: tuned", "forced: difference", "forced: verdict"]
@@ -238,7 +239,7 @@ def _merged(text: _Text) -> str:
         return "The merged model was not measured."
     into = f"The adapter was merged into {_MERGED_INTO[text.demo['settings']['merge_into']]}. "
     unasked = f" Its answers were not measured: {merged['not_measured']}." if merged["not_measured"] else ""
-    lines = _lines(merged["metrics"])
+    lines = metric_lines(merged["metrics"], MERGED_LABELS)
     rows = [(line.metric.label, line.base, line.tuned, line.difference, line.verdict) for line in lines.values()]
     judged = [
         f"- {one['about']}, by {METRICS[one['metric']].text}: {text.verdict('merged model/' + one['metric'], one['verdict'])}"
@@ -272,10 +273,6 @@ def _conclusions(text: _Text) -> str:
 
 
 # --- Markdown ----------------------------------------------------------------------------------------------------------
-
-
-def _lines(metrics: Metrics) -> dict[str, MetricLine]:
-    return dict(zip(metrics, metric_lines(metrics), strict=True))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -206,7 +206,7 @@ def test_tuned_models_are_compared_on_the_shared_questions(tmp_path):
     by_name = {line[0]: line[1:] for line in lines}
     assert by_name["answers written as a list (share)"][3] == "rose"
     for name, text in (("answer_words", "length of the answer (words)"), ("bullet_rate", "answers written as a list (share)")):
-        b, c = (metric_lines({name: expected[run][name]})[0] for run in "bc")
+        b, c = (metric_lines({name: expected[run][name]})[name] for run in "bc")
         assert by_name[text] == [b.base, *(value for line in (b, c) for value in (line.tuned, line.difference, line.verdict))]
     assert by_name["thinking closed once, text on both sides (share)"][6] == "fell, worse"
 

@@ -15,7 +15,7 @@ from medcot_utils.models.growing_cache import PagedLayer, generate_in_turns, mak
 
 BUDGET, ANSWER = 90, 40
 CONFIG = load_config("smoke", ["model.load_in_4bit=false"])
-PROMPTS = ["Why fever?", "Which valve is most often affected, and which murmur is heard? " * 3, "Dose?", "A stiff neck: what first?"]
+PROMPTS = ["Why fever?", "Which valve is most often affected, and which murmur is heard? " * 3, "Dose?", "What first?"]
 
 
 @pytest.fixture(scope="module")
