@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 from medcot_utils.config import EvaluationSettings
-from medcot_utils.evaluation.claims import CANNOT_TELL, SMALLEST
 from medcot_utils.evaluation.comparison import (
     Labels,
     Metrics,
@@ -18,6 +17,7 @@ from medcot_utils.evaluation.comparison import (
     metrics_table,
     verdict,
 )
+from medcot_utils.evaluation.decisions import CANNOT_TELL, SMALLEST
 from medcot_utils.evaluation.intervals import FEWEST_QUESTIONS, questions_needed_within, share_questions_needed_within
 from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.evaluation.scored_set import force_closing
