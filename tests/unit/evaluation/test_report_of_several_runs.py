@@ -9,7 +9,7 @@ import pytest
 from made_up_runs import ATTACK, CONFIG, QUESTIONS, Tags, fill
 
 from medcot_utils.config import load_config
-from medcot_utils.evaluation.comparison import compare_all, format_side, verdict
+from medcot_utils.evaluation.comparison import compare_all, metric_lines
 from medcot_utils.evaluation.report import build_report
 from medcot_utils.evaluation.scored_set import pair_answers
 from medcot_utils.run.directory import Run
@@ -199,18 +199,15 @@ def test_tuned_models_are_compared_on_the_shared_questions(tmp_path):
     common = [f"row-{n}" for n in range(3, 20) if n != 4]
     assert f"{len(common)} questions that all runs asked and scored and that no run trained on" in text_of(page)
     answers = {run.path.name: [r for r in run.read("tuned_answers") if r["id"] in common and r["sample"] == 0] for run in runs}
-    asked = [{"id": identity, "Question": "Which nerve?", "Response": "The vagus."} for identity in common]
+    asked = [question for question in questions if question["id"] in common]
     expected = compare_all(pair_answers(asked, answers), [], runs[0].config.evaluation, runs[0].config.seed)
     head, *lines = table(page, "tuned")
     assert head == ["metric", "tuned, a", "tuned, b", "difference", "verdict", "tuned, c", "difference", "verdict"]
     by_name = {line[0]: line[1:] for line in lines}
     assert by_name["answers written as a list (share)"][3] == "rose"
     for name, text in (("answer_words", "length of the answer (words)"), ("bullet_rate", "answers written as a list (share)")):
-        b, c = expected["b"][name], expected["c"][name]
-        cells = [format_side(b, "base")]
-        for metric in (b, c):
-            cells += [format_side(metric, "tuned"), format_side(metric, "difference"), verdict(name, metric)]
-        assert by_name[text] == cells
+        b, c = (metric_lines({name: expected[run][name]})[0] for run in "bc")
+        assert by_name[text] == [b.base, *(value for line in (b, c) for value in (line.tuned, line.difference, line.verdict))]
     assert by_name["thinking closed once, text on both sides (share)"][6] == "fell, worse"
 
 
