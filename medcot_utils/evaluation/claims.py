@@ -141,7 +141,7 @@ def _of_answers(claim: Claim, answered: Metrics, forced: Metrics | None, sampled
         reading = "as they answer, on the questions that both models answered"
         return Evidence(reading, " that both answered", answered, claim.expected, [in_samples])
     by_themselves = Beside("on the questions that both answered by themselves", answered, claim.expected)
-    shown = "no question was answered by both by themselves"
+    shown = "none was answered by both models by themselves"
     if claim.expected.keys() <= answered.keys():
         shown = f"the {fewest(claim.expected, answered)} that both answered by themselves: {_values(claim.expected, answered)}"
     reading = f"{FORCED}, on all scored questions"

@@ -235,7 +235,7 @@ def test_what_both_answered_themselves_must_not_contradict(metric):
         answered = {} if beside is None else {name: made(beside, beside - 1, beside + 1, n=9) for name in names}
         record = judged_record(metric, judge({}, answered, {}, forced=forced))
         assert outcome(record) == expected and record["n"] == 20 and record["reading"].startswith("forced closing")
-        none = "no question was answered by both by themselves"
+        none = "none was answered by both models by themselves"
         assert (record["answered_result"] == none) is (beside is None)
         assert beside is None or record["answered_result"].startswith("the 9 that both answered by themselves: 1.00 [")
     text = METRICS[metric].text
