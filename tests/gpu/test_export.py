@@ -87,3 +87,58 @@ def test_a_model_that_filled_the_gpu_makes_room_for_the_next(wide_llama, adapter
     assert torch.cuda.memory_allocated() < held
     with torch.inference_mode():
         engine.for_inference(trained)(**inputs)
+
+
+def test_the_loss_of_a_model_larger_than_the_gpu_goes_layer_by_layer(wide_llama, small_gpu):
+    import torch
+    from datasets import Dataset
+
+    from medcot_utils.models import layerwise
+    from medcot_utils.models.losses import row_losses
+    from medcot_utils.models.merging import load_unquantized
+
+    torch.manual_seed(1)
+    texts = [torch.randint(5, 1000, (length,)).tolist() for length in (200, 37, 80, 5, 120)]
+    rows = Dataset.from_list([{"id": i, "input_ids": ids, "labels": ids} for i, ids in enumerate(texts)])
+    torch.cuda.reset_peak_memory_stats()
+    found = layerwise.unquantized_losses(wide_llama, None, "bfloat16", rows, 2, "base")
+    weights = sum(file.stat().st_size for file in Path(wide_llama).glob("*.safetensors"))
+    assert torch.cuda.max_memory_allocated() < 0.7 * weights
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    expected = row_losses(load_unquantized(wide_llama, "bfloat16")[0], rows, 2, "base")
+    assert [one["nll"] for one in found] == pytest.approx([one["nll"] for one in expected], rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dequantized_weights_are_those_of_the_loaded_model_on_a_gpu(dtype, make_config):
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    from medcot_utils.models import transformers_engine
+
+    settings = make_config(f"model.dtype={dtype}").model
+    model, base = transformers_engine.load(settings)[0], transformers_engine.open_dequantized(settings)
+    layers = {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    assert len(layers) == 56
+    for name, weight in layers.items():
+        assert torch.equal(base.weights[f"{name}.weight"][:], dequantize_4bit(weight.data, weight.quant_state).cpu())
+
+
+def test_two_gpus_share_a_model_that_one_does_not_hold(wide_llama, small_gpu):
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    from medcot_utils.models.merging import load_unquantized
+
+    weights = sum(file.stat().st_size for file in Path(wide_llama).glob("*.safetensors"))
+    total = torch.cuda.get_device_properties(1).total_memory
+    torch.cuda.set_per_process_memory_fraction(weights / total, 1)
+    try:
+        model, tokenizer = load_unquantized(wide_llama, "bfloat16")
+        assert set(model.hf_device_map.values()) == {0, 1}
+        inputs = tokenizer(["A man with chest pain and"], return_tensors="pt").to("cuda")
+        assert model.generate(**inputs, max_new_tokens=4).shape[1] > inputs["input_ids"].shape[1]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 1)
