@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,10 +86,13 @@ def _look_up(settings: ModelSettings) -> _Found | None:
     return _Found(Path(config), [file.rfilename for file in info.siblings or []])
 
 
-def check_answers(config: RunConfig) -> str:
+def check_answers(config: RunConfig, mcq_prompts: Sequence[str] = ()) -> str:
     """Return one line on how the held-out questions and their answers under forced closing fit the model's context.
 
     The network is asked for rows alone: of a model on the Hub that is read which its cache holds. An embedded model is made.
+
+    Args:
+        mcq_prompts: those of the multiple-choice questions, which must fit with evaluation.mcq_max_new_tokens more.
 
     Raises:
         GenerationError: as `check_context` does."""
@@ -100,8 +104,10 @@ def check_answers(config: RunConfig) -> str:
     _, held_out = split_rows(validate_rows(load_rows(config.dataset))[0], config.dataset, config.seed)
     questions = choose_questions(held_out, config.evaluation.num_questions)
     prompts = [inference_prompt(question["Question"], config.prompt.newline_after_think) for question in questions]
-    budgets = config.generation.max_new_tokens, config.evaluation.answer_tokens or 0
-    return check_context(AutoConfig.from_pretrained(source), tokenizer, prompts, *budgets)
+    context, settings = AutoConfig.from_pretrained(source), config.evaluation
+    if mcq_prompts:
+        check_context(context, tokenizer, mcq_prompts, settings.mcq_max_new_tokens, 0, "evaluation.mcq_max_new_tokens")
+    return check_context(context, tokenizer, prompts, config.generation.max_new_tokens, settings.answer_tokens or 0)
 
 
 def _find_cached(settings: ModelSettings) -> Path | None:

@@ -41,6 +41,7 @@ def checks(config: RunConfig, run_dir: Path | None, online: bool = True) -> dict
     # Here, because doctor must work where only a part of the stack is installed.
     from medcot_utils.data.rows import check_data
     from medcot_utils.evaluation.comparison import check_questions
+    from medcot_utils.evaluation.mcq.run import list_prompts
     from medcot_utils.export.gguf import check_gguf
     from medcot_utils.export.hub.push import check_hub
     from medcot_utils.models.checks import check_answers, check_model, is_at_hand
@@ -58,7 +59,10 @@ def checks(config: RunConfig, run_dir: Path | None, online: bool = True) -> dict
         "training": (here, lambda: check_schedule(config.training)),
         "data": (with_data, lambda: check_data(config)),
         "questions": (bool(asked), lambda: check_questions(asked)),
-        "answers": (forced and here and (online or (with_model and with_data)), lambda: check_answers(config)),
+        "answers": (
+            forced and here and (online or (with_model and with_data)),
+            lambda: check_answers(config, list_prompts(asked) if asked else ()),
+        ),
         "tracker": (here, lambda: check_tracker(config)),  # may ask for a key, which papermill's kernels cannot
         "hub": (here and online, lambda: check_hub(config)),
         "gguf": (here, lambda: check_gguf(config)),
