@@ -37,12 +37,11 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1)
     parser.add_argument("--profile", default="demo")
     parser.add_argument("--runs", type=Path, help="where the runs are kept; a temporary folder if not given")
+    parser.add_argument("--commit", help="that of the code, if this is no git checkout")
     options = parser.parse_args()
     folder = options.runs or Path(tempfile.mkdtemp())
     with ThreadPoolExecutor(options.at_once) as pool:
-        for name, found in zip(
-            options.only, pool.map(lambda name: run_in(name, folder, options.profile), options.only), strict=True
-        ):
+        for name, found in zip(options.only, pool.map(lambda name: run_in(name, folder, options), options.only), strict=True):
             machines = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else empty()
             machines["environments"][f"{options.name}, {name}"] = found
             options.out.write_text(json.dumps(machines, indent=1) + "\n", encoding="utf-8")
@@ -56,13 +55,13 @@ def empty() -> results.Machines:
     return {"what": "the demo's verdicts in several environments (benchmarks/machines.py)", "environments": {}}
 
 
-def run_in(name: str, folder: Path, profile: str) -> results.Environment:
+def run_in(name: str, folder: Path, options: argparse.Namespace) -> results.Environment:
     """Run the series in one environment, and return what it found. Raises CalledProcessError if it fails."""
     run_dir = folder / name.replace(" ", "-").replace(",", "")
-    command = [sys.executable, "-m", "medcot_utils", "run", "--profile", profile, "--run-dir", str(run_dir)]
+    command = [sys.executable, "-m", "medcot_utils", "run", "--profile", options.profile, "--run-dir", str(run_dir)]
     with (folder / f"{run_dir.name}.log").open("w", encoding="utf-8") as log:
         subprocess.run(command, env=os.environ | ENVIRONMENTS[name], stdout=log, stderr=subprocess.STDOUT, check=True)
-    demo = results.collect(Run.open(run_dir))
+    demo = results.collect(Run.open(run_dir), options.commit)
     return {
         "commit": demo["commit"],
         "machine": demo["machine"],

@@ -86,12 +86,14 @@ class Machines(TypedDict):
 # --- collect -----------------------------------------------------------------------------------------------------------
 
 
-def collect(run: Run) -> Demo:
-    """Return a finished run's numbers. Raises RunError if an artifact that it reads is missing."""
+def collect(run: Run, commit: str | None = None) -> Demo:
+    """Return a finished run's numbers, with the commit that made them: that of the checkout if it is not given.
+
+    Raises RunError if an artifact that it reads is missing."""
     config, machine, steps = run.config, run.read("machine"), run.manifest()["steps"]
     plan = run.read("plan")
     return {
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "machine": {"processor": machine.get("processor", machine["system"]), "cores": machine["cpu_cores"]},
         "seconds": {name: round(steps[name]["seconds"], 1) for name in STEPS},
         "peak_memory_mb": max(steps[name]["peak_memory_mb"] or 0 for name in STEPS),
