@@ -10,12 +10,13 @@ from medcot_utils.config import setting_names
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS
 from medcot_utils.run.directory import Run
 
-ANSWERS = {"base_answers", "tuned_answers"}
+ANSWERS = {"base_answers", "tuned_answers", "merged_answers"}
+METRICS = {"metrics", "merged_metrics"}
 DATA = {"train_rows", "held_out_rows", "data_report"}
 
 # Setting, and every artifact whose own content it changes, by the meaning of each: written by hand, not taken from layout.
 BY_SETTING = [
-    ("generation.max_new_tokens=25", {"base_answers", "tuned_answers"}),
+    ("generation.max_new_tokens=25", ANSWERS),
     ("prompt.newline_after_think=false", {*ANSWERS, "base_mcq", "tuned_mcq", "export_check", "gguf", "gguf_check", *DATA}),
     ("lora.r=8", {"plan", "adapter", "training_log"}),
     ("training.learning_rate=1e-4", {"plan", "adapter", "training_log"}),
@@ -26,25 +27,29 @@ BY_SETTING = [
     ("training.batch_plan=as_set", set()),
     ("training.padding=padded", set()),
     ("dataset.loss_on=full", {"questions", "model_card", *DATA}),
-    ("evaluation.n_resamples=600", {"metrics"}),
-    ("evaluation.num_questions=5", {"questions", "metrics"}),
-    ("evaluation.n_samples=3", {"base_answers", "tuned_answers", "metrics"}),
-    ("evaluation.mcq_limit=2", {"base_mcq", "tuned_mcq", "metrics"}),
-    ("export.dtype=bfloat16", {"merged", "export_check", "gguf_check"}),
+    ("evaluation.n_resamples=600", METRICS),
+    ("evaluation.num_questions=5", {"questions", *METRICS}),
+    ("evaluation.n_samples=3", {"base_answers", "tuned_answers", *METRICS}),  # the merged model answers greedily alone
+    ("evaluation.mcq_limit=2", {"base_mcq", "tuned_mcq", *METRICS}),
+    ("evaluation.answer_tokens=8", {*ANSWERS, "base_mcq", "tuned_mcq", *METRICS}),
+    ("evaluation.merged_questions=2", {"merged_answers", *METRICS}),
+    ("export.dtype=bfloat16", {"merged", "export_check", "merged_answers", "merged_loss", "gguf_check"}),
+    ("export.merge_into=dequantized_4bit", {"merged"}),
     ("export.check_prompts=2", {"export_check", "gguf_check"}),
     ("export.check_rows=2", {"export_check"}),
     ("export.gguf=q8_0", {"gguf", "gguf_check"}),
     (
         "model.max_seq_length=512",
-        {*ANSWERS, "base_mcq", "tuned_mcq", "plan", "adapter", "training_log", "held_out_loss", "merged", "gguf", *DATA},
+        {"base_answers", "tuned_answers", "base_mcq", "tuned_mcq", "plan", "adapter", "training_log", "held_out_loss"}
+        | {"base_16bit_loss", "merged", "gguf", *DATA},
     ),
 ]
 BY_INPUT = [
-    ("questions", {"base_answers", "tuned_answers", "metrics", "export_check", "gguf_check", *DATA}),
+    ("questions", {*ANSWERS, *METRICS, "export_check", "gguf_check", *DATA}),
     ("train_rows", {"plan", "adapter", "training_log", "metrics"}),
-    ("held_out_rows", {"adapter", "training_log", "held_out_loss", "export_check"}),
+    ("held_out_rows", {"adapter", "training_log", "held_out_loss", "base_16bit_loss", "export_check", "merged_loss"}),
     ("adapter", {"held_out_loss", "tuned_answers", "tuned_mcq", "merged", "export_check"}),
-    ("merged", {"export_check", "gguf", "gguf_check"}),
+    ("merged", {"export_check", "merged_answers", "merged_loss", "gguf", "gguf_check"}),
     ("base_answers", {"metrics", "report"}),
     ("metrics", {"report", "model_card"}),
     ("report", set()),
@@ -92,7 +97,9 @@ def test_an_optional_artifact_makes_its_step_stale_if_requested(run_factory, con
         for name in run.makes(step):
             run.write(name, content(name))
         run.record_step(step, state="done")
-    assert {"gguf", "gguf_check"} == set(ARTIFACTS) - set(run.manifest()["artifacts"])
+    optional = {name for name, artifact in ARTIFACTS.items() if artifact.when}
+    assert {"base_16bit_loss", "merged_answers", "merged_loss", "merged_metrics", "gguf", "gguf_check"} == optional
+    assert set(ARTIFACTS) - set(run.manifest()["artifacts"]) == optional
     assert {run.step_state(step) for step in STEPS} == {"done"}
     asked = run_factory("export.gguf=f16")
     assert {step for step in STEPS if asked.step_state(step) == "stale"} == {"01_setup", "07_export"}
@@ -101,9 +108,9 @@ def test_an_optional_artifact_makes_its_step_stale_if_requested(run_factory, con
 def test_new_generation_settings_redo_answers_but_not_training(run_factory, write_all, content):
     write_all(run_factory())
     run = run_factory("generation.max_new_tokens=25")
-    for name in ("base_answers", "tuned_answers"):
+    for name in ANSWERS:
         run.write(name, content(name, "second"))
-    assert stale(run) == {"metrics", "report", "machine"}
+    assert stale(run) == {*METRICS, "report", "machine"}
     assert run.is_fresh("train_rows") and run.is_fresh("adapter")
 
 
