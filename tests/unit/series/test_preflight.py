@@ -167,8 +167,8 @@ def test_notebook_01_shows_preflights_lines():
     notebook = json.loads((HOME / "notebooks" / "01_setup.ipynb").read_text(encoding="utf-8"))
     code = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
     assert "preflight(config, run_dir)" in code
-    shown = set(re.findall(r'checks\["(\w+)"\]', code))
-    assert shown == {"data", "questions", "tracker", "hub", "gguf"}
+    shown = set(re.findall(r'checks\["(\w+)"\]', code)) | set(re.findall(r'"(\w+)"[,)](?=.* if name in checks)', code))
+    assert shown == {"data", "questions", "answers", "tracker", "hub", "gguf"}
     assert "resolve_profile(PROFILE)" in code and "disk_table(config, run_dir)" in code, "the other two, in sections of their own"
 
 
