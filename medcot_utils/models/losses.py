@@ -67,14 +67,18 @@ def batch_losses(model: PreTrainedModel, batch: Sequence[TokenizedRow], device: 
     import torch
 
     ids, labels, mask = (tensor.to(device) for tensor in _pad_right(batch))
+    positions, keep = torch.arange(ids.shape[1] - 1, device=device), {}
+    if ids.device.type == "cpu":  # there logits take a quarter of the time
+        positions = (labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(1)
+        keep = {"logits_to_keep": positions}
     with torch.inference_mode():
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
     found = []
-    for own_logits, own_labels in zip(logits, labels, strict=True):
-        wanted = own_labels[1:] != -100
+    for own_logits, own_labels in zip(logits, labels[:, positions + 1], strict=True):
+        wanted = own_labels != -100
         # Only the label positions become float32: a full copy of the logits would be the largest tensor of the step.
-        picked = own_logits[:-1][wanted].float()
-        nll = torch.nn.functional.cross_entropy(picked, own_labels[1:][wanted], reduction="sum")
+        picked = own_logits[: len(wanted)][wanted].float()
+        nll = torch.nn.functional.cross_entropy(picked, own_labels[wanted], reduction="sum")
         found.append((float(nll), int(wanted.sum())))
     return found
 

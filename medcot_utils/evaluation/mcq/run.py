@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 TASK_NAMES = ("shipped", "medqa", "medmcqa", "pubmedqa")
 
-AUTO_BATCH = 16
+AUTO_BATCH = 16  # likelihoods are read, not written, token by token: more at once gain nothing
 _KEPT_AT_ONCE = 16  # questions whose likelihoods are taken and kept together, whatever the batch
 
 ASK = 'End your response with one line of the form "Answer: X", where X is the letter of the right option.'
@@ -181,7 +181,7 @@ def run_tasks(
     closing = None if settings.answer_tokens is None else 0
     answers = answer_prompts(model, tokenizer, asked, generation, closing, journal, f"multiple choice, {label}")
     records: dict[str, _KeptAnswer] = {record["id"]: record for record in answers}
-    batch_size = AUTO_BATCH if generation.batch_size == "auto" else generation.batch_size
+    batch_size = AUTO_BATCH if generation.batch_size == "auto" else min(generation.batch_size, AUTO_BATCH)
     _read_likeliest(model, tokenizer, questions, records, batch_size, label, journal)
     return [_mcq_answer(label, task, question, records[key]) for key, (task, question) in questions.items()]
 
