@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batches", type=int, nargs="+", default=[25, 50])
+    parser.add_argument("--batches", type=int, nargs="*", default=[25, 50], help="none: training alone")
     options = parser.parse_args()
     engines.quiet_start()
     import torch
