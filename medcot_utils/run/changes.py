@@ -22,6 +22,16 @@ def _show(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def _describe_input(key: str, before: bool, now: bool) -> str:
+    """Return what is new about an input: its content, or that it is one at all, which the setting `Artifact.when` decides."""
+    if key not in ARTIFACTS:
+        return f"{key} changed"
+    artifact = ARTIFACTS[key]
+    if before and now:
+        return f"{artifact.file} changed"
+    return f"{artifact.file} is {'asked for now' if now else 'no longer asked for'} ({artifact.when})"
+
+
 def why_stale(run: Run, name: str) -> list[str]:
     """Return why an artifact must be made again, one reason each; never empty for one that is not fresh."""
     artifact, entry = ARTIFACTS[name], run.manifest()["artifacts"].get(name)
@@ -33,7 +43,7 @@ def why_stale(run: Run, name: str) -> list[str]:
         return [f"{ARTIFACTS[source].file} is not there" for source in absent]
     digests = run.input_digests(artifact, entry["inputs"])
     changed = [key for key in {**entry["inputs"], **digests} if entry["inputs"].get(key) != digests.get(key)]
-    reasons += [f"{ARTIFACTS[key].file if key in ARTIFACTS else key} changed" for key in changed]
+    reasons += [_describe_input(key, key in entry["inputs"], key in digests) for key in changed]
     if not reasons and entry["fingerprint"] != run.fingerprint(name, entry["inputs"]):
         made_anew = "settings" in entry  # the same ones as today
         return [f"this version makes {artifact.file} in another way" if made_anew else "settings changed"]

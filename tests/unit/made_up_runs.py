@@ -10,9 +10,16 @@ from medcot_utils import evaluation
 from medcot_utils.config import load_config
 from medcot_utils.evaluation.metrics import METRICS
 
-CONFIG = load_config("smoke")
-# Everything that a run can measure beyond what it measures by default.
-MORE = load_config("smoke", ["evaluation.answer_tokens=12", "evaluation.base_16bit_loss=true", "evaluation.measure_merged=true"])
+_MERGE = "export.merge_into=base_16bit"
+# The answers as the models give them by themselves, and no model beside the two.
+CONFIG = load_config(
+    "smoke",
+    ["evaluation.answer_tokens=null", "evaluation.base_16bit_loss=false", "evaluation.measure_merged=false", _MERGE],
+)
+# Everything that a run can measure.
+MORE = load_config(
+    "smoke", ["evaluation.answer_tokens=12", "evaluation.base_16bit_loss=true", "evaluation.measure_merged=true", _MERGE]
+)
 # Closes the page's own script, makes a new one, fetches a picture, leaves an attribute, and ends a line within a script.
 ATTACK = (
     """</script><script>alert("x")</script> see <img src="https://evil.example/x.png" onerror='alert(1)'> & "quoted" """
@@ -56,7 +63,9 @@ def answer(question, answer_text, closed, thinking="so & so", sample=0):
 
 
 def choice(label, index, right):
-    return {"model": label, "task": "shipped", "id": f"m{index}", "specialty": "cardiology", "correct": right, "abstained": False}
+    """An answer as earlier versions recorded it too: with the strict reading alone."""
+    question = {"id": f"m{index}", "options": {"A": "Aortic.", "B": "Mitral."}, "answer": "B", "specialty": "cardiology"}
+    return {"model": label, "task": "shipped", **question, "correct": right, "abstained": False}
 
 
 def fill(

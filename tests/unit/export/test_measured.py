@@ -12,7 +12,7 @@ from medcot_utils.export import measured
 from medcot_utils.export.measured import measure_merged, open_merged
 from medcot_utils.run.directory import Run
 
-ON = ["evaluation.measure_merged=true", "evaluation.answer_tokens=9"]
+ON, OFF = ["evaluation.measure_merged=true", "evaluation.answer_tokens=9"], ["evaluation.measure_merged=false"]
 SCORED = [question["id"] for question in QUESTIONS if question["scored"]]
 REPEAT = {"train_id": "t9", "question_id": "q0", "train_question": "Which?", "exact": True}
 HELD, IN_PART = SimpleNamespace(), SimpleNamespace(hf_device_map={"model.layers.0": 0, "model.layers.1": "cpu"})
@@ -87,7 +87,7 @@ def test_a_merged_model_that_is_not_held_is_asked_as_set(asked, tmp_path, model,
 
 
 def test_nothing_is_measured_where_the_setting_is_off(asked, tmp_path):
-    run = fill(Run.create(tmp_path / "run", load_config("smoke")))
+    run = made(tmp_path, *OFF)
     assert measure_merged(run, HELD, None) is None
     assert asked.questions is None and asked.losses == []
 
@@ -103,7 +103,7 @@ def test_a_measured_merged_model_is_not_asked_again(asked, tmp_path):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize(("settings", "fits"), [(ON, True), (ON, False), ([], False)])
+@pytest.mark.parametrize(("settings", "fits"), [(ON, True), (ON, False), (OFF, False)])
 def test_a_model_too_large_has_its_loss_before_it_is_loaded(tmp_path, monkeypatch, settings, fits):
     import shutil
 

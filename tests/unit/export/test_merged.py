@@ -8,7 +8,7 @@ import pytest
 from made_up_runs import ATTACK, CONFIG, QUESTIONS, Tags, fill
 
 from medcot_utils.config import load_config
-from medcot_utils.evaluation.comparison import verdict
+from medcot_utils.evaluation.comparison import format_side, verdict
 from medcot_utils.evaluation.intervals import format_interval
 from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.evaluation.report import build_report
@@ -91,7 +91,7 @@ def test_marks_say_where_an_answer_differs_from_the_first_models(page):
     seen = Tags(page).text
     assert seen.count("does not close the tag properly; cut off") == len(QUESTIONS), "the base model's answers"
     assert seen.count("times the words") == len(QUESTIONS), "the tuned ones are longer"
-    assert "base does not, tuned reasons and answers" in seen and seen.count("(no answer)") == len(QUESTIONS)
+    assert "base does not, tuned reasons and answers" in seen and seen.count("(no answer after its thinking)") == len(QUESTIONS)
 
 
 def test_sampled_and_set_apart_questions_have_their_own_tables(tmp_path, run, page):
@@ -199,8 +199,10 @@ def test_the_model_card_has_numbers_license_and_limits(run):
     assert card.data.license == "apache-2.0" and card.data.language == "en"
     assert "Not for clinical use" in card.text and "`apache-2.0`: the base model's licence" in card.text
     for name, metric in run.read("metrics")["metrics"].items():
-        cells = " | ".join(format_interval(metric[side]) for side in ("base", "tuned", "difference"))
+        cells = " | ".join(format_side(metric, side) for side in ("base", "tuned", "difference"))
         assert f"| {METRICS[name].label.replace('</think>', '`</think>`')} | {cells} | {verdict(name, metric)} |" in card.text
+    cut = "at least 7.00 [7.00, 7.00] | 7.00 [7.00, 7.00] | at most 0.00 [0.00, 0.00]"
+    assert f"| length of the thinking (tokens) | {cut} |" in card.text, "the base model's were cut off"
     assert "2.00 [2.00, 2.00] | 1.50 [1.50, 1.50] | -0.50 [-0.50, -0.50] | fell, better" in card.text
     assert "the rest on 4 held-out questions" in card.text and "117 training rows" in card.text
     assert "0.0012" in card.text and "3 of 3 prompts" in card.text

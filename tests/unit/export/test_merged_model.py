@@ -144,7 +144,7 @@ def test_without_4_bit_weights_both_merge_targets_are_one():
     [
         (["export.dtype=float16"], 1),
         (["export.dtype=bfloat16"], 8),
-        (["model.dtype=bfloat16"], 1),
+        (["model.dtype=bfloat16", "export.merge_into=base_16bit"], 1),
         (["model.dtype=bfloat16", "export.merge_into=dequantized_4bit"], 8),
         (["model.dtype=bfloat16", "export.merge_into=dequantized_4bit", "model.load_in_4bit=false"], 1),
     ],

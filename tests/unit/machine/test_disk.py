@@ -64,7 +64,7 @@ def test_the_articles_needs_include_downloads_and_checkpoints(tmp_path, monkeypa
     ("settings", "counted"),
     [
         ([], True),
-        (["model.engine=unsloth"], True),
+        (["model.engine=unsloth", "export.merge_into=base_16bit"], True),
         (["export.merge_into=dequantized_4bit"], True),  # `auto` may answer with 16-bit weights, on a GPU with room
         (["model.engine=unsloth", "export.merge_into=dequantized_4bit"], False),
         (["model.engine=unsloth", "export.merge_into=dequantized_4bit", "evaluation.base_16bit_loss=true"], True),
@@ -74,7 +74,7 @@ def test_the_articles_needs_include_downloads_and_checkpoints(tmp_path, monkeypa
 )
 def test_the_16_bit_base_counts_where_it_may_be_loaded(settings, counted, tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "_hub_cache", lambda: tmp_path / "hub")
-    config = load_config("article", settings)
+    config = load_config("article", ["evaluation.base_16bit_loss=false", *settings])
     for wanted in (needs(config, tmp_path / "run"), still_to_export(config, tmp_path / "run", 8e9)):
         assert ("base model, 16 bits" in by_name(wanted)) is counted
 

@@ -9,11 +9,14 @@ import pytest
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.run.directory import MANIFEST, RunError
 
+# Artifacts that are made only if their setting is on.
+WANTED = ("export.gguf=f16", "evaluation.base_16bit_loss=true", "evaluation.measure_merged=true")
+
 
 @pytest.fixture
 def done(run_factory, write_all):
     """A finished run, with artifacts that were made up."""
-    run = write_all(run_factory())
+    run = write_all(run_factory(*WANTED))
     for step in STEPS:
         run.record_step(step, state="done")
     return run
@@ -25,11 +28,11 @@ def done(run_factory, write_all):
         ("training.learning_rate=1e-4", "05_training", ["training.learning_rate 0.002 -> 0.0001"]),
         ("generation.max_new_tokens=20", "02_baseline_inference", ["generation.max_new_tokens 24 -> 20"]),
         ("lora.target_modules=[q_proj]", "04_lora_config", None),
-        ("export.gguf=f16", "07_export", ['export.gguf null -> "f16"']),
+        ("export.gguf=q8_0", "07_export", ['export.gguf "f16" -> "q8_0"']),
     ],
 )
 def test_a_changed_setting_is_named_with_both_values(done, run_factory, override, step, reasons):
-    found = run_factory(override).why_stale(step)
+    found = run_factory(*WANTED, override).why_stale(step)
     assert found == reasons or (reasons is None and found[0].endswith('"down_proj"] -> ["q_proj"]'))
     assert done.why_stale(step) == []
 
@@ -37,6 +40,19 @@ def test_a_changed_setting_is_named_with_both_values(done, run_factory, override
 def test_a_changed_input_is_named(done, content):
     done.write("train_rows", content("train_rows", "second"))
     assert done.why_stale("05_training") == ["train_rows.parquet changed"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        ("true", "merged_metrics.json is asked for now (evaluation.measure_merged)"),
+        ("false", "merged_metrics.json is no longer asked for (evaluation.measure_merged)"),
+    ],
+)
+def test_an_input_asked_for_or_no_longer_is_named_with_its_setting(run_factory, write_all, wanted, reason):
+    write_all(run_factory(f"evaluation.measure_merged={'false' if wanted == 'true' else 'true'}"))
+    found = run_factory(f"evaluation.measure_merged={wanted}").why_stale("07_export")
+    assert reason in found and not [line for line in found if line.endswith(" changed")]
 
 
 def test_a_changed_file_of_ones_own_is_named(run_factory, write_all, tmp_path):
@@ -56,12 +72,12 @@ def test_an_early_record_says_that_settings_changed(done, run_factory):
     for entry in manifest["artifacts"].values():
         del entry["settings"]
     (done.path / MANIFEST).write_text(json.dumps(manifest))
-    assert run_factory("lora.r=8").why_stale("04_lora_config") == ["settings changed"]
+    assert run_factory(*WANTED, "lora.r=8").why_stale("04_lora_config") == ["settings changed"]
 
 
 def test_a_step_refused_for_its_input_says_what_changed(done, run_factory):
     with pytest.raises(RunError, match=r"than the run has now \(dataset\.loss_on \"completion\" -> \"full\"\): run notebook 02"):
-        run_factory("dataset.loss_on=full").begin("05_training")
+        run_factory(*WANTED, "dataset.loss_on=full").begin("05_training")
 
 
 @pytest.mark.parametrize("override", ["dataset.path=/other.jsonl", "dataset.name=a/b", "model.revision=abc"])

@@ -34,7 +34,7 @@ BY_SETTING = [
     ("evaluation.answer_tokens=8", {*ANSWERS, "base_mcq", "tuned_mcq", *METRICS}),
     ("evaluation.merged_questions=2", {"merged_answers", *METRICS}),
     ("export.dtype=bfloat16", {"merged", "export_check", "merged_answers", "merged_loss", "gguf_check"}),
-    ("export.merge_into=dequantized_4bit", {"merged"}),
+    ("export.merge_into=base_16bit", {"merged"}),
     ("export.check_prompts=2", {"export_check", "gguf_check"}),
     ("export.check_rows=2", {"export_check"}),
     ("export.gguf=q8_0", {"gguf", "gguf_check"}),
@@ -91,8 +91,17 @@ def test_an_input_redone_with_the_same_content_keeps_all_fresh(run_factory, writ
     assert stale(run) == set()
 
 
-def test_an_optional_artifact_makes_its_step_stale_if_requested(run_factory, content):
-    run = run_factory()
+@pytest.mark.parametrize(
+    ("asked", "stale_steps"),
+    [
+        ("export.gguf=f16", {"01_setup", "07_export"}),
+        ("evaluation.base_16bit_loss=true", {"01_setup", "06_comparison"}),
+        ("evaluation.measure_merged=true", {"01_setup", "06_comparison", "07_export"}),
+    ],
+)
+def test_an_optional_artifact_makes_its_step_stale_if_requested(run_factory, content, asked, stale_steps):
+    off = ("export.gguf=null", "evaluation.base_16bit_loss=false", "evaluation.measure_merged=false")
+    run = run_factory(*off)
     for step in STEPS:
         for name in run.makes(step):
             run.write(name, content(name))
@@ -101,8 +110,8 @@ def test_an_optional_artifact_makes_its_step_stale_if_requested(run_factory, con
     assert {"base_16bit_loss", "merged_answers", "merged_loss", "merged_metrics", "gguf", "gguf_check"} == optional
     assert set(ARTIFACTS) - set(run.manifest()["artifacts"]) == optional
     assert {run.step_state(step) for step in STEPS} == {"done"}
-    asked = run_factory("export.gguf=f16")
-    assert {step for step in STEPS if asked.step_state(step) == "stale"} == {"01_setup", "07_export"}
+    again = run_factory(*off, asked)
+    assert {step for step in STEPS if again.step_state(step) == "stale"} == stale_steps
 
 
 def test_new_generation_settings_redo_answers_but_not_training(run_factory, write_all, content):

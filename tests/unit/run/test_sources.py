@@ -100,7 +100,7 @@ def test_large_weights_count_by_size_and_time(run_factory, write_all, model, mon
 def test_another_embedding_model_makes_the_metrics_stale(run_factory, write_all, model):
     run = write_all(run_factory(f"evaluation.embedding_model={model}"))
     (model / "model.safetensors").write_bytes(b"other")
-    assert stale(run) == {"metrics"}
+    assert stale(run) == {"metrics", "merged_metrics"}
 
 
 def test_records_without_files_of_the_model_stay_done(run_factory, write_all, model, questions):

@@ -164,7 +164,8 @@ def test_a_step_done_again_says_why(done, notebooks):
     assert f"{FIRST}: done again, because generation.max_new_tokens 24 -> 20" in again
     assert "02_baseline_inference: done again, because generation.max_new_tokens 24 -> 20" in again
     assert "06_comparison: done again, because generation.max_new_tokens 24 -> 20" in again
-    assert notebooks.ran == [FIRST, "02_baseline_inference", "06_comparison"]
+    assert "07_export: done again, because generation.max_new_tokens 24 -> 20" in again, "the merged model answers anew"
+    assert notebooks.ran == [FIRST, "02_baseline_inference", "06_comparison", "07_export"]
 
 
 def test_a_parameter_that_does_a_step_again_is_named(done, notebooks):
