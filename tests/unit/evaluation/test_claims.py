@@ -9,7 +9,7 @@ import pytest
 
 from medcot_utils.config import load_config
 from medcot_utils.evaluation.claims import ARTICLE_CLAIM, CLAIMS, claims_table, judge, outcome
-from medcot_utils.evaluation.comparison import compare
+from medcot_utils.evaluation.comparison import FORCED, compare
 from medcot_utils.evaluation.decisions import CANNOT_TELL, DOES_NOT, HOLDS, SMALLEST
 from medcot_utils.evaluation.mcq.scores import compare_mcq
 from medcot_utils.evaluation.metrics import METRICS
@@ -165,7 +165,8 @@ def test_no_claim_holds_for_a_real_model_with_a_zero_adapter():
     questions = data.choose_questions(cases.select(range(6, 12)), 6)[1:]
 
     def side(model, label):
-        answers = answer_questions(engine.for_inference(model), tokenizer, questions, CONFIG.generation, True, 1, n_samples=2)
+        model = engine.for_inference(model)
+        answers = answer_questions(model, tokenizer, questions, CONFIG.generation, True, 1, n_samples=2, answer_tokens=12)
         return by_sample(answers), row_losses(model, rows, 3, label)
 
     base, base_losses = side(model, "base")
@@ -177,10 +178,18 @@ def test_no_claim_holds_for_a_real_model_with_a_zero_adapter():
     for before, after in zip(base, tuned, strict=True):
         scored = all_scored(before, after, questions)
         metrics = compare(scored.counted, base_losses + tuned_losses, SETTINGS, 7)
-        loss, *others, unmeasured, _ = judge(metrics, metrics, metrics)  # as if all were answered in full form
-        assert loss["verdict"].endswith("differs by less than 0.01")
-        assert all(has_no_effect(record["verdict"]) for record in others)
-        assert "not measured" in unmeasured["verdict"]
+        forced = compare(force_closing(scored.counted), [], SETTINGS, 7)
+        lengths = [metrics["answer_tokens"]["base"]["value"], forced["answer_tokens"]["base"]["value"]]
+        assert lengths[0] == 0 < lengths[1], "no answer by itself, one with forced closing"
+        by_themselves = judge(metrics, metrics, metrics)  # as if all were answered in full form
+        closed = judge(metrics, {}, metrics, forced=forced, sampled_forced=forced)
+        assert [claim for claim, record in zip(CLAIMS, closed, strict=False) if FORCED in record["tested_by"]] == [
+            claim for claim in CLAIMS if claim.of_answers
+        ]
+        for loss, *others, unmeasured, _ in (by_themselves, closed):
+            assert loss["verdict"].endswith("differs by less than 0.01")
+            assert all(has_no_effect(record["verdict"]) for record in others)
+            assert "not measured" in unmeasured["verdict"]
 
 
 # --- something changed ---------------------------------------------------------------------------------------------

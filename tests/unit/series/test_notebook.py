@@ -12,6 +12,7 @@ from made_up_runs import QUESTIONS, fill
 
 from medcot_utils import evaluation, models, training
 from medcot_utils.config import load_config
+from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.run.directory import Run
 from medcot_utils.series.notebook import table
 from medcot_utils.series.runner import notebooks_dir
@@ -62,7 +63,7 @@ def compared_in_06(tmp_path, apart, others, questions):
 @pytest.mark.usefixtures("undrawn_figures")
 @pytest.mark.parametrize(
     ("apart", "others", "none"),
-    [((), True, 0), (SCORED, True, 1), (SCORED, False, 4)],
+    [((), True, 0), (SCORED, True, 3), (SCORED, False, 6)],  # form, answers, samples; loss, multiple choice, needed
     ids=["as usual", "every question set apart", "neither loss nor multiple choice"],
 )
 def test_notebook_06_records_and_shows_whatever_was_measured(tmp_path, apart, others, none):
@@ -73,6 +74,9 @@ def test_notebook_06_records_and_shows_whatever_was_measured(tmp_path, apart, ot
     assert ("eval_loss" in measured["metrics"]) is ("mcq_accuracy" in measured["metrics"]) is others
     assert run.require("report").exists() and len(measured["claims"]) == 8
     assert [text.startswith("none") for text in shown].count(True) == none, shown
+    assert not [text for text in shown if text.startswith("Empty DataFrame")], "a table without a line says nothing"
+    tables = [text for text in shown if METRICS["thinking_tokens"].label in text]
+    assert len(tables) == (1 if apart else 2), "those set apart, or greedy and sampled answers, without forced closing too"
 
 
 def test_notebook_06_records_the_metrics_before_it_shows_any():
