@@ -49,7 +49,7 @@ def test_a_changed_input_is_named(done, content):
         ("false", "merged_metrics.json is no longer asked for (evaluation.measure_merged)"),
     ],
 )
-def test_an_input_asked_for_or_no_longer_is_named_with_its_setting(run_factory, write_all, wanted, reason):
+def test_an_input_asked_for_or_no_longer_names_its_setting(run_factory, write_all, wanted, reason):
     write_all(run_factory(f"evaluation.measure_merged={'false' if wanted == 'true' else 'true'}"))
     found = run_factory(f"evaluation.measure_merged={wanted}").why_stale("07_export")
     assert reason in found and not [line for line in found if line.endswith(" changed")]
