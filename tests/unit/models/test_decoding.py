@@ -8,6 +8,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from medcot_utils.config import load_config
 from medcot_utils.data.prompts import inference_prompt
+from medcot_utils.models import growing_cache
 from medcot_utils.models.batches import closing_tokens
 from medcot_utils.models.decoding import RowSampler
 from medcot_utils.models.engine import get_engine
@@ -40,9 +41,16 @@ def loaded():
 
 
 @pytest.fixture
-def fresh():
-    """A model and a tokenizer that a test may change."""
+def fresh(monkeypatch):
+    """A model and a tokenizer that a test may change. A script goes by the rows of a batch, so none may leave it:
+    test_growing_cache shows that rows which leave are written the same."""
+    monkeypatch.setattr(growing_cache, "generate_in_turns", write_in_one_call)
     return load()
+
+
+def write_in_one_call(model, inputs, closing, arguments):
+    with torch.inference_mode():
+        model.generate(**inputs, **arguments)
 
 
 def settings(**changes):
