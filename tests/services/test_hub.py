@@ -6,6 +6,7 @@ import hashlib
 import json
 
 import pytest
+from hub_runs import LESS
 from hub_server import WRITE
 from huggingface_hub import ModelCard
 
@@ -301,6 +302,6 @@ def test_asking_for_a_push_later_redoes_only_notebook_07(finished_run):
     assert depend == ["machine", "model_card"]
     run = finished_run()
     assert run.is_fresh("model_card")
-    asked = Run.create(run.path, load_config("smoke", ["hub.repo_id=doctor/cot"]))
+    asked = Run.create(run.path, load_config("smoke", [*LESS, "hub.repo_id=doctor/cot"]))
     assert asked.is_fresh("merged") and not asked.is_fresh("model_card")
     assert 'from_pretrained("doctor/cot", dtype' in model_card(asked) and 'subfolder="adapter"' in model_card(asked)

@@ -39,7 +39,7 @@ def record(case, thinking, answer):
     closed = bool(answer)
     lengths = {"thinking_tokens": 7, "answer_tokens": 5}
     texts = {"thinking": f"{thinking} {FILLER}", "answer": answer and f"{answer} {FILLER}"}
-    return {"id": case, "sample": 0, "well_formed": closed, "finished": closed, **texts, **lengths}
+    return {"id": case, "sample": 0, "closed": int(closed), "well_formed": closed, "finished": closed, **texts, **lengths}
 
 
 @pytest.fixture
