@@ -15,6 +15,7 @@ from medcot_utils.evaluation.intervals import format_interval
 from medcot_utils.evaluation.merged import LABELS as MERGED_LABELS
 from medcot_utils.evaluation.merged_column import describe_merged, read_merged
 from medcot_utils.evaluation.metrics import METRICS
+from medcot_utils.export.merged import find_trained_pair
 from medcot_utils.models.embedded import PREFIX, describe_model, find_hub_address
 from medcot_utils.run.sources import with_commits_used
 
@@ -51,8 +52,8 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
     base = find_hub_address(config.model.name)
     if kind == "gguf":
         base = addresses.get("merged", base)
-    (trained_name,) = check["held_out_loss"].keys() - {"merged"}
-    trained = next(pair for pair in check["pairs"] if (pair["a"], pair["b"]) == ("merged", trained_name))
+    trained = find_trained_pair(check)
+    trained_name = trained["b"]
     license_data = _license(config)
     language = find_language(config, (question["Response"] for question in run.read("questions") if question["scored"]))
     data = ModelCardData(
