@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from medcot_utils.config import GenerationSettings
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.gpu import available_gpu_memory
-from medcot_utils.models.records import CLOSING
+from medcot_utils.models.records import ASK_LETTER, CLOSING
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,14 +25,18 @@ class GenerationError(MedcotError):
     """Say why answers cannot be made as asked, and what to set."""
 
 
-def count_new_tokens(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, answer_tokens: int | None) -> int:
-    """Return the most tokens that an answer may get: its own, and with forced closing the closing and the answer after it."""
+def count_new_tokens(
+    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, answer_tokens: int | None, asks_letter: bool = False
+) -> int:
+    """Return the most tokens that an answer may get: its own, and with forced closing the closing and what comes after it."""
+    if asks_letter:
+        return max_new_tokens + len(closing_tokens(tokenizer, asks_letter)) + 1
     return max_new_tokens + (len(closing_tokens(tokenizer)) + answer_tokens if answer_tokens else 0)
 
 
-def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token ids of `CLOSING`."""
-    return tokenizer(CLOSING, add_special_tokens=False)["input_ids"]
+def closing_tokens(tokenizer: PreTrainedTokenizerBase, asks_letter: bool = False) -> list[int]:
+    """Return the token ids of `CLOSING`, and of `ASK_LETTER` after it if a letter is asked for."""
+    return tokenizer(CLOSING + ASK_LETTER if asks_letter else CLOSING, add_special_tokens=False)["input_ids"]
 
 
 def check_context(

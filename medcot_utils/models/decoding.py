@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from medcot_utils.models.batches import closing_tokens
-from medcot_utils.models.records import END_OF_THINKING, ClosedBy
+from medcot_utils.models.records import ASK_LETTER, END_OF_THINKING, ClosedBy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,6 +75,8 @@ class WrittenRow:
     own: list[int] = field(default_factory=list)
     closed_by: ClosedBy | None = None  # as in `ForcedAnswer`; None: not known yet
     answer: list[int] = field(default_factory=list)
+    letters: str = ""  # to choose from
+    letter: str | None = None  # the likeliest of them, if the thinking was closed for it
     done: bool = False
     to_write: list[int] = field(default_factory=list)  # what is left of the closing, last token first
 
@@ -84,14 +86,28 @@ class ForcedClosing(LogitsProcessor):
 
     This is budget forcing (s1, Muennighoff et al. 2025). The rows' text is kept on the host and decoded once, where a row's own
     text ends: a step costs one argmax and one short copy. Without answer tokens nothing is written for a row, and `closed_by`
-    tells how its thinking ended."""
+    tells how its thinking ended; or, of a multiple choice, `Answer:` is, and the likeliest letter after it is read."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int, max_new_tokens: int, answer_tokens: int) -> None:
-        """Args: max_new_tokens: the budget of a row's own text. answer_tokens: that of the answer after a forced closing."""
-        self.rows = [WrittenRow() for _ in range(rows)]
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: int,
+        max_new_tokens: int,
+        answer_tokens: int,
+        letters: Sequence[str] | None = None,
+    ) -> None:
+        """Make the processor of one batch.
+
+        Args:
+            max_new_tokens: the budget of a row's own text.
+            answer_tokens: that of the answer after a forced closing.
+            letters: of each row, those to choose from, "" for no choice. Without answer tokens only. They are not read if one
+                of them is more tokens than one."""
+        self._letter_tokens = letter_tokens(tokenizer, "".join(letters or ()))
+        self.rows = [WrittenRow(letters=letters[row] if self._letter_tokens else "") for row in range(rows)]
         self._batch = self.rows
         self._tokenizer, self._max_new_tokens, self._answer_tokens = tokenizer, max_new_tokens, answer_tokens
-        self._closing = closing_tokens(tokenizer)
+        self._closing = closing_tokens(tokenizer, asks_letter=bool(self._letter_tokens))
 
     @property
     def done(self) -> list[bool]:
@@ -107,7 +123,7 @@ class ForcedClosing(LogitsProcessor):
         tokens = scores.argmax(dim=-1).tolist()
         forced = {}
         for index, row in enumerate(self._batch):
-            instead = None if row.done else self._follow(row, tokens[index])
+            instead = None if row.done else self._follow(row, tokens[index], scores[index])
             if instead is not None:
                 forced[index] = instead
         if forced:
@@ -115,11 +131,15 @@ class ForcedClosing(LogitsProcessor):
             scores[list(forced), list(forced.values())] = 0
         return scores
 
-    def _follow(self, row: WrittenRow, token: int) -> int | None:
+    def _follow(self, row: WrittenRow, token: int, scores: torch.FloatTensor) -> int | None:
         """Keep the token that a row would write next. Return the one that it is to write instead, None if its own."""
         ended = token == self._tokenizer.eos_token_id
         if row.to_write:
             return row.to_write.pop()
+        if row.letters and row.closed_by is not None:
+            row.letter = max(row.letters, key=lambda letter: float(scores[self._letter_tokens[letter]]))
+            row.done = True
+            return None
         if row.closed_by is not None:
             row.answer.append(token)
             row.done = ended or len(row.answer) == self._answer_tokens
@@ -129,11 +149,20 @@ class ForcedClosing(LogitsProcessor):
             return None
         text = self._tokenizer.decode(row.own[:-1] if ended else row.own, skip_special_tokens=True)
         row.closed_by = "itself" if END_OF_THINKING in text else "end" if ended else "budget"
-        row.done = row.closed_by == "itself" or not self._answer_tokens
+        row.done = row.closed_by == "itself" or not (self._answer_tokens or row.letters)
         if row.done:
             return None
         row.to_write = self._closing[::-1]
         return row.to_write.pop() if ended else None
+
+
+def letter_tokens(tokenizer: PreTrainedTokenizerBase, letters: str) -> dict[str, int]:
+    """Return the token of each letter as it follows `Answer:`; nothing if one of them is not a single token there."""
+    start = tokenizer(ASK_LETTER, add_special_tokens=False)["input_ids"]
+    found = {letter: tokenizer(f"{ASK_LETTER} {letter}", add_special_tokens=False)["input_ids"] for letter in letters}
+    if all(ids[:-1] == start for ids in found.values()):
+        return {letter: ids[-1] for letter, ids in found.items()}
+    return {}
 
 
 class StopDoneRows(StoppingCriteria):

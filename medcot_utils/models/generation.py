@@ -78,6 +78,7 @@ class Asked:
     prompt: str
     sample: int = 0  # as in `AnswerRecord`
     seed: int | None = None
+    letters: str = ""  # of a multiple choice: those to choose from
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -133,7 +134,8 @@ def answer_prompts(
         settings: `max_new_tokens` is the budget of what a model writes by itself.
         answer_tokens: the most tokens of an answer after forced closing (`ForcedClosing`), recorded as `forced` beside the
             record of what the model wrote by itself, which it does not change. 0: records how the thinking was closed, and
-            nothing is written. None: no forced closing.
+            nothing is written, but for `Answer:` where there are letters to choose from; the likeliest is recorded as
+            `letter` if all are single tokens. None: no forced closing.
         journal: keeps the records of each batch before the next begins. Answers that it holds are not asked again. Batches are
             the same whatever it holds, so records equal those of an uninterrupted call exactly (but for `seconds`) if whole
             batches were kept, as they are after a kill. If the batch size changed in between, they equal up to rounding.
@@ -151,7 +153,8 @@ def answer_prompts(
     if answer_tokens:
         check_context(model.config, tokenizer, prompts, settings.max_new_tokens, answer_tokens)
     longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
-    size = len(asked), longest, count_new_tokens(tokenizer, settings.max_new_tokens, answer_tokens)
+    asks_letter = answer_tokens == 0 and any(one.letters for one in asked)
+    size = len(asked), longest, count_new_tokens(tokenizer, settings.max_new_tokens, answer_tokens, asks_letter)
     settings = settings.model_copy(update={"do_sample": False, "cache_implementation": choose_cache(model, settings, *size)})
     if settings.cache_implementation == "static" or _can_merge_here(model):
         from medcot_utils.models.static_cache import convert_for_static_cache
@@ -179,6 +182,8 @@ def _record(tokenizer: PreTrainedTokenizerBase, asked: Asked, written: WrittenRo
     record = make_record(tokenizer, asked.prompt, written.own, seconds)
     if written.closed_by is not None:
         record["forced"] = make_forced(tokenizer, record, written.closed_by, written.answer)
+    if written.letter is not None:
+        record["letter"] = written.letter
     return {"id": asked.id, "sample": asked.sample, **record}
 
 
@@ -243,14 +248,15 @@ def _write_batch(
 
     # A static cache is compiled for one shape, for all batches: this one is filled up with its last row.
     rows = [*batch, *[batch[-1]] * (size - len(batch))] if settings.cache_implementation == "static" else batch
-    steps = count_new_tokens(tokenizer, settings.max_new_tokens, answer_tokens)
+    letters = [one.letters for one in rows] if answer_tokens == 0 else [""]
+    steps = count_new_tokens(tokenizer, settings.max_new_tokens, answer_tokens, any(letters))
     processors, criteria, closing = LogitsProcessorList(), StoppingCriteriaList(), None
     seeds = [one.seed for one in rows]
     if any(seed is not None for seed in seeds):
         sampling = settings.temperature, SAMPLED_TOP_K, settings.top_p
         processors.append(RowSampler(seeds, *sampling, steps, model.device))
     if answer_tokens is not None:
-        closing = ForcedClosing(tokenizer, len(rows), settings.max_new_tokens, answer_tokens)
+        closing = ForcedClosing(tokenizer, len(rows), settings.max_new_tokens, answer_tokens, letters if any(letters) else None)
         processors.append(closing)
         criteria.append(StopDoneRows(closing))
     hooks = {"max_new_tokens": steps, "logits_processor": processors, "stopping_criteria": criteria}

@@ -10,6 +10,8 @@ import torch
 from transformers import BatchEncoding, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from medcot_utils.models.prefix import begin_with, count_shared, read_prefix
+
 if TYPE_CHECKING:
     from medcot_utils.models.decoding import ForcedClosing
 
@@ -66,8 +68,13 @@ def generate_in_turns(model: PreTrainedModel, inputs: BatchEncoding, closing: Fo
         inputs: token ids and mask (rows, tokens), padded on the left.
         arguments: those of one call of `generate`, with `closing` among its logits processors."""
     ids, mask, left = inputs["input_ids"], inputs["attention_mask"], arguments["max_new_tokens"]
+    rows = [row[real].tolist() for row, real in zip(ids, mask.bool(), strict=True)]
+    shared = count_shared(rows)
     with torch.inference_mode():
-        cache = _read_prompts(model, ids[:, :-1], mask[:, :-1])
+        prefix = read_prefix(model, rows[0][:shared])
+        if prefix is not None:
+            _move_padding(ids, mask, shared)
+        cache = _read_prompts(model, ids[:, :-1], mask[:, :-1], prefix)
         while left > 0 and not all(closing.done):
             rows = [row for row, done in enumerate(closing.done) if not done]
             if len(rows) < len(ids):
@@ -83,14 +90,25 @@ def generate_in_turns(model: PreTrainedModel, inputs: BatchEncoding, closing: Fo
             left -= written
 
 
-def _read_prompts(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
-    """Return the cache of the prompts, read some rows at a time."""
+def _move_padding(ids: torch.Tensor, mask: torch.Tensor, shared: int) -> None:
+    """Move each row's padding from its left end behind its first `shared` tokens, in place."""
+    for row, real in zip(ids, mask, strict=True):
+        padding = int((real == 0).sum())
+        for tensor in (row, real):
+            tensor[: padding + shared] = tensor[: padding + shared].roll(shared)
+
+
+def _read_prompts(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, prefix: DynamicCache | None) -> DynamicCache:
+    """Return the cache of the prompts, read some rows at a time, what follows the prefix they begin with."""
+    shared = 0 if prefix is None else prefix.get_seq_length()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     can_join = all(isinstance(layer, DynamicLayer) for layer in make_growing_cache(model).layers)
     parts, size = [], _READ_AT_ONCE if can_join else len(ids)
     for start in range(0, len(ids), size):
         rows, cache = slice(start, start + size), make_growing_cache(model)
-        given = {"input_ids": ids[rows], "attention_mask": mask[rows], "position_ids": positions[rows]}
+        if prefix is not None:
+            begin_with(prefix, len(ids[rows]), cache)
+        given = {"input_ids": ids[rows, shared:], "attention_mask": mask[rows], "position_ids": positions[rows, shared:]}
         model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
         parts.append(cache)
     whole = parts[0]

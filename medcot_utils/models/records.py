@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 END_OF_THINKING = "</think>"
 # What ends the thinking for the model, as the training text does (`prompts.TRAINING_TEMPLATE`).
 CLOSING = f"\n{END_OF_THINKING}\n"
+ASK_LETTER = "Answer:"  # what stands before the letter of a multiple choice, as its prompt asks
 ClosedBy = Literal["itself", "budget", "end"]
 
 
@@ -46,6 +47,7 @@ class AnswerRecord(TypedDict):
     finished: bool  # ended by EOS, not cut off at max_new_tokens
     seconds: float  # its share of its batch's time
     forced: NotRequired[ForcedAnswer]  # with forced closing; absent if evaluation.answer_tokens is not set, as in earlier runs
+    letter: NotRequired[str]  # of a multiple choice whose thinking was closed for it: the likeliest one after `ASK_LETTER`
 
 
 def by_sample(records: Sequence[AnswerRecord]) -> list[list[AnswerRecord]]:

@@ -240,8 +240,11 @@ def test_killed_answers_go_on_where_they_were(answered, step, kill, tmp_path):
     for name, records in expected.items():
         after = kept(run_dir, name)
         assert untimed(after) == untimed(records) and not part_of(run_dir, name).exists()
-        assert all(record in after for record in before[name]), "with its seconds: it was not asked again"
-        if name == ASKING[step][1] and before[name]:
+        if "mcq" in name and name in unfinished:  # what is kept of these on the way are answers, without the question
+            assert {record["completion"] for record in before[name]} <= {record["completion"] for record in after}
+        else:
+            assert all(record in after for record in before[name]), "with its seconds: it was not asked again"
+        if before[name] and name in unfinished:
             assert f"{len(before[name])} of {len(records)} answers are kept from before" in printed(run_dir, step)
 
 

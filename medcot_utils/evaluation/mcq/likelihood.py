@@ -9,6 +9,7 @@ from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from medcot_utils.evaluation.mcq.questions import McqQuestion, choose, quiet, read_questions
+from medcot_utils.models.records import ASK_LETTER
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -35,7 +36,7 @@ def text_row(question: McqQuestion) -> OptionRow:
 
 def letter_row(question: McqQuestion, thought: str) -> OptionRow:
     """Return the row of the letter reading: the options' letters after `thought`, which is the prompt and closed thinking."""
-    return _row(question, f"{thought}Answer:", [*question["options"]])
+    return _row(question, f"{thought}{ASK_LETTER}", [*question["options"]])
 
 
 def _row(question: McqQuestion, context: str, choices: list[str]) -> OptionRow:

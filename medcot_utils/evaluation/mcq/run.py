@@ -1,7 +1,8 @@
 """Ask multiple-choice questions with the project's own prompt, and read each answer in three ways.
 
 The strict reading takes what the model writes; an answer that cannot be read so is counted as abstained, apart from wrong. The
-letter and the likelihood reading take what it finds likeliest, see `readings.MEASURES`."""
+letter and the likelihood reading take what it finds likeliest, see `readings.MEASURES`. The letter after a thinking that was
+closed for the model is read where it is closed; the others and the likelihoods are lm-eval's."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from medcot_utils.evaluation.mcq.likelihood import (
     text_row,
 )
 from medcot_utils.evaluation.mcq.questions import McqError, McqQuestion, choose, read_questions
-from medcot_utils.models.records import CLOSING, AnswerRecord
+from medcot_utils.models.records import ASK_LETTER, CLOSING, AnswerRecord
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -45,7 +46,6 @@ ASK = 'End your response with one line of the form "Answer: X", where X is the l
 class _KeptAnswer(AnswerRecord):
     """Hold an answer while the artifact is made: with the letters read so far, a record of the journal."""
 
-    letter: NotRequired[str]
     likelihood: NotRequired[str]
 
 
@@ -133,7 +133,7 @@ def list_prompts(config: RunConfig) -> list[str]:
 
     With evaluation.mcq_max_new_tokens more they must fit the model's context (`models.batches.check_context`)."""
     newline = config.prompt.newline_after_think
-    return [f"{prompt(question, newline)}{CLOSING}Answer: A" for _, question in _load_all(config).values()]
+    return [f"{prompt(question, newline)}{CLOSING}{ASK_LETTER} A" for _, question in _load_all(config).values()]
 
 
 def _load_all(config: RunConfig) -> dict[str, tuple[str, McqQuestion]]:
@@ -160,7 +160,7 @@ def run_tasks(
 
     Each is answered once, greedily. If evaluation.answer_tokens is set, thinking that the model leaves open is closed for it,
     so that every question has a letter; nothing is written after that. If it is not, an open thinking has no `letter`.
-    Likelihoods are lm-eval's. It needs no network except for a data set from the Hub.
+    It needs no network except for a data set from the Hub.
 
     Args:
         journal: keeps answers and letters as they are made; what it holds is not asked again. (lm-eval's own cache knows
@@ -177,7 +177,7 @@ def run_tasks(
         return []
     budget, newline = settings.mcq_max_new_tokens, config.prompt.newline_after_think
     check_context(model.config, tokenizer, list_prompts(config), budget, 0, "evaluation.mcq_max_new_tokens")
-    asked = [Asked(key, prompt(question, newline)) for key, (_, question) in questions.items()]
+    asked = [Asked(key, prompt(question, newline), letters="".join(question["options"])) for key, (_, question) in questions.items()]
     generation = config.generation.model_copy(update={"max_new_tokens": budget})
     closing = None if settings.answer_tokens is None else 0
     answers = answer_prompts(model, tokenizer, asked, generation, closing, journal, f"multiple choice, {label}")
@@ -221,7 +221,7 @@ def _read_likeliest(
     from tqdm.auto import tqdm
 
     harness = make_harness(model, tokenizer, batch_size)
-    thoughts = {key: thought for key, record in records.items() if (thought := _closed_thought(record))}
+    thoughts = {key: thought for key, record in records.items() if (thought := _unread_thought(record))}
     by_letter = {key: letter_row(questions[key][1], thought) for key, thought in thoughts.items()}
     # A text of broken characters can have more tokens than the model wrote.
     by_letter = {key: row for key, row in by_letter.items() if fits(harness, row)}
@@ -250,9 +250,11 @@ def _read_likeliest(
         read_missing(bar)
 
 
-def _closed_thought(record: AnswerRecord) -> str | None:
-    """Return prompt and thinking up to the tag that closes it, by the model or for it; None if nothing closes it."""
-    if record["closed"] == 0 and "forced" not in record:
+def _unread_thought(record: _KeptAnswer) -> str | None:
+    """Return prompt and thinking up to the tag that closes it, by the model or for it.
+
+    None if nothing closes it, or if the letter was read where it was closed."""
+    if record["closed"] == 0 and ("forced" not in record or "letter" in record):
         return None
     return f"{record['prompt']}{record['completion'].partition('</think>')[0].rstrip()}{CLOSING}"
 

@@ -15,7 +15,9 @@ from medcot_utils.models.growing_cache import PagedLayer, generate_in_turns, mak
 
 BUDGET, ANSWER = 90, 40
 CONFIG = load_config("smoke", ["model.load_in_4bit=false"])
-PROMPTS = ["Why fever?", "Which valve is most often affected, and which murmur is heard? " * 3, "Dose?", "What first?"]
+TEMPLATE = "Think before you answer the question below.\n\n"
+ENDS = ["Why fever?", "Which valve is most often affected, and which murmur is heard? " * 3, "Dose?", "What first?"]
+PROMPTS = [TEMPLATE + end for end in ENDS]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_layers_of_other_kinds_stay_as_they_are(loaded, monkeypatch):
 
 
 def write(model, tokenizer, seeds, in_turns):
-    """Return what is written for PROMPTS, and how many rows each step had."""
+    """Return what is written for PROMPTS, and how many rows and tokens the model was given each time."""
     closing = ForcedClosing(tokenizer, len(PROMPTS), BUDGET, ANSWER)
     sampler = [RowSampler(seeds, 0.9, 50, 0.95, BUDGET + ANSWER + 20, model.device)] if any(seeds) else []
     processors = LogitsProcessorList([*sampler, closing])
@@ -78,8 +80,10 @@ def write(model, tokenizer, seeds, in_turns):
         "logits_processor": processors,
         "stopping_criteria": StoppingCriteriaList([StopDoneRows(closing)]),
     }
-    rows, inputs = [], _pad_left(tokenizer, PROMPTS)
-    handle = model.register_forward_hook(lambda module, given, output: rows.append(len(output.logits)))
+    shapes, inputs = [], _pad_left(tokenizer, PROMPTS)
+    handle = model.register_forward_pre_hook(
+        lambda module, args, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
     try:
         if in_turns:
             generate_in_turns(model, inputs, closing, arguments)
@@ -88,7 +92,7 @@ def write(model, tokenizer, seeds, in_turns):
                 model.generate(**inputs, **arguments)
     finally:
         handle.remove()
-    return closing.rows, rows
+    return closing.rows, shapes
 
 
 @pytest.fixture(params=[[None] * 4, [7, None, 8, 9]], ids=["greedy", "sampled"])
@@ -115,7 +119,34 @@ def test_rows_are_written_as_in_one_call(ending, seeds):
 
 
 def test_a_row_that_is_done_leaves_the_batch(ending, seeds):
-    _, whole = write(*ending, seeds, in_turns=False)
-    _, turns = write(*ending, seeds, in_turns=True)
+    whole, turns = ([rows for rows, tokens in write(*ending, seeds, way)[1] if tokens == 1] for way in (False, True))
     assert set(whole) == {4} and turns[0] == 4
     assert sum(turns) < sum(whole) and turns == sorted(turns, reverse=True)
+
+
+# --- what prompts share ----------------------------------------------------------------------------------------------
+
+
+def test_what_all_prompts_begin_with_is_read_once(loaded):
+    _, shapes = write(*loaded, [None] * 4, in_turns=True)
+    tokenizer = loaded[1]
+    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    shared = shapes[0][1]
+    assert shapes[0] == (1, shared) and shared >= len(tokenizer(TEMPLATE)["input_ids"]) - 2
+    assert shapes[1] == (4, max(lengths) - shared - 1), "the last token is the first that generate is given"
+    assert {tokens for _, tokens in shapes[2:]} == {1}
+
+
+def test_a_model_with_windows_reads_each_prompt_whole(loaded, monkeypatch):
+    # Padding in the middle would take up places of the window.
+    own = write(*loaded, [None] * 4, in_turns=True)[0]
+    init = DynamicCache.__init__
+
+    def windowed(self, *args, **named):
+        init(self, *args, **named)
+        self.layers = [DynamicSlidingWindowLayer(sliding_window=4096) for _ in self.layers]
+
+    monkeypatch.setattr(DynamicCache, "__init__", windowed)
+    rows, shapes = write(*loaded, [None] * 4, in_turns=True)
+    assert shapes[0][0] == 4, "no prefix was read"
+    assert [row.own for row in rows] == [row.own for row in own]

@@ -43,6 +43,27 @@ def test_row_losses_are_the_models_own_whatever_the_batch(model_and_rows, batch_
 
 
 @pytest.mark.model
+def test_what_all_rows_begin_with_is_run_once(model_and_rows, monkeypatch):
+    model, rows = model_and_rows
+    whole = [len(ids) for ids in rows["input_ids"]]
+    forward, shapes = model.forward, []
+    monkeypatch.setattr(model, "forward", lambda **given: shapes.append(tuple(given["input_ids"].shape)) or forward(**given))
+    row_losses(model, rows, 7, "base")
+    (one, shared), rest = shapes
+    assert one == 1 and shared > 50 and rest == (7, max(whole) - shared)
+
+
+@pytest.mark.model
+def test_a_beginning_with_labels_is_run_with_each_row(model_and_rows):
+    model, rows = model_and_rows
+    full = rows.map(lambda row: {"labels": row["input_ids"]})
+    alone = [record for i in range(len(full)) for record in row_losses(model, full.select([i]), 1, "base")]
+    together = row_losses(model, full, 3, "base")
+    assert [one["tokens"] for one in together] == [len(ids) - 1 for ids in full["input_ids"]]
+    assert [one["nll"] for one in together] == pytest.approx([one["nll"] for one in alone], rel=1e-5)
+
+
+@pytest.mark.model
 def test_row_losses_hold_the_logits_of_one_batch_at_a_time(model_and_rows, monkeypatch):
     model, rows = model_and_rows
     forward, made = model.forward, []
@@ -55,7 +76,7 @@ def test_row_losses_hold_the_logits_of_one_batch_at_a_time(model_and_rows, monke
 
     monkeypatch.setattr(model, "forward", watched)
     row_losses(model, rows, 2, "base")
-    assert len(made) == 4, "seven rows, two at a time"
+    assert len(made) == 5, "seven rows, two at a time, after what they all begin with"
 
 
 @pytest.mark.model
@@ -67,11 +88,12 @@ def test_loss_batches_shrink_if_their_logits_are_too_large(model_and_rows, monke
     forward, shapes = model.forward, []
     monkeypatch.setattr(model, "forward", lambda **inputs: shapes.append(inputs["input_ids"].shape) or forward(**inputs))
     apart = row_losses(model, rows, 4, "base")
-    assert shapes[0] == (2, longest), "two of the longest rows fit, not four"
-    assert max(count * length for count, length in shapes) <= 2 * longest
+    shared = shapes[0][1]
+    assert shapes[1] == (2, longest - shared), "two of the longest rows fit, not four"
+    assert max(count * (shared + length) for count, length in shapes[1:]) <= 2 * longest
     assert [record["id"] for record in apart] == [record["id"] for record in together]
     assert [record["nll"] for record in apart] == pytest.approx([record["nll"] for record in together], rel=1e-5)
 
     monkeypatch.setattr(losses, "_LOGITS_BYTES", 1)
     assert len(row_losses(model, rows, 4, "base")) == len(rows), "a row that is too long by itself is still taken, alone"
-    assert shapes[-len(rows) :] == [(1, length) for length in sorted(map(len, rows["input_ids"]), reverse=True)]
+    assert shapes[-len(rows) :] == [(1, length - shared) for length in sorted(map(len, rows["input_ids"]), reverse=True)]

@@ -10,6 +10,7 @@ import pytest
 
 from medcot_utils.config import load_config
 from medcot_utils.evaluation.mcq.run import list_prompts, load_questions, prompt, read_answer, run_tasks
+from medcot_utils.models.records import CLOSING
 from medcot_utils.run.journal import Journal
 
 pytest_plugins = ("mcq_fixtures",)
@@ -171,8 +172,6 @@ def test_the_tiny_model_reads_exactly_what_was_meant(tiny, contexts, newline, ca
         assert (record["read"], record["correct"], record["abstained"]) == (None, False, True), "random weights answer nothing"
         assert record["closed_by"] == "budget" and {record["letter"], record["likelihood"]} <= set("ABCD")
         assert len(tokenizer(record["completion"], add_special_tokens=False)["input_ids"]) > 0
-        # The letters share all but their last token, so that lm-eval runs the model once for them.
-        meant.append(f"{prompt(question, newline)}{record['completion'].rstrip()}\n</think>\nAnswer: A")
         meant += [f"Question: {question['question']}\nAnswer: {text}" for text in question["options"].values()]
     read = [ids for batch in contexts for ids in batch]
     for text in meant:
@@ -183,7 +182,48 @@ def test_the_tiny_model_reads_exactly_what_was_meant(tiny, contexts, newline, ca
     assert tokenizer.padding_side == side
     shown = capsys.readouterr()
     assert shown.out.count("\n") <= 1 and "multiple choice, base: 100%" in shown.err
-    assert "likeliest options, base: 100%" in shown.err and "10/10" in shown.err and shown.err.count("\n") <= 2
+    assert "likeliest options, base: 100%" in shown.err and "5/5" in shown.err and shown.err.count("\n") <= 2
+
+
+@pytest.fixture
+def letters_apart(monkeypatch):
+    """Letters are not read where the thinking is closed, as with a tokenizer that has no token for them."""
+    monkeypatch.setattr("medcot_utils.models.decoding.letter_tokens", lambda tokenizer, letters: {})
+
+
+@pytest.mark.model
+def test_letters_read_apart_come_after_what_was_meant(tiny, contexts, letters_apart):
+    model, tokenizer = tiny
+    records = run_tasks(model, tokenizer, configured(), "base")
+    read = [ids for batch in contexts for ids in batch]
+    # The letters share all but their last token, so that lm-eval runs the model once for them.
+    assert len(read) == len(records) + sum(len(record["options"]) for record in records)
+    for record in records:
+        text = f"{prompt(record)}{record['completion'].rstrip()}\n</think>\nAnswer: A"
+        ids = tokenizer(text)["input_ids"][:-1]
+        assert any(row[: len(ids)] == ids for row in read)
+
+
+@pytest.mark.embedded
+def test_letters_read_at_the_closing_are_those_of_lm_eval():
+    from medcot_utils.evaluation.mcq import likelihood
+    from medcot_utils.models.engine import get_engine
+    from medcot_utils.models.generation import Asked, answer_prompts
+
+    config = load_config("demo", ["model.load_in_4bit=false", "generation.max_new_tokens=12", "generation.batch_size=12"])
+    engine = get_engine(config.model)
+    model, tokenizer = engine.load(config.model)
+    questions = load_questions("shipped", 12)
+    asked = [Asked(one["id"], prompt(one), letters="".join(one["options"])) for one in questions]
+    records = answer_prompts(engine.for_inference(model), tokenizer, asked, config.generation, 0)
+    assert {record["forced"]["closed_by"] for record in records} == {"budget"}
+    # White space at the cut stays where the model goes on, and is taken off before it is read once more.
+    pairs = [pair for pair in zip(questions, records, strict=True) if not pair[1]["completion"][-1:].isspace()]
+    thoughts = [f"{record['prompt']}{record['completion']}{CLOSING}" for _, record in pairs]
+    rows = [likelihood.letter_row(question, thought) for (question, _), thought in zip(pairs, thoughts, strict=True)]
+    letters = likelihood.likeliest_letters(likelihood.make_harness(model, tokenizer, 4), rows, by_length=False)
+    assert len(pairs) > 5 and len({*letters}) > 1
+    assert [record["letter"] for _, record in pairs] == letters
 
 
 @pytest.mark.model
@@ -326,9 +366,15 @@ class Dying(Journal):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("writes", [2, 4, 6], ids=["answers", "letters", "likelihoods"])
-def test_killed_multiple_choice_asks_only_what_is_missing(tiny, contexts, monkeypatch, tmp_path, writes):
-    # 5 questions in batches of 2 are 3 writes of answers; chunks of 3 are 2 of letters and 2 of likelihoods.
+@pytest.mark.parametrize(
+    ("writes", "apart"),
+    [(2, False), (4, False), (4, True), (6, True)],
+    ids=["answers", "likelihoods", "letters apart", "then likelihoods"],
+)
+def test_killed_multiple_choice_asks_only_what_is_missing(tiny, contexts, monkeypatch, request, tmp_path, writes, apart):
+    # 5 questions in batches of 2 are 3 writes of answers; chunks of 3 are 2 of likelihoods, and 2 of letters read apart.
+    if apart:
+        request.getfixturevalue("letters_apart")
     monkeypatch.setattr("medcot_utils.evaluation.mcq.run._KEPT_AT_ONCE", 3)
     whole = run_tasks(*tiny, configured(), "base")
     read_once = len(contexts)
