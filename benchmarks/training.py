@@ -260,6 +260,8 @@ def main() -> None:
         "losses": [round(float(entry["loss"]), 5) for entry in trainer.state.log_history if "loss" in entry],
         "skipped_steps": sum(entry.get("skipped_step", 0) for entry in trainer.state.log_history),
         "precision": "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else "float32",
+        "gradient_norms": [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry],
+        "loss_scale": scaler.get_scale() if (scaler := trainer.accelerator.scaler) else None,
         "adapter_dtype": str(next(weight.dtype for weight in trainer.model.parameters() if weight.requires_grad)),
     }
     if torch.cuda.is_available():

@@ -144,7 +144,9 @@ class TrainingSettings(Section):
         "auto", description="auto: on a GPU, share the effective batch out as its memory allows; as_set: as the settings say"
     )
     padding: Literal["auto", "padded", "padding_free"] = Field("auto", description="how rows of unequal length share a batch")
-    num_processes: int = Field(1, ge=1, description="GPUs to train on, one process each; the effective batch stays")
+    num_processes: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1, description="GPUs to train on, one process each; the effective batch stays. auto: all of a kind that divide it"
+    )
     max_hours: float | None = Field(
         None, gt=0, description="stop in good time before this, with a checkpoint; the next call resumes"
     )
@@ -158,7 +160,7 @@ class TrainingSettings(Section):
     def _steps(self) -> TrainingSettings:
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"training.max_steps is {self.max_steps}: expected a number of steps, or -1 for whole epochs")
-        if self.effective_batch_size % self.num_processes:
+        if self.num_processes != "auto" and self.effective_batch_size % self.num_processes:
             raise ValueError(
                 f"training.num_processes is {self.num_processes}: the effective batch of {self.effective_batch_size} rows cannot "
                 f"be shared evenly by so many. Choose a divisor, or change training.gradient_accumulation_steps"

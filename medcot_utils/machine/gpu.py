@@ -1,4 +1,4 @@
-"""The memory of this process's GPU."""
+"""The GPUs that this process uses, itself or through others that it starts, and their memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class PeakMemory(TypedDict):
     reserved: int  # by torch, with what it keeps for later tensors
 
 
+_lent: set[int] = set()  # GPUs of the processes that this one has started
 _before: PeakMemory = {"allocated": 0, "reserved": 0}  # bytes: the peaks before torch's own were reset
 
 
@@ -84,3 +85,19 @@ def _peaks() -> PeakMemory:
 
     now = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
     return {kind: max(peak, _before[kind]) for kind, peak in now.items()}
+
+
+def note_use(*gpus: int) -> None:
+    """Note that a process which this one has started uses these GPUs, by their numbers among the visible ones."""
+    _lent.update(gpus)
+
+
+def describe_used_gpus() -> str:
+    """Return one line on the GPUs that this process and those it started have used; empty if none."""
+    if "torch" not in sys.modules or not sys.modules["torch"].cuda.is_initialized():
+        return ""
+    import torch
+
+    own = {index for index in range(torch.cuda.device_count()) if torch.cuda.memory_stats(index).get("allocation.all.allocated")}
+    names = {index: torch.cuda.get_device_name(index) for index in sorted(own | _lent)}
+    return f"GPUs used: {', '.join(f'{index} ({name})' for index, name in names.items())}" if names else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import platform
 import sys
@@ -120,6 +121,23 @@ def require_gpus(num_processes: int, error_class: type[MedcotError] = PlatformEr
             f"training.num_processes is {num_processes}, but only {gpus} can be seen: each process needs a GPU of its own. "
             f"Set training.num_processes={gpus}"
         )
+
+
+def count_gpus_alike() -> int:
+    """Return how many visible GPUs share work: the first one and those of its kind that follow it. 0 without a GPU.
+
+    Work that is dealt out evenly takes as long as on the slowest, and memory is planned for all alike."""
+    import torch
+
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    return len([*itertools.takewhile(lambda name: name == names[0], names)])
+
+
+def name_other_gpus() -> list[str]:
+    """Return the names, as CUDA_VISIBLE_DEVICES takes them, of the GPUs of `count_gpus_alike` less the first."""
+    count = count_gpus_alike()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return named.split(",")[1:count]
 
 
 def fitting_gpu(profile: str, gpus: list[Gpu] | None = None) -> tuple[Gpu | None, str]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import threading
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +42,11 @@ SAMPLED_TOP_K = 50  # transformers' own default: what a checkpoint that sets not
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
     from medcot_utils.data.rows import AskedQuestion
     from medcot_utils.models.decoding import WrittenRow
+    from medcot_utils.models.other_gpus import OtherGpus
     from medcot_utils.run.journal import Journal
 
 
@@ -96,6 +100,7 @@ def answer_questions(
     n_samples: int = 0,
     answer_tokens: int | None = None,
     journal: Journal | None = None,
+    others: OtherGpus | None = None,
 ) -> list[AnswerRecord]:
     """Return one greedy record per question, in the questions' order, then `n_samples` times one sampled record per question.
 
@@ -108,7 +113,7 @@ def answer_questions(
         for sample in range(n_samples + 1)
         for question, prompt in zip(questions, prompts, strict=True)
     ]
-    return answer_prompts(model, tokenizer, asked, settings, answer_tokens, journal)
+    return answer_prompts(model, tokenizer, asked, settings, answer_tokens, journal, others=others)
 
 
 def _seed_of(seed: int, question: str, sample: int) -> int:
@@ -124,6 +129,7 @@ def answer_prompts(
     answer_tokens: int | None = None,
     journal: Journal | None = None,
     label: str = "answers",
+    others: OtherGpus | None = None,
 ) -> list[AnswerRecord]:
     """Return the record of each answer, in the order given. Prompts of one length share a batch, sampled or not.
 
@@ -140,9 +146,12 @@ def answer_prompts(
             the same whatever it holds, so records equal those of an uninterrupted call exactly (but for `seconds`) if whole
             batches were kept, as they are after a kill. If the batch size changed in between, they equal up to rounding.
         label: names the progress bar.
+        others: the processes on the other GPUs, which take batches too. The batches, and so the records, are those of one GPU.
 
     Raises:
-        GenerationError: as `choose_cache` and `check_context` do."""
+        GenerationError: as `choose_cache` and `check_context` do, and if a process on another GPU fails."""
+    from tqdm.auto import tqdm
+
     kept = {(record["id"], record["sample"], record["prompt"]): record for record in (journal.read() if journal else [])}
     made = {one.key: kept[one.key] for one in asked if one.key in kept}
     if made:
@@ -156,18 +165,38 @@ def answer_prompts(
     asks_letter = answer_tokens == 0 and any(one.letters for one in asked)
     size = len(asked), longest, count_new_tokens(tokenizer, settings.max_new_tokens, answer_tokens, asks_letter)
     settings = settings.model_copy(update={"do_sample": False, "cache_implementation": choose_cache(model, settings, *size)})
-    if settings.cache_implementation == "static" or _can_merge_here(model):
-        from medcot_utils.models.static_cache import convert_for_static_cache
-
-        model = convert_for_static_cache(model)
+    model = convert_to_write(model, settings)
     settings = settings.model_copy(update={"batch_size": choose_batch_size(model, settings, *size)})
-    print(describe_batches(settings, len(asked)))
-    for batch, written, seconds in _answer_all(model, tokenizer, asked, set(made), settings, answer_tokens, longest, label):
-        records = [_record(tokenizer, one, row, seconds) for one, row in zip(batch, written, strict=True)]
-        if journal:
-            journal.add(records)
-        made |= {one.key: record for one, record in zip(batch, records, strict=True)}
+    # The longest prompts come first, so that a batch has little padding and the last to be taken is the quickest.
+    batches = _chunks(sorted(asked, key=lambda one: len(one.prompt), reverse=True), settings.batch_size)
+    missing = [left for batch in batches if (left := [one for one in batch if one.key not in made])]
+    print(describe_batches(settings, len(asked), 1 + (others.count_for(len(missing)) if others else 0)))
+    with tqdm(total=len(asked), initial=len(made), desc=label, unit="answer") as bar:
+
+        def keep(records: list[AnswerRecord]) -> None:
+            if journal:
+                journal.add(records)
+            made.update({(record["id"], record["sample"], record["prompt"]): record for record in records})
+            bar.update(len(records))
+
+        deal, how = Deal(missing, keep), HowToWrite(settings, answer_tokens, longest)
+        writer = BatchWriter(model, tokenizer, how)
+        with others.taking_part(deal, how) if others else nullcontext():
+            while batch := deal.take():
+                for records in writer.write(batch):
+                    deal.keep(records)
+        if deal.error:
+            raise deal.error
     return [made[one.key] for one in asked]
+
+
+def convert_to_write(model: PreTrainedModel, settings: GenerationSettings) -> PreTrainedModel:
+    """Return the model as it writes fastest with the chosen cache. The given one may be used up."""
+    if settings.cache_implementation != "static" and not _can_merge_here(model):
+        return model
+    from medcot_utils.models.static_cache import convert_for_static_cache
+
+    return convert_for_static_cache(model)
 
 
 def _can_merge_here(model: PreTrainedModel) -> bool:
@@ -187,45 +216,74 @@ def _record(tokenizer: PreTrainedTokenizerBase, asked: Asked, written: WrittenRo
     return {"id": asked.id, "sample": asked.sample, **record}
 
 
-def _answer_all(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    asked: Sequence[Asked],
-    kept: Set[tuple[str, int, str]],
-    settings: GenerationSettings,
-    answer_tokens: int | None,
-    longest: int,
-    label: str,
-) -> Iterator[tuple[list[Asked], list[WrittenRow], float]]:
-    """Yield each batch, what was written for it, and the seconds of one answer, without the answers that are `kept`.
+@dataclass(frozen=True)
+class HowToWrite:
+    """Hold how the batches of one call are written; `settings` has their size and cache decided."""
 
-    The longest prompts come first, so that a batch has little padding."""
-    import torch
-    from accelerate.utils.memory import should_reduce_batch_size
-    from tqdm.auto import tqdm
+    settings: GenerationSettings
+    answer_tokens: int | None  # as in `answer_prompts`
+    longest: int  # tokens of the longest prompt of any batch
 
-    size = settings.batch_size
-    waiting = _chunks(sorted(asked, key=lambda one: len(one.prompt), reverse=True), size)
-    with tqdm(total=len(asked), initial=len(kept), desc=label, unit="answer") as bar:
-        while waiting:
-            batch = [one for one in waiting.pop(0) if one.key not in kept]
-            if not batch:
-                continue
-            began = time.perf_counter()
+
+class Deal:
+    """Deal the batches of one call out to whoever is free, this process or another one, and keep their records at once."""
+
+    def __init__(self, batches: Sequence[list[Asked]], keep: Callable[[list[AnswerRecord]], None]) -> None:
+        """Args: keep: takes the records of a batch, or of a part of one; never called twice at a time."""
+        self._waiting, self._keep, self._lock = deque(batches), keep, threading.Lock()
+        self.error: Exception | None = None  # why it was stopped
+
+    def __len__(self) -> int:
+        """Return how many batches nobody has taken."""
+        return len(self._waiting)
+
+    def take(self) -> list[Asked] | None:
+        """Return the next batch, None if there is none."""
+        with self._lock:
+            return self._waiting.popleft() if self._waiting else None
+
+    def stop(self, error: Exception) -> None:
+        """Deal out no further batch. Those that were taken are finished and kept; then the first such error is raised."""
+        with self._lock:
+            self.error = self.error or error
+            self._waiting.clear()
+
+    def keep(self, records: list[AnswerRecord]) -> None:
+        """Keep the records of answers that are made."""
+        with self._lock:
+            self._keep(records)
+
+
+class BatchWriter:
+    """Write batches with one model, in ever smaller parts once one runs out of memory."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: HowToWrite) -> None:
+        """Args: model: as `convert_to_write` gives it."""
+        self._model, self._tokenizer, self.how = model, tokenizer, how
+        self._size = how.settings.batch_size
+
+    def write(self, batch: list[Asked]) -> Iterator[list[AnswerRecord]]:
+        """Yield the records of a batch, in parts if it, or one before it, did not fit the memory."""
+        import torch
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        parts = _chunks(batch, self._size)
+        while parts:
+            part, began = parts.pop(0), time.perf_counter()
             try:
-                written = _write_batch(model, tokenizer, batch, settings, answer_tokens, size, longest)
+                written = _write_batch(self._model, self._tokenizer, part, self.how, self._size)
             except RuntimeError as error:
-                if len(batch) == 1 or not should_reduce_batch_size(error):
+                if len(part) == 1 or not should_reduce_batch_size(error):
                     raise
                 written = None
             if written is None:  # out of the except block: its traceback would keep the cache alive
-                size = len(batch) // 2
-                print(f"out of memory: batches of {size} from here on")
+                self._size = len(part) // 2
+                print(f"out of memory: batches of {self._size} from here on")
                 torch.cuda.empty_cache()
-                waiting = _chunks([*batch, *itertools.chain(*waiting)], size)
+                parts = _chunks([*part, *itertools.chain(*parts)], self._size)
                 continue
-            yield batch, written, (time.perf_counter() - began) / len(batch)
-            bar.update(len(batch))
+            seconds = (time.perf_counter() - began) / len(part)
+            yield [_record(self._tokenizer, one, row, seconds) for one, row in zip(part, written, strict=True)]
 
 
 def _chunks(asked: list[Asked], size: int) -> list[list[Asked]]:
@@ -236,16 +294,15 @@ def _write_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batch: Sequence[Asked],
-    settings: GenerationSettings,
-    answer_tokens: int | None,
+    how: HowToWrite,
     size: int,
-    longest: int,
 ) -> list[WrittenRow]:
-    """Return what is written for each row, all in one call of `generate`."""
+    """Return what is written for each row, all in one call of `generate`. `size`: the rows of a static cache."""
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     from medcot_utils.models.decoding import ForcedClosing, RowSampler, StopDoneRows, WrittenRow
 
+    settings, answer_tokens = how.settings, how.answer_tokens
     # A static cache is compiled for one shape, for all batches: this one is filled up with its last row.
     rows = [*batch, *[batch[-1]] * (size - len(batch))] if settings.cache_implementation == "static" else batch
     letters = [one.letters for one in rows] if answer_tokens == 0 else [""]
@@ -264,10 +321,10 @@ def _write_batch(
     if closing and model.device.type == "cpu" and settings.cache_implementation != "static":
         from medcot_utils.models.growing_cache import generate_in_turns
 
-        inputs = _pad_left(tokenizer, prompts)
+        inputs = pad_left(tokenizer, prompts)
         generate_in_turns(model, inputs, closing, generate_arguments(settings, tokenizer) | hooks)
         return closing.rows
-    written = complete(model, tokenizer, prompts, settings, longest, **hooks)
+    written = complete(model, tokenizer, prompts, settings, how.longest, **hooks)
     return (closing.rows if closing else [WrittenRow(own) for own in written])[: len(batch)]
 
 
@@ -288,13 +345,14 @@ def complete(
     length = None
     if settings.cache_implementation == "static":
         arguments["cache_implementation"], length = "static", longest
-    batch = _pad_left(tokenizer, list(prompts), length).to(model.device)
+    batch = pad_left(tokenizer, list(prompts), length).to(model.device)
     with torch.inference_mode():
         sequences = model.generate(**batch, **arguments)
     return sequences[:, batch["input_ids"].shape[1] :].tolist()
 
 
-def _pad_left(tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int | None = None) -> Any:
+def pad_left(tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int | None = None) -> BatchEncoding:
+    """Return prompts as one batch (rows, tokens), padded on the left to the longest, or to `length` tokens."""
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
         return tokenizer(prompts, return_tensors="pt", padding="max_length" if length else True, max_length=length)

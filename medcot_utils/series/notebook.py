@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcot_utils.machine import hardware, installing, secrets
+from medcot_utils.machine import gpu, hardware, installing, secrets
 from medcot_utils.series import colab
 from medcot_utils.series.kaggle import session
 
@@ -112,4 +112,6 @@ def finish(run: Run, step: str) -> pd.DataFrame:
     ]
     # Time differs from run to run, the table need not: so on another stream.
     print(f"{step}: {describe_costs(entry)}", file=sys.stderr)
+    if used := gpu.describe_used_gpus():
+        print(used, file=sys.stderr)
     return pd.DataFrame(lines).set_index("artifact")

@@ -73,7 +73,7 @@ def checks(config: RunConfig, run_dir: Path | None, online: bool = True) -> dict
 
 def _check_machine(config: RunConfig, run_dir: Path) -> str:
     line = hardware.check_profile(config.profile)
-    if config.training.num_processes > 1:
+    if config.training.num_processes not in (1, "auto"):
         hardware.require_gpus(config.training.num_processes)
     check_environment(config, run_dir)
     return line

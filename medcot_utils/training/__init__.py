@@ -6,7 +6,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "trainer": ["sft_arguments", "step_plan", "plan_training", "train"],
-        "batch_plan": ["memory_parts", "batch_plans", "choose_plans", "plans_table", "measured_memory_gb"],
+        "batch_plan": [
+            "count_processes",
+            "memory_parts",
+            "batch_plans",
+            "choose_plans",
+            "plans_table",
+            "measured_memory_gb",
+        ],
         "callbacks": ["skipped_steps", "tabulate_log"],
         "launch": ["train_in_processes"],
         "reference_runs": ["reference_differences", "reference_band", "compare_with_reference"],

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from medcot_utils.machine.processes import describe_exit, read_last_line
 from medcot_utils.run.files import write_atomic
 
 _FOLLOWS_FROM_ANOTHER = ("DistBackendError", "DistNetworkError", "Connection", "NCCL", "gloo")
@@ -56,18 +57,10 @@ def _describe(rank: int, failure: ProcessFailure, logs: Path) -> tuple[int, floa
         return order, failure.timestamp, Failure(process, kind, message)
     if failure.exitcode > 0:
         last_words = [read_last_line(path) for path in logs.glob(f"*/attempt_*/{failure.local_rank}/stderr.log")]
-        message = ": ".join([f"ended with exit code {failure.exitcode}", *filter(None, last_words)])
+        message = ": ".join([describe_exit(failure.exitcode), *filter(None, last_words)])
         return 1, failure.timestamp, Failure(process, "", message)
-    number = -failure.exitcode
-    why = ", as a machine out of main memory does" if number == signal.SIGKILL else ""
-    order = {signal.SIGABRT: 2, signal.SIGTERM: 4}.get(number, 0)
-    return order, failure.timestamp, Failure(process, "", f"killed by signal {number}{why}")
-
-
-def read_last_line(path: Path) -> str:
-    """Return the end of the last line of a log (at most 300 characters); empty if there is none."""
-    text = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
-    return text.rpartition("\n")[2][-300:]
+    order = {signal.SIGABRT: 2, signal.SIGTERM: 4}.get(-failure.exitcode, 0)
+    return order, failure.timestamp, Failure(process, "", describe_exit(failure.exitcode))
 
 
 def tolerate_broken_error_files() -> None:

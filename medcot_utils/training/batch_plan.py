@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from medcot_utils.config import RunConfig
 from medcot_utils.errors import MedcotError
+from medcot_utils.machine.hardware import count_gpus_alike
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,6 +52,16 @@ class BatchPlan:
         checkpointing = f"{self.gradient_checkpointing} checkpointing" if self.gradient_checkpointing else "no checkpointing"
         shape = f"{self.per_device_train_batch_size} rows x {self.gradient_accumulation_steps} micro-batches"
         return f"{processes}{shape}, {checkpointing.replace('True', 'gradient')}"
+
+
+def count_processes(config: RunConfig) -> int:
+    """Return in how many processes to train: as set, or with `auto` the most GPUs alike that share the effective batch evenly.
+
+    1 without a GPU. The number changes no loss beyond rounding, so the fingerprints of a run do not know it."""
+    t = config.training
+    if t.num_processes != "auto":
+        return t.num_processes
+    return max(count for count in range(1, max(1, count_gpus_alike()) + 1) if t.effective_batch_size % count == 0)
 
 
 def memory_parts(

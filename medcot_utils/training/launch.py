@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import json
 import os
@@ -18,17 +17,18 @@ import psutil
 from tqdm.auto import tqdm
 
 from medcot_utils.machine import hardware
+from medcot_utils.machine.gpu import note_use
 from medcot_utils.machine.paths import HOME
+from medcot_utils.machine.processes import describe_exit, end_with_parent, read_last_line
 from medcot_utils.machine.redaction import redact
 from medcot_utils.run.artifacts import PROGRESS
 from medcot_utils.run.directory import Run
-from medcot_utils.training.agent import Failure, read_last_line
+from medcot_utils.training.agent import Failure
 from medcot_utils.training.callbacks import LossFigure, ProgressLine, TimeBudgetReached
 from medcot_utils.training.checkpoints import last_good_checkpoint
 from medcot_utils.training.trainer import TrainingError
 
 _OUT_OF_MEMORY = "out of memory"
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 _END_SECONDS = 60  # torchrun itself gives its processes 30
 
 
@@ -41,6 +41,7 @@ def train_in_processes(run: Run, num_processes: int) -> None:
         TrainingError: with the process that failed first and its message, or if there are fewer GPUs than processes.
         TimeBudgetReached: if training.max_hours ended the training in time."""
     check_gpus(num_processes)
+    note_use(*range(num_processes))
     output_dir = run.checkpoint_dir("adapter")
     for skip_plans in itertools.count():
         progress = output_dir / PROGRESS
@@ -61,12 +62,6 @@ def check_gpus(num_processes: int) -> None:
     hardware.require_gpus(num_processes, TrainingError)
 
 
-def _end_with_parent() -> None:
-    # Workers that outlived a killed notebook would still write the checkpoints that the next call writes too. Linux only.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def _launch(run: Run, num_processes: int, skip_plans: int, progress: Path) -> Failure | None:
     """Run torchrun to its end, show progress, and return the failure that ended it, if any.
 
@@ -84,7 +79,7 @@ def _launch(run: Run, num_processes: int, skip_plans: int, progress: Path) -> Fa
         with log.open("w") as out:
             # A group of its own, ended by hand below; and by the kernel, should this process be killed.
             started = subprocess.Popen(
-                command, env=environment, start_new_session=True, preexec_fn=_end_with_parent, stdout=out, stderr=out
+                command, env=environment, start_new_session=True, preexec_fn=end_with_parent, stdout=out, stderr=out
             )
         try:
             _show(started, progress)
@@ -95,7 +90,7 @@ def _launch(run: Run, num_processes: int, skip_plans: int, progress: Path) -> Fa
         if report.exists():
             return Failure(**json.loads(report.read_text(encoding="utf-8")))
         # Killed itself, or it could not begin.
-        return Failure("torchrun", "", f"ended with exit code {started.returncode}: {read_last_line(log)}")
+        return Failure("torchrun", "", f"{describe_exit(started.returncode)}: {read_last_line(log)}")
 
 
 def _end(started: subprocess.Popen) -> None:

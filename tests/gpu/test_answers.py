@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -28,12 +29,42 @@ print("RECORDS" + json.dumps([record["completion"] for record in records]))
 """
 
 
-def answers(model: str, dtype: str, cache: str, quantized: str = "true") -> list[str]:
+# What Unsloth does on a T4 alone, made to run on any GPU.
+PACKED = """
+import json, os, sys
+os.environ["UNSLOTH_BNB_GEMM_4BIT"] = "1"
+from medcot_utils.config import load_config
+from medcot_utils.models.engine import get_engine
+
+config = load_config("smoke", [f"model.name={sys.argv[1]}", "model.engine=unsloth", "model.dtype=float16"])
+engine = get_engine(config.model)
+import bitsandbytes
+from medcot_utils.models.batch_check import _make_prompts, compare_batch, switch_off_packed
+
+calls, multiply = [], bitsandbytes.matmul_4bit
+bitsandbytes.matmul_4bit = lambda *given, **named: calls.append(given[0].shape[0]) or multiply(*given, **named)
+model, tokenizer = engine.load(config.model)
+model, found = engine.for_inference(model), {}
+for way in ("packed", "unpacked"):
+    check = compare_batch(model, tokenizer, _make_prompts(), config.generation)
+    found[way] = {"agrees": check.agrees, "said": str(check), "products of 16 rows": calls.count(16)}
+    calls.clear()
+    switch_off_packed()
+print("RECORDS" + json.dumps(found))
+"""
+
+
+def run_script(script: str, *arguments: str) -> Any:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", SCRIPT, model, dtype, cache, quantized]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RECORDS")).removeprefix("RECORDS"))
+
+
+def answers(model: str, dtype: str, cache: str, quantized: str = "true") -> list[str]:
+    return run_script(SCRIPT, model, dtype, cache, quantized)
 
 
 @pytest.mark.parametrize("quantized", ["true", "false"])
@@ -42,3 +73,10 @@ def test_compiled_answers_equal_a_growing_caches_in_float32(wide_llama, quantize
     growing = answers(wide_llama, "float32", "dynamic", quantized)
     assert len(growing) == 7 and len(set(growing)) > 1
     assert answers(wide_llama, "float32", "static", quantized) == growing
+
+
+def test_packed_4_bit_products_give_a_batch_its_rows_own_logits(wide_llama):
+    found = run_script(PACKED, wide_llama)
+    print(found)
+    assert found["packed"]["products of 16 rows"] > 0 == found["unpacked"]["products of 16 rows"], "switched off"
+    assert found["packed"]["agrees"] and found["unpacked"]["agrees"]

@@ -6,6 +6,7 @@ import gc
 
 import pytest
 
+from medcot_utils.models.tokenizer import load_tokenizer_from
 from medcot_utils.training.callbacks import skipped_steps
 
 
@@ -103,6 +104,32 @@ def test_float16_counts_its_skipped_first_steps_and_then_learns(make_config, run
     assert {weight.dtype for weight in trainer.model.parameters() if weight.requires_grad} == {torch.float32}
     assert 0 <= skipped_steps(trainer.state.log_history) <= 5
     assert losses[12] < losses[1]
+
+
+def test_a_copy_with_bfloat16_states_trains_in_float16(wide_llama, make_config, run_training, tmp_path):
+    """The Hub's pre-quantized copies have such states, and a T4 computes in float16."""
+    import math
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from medcot_utils.models.dequantized import four_bit_config
+
+    quantization = four_bit_config(torch.bfloat16)
+    copied = AutoModelForCausalLM.from_pretrained(
+        wide_llama, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": 0}
+    )
+    assert copied.model.layers[0].mlp.up_proj.weight.quant_state.dtype == torch.bfloat16
+    copied.save_pretrained(tmp_path / "copy")
+    load_tokenizer_from(wide_llama).save_pretrained(tmp_path / "copy")
+    config = make_config(f"model.quantized_name={tmp_path / 'copy'}", "model.dtype=float16", "training.max_steps=20")
+    losses, trainer = run_training(config)
+    assert trainer.args.fp16 and trainer.accelerator.scaler.is_enabled()
+    assert {weight.dtype for weight in trainer.model.parameters() if weight.requires_grad} == {torch.float32}
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    print(f"losses {losses}; gradient norms {norms}; skipped {skipped_steps(trainer.state.log_history)}")
+    assert len(losses) == 20 and all(map(math.isfinite, losses.values())) and losses[20] < losses[1]
+    assert skipped_steps(trainer.state.log_history) <= 5
 
 
 def test_float16_that_overflows_at_every_step_ends_the_run(make_config, run_training, monkeypatch):

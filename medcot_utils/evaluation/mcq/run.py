@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from medcot_utils.models.other_gpus import OtherGpus
     from medcot_utils.run.journal import Journal
 
 TASK_NAMES = ("shipped", "medqa", "medmcqa", "pubmedqa")
@@ -155,6 +156,7 @@ def run_tasks(
     config: RunConfig,
     label: str,
     journal: Journal | None = None,
+    others: OtherGpus | None = None,
 ) -> list[McqAnswer]:
     """Ask the questions of every task of evaluation.mcq_tasks; `label` says whose the answers are.
 
@@ -165,10 +167,13 @@ def run_tasks(
     Args:
         journal: keeps answers and letters as they are made; what it holds is not asked again. (lm-eval's own cache knows
             neither the model nor the settings that its values came from, and is a pickle, which a run must not hold.)
+        others: the processes on the other GPUs, which answer too. What lm-eval reads afterwards, a forward pass a question or
+            option, stays with this one.
 
     Raises:
         McqError: as `load_questions` does.
-        GenerationError: if a prompt and evaluation.mcq_max_new_tokens exceed the model's context."""
+        GenerationError: if a prompt and evaluation.mcq_max_new_tokens exceed the model's context, or another GPU's process
+            fails."""
     from medcot_utils.models.batches import check_context
     from medcot_utils.models.generation import Asked, answer_prompts
 
@@ -177,10 +182,12 @@ def run_tasks(
         return []
     budget, newline = settings.mcq_max_new_tokens, config.prompt.newline_after_think
     check_context(model.config, tokenizer, list_prompts(config), budget, 0, "evaluation.mcq_max_new_tokens")
-    asked = [Asked(key, prompt(question, newline), letters="".join(question["options"])) for key, (_, question) in questions.items()]
+    asked = [
+        Asked(key, prompt(question, newline), letters="".join(question["options"])) for key, (_, question) in questions.items()
+    ]
     generation = config.generation.model_copy(update={"max_new_tokens": budget})
     closing = None if settings.answer_tokens is None else 0
-    answers = answer_prompts(model, tokenizer, asked, generation, closing, journal, f"multiple choice, {label}")
+    answers = answer_prompts(model, tokenizer, asked, generation, closing, journal, f"multiple choice, {label}", others)
     records: dict[str, _KeptAnswer] = {record["id"]: record for record in answers}
     most = _CPU_BATCH if model.device.type == "cpu" else _GPU_BATCH
     batch_size = most if generation.batch_size == "auto" else min(generation.batch_size, most)

@@ -7,7 +7,7 @@ import pytest
 from medcot_utils.config import load_config
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.models.engine import get_engine
-from medcot_utils.models.generation import _pad_left, answer_questions, generate_arguments, own_generation_settings, stream_answer
+from medcot_utils.models.generation import answer_questions, generate_arguments, own_generation_settings, pad_left, stream_answer
 from medcot_utils.models.records import by_sample
 from medcot_utils.run.journal import Journal
 
@@ -282,10 +282,10 @@ def test_the_padding_side_is_restored_even_after_an_error(loaded):
     _, tokenizer = loaded
     for side in ("right", "left"):
         tokenizer.padding_side = side
-        batch = _pad_left(tokenizer, ["a", "a much longer text than the other one"])
+        batch = pad_left(tokenizer, ["a", "a much longer text than the other one"])
         assert batch["attention_mask"][0, 0] == 0 and batch["attention_mask"][0, -1] == 1, "padded on the left"
         assert tokenizer.padding_side == side
     tokenizer.padding_side = "right"
     with pytest.raises((TypeError, ValueError)):
-        _pad_left(tokenizer, [None])
+        pad_left(tokenizer, [None])
     assert tokenizer.padding_side == "right"

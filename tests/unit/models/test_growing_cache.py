@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from medcot_utils.config import load_config
 from medcot_utils.models.decoding import ForcedClosing, RowSampler, StopDoneRows
 from medcot_utils.models.engine import get_engine
-from medcot_utils.models.generation import _pad_left, generate_arguments
+from medcot_utils.models.generation import generate_arguments, pad_left
 from medcot_utils.models.growing_cache import PagedLayer, generate_in_turns, make_growing_cache
 
 BUDGET, ANSWER = 90, 40
@@ -80,7 +80,7 @@ def write(model, tokenizer, seeds, in_turns):
         "logits_processor": processors,
         "stopping_criteria": StoppingCriteriaList([StopDoneRows(closing)]),
     }
-    shapes, inputs = [], _pad_left(tokenizer, PROMPTS)
+    shapes, inputs = [], pad_left(tokenizer, PROMPTS)
     handle = model.register_forward_pre_hook(
         lambda module, args, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
     )

@@ -57,3 +57,26 @@ def test_weights_go_to_one_gpu_then_to_all_of_them(memory, shares, expected):
         assert placed.pop("max_memory") == pytest.approx(room, abs=1)
         del expected["max_memory"]
     assert placed == expected
+
+
+@pytest.mark.parametrize(("gpus", "places"), [(2, {0, 1}), (1, {0, "cpu"})])
+def test_two_t4s_hold_an_8b_model_that_one_does_not(memory, monkeypatch, tmp_path, gpus, places):
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers.integrations.accelerate import _get_device_map
+
+    t4 = 14.3 * 2**30  # of 14.7 GiB, less what CUDA itself takes
+    sizes = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    config = LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False)
+    config.save_pretrained(tmp_path)
+    memory(*[t4] * gpus)
+    monkeypatch.setattr(placement, "virtual_memory", lambda: SimpleNamespace(available=28 * 2**30))
+    assert fits_in_memory(count_weight_bytes(tmp_path, "float16")) is (gpus == 2)
+    placed = place_weights(tmp_path, "float16")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    found = _get_device_map(model, placed["device_map"], placed["max_memory"], None)
+    assert set(found.values()) == places
+    if gpus == 2:
+        layers = [place for name, place in found.items() if ".layers." in name]
+        assert 14 <= layers.count(0) <= 18, "about half each, so that both have room to compute"

@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from medcot_utils.config import load_config
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.models.engine import get_engine
-from medcot_utils.models.generation import _pad_left, answer_questions, generate_arguments, stream_answer
+from medcot_utils.models.generation import answer_questions, generate_arguments, pad_left, stream_answer
 from medcot_utils.models.static_cache import GROUPED, _grouped_decode, dequantize, use_grouped_decode
 
 on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, what is decided depends on its memory")
@@ -194,7 +194,7 @@ def test_grouped_attention_of_one_new_token_is_that_of_sdpa(unquantized, form, s
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["growing", "static"])
 def test_grouped_decoding_gives_sdpas_tokens_for_a_padded_batch(unquantized, cache):
     model, tokenizer = unquantized
-    batch = _pad_left(tokenizer, [inference_prompt(question["Question"]) for question in QUESTIONS])
+    batch = pad_left(tokenizer, [inference_prompt(question["Question"]) for question in QUESTIONS])
     assert (batch["attention_mask"][:, 0] == 0).sum() == len(QUESTIONS) - 1
 
     def tokens():

@@ -23,6 +23,7 @@ BY_SETTING = [
     ("training.save_steps=3", {"plan", "adapter", "training_log"}),
     # How the work is shared out and when it pauses: the same losses come out.
     ("training.num_processes=2", set()),
+    ("training.num_processes=auto", set()),
     ("training.max_hours=2", set()),
     ("training.batch_plan=as_set", set()),
     ("training.padding=padded", set()),
@@ -161,6 +162,7 @@ def test_a_damaged_artifact_is_made_again(run_factory):
         ("training.max_steps=9", False),
         ("generation.max_new_tokens=9", True),
         ("training.num_processes=2", True),
+        ("training.num_processes=auto", True),
         ("training.max_hours=2", True),
     ],
 )

@@ -127,7 +127,7 @@ def scripted(monkeypatch):
     """A function that gives answers instead of the model's own: completions by what the prompt holds."""
 
     def script(completions):
-        def answer(model, tokenizer, asked, settings, answer_tokens, journal, label):
+        def answer(model, tokenizer, asked, settings, answer_tokens, journal, label, others):
             assert (settings.max_new_tokens, answer_tokens) == (9, 0)
             found = []
             for one in asked:

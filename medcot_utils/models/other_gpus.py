@@ -1,0 +1,189 @@
+"""Answer on every GPU: beside this process and its model, one process on each other GPU, with the model loaded once more.
+
+Whoever is free takes the next batch. This process alone keeps records, and shows one progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+
+from medcot_utils.config import ModelSettings
+from medcot_utils.machine.gpu import note_use
+from medcot_utils.machine.hardware import name_other_gpus
+from medcot_utils.machine.processes import describe_exit, end_with_parent, read_last_line
+from medcot_utils.machine.redaction import redact
+from medcot_utils.models.batches import GenerationError
+from medcot_utils.models.generation import BatchWriter, Deal, HowToWrite, convert_to_write
+
+if TYPE_CHECKING:
+    from medcot_utils.models.engine import Engine
+
+_POLL_SECONDS = 0.2
+_END_SECONDS = 10
+
+
+class OtherGpus:
+    """Hold the processes that answer beside this one.
+
+    They start with the first call that has batches for them, load while this process answers, and stay for the next call."""
+
+    def __init__(self, engine: Engine, settings: ModelSettings, adapter: Path | None = None) -> None:
+        """Name what this process has loaded with `engine.load(settings, adapter)`; the others load the same."""
+        name = cast(ModuleType, engine).__name__.rpartition(".")[2].removesuffix("_engine")
+        self._settings, self._adapter = settings.model_copy(update={"engine": name}), adapter
+        self._workers: list[_Worker] = []
+        self._logs: tempfile.TemporaryDirectory[str] | None = None
+
+    def count_for(self, batches: int) -> int:
+        """Return how many other GPUs so many batches occupy: all of the first one's kind, if there are as many batches."""
+        return max(0, min(len(name_other_gpus()), batches - 1))
+
+    @contextlib.contextmanager
+    def taking_part(self, deal: Deal, how: HowToWrite) -> Iterator[None]:
+        """Have the other GPUs take batches too, and at the end wait for what they have taken.
+
+        A process that fails or is killed stops the deal with its message, and all processes end."""
+        over = threading.Event()
+
+        def work(worker: _Worker) -> None:
+            try:
+                worker.take_part(deal, how, over)
+            except Exception as error:  # noqa: BLE001 - raised by the notebook's own thread
+                deal.stop(error)
+
+        count = self.count_for(len(deal))
+        threads = [threading.Thread(target=work, args=[worker], daemon=True) for worker in self._start(count)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+            over.set()
+            for thread in threads:
+                thread.join()
+        except BaseException:
+            over.set()
+            self.close()
+            raise
+        if deal.error:
+            self.close()
+
+    def close(self) -> None:
+        """End the processes and free their GPUs. The next call with batches for them starts them anew."""
+        for worker in self._workers:
+            worker.end()
+        self._workers = []
+        if self._logs:
+            self._logs.cleanup()
+            self._logs = None
+
+    def _start(self, count: int) -> list[_Worker]:
+        for number, gpu in enumerate(name_other_gpus()[:count], start=1):
+            if number > len(self._workers):
+                self._logs = self._logs or tempfile.TemporaryDirectory()
+                log = Path(self._logs.name) / f"gpu-{number}.log"
+                self._workers.append(_Worker(number, gpu, log, self._settings, self._adapter))
+                note_use(number)
+        return self._workers[:count]
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What a process sends before it ends with an error."""
+
+    message: str
+
+
+class _Worker:
+    """Hold a process on another GPU, as the notebook's process sees it."""
+
+    def __init__(self, number: int, gpu: str, log: Path, settings: ModelSettings, adapter: Path | None) -> None:
+        """Start the process. Args: number: of the GPU among the visible ones. gpu: its name in CUDA_VISIBLE_DEVICES."""
+        # Not forked: CUDA does not work in a fork of a process that uses it.
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._number, self._log, self._is_ready = number, log, False
+        self._process = context.Process(target=_serve, args=(theirs, gpu, log, settings, adapter), daemon=True)
+        self._process.start()
+        theirs.close()  # or its end would not be noticed here
+
+    def take_part(self, deal: Deal, how: HowToWrite, over: threading.Event) -> None:
+        """Take batches once the model is loaded, until there are none or the others have made them all."""
+        while not self._is_ready:
+            if self._connection.poll(_POLL_SECONDS):
+                self._receive()
+                self._is_ready = True
+            elif over.is_set():
+                return
+        while batch := deal.take():
+            deal.keep(self._ask(how, batch))
+
+    def _ask(self, how: HowToWrite, batch: list[Any]) -> Any:
+        with contextlib.suppress(OSError):  # raised if it has ended; the next line says why
+            self._connection.send((how, batch))
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            received = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join(_END_SECONDS)
+            words = [describe_exit(self._process.exitcode or 0), read_last_line(self._log)]
+            received = _Failed(": ".join(filter(None, words)))
+        if isinstance(received, _Failed):
+            raise GenerationError(
+                f"answering on GPU {self._number} failed: {redact(received.message)}. Finished answers are kept: run the "
+                f"notebook again, with CUDA_VISIBLE_DEVICES=0 to answer on the first GPU alone"
+            )
+        return received
+
+    def end(self) -> None:
+        """End the process, by force if need be."""
+        self._process.terminate()
+        self._process.join(_END_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _serve(connection: Connection, gpu: str, log: Path, settings: ModelSettings, adapter: Path | None) -> None:
+    """Answer the batches that come, until no more can come: all that a process on another GPU does."""
+    end_with_parent()
+    if not cast(BaseProcess, multiprocessing.parent_process()).is_alive():  # it was killed before the line above
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches all; the notebook's process ends the others
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    with log.open("wb") as stream:  # what libraries print would stand in the notebook's output
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    try:
+        _answer_batches(connection, settings, adapter)
+    except (EOFError, BrokenPipeError):
+        return  # the notebook's process has ended
+    except BaseException as error:  # noqa: BLE001 - told by the process that waits for this one
+        connection.send(_Failed(f"{type(error).__name__}: {' '.join(str(error).split())}"))
+
+
+def _answer_batches(connection: Connection, settings: ModelSettings, adapter: Path | None) -> None:
+    from medcot_utils.models.engine import get_engine
+
+    engine = get_engine(settings)  # before transformers and peft
+    model, tokenizer = engine.load(settings, adapter)
+    model, writer = engine.for_inference(model), None
+    connection.send("loaded")
+    while True:
+        how, batch = connection.recv()
+        if writer is None or writer.how != how:
+            model = convert_to_write(model, how.settings)
+            writer = BatchWriter(model, tokenizer, how)
+        connection.send([record for records in writer.write(batch) for record in records])
