@@ -146,7 +146,10 @@ class TrainingSettings(Section):
     padding: Literal["auto", "padded", "padding_free"] = Field("auto", description="how rows of unequal length share a batch")
     num_processes: int = Field(1, ge=1, description="GPUs to train on, one process each; the effective batch stays")
     max_hours: float | None = Field(
-        None, gt=0, description="stop in good time before this, with a checkpoint; the next call resumes"
+        None,
+        gt=0,
+        description="hours of a session: the series pauses before they are over, training with a checkpoint, answers and "
+        "multiple choice after a batch, else between two notebooks; the next call resumes",
     )
 
     @property

@@ -136,13 +136,15 @@ def answer_prompts(
             record of what the model wrote by itself, which it does not change. 0: records how the thinking was closed, and
             nothing is written, but for `Answer:` where there are letters to choose from; the likeliest is recorded as
             `letter` if all are single tokens. None: no forced closing.
-        journal: keeps the records of each batch before the next begins. Answers that it holds are not asked again. Batches are
-            the same whatever it holds, so records equal those of an uninterrupted call exactly (but for `seconds`) if whole
-            batches were kept, as they are after a kill. If the batch size changed in between, they equal up to rounding.
+        journal: keeps the records of each batch before the next begins, and pauses in time. Answers that it holds are not
+            asked again. Batches are the same whatever it holds, so records equal those of an uninterrupted call exactly (but
+            for `seconds`) if whole batches were kept, as they are after a kill. If the batch size changed in between, they
+            equal up to rounding.
         label: names the progress bar.
 
     Raises:
-        GenerationError: as `choose_cache` and `check_context` do."""
+        GenerationError: as `choose_cache` and `check_context` do.
+        TimeBudgetReached: if training.max_hours are nearly over; what was made is in the journal."""
     kept = {(record["id"], record["sample"], record["prompt"]): record for record in (journal.read() if journal else [])}
     made = {one.key: kept[one.key] for one in asked if one.key in kept}
     if made:
@@ -162,11 +164,15 @@ def answer_prompts(
         model = convert_for_static_cache(model)
     settings = settings.model_copy(update={"batch_size": choose_batch_size(model, settings, *size)})
     print(describe_batches(settings, len(asked)))
+    if journal:
+        journal.require_time(label, len(made), len(asked))
     for batch, written, seconds in _answer_all(model, tokenizer, asked, set(made), settings, answer_tokens, longest, label):
         records = [_record(tokenizer, one, row, seconds) for one, row in zip(batch, written, strict=True)]
         if journal:
             journal.add(records)
         made |= {one.key: record for one, record in zip(batch, records, strict=True)}
+        if journal and len(made) < len(asked):
+            journal.require_time(label, len(made), len(asked))
     return [made[one.key] for one in asked]
 
 

@@ -168,7 +168,8 @@ def run_tasks(
 
     Raises:
         McqError: as `load_questions` does.
-        GenerationError: if a prompt and evaluation.mcq_max_new_tokens exceed the model's context."""
+        GenerationError: if a prompt and evaluation.mcq_max_new_tokens exceed the model's context.
+        TimeBudgetReached: if training.max_hours are nearly over; what was made is in the journal."""
     from medcot_utils.models.batches import check_context
     from medcot_utils.models.generation import Asked, answer_prompts
 
@@ -177,7 +178,9 @@ def run_tasks(
         return []
     budget, newline = settings.mcq_max_new_tokens, config.prompt.newline_after_think
     check_context(model.config, tokenizer, list_prompts(config), budget, 0, "evaluation.mcq_max_new_tokens")
-    asked = [Asked(key, prompt(question, newline), letters="".join(question["options"])) for key, (_, question) in questions.items()]
+    asked = [
+        Asked(key, prompt(question, newline), letters="".join(question["options"])) for key, (_, question) in questions.items()
+    ]
     generation = config.generation.model_copy(update={"max_new_tokens": budget})
     closing = None if settings.answer_tokens is None else 0
     answers = answer_prompts(model, tokenizer, asked, generation, closing, journal, f"multiple choice, {label}")
@@ -238,6 +241,8 @@ def _read_likeliest(
             for keys in _chunks([*rows]):
                 if all(name in records[key] for key in keys):
                     continue
+                if journal:
+                    journal.require_time(f"{name}, {label}", sum(name in records[key] for key in rows), len(rows))
                 letters = likeliest_letters(harness, [rows[key] for key in keys], by_length=name == "likelihood")
                 for key, letter in zip(keys, letters, strict=True):
                     records[key] = {**records[key], name: letter}
