@@ -34,7 +34,7 @@ from medcot_utils.settings import (
 )
 
 PROFILES_DIR = Path(__file__).parent / "profiles"
-PROFILES = ("smoke", "demo", "article", "recommended", "full")
+PROFILES = ("smoke", "demo", "small", "article", "recommended", "full")
 
 # Pins that belong to the profile's own model or data set, and not to another one put in its place.
 _PINS = {

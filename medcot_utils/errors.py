@@ -31,4 +31,4 @@ EX_PAUSED = 75  # the exit code of a paused series: EX_TEMPFAIL, try again
 
 
 class SeriesPaused(MedcotError):
-    """Training ended in time, as training.max_hours asked. Nothing failed; the next call resumes it."""
+    """The series ended in time, as training.max_hours asked. Nothing failed; the next call resumes it."""

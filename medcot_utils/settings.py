@@ -148,7 +148,10 @@ class TrainingSettings(Section):
         1, description="GPUs to train on, one process each; the effective batch stays. auto: all of a kind that divide it"
     )
     max_hours: float | None = Field(
-        None, gt=0, description="stop in good time before this, with a checkpoint; the next call resumes"
+        None,
+        gt=0,
+        description="hours of a session: the series pauses before they are over, training with a checkpoint, answers and "
+        "multiple choice after a batch, else between two notebooks; the next call resumes",
     )
 
     @property

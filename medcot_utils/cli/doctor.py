@@ -12,7 +12,9 @@ from medcot_utils.config import PROFILES, RunConfig, load_config, profile_needs
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine import disk, hardware
 from medcot_utils.machine.paths import GIB
+from medcot_utils.machine.probe import measure_speed
 from medcot_utils.series import preflight
+from medcot_utils.series.estimate import SeriesEstimate, estimate_series
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate", "papermill")
 
@@ -22,6 +24,7 @@ class Diagnosis:
     profile: str
     ok: bool
     reason: str  # what is missing, or what to expect
+    estimate: SeriesEstimate | None  # how long it will take; None if it cannot run here
 
 
 def profiles_here(run_root: Path) -> list[Diagnosis]:
@@ -44,7 +47,8 @@ def _diagnose(profile: str, run_root: Path, gpus: list[hardware.Gpu]) -> Diagnos
     faults += [f"disk: {line}" for line in disk.shortages(disk.needs(config, run_root))]
     if "datasets" not in missing:
         faults += _failed_checks(config, run_root)
-    return Diagnosis(profile, not faults, "; ".join(faults) or needs.expect)
+    estimate = None if faults else estimate_series(config, run_root, measure_speed())
+    return Diagnosis(profile, not faults, "; ".join(faults) or needs.expect, estimate)
 
 
 def _failed_checks(config: RunConfig, run_root: Path) -> list[str]:

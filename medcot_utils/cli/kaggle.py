@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from medcot_utils.config import PROFILES
 from medcot_utils.machine.paths import expand_home
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ Kernel = Annotated[str | None, typer.Argument(help="owner/slug; that of kernel-m
 def build(
     profile: Annotated[
         str | None,
-        typer.Option(help="smoke, demo, article, recommended, full or auto; not given: as built here before, else article"),
+        typer.Option(help=f"{', '.join(PROFILES)} or auto; not given: as built here before, else article"),
     ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="a setting of the run: --set training.max_steps=10")] = None,
     kernel: Annotated[str | None, typer.Option("--id", help="owner/slug; your name and medcot-series if not given")] = None,
@@ -50,9 +51,25 @@ def build(
     if built.left_out:
         names = ", ".join(built.left_out)
         console.print(f"not carried, since they are none of the project's files (git add makes them so): {names}", soft_wrap=True)
+    if built.metadata.enable_gpu:
+        _print_times("article" if built.profile == "auto" else built.profile, [*(settings or []), *built.added])
     owner, _, _ = built.metadata.id.partition("/")
     if owner == PLACEHOLDER_OWNER:
         console.print("its owner is set by medcot kaggle push; for `kaggle kernels push` give --id NAME/SLUG", soft_wrap=True)
+
+
+def _print_times(profile: str, settings: list[str]) -> None:
+    from medcot_utils.cli.tables import times_table
+    from medcot_utils.config import load_config
+    from medcot_utils.machine.probe import KAGGLE_T4S
+    from medcot_utils.series.estimate import describe_sessions, estimate_series
+
+    config = load_config(profile, settings)
+    if estimate := estimate_series(config, None, KAGGLE_T4S):
+        console.print(times_table({profile: estimate}))
+        console.print(describe_sessions(estimate, config, on_kaggle=True), highlight=False, soft_wrap=True)
+    else:
+        console.print("no estimate of the time: the model's size is not known before it is downloaded", soft_wrap=True)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from rich.table import Table
 from medcot_utils.cli import push
 from medcot_utils.cli.chat import chat
 from medcot_utils.cli.kaggle import app as kaggle_app
+from medcot_utils.config import PROFILES
 from medcot_utils.errors import EX_INTERRUPTED, EX_PAUSED, MedcotError, SeriesInterrupted, SeriesPaused
 from medcot_utils.machine import installing
 from medcot_utils.machine.paths import expand_home
@@ -41,7 +42,7 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help="override a se
 
 @app.command()
 def run(
-    profile: Annotated[str | None, typer.Option(help="smoke, demo, article, recommended, full or auto")] = None,
+    profile: Annotated[str | None, typer.Option(help=f"{', '.join(PROFILES)} or auto")] = None,
     run_dir: RunDir = None,
     settings: Settings = None,
     first: Annotated[int, typer.Option("--from", min=1, max=7, help="first notebook")] = 1,
@@ -242,13 +243,17 @@ app.command()(chat)
 
 @app.command()
 def doctor(run_dir: RunDir = None) -> None:
-    """Say whether this machine can run which profile, and why not."""
+    """Say whether this machine can run which profile, why not, and how long it will take."""
     from medcot_utils.cli import doctor
+    from medcot_utils.cli.tables import times_table
 
     table = Table("profile", "can run here", "why not, or what to expect")
-    for line in doctor.profiles_here(run_dir or Path("runs")):
+    found = doctor.profiles_here(run_dir or Path("runs"))
+    for line in found:
         table.add_row(line.profile, "yes" if line.ok else "no", line.reason)
     console.print(table)
+    if estimates := {line.profile: line.estimate for line in found if line.estimate}:
+        console.print(times_table(estimates))
 
 
 @app.command("settings")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Parameters of the models of the profiles, and of LoRA at r = 16 on the seven projections.
 _PARAMETERS = {
     "unsloth/DeepSeek-R1-Distill-Llama-8B": (8.03e9, 41.9e6),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": (1.777e9, 18.5e6),
     "embedded:smollm2-135m-instruct": (134.5e6, 4.9e6),
     "embedded:tiny-random-llama": (3e6, 0.1e6),
 }

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import psutil
 
 from medcot_utils.config import load_config, override_pairs, profile_needs
 from medcot_utils.errors import MedcotError, PlatformError
+from medcot_utils.machine.durations import TimeEstimate
 from medcot_utils.machine.paths import GIB, cache_dir, disk_free_gib, platform_name
 from medcot_utils.machine.secrets import secrets_found
 
@@ -92,7 +93,8 @@ def resolve_profile(profile: str, gpus: list[Gpu] | None = None) -> tuple[str, s
         return profile, check_profile(profile, gpus)
     gpu, why_not = fitting_gpu("article", gpus)
     if gpu is None:
-        return "demo", f"profile demo: {why_not}"
+        more = "" if _smaller(gpus) == "demo" else f"; profile {_smaller(gpus)} can run here"
+        return "demo", f"profile demo: {why_not}{more}"
     return "article", f"profile article: {gpu.name} with {gpu.memory_gib:.0f} GiB can hold the 8B model"
 
 
@@ -106,9 +108,13 @@ def check_profile(profile: str, gpus: list[Gpu] | None = None) -> str:
     if gpu is None:
         raise PlatformError(
             f"profile {profile} needs a CUDA GPU with at least {needed:.0f} GiB: {why_not}. On Kaggle or Colab choose "
-            f"a T4 accelerator; on this machine use profile demo"
+            f"a T4 accelerator; on this machine use profile {_smaller(gpus)}"
         )
     return f"profile {profile}: as asked, on {gpu.name}"
+
+
+def _smaller(gpus: list[Gpu] | None) -> str:
+    return "small" if fitting_gpu("small", gpus)[0] else "demo"
 
 
 def require_gpus(num_processes: int, error_class: type[MedcotError] = PlatformError) -> None:
@@ -183,6 +189,7 @@ class MachineReport(TypedDict):
     gpus: str  # names and GiB, or `none`
     versions: dict[str, str | None]  # None: not installed
     secrets: dict[str, str]  # {service: where its secret was found}; never a value
+    estimate: NotRequired[dict[str, TimeEstimate]]  # {notebook: its time}; absent in earlier runs and if nobody can tell
 
 
 def machine_report(run_dir: Path, overrides: Iterable[str] | str = ()) -> MachineReport:

@@ -17,6 +17,7 @@ from medcot_utils.config import GenerationSettings
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.models.batches import check_context, choose_batch_size, choose_cache, count_new_tokens, describe_batches
 from medcot_utils.models.records import AnswerRecord, make_forced, make_record
+from medcot_utils.run.clock import TimeBudgetReached
 
 # A checkpoint's own generation_config.json is in force for every argument that is left out: a repetition penalty of 1.3 or
 # `top_k` 1 would change the answers of one model unseen. These are the values without any effect.
@@ -142,14 +143,16 @@ def answer_prompts(
             record of what the model wrote by itself, which it does not change. 0: records how the thinking was closed, and
             nothing is written, but for `Answer:` where there are letters to choose from; the likeliest is recorded as
             `letter` if all are single tokens. None: no forced closing.
-        journal: keeps the records of each batch before the next begins. Answers that it holds are not asked again. Batches are
-            the same whatever it holds, so records equal those of an uninterrupted call exactly (but for `seconds`) if whole
-            batches were kept, as they are after a kill. If the batch size changed in between, they equal up to rounding.
+        journal: keeps the records of each batch before the next begins, and pauses in time. Answers that it holds are not
+            asked again. Batches are the same whatever it holds, so records equal those of an uninterrupted call exactly (but
+            for `seconds`) if whole batches were kept, as they are after a kill. If the batch size changed in between, they
+            equal up to rounding.
         label: names the progress bar.
         others: the processes on the other GPUs, which take batches too. The batches, and so the records, are those of one GPU.
 
     Raises:
-        GenerationError: as `choose_cache` and `check_context` do, and if a process on another GPU fails."""
+        GenerationError: as `choose_cache` and `check_context` do, and if a process on another GPU fails.
+        TimeBudgetReached: if training.max_hours are nearly over; what was made is in the journal."""
     from tqdm.auto import tqdm
 
     kept = {(record["id"], record["sample"], record["prompt"]): record for record in (journal.read() if journal else [])}
@@ -179,7 +182,11 @@ def answer_prompts(
             made.update({(record["id"], record["sample"], record["prompt"]): record for record in records})
             bar.update(len(records))
 
-        deal, how = Deal(missing, keep), HowToWrite(settings, answer_tokens, longest)
+        def require_time() -> None:
+            if journal:
+                journal.require_time(label, len(made), len(asked))
+
+        deal, how = Deal(missing, keep, require_time), HowToWrite(settings, answer_tokens, longest)
         writer = BatchWriter(model, tokenizer, how)
         with others.taking_part(deal, how) if others else nullcontext():
             while batch := deal.take():
@@ -228,9 +235,16 @@ class HowToWrite:
 class Deal:
     """Deal the batches of one call out to whoever is free, this process or another one, and keep their records at once."""
 
-    def __init__(self, batches: Sequence[list[Asked]], keep: Callable[[list[AnswerRecord]], None]) -> None:
-        """Args: keep: takes the records of a batch, or of a part of one; never called twice at a time."""
+    def __init__(
+        self, batches: Sequence[list[Asked]], keep: Callable[[list[AnswerRecord]], None], require_time: Callable[[], None]
+    ) -> None:
+        """Make the deal of one call. Neither function is called twice at a time.
+
+        Args:
+            keep: takes the records of a batch, or of a part of one.
+            require_time: called before a batch is taken; raises TimeBudgetReached if it might not end in time."""
         self._waiting, self._keep, self._lock = deque(batches), keep, threading.Lock()
+        self._require_time = require_time
         self.error: Exception | None = None  # why it was stopped
 
     def __len__(self) -> int:
@@ -238,15 +252,25 @@ class Deal:
         return len(self._waiting)
 
     def take(self) -> list[Asked] | None:
-        """Return the next batch, None if there is none."""
+        """Return the next batch, None if there is none or no time is left for one."""
         with self._lock:
-            return self._waiting.popleft() if self._waiting else None
+            if not self._waiting:
+                return None
+            try:
+                self._require_time()
+            except TimeBudgetReached as error:
+                self._stop(error)
+                return None
+            return self._waiting.popleft()
 
     def stop(self, error: Exception) -> None:
         """Deal out no further batch. Those that were taken are finished and kept; then the first such error is raised."""
         with self._lock:
-            self.error = self.error or error
-            self._waiting.clear()
+            self._stop(error)
+
+    def _stop(self, error: Exception) -> None:
+        self.error = self.error or error
+        self._waiting.clear()
 
     def keep(self, records: list[AnswerRecord]) -> None:
         """Keep the records of answers that are made."""

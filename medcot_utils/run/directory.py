@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -24,9 +25,11 @@ import psutil
 from medcot_utils.config import ConfigError, RunConfig, config_from_dict, with_absolute_paths
 from medcot_utils.machine import paths
 from medcot_utils.machine.disk import full_disk_told
+from medcot_utils.machine.durations import TimeEstimate, describe_end, describe_time
 from medcot_utils.machine.gpu import peak_gpu_memory_mb
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS, Artifact
 from medcot_utils.run.changes import why_stale
+from medcot_utils.run.clock import SessionClock
 from medcot_utils.run.files import (
     fill,
     fsync,
@@ -58,6 +61,7 @@ class Run:
         self.path, self.config = path, config
         self._verified: dict[str, str] = {}
         self._sources: dict[Artifact, dict[str, str]] = {}  # as they were when the step began
+        self._clock = SessionClock(config.training.max_hours)
 
     # --- opening ---------------------------------------------------------------------------------------------
 
@@ -260,8 +264,10 @@ class Run:
         return final
 
     def journal(self, name: str) -> Journal:
-        """Return where the records of an artifact are kept while it is made. They go once it is written."""
-        return Journal(self._journal_path(name), self.fingerprint(name))
+        """Return where the records of an artifact are kept while it is made. They go once it is written.
+
+        All journals of a run share one clock: with training.max_hours, they pause in time."""
+        return Journal(self._journal_path(name), self.fingerprint(name), self._clock)
 
     def _journal_path(self, name: str) -> Path:
         return self.path / f"{ARTIFACTS[name].file}.part"
@@ -328,6 +334,9 @@ class Run:
             self._sources = {ARTIFACTS[name]: digest_sources(ARTIFACTS[name], self.config) for name in STEPS[step].makes}
             here = {"pid": os.getpid(), "host": paths.host_name()}
             self.record_step(step, state="running", started=time.time(), **here, error=None)
+            if estimate := self.estimate(step):
+                # Times differ from run to run, what a notebook shows need not: so on another stream.
+                print(f"{step}: {describe_time(estimate)}, {describe_end(estimate, time.time())}", file=sys.stderr)
         except BaseException:
             let_go(self.path)
             raise
@@ -365,10 +374,19 @@ class Run:
         # Linux reports kilobytes.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         memory = {"peak_memory_mb": round(peak), "peak_gpu_memory_mb": peak_gpu_memory_mb()}
-        entry: StepEntry = {"state": "done", "seconds": round(time.time() - began, 1), **memory}
+        seconds = {"seconds": round(time.time() - began, 1), "estimate": self.estimate(step)}
+        entry: StepEntry = {"state": "done", **seconds, **memory}
         self.record_step(step, **entry)
         let_go(self.path)
         return entry
+
+    def estimate(self, step: str) -> TimeEstimate | None:
+        """Return how long notebook 01 estimated a step to take; None if it could not tell, or in a run of an earlier version."""
+        try:
+            found = read_json(self.place("machine"))["estimate"][step]
+            return TimeEstimate(**{key: float(found[key]) for key in ("seconds", "low", "high")})
+        except (OSError, ValueError, KeyError, TypeError):  # it is only shown: nothing may end for it
+            return None
 
     def record_step(self, step: str, **fields: Any) -> None:
         """Write fields of a step's entry in the manifest."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medcot_utils.machine.disk import full_disk_told
+from medcot_utils.run.clock import SessionClock, TimeBudgetReached
 from medcot_utils.run.files import write_atomic
 
 
@@ -19,9 +20,21 @@ class Journal:
     further line is the list of records of one `add`, so that a batch is kept whole or not at all: a last line that a kill cut
     off counts as not there."""
 
-    def __init__(self, path: Path, made_from: str) -> None:
-        """Args: made_from: the artifact's fingerprint, see `Run.fingerprint`."""
+    def __init__(self, path: Path, made_from: str, clock: SessionClock | None = None) -> None:
+        """Args: made_from: the artifact's fingerprint, see `Run.fingerprint`; clock: None: the session never ends."""
         self.path, self._head = path, json.dumps({"made_from": made_from})
+        self._clock = clock or SessionClock(None)
+
+    def require_time(self, what: str, made: int, wanted: int) -> None:
+        """Note that a batch begins, or raise TimeBudgetReached if it might not end in the session's time.
+
+        At least one batch is made by each process, so that every session gets further."""
+        if self._clock.pieces and self._clock.is_over():
+            raise TimeBudgetReached(
+                f"{what}: stopped after {made} of {wanted}, before training.max_hours were over; they are kept, and the same "
+                f"command or notebook resumes there"
+            )
+        self._clock.begin_piece()
 
     def read(self) -> list[dict[str, Any]]:
         """Return the records kept so far, in the order in which they were added."""
@@ -44,3 +57,4 @@ class Journal:
             stream.write(json.dumps(list(records)).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
+        self._clock.end_piece()

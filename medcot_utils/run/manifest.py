@@ -9,6 +9,7 @@ from typing import NotRequired
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
+from medcot_utils.machine.durations import TimeEstimate, describe_time
 from medcot_utils.text_files import read_json
 
 FORMAT = 1
@@ -44,6 +45,7 @@ class StepEntry(TypedDict):
     host: NotRequired[str]  # the machine of the pid
     error: NotRequired[str | None]
     seconds: NotRequired[float]
+    estimate: NotRequired[TimeEstimate | None]  # of notebook 01; None if nobody could tell
     peak_memory_mb: NotRequired[int]
     peak_gpu_memory_mb: NotRequired[GpuPeak | None]  # None: no GPU was used
 
@@ -78,7 +80,8 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def describe_costs(entry: StepEntry) -> str:
-    """Return a done step's seconds and memory in one line."""
+    """Return a done step's seconds beside those estimated, and its memory, in one line."""
+    estimated = f", estimated {describe_time(estimate)}" if (estimate := entry.get("estimate")) else ""
     gpu = entry.get("peak_gpu_memory_mb")
     of_the_gpu = f", {gpu['reserved']} MB of the GPU" if gpu else ""
-    return f"{entry['seconds']} s, peak memory {entry['peak_memory_mb']} MB{of_the_gpu}"
+    return f"{entry['seconds']} s{estimated}, peak memory {entry['peak_memory_mb']} MB{of_the_gpu}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils.machine import gpu, hardware, installing, secrets
+from medcot_utils.run.clock import SESSION_STARTED
 from medcot_utils.series import colab
 from medcot_utils.series.kaggle import session
 
@@ -39,6 +40,8 @@ def start(run_dir: str | int | Path) -> Path:
     quiet_start()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if os.environ.get(SESSION_STARTED):
+        sys.modules.setdefault("ipywidgets", None)  # headless: nobody sees a widget, and a log needs the bars' text
     # Without ipywidgets tqdm's notebook bar warns and falls back to text; text is what a saved notebook should hold.
     warnings.filterwarnings("ignore", message="IProgress not found")
     for category in (FutureWarning, DeprecationWarning):

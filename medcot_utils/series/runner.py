@@ -23,16 +23,19 @@ from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused, qu
 from medcot_utils.evaluation.merged_column import describe_merged, read_merged
 from medcot_utils.machine import hardware, redaction
 from medcot_utils.machine.disk import full_disk_told
+from medcot_utils.machine.durations import describe_end, describe_time
 from medcot_utils.machine.paths import HOME, PACKAGE, expand_home
 from medcot_utils.models.engine import quiet_start
 from medcot_utils.run.artifacts import ARTIFACTS, PROGRESS, STEPS
 from medcot_utils.run.changes import describe_changes
+from medcot_utils.run.clock import SESSION_STARTED, SessionClock, TimeBudgetReached
 from medcot_utils.run.directory import CONFIG, Run
 from medcot_utils.run.files import write_atomic
 from medcot_utils.run.lock import hold
 from medcot_utils.run.manifest import GpuPeak, describe_costs
 from medcot_utils.series.kernel import KERNEL, check_kernel
 from medcot_utils.series.preflight import preflight
+from medcot_utils.series.progress import Watch, watching
 
 if TYPE_CHECKING:
     from medcot_utils.evaluation.comparison import ComparedMetric, Metrics
@@ -152,7 +155,7 @@ def run_series(
     is written, SeriesError at the first notebook that fails or whose kernel dies, SeriesPaused if training.max_hours ended it,
     and SeriesInterrupted at Ctrl-C. Finished work is kept, and the next call resumes there."""
     folder = notebooks_dir()
-    os.environ.setdefault("MEDCOT_SESSION_STARTED", str(time.time()))
+    os.environ.setdefault(SESSION_STARTED, str(time.time()))
     check_parameters(parameters or {}, folder)
     check_kernel()
     quiet_start(config.seed)
@@ -208,20 +211,27 @@ def _run_steps(
     say: Callable[[str], None],
     report: Report,
 ) -> None:
+    clock, worked = SessionClock(run.config.training.max_hours), False
     for name in names:
         asked = sorted(parameters.keys() & parameters_of(folder / f"{name}.ipynb"))
+        state = run.step_state(name)
+        if state == "done" and not asked and not force:
+            say(f"{name}: done before with the same settings and inputs")
+            continue
+        if worked and clock.is_over():
+            raise SeriesPaused(f"{name} is not begun, because training.max_hours are nearly over; the same command resumes there")
+        worked = name != NOTEBOOKS[0]  # which alone would be no progress
         if force:
             if run.can_begin(name):  # else the notebook says what is missing, and what was made before is kept
                 run.forget(name)
-        elif (state := run.step_state(name)) == "done" and not asked:
-            say(f"{name}: done before with the same settings and inputs")
-            continue
         elif state in ("done", "stale"):
             say(f"{name}: done again, because {_in_short(run.why_stale(name) or [f'{one} is given' for one in asked])}")
         given = {"RUN_DIR": str(run.path.absolute()), **parameters}
         if name == NOTEBOOKS[0]:
             given |= {"PROFILE": run.config.profile, "OVERRIDES": overrides_of(run.config)}
-        _run_notebook(run, folder / f"{name}.ipynb", given, report)
+        if estimate := run.estimate(name):
+            say(f"{name}: {describe_time(estimate)}, {describe_end(estimate, time.time())}")
+        _run_notebook(run, folder / f"{name}.ipynb", given, report, say)
         say(f"{name}: {describe_costs(run.manifest()['steps'][name])}")
     return run
 
@@ -231,7 +241,7 @@ def _in_short(reasons: list[str]) -> str:
     return ", ".join(reasons[:_MOST_REASONS]) + more
 
 
-def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Report) -> None:
+def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Report, say: Callable[[str], None]) -> None:
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -243,22 +253,23 @@ def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Re
     # What it warns of are parameters that its own reader overlooked (unknown ones were refused before); what it logs as an
     # error it also raises.
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
-    _register_engine(name, report)
     try:
-        papermill.execute_notebook(
-            _escape(notebook),
-            _escape(executed),
-            parameters={key: value for key, value in given.items() if key in known},
-            engine_name="medcot",
-            progress_bar=False,
-            kernel_name=KERNEL,
-            extra_arguments=QUIET_KERNEL,
-        )
+        with watching(name, run.estimate(name), say) as watch:
+            _register_engine(name, report, watch)
+            papermill.execute_notebook(
+                _escape(notebook),
+                _escape(executed),
+                parameters={key: value for key, value in given.items() if key in known},
+                engine_name="medcot",
+                progress_bar=False,
+                kernel_name=KERNEL,
+                extra_arguments=QUIET_KERNEL,
+            )
     except OSError:  # papermill writes the notebook after each cell
         with full_disk_told(run.display(executed), run.path):
             raise
     except (PapermillExecutionError, DeadKernelError) as error:
-        if isinstance(error, PapermillExecutionError) and error.ename == "TimeBudgetReached":
+        if isinstance(error, PapermillExecutionError) and error.ename == TimeBudgetReached.__name__:
             run.record_step(name, state="paused", error=error.evalue)
             raise SeriesPaused(f"{name}: {error.evalue}") from error
         if isinstance(error, PapermillExecutionError):
@@ -279,7 +290,7 @@ def _escape(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def _register_engine(name: str, report: Report) -> None:
+def _register_engine(name: str, report: Report, watch: Watch) -> None:
     from papermill.engines import NBClientEngine, papermill_engines
 
     class ReportingEngine(NBClientEngine):
@@ -291,6 +302,7 @@ def _register_engine(name: str, report: Report) -> None:
 
             def reporting_start(cell, cell_index=None, **more):
                 report(name, (cell_index or 0) + 1, cells)
+                watch.begin_cell(nb_man.nb.cells, cell_index or 0)
                 return cell_start(cell, cell_index, **more)
 
             def redacting_save(**more):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
@@ -13,21 +11,14 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from medcot_utils.errors import MedcotError
+from medcot_utils.run.clock import SessionClock
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from medcot_utils.training.tracking import Session
 
-SESSION_STARTED = (
-    "MEDCOT_SESSION_STARTED"  # environment variable: seconds since the epoch, set when a session of several notebooks begins
-)
 MAX_SKIPPED_STEPS = 5
-_RESERVE_SECONDS = 60  # to save the checkpoint and end in peace
-
-
-class TimeBudgetReached(MedcotError):
-    """Training stopped before training.max_hours with a checkpoint; nothing failed, and the same command resumes it."""
 
 
 class SkippedStepsError(MedcotError):
@@ -190,22 +181,17 @@ class TrackLog(TrainerCallback):
 
 
 class TimeBudget(TrainerCallback):
-    """Stop with a checkpoint while there is still time to save it: `max_hours` after the session began.
-
-    A session begins when `medcot run` or, without it, this callback begins. At least one step is taken."""
+    """Stop with a checkpoint when the session's clock says so. At least one step is taken."""
 
     def __init__(self, max_hours: float) -> None:
-        self.deadline = float(os.environ.get(SESSION_STARTED) or time.time()) + 3600 * max_hours
-        self.longest, self.last, self.stopped = 0.0, None, False
+        self.clock, self.stopped = SessionClock(max_hours), False
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.last = time.time()
+        self.clock.begin_piece()
 
     def on_step_end(self, args, state, control, **kwargs):
-        now = time.time()
-        self.longest = max(self.longest, now - self.last)
-        late = now + 2 * self.longest + _RESERVE_SECONDS > self.deadline
-        if _any_process(late, args.device) and state.global_step < state.max_steps:
+        self.clock.end_piece()
+        if _any_process(self.clock.is_over(), args.device) and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
 
 

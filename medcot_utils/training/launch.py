@@ -22,9 +22,10 @@ from medcot_utils.machine.paths import HOME
 from medcot_utils.machine.processes import describe_exit, end_with_parent, read_last_line
 from medcot_utils.machine.redaction import redact
 from medcot_utils.run.artifacts import PROGRESS
+from medcot_utils.run.clock import TimeBudgetReached
 from medcot_utils.run.directory import Run
 from medcot_utils.training.agent import Failure
-from medcot_utils.training.callbacks import LossFigure, ProgressLine, TimeBudgetReached
+from medcot_utils.training.callbacks import LossFigure, ProgressLine
 from medcot_utils.training.checkpoints import last_good_checkpoint
 from medcot_utils.training.trainer import TrainingError
 

@@ -16,13 +16,13 @@ from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.gpu import available_gpu_memory, release_gpu_memory, reset_peak_gpu_memory
 from medcot_utils.models.engine import compute_dtype
 from medcot_utils.run.artifacts import PROGRESS
+from medcot_utils.run.clock import TimeBudgetReached
 from medcot_utils.training.batch_plan import BatchPlan, batch_plans, choose_plans
 from medcot_utils.training.callbacks import (
     LossFigure,
     ProgressFile,
     SkippedSteps,
     TimeBudget,
-    TimeBudgetReached,
     TqdmProgress,
     TrackLog,
 )

@@ -1,5 +1,5 @@
 """What Kaggle received is run as Kaggle would run it: in an empty folder, first by a bare Python that has nothing of the
-project, and then in two sessions of which the second goes on from what the first one left.
+project, and then in pairs of sessions of which the second resumes what the first one left, in answers and in training.
 
 MEDCOT_KAGGLE_PROFILE=demo runs the bare session on the embedded default instead of the tiny random model (ten minutes)."""
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from kaggle_server import KaggleServer
 
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS
 from medcot_utils.run.directory import Run
+from medcot_utils.run.files import remove
 from medcot_utils.series.kaggle import build, client
 from medcot_utils.series.kaggle.earlier import RUN_NAME, copy_run, find_earlier
 
@@ -136,27 +138,61 @@ def test_a_bare_session_completes_the_series(received, tmp_path):
     assert versions["torch"].startswith("2.13.0")
 
 
+def mount(run_dir, place, name):
+    """Make a run, or all that a session left, an input of the session in `place`, as Kaggle mounts another notebook's output."""
+    mounted = place / "input" / "notebooks" / "ann" / name
+    mounted.parent.mkdir(parents=True)
+    run_dir.rename(mounted)
+
+
+PAUSES = {
+    "02_baseline_inference": ("likelihood, base: stopped after 0 of 4", "4 of 4 answers are kept from before"),
+    "05_training": ("stopped after step 1 of 6", "resuming after step 1 of 6 (checkpoint-1)"),
+    "06_comparison": ("likelihood, tuned: stopped after 0 of 4", "4 of 4 answers are kept from before"),
+}
+
+
+@pytest.fixture
+def run_before(smoke_series, tmp_path):
+    """`run_before(step)`: the smoke series as it was before that notebook began; None before 02."""
+
+    def make(step):
+        if step == "02_baseline_inference":
+            return None
+        run_dir = shutil.copytree(smoke_series / "run", tmp_path / "before")
+        run = Run.open(run_dir)
+        for later in list(STEPS)[list(STEPS).index(step) :]:
+            for name in STEPS[later].makes:
+                remove(run_dir / ARTIFACTS[name].file)
+            run.forget(later)
+        return run_dir
+
+    return make
+
+
 @pytest.mark.timeout(1200)
-def test_a_second_session_resumes_what_the_first_one_left(received, tmp_path):
+@pytest.mark.parametrize("step", PAUSES)
+def test_a_second_session_resumes_what_the_first_one_left(step, received, run_before, tmp_path):
+    before, (stopped, resumed) = run_before(step), PAUSES[step]
+    if before:
+        mount(before, tmp_path / "first", "earlier")
     text = received("ann/one-run", "smoke", ["training.max_hours=0.000001"])
     first, cells = session(sys.executable, text, tmp_path / "first")
     assert first.returncode == 0, first.stderr[-2000:]
     assert "all" in said(cells) and "pins are satisfied, nothing to install" in said(cells)
-    assert "Paused in good time, nothing failed" in said(cells)
+    assert f"medcot: paused. {step}: {stopped}" in said(cells) and "Paused in good time, nothing failed" in said(cells)
     assert "--id ann/one-run-2 --continue-from ann/one-run --profile smoke --set training.max_hours=0.000001" in said(cells)
     assert (tmp_path / "first" / "working" / f"{RUN_NAME}.zip").is_file()
 
-    mounted = tmp_path / "second" / "input" / "notebooks" / "ann" / "one-run"
-    mounted.parent.mkdir(parents=True)
-    (tmp_path / "first" / "working").rename(mounted)
+    mount(tmp_path / "first" / "working", tmp_path / "second", "one-run")
     text = received("ann/one-run-2", "smoke", continue_from=["ann/one-run"])
     second, cells = session(sys.executable, text, tmp_path / "second")
     assert second.returncode == 0, second.stderr[-2000:]
-    assert "4 notebooks are done there" in said(cells) and "The series is complete" in said(cells)
-    assert "02_baseline_inference: done before" in said(cells) and "03_dataset_prep: done before" in said(cells)
+    done = list(STEPS).index(step)
+    assert f"{done} notebooks are done there" in said(cells) and "The series is complete" in said(cells)
+    assert all(f"{name}: done before" in said(cells) for name in list(STEPS)[1:done])
     run = assert_complete(tmp_path / "second")
-    training = (run.path / "notebooks" / "05_training.ipynb").read_text()
-    assert "resuming after step 1 of 6 (checkpoint-1)" in training
+    assert resumed in (run.path / "notebooks" / f"{step}.ipynb").read_text()
 
 
 def test_a_failed_series_fails_the_session_and_keeps_its_results(received, tmp_path):

@@ -77,6 +77,14 @@ def _differences(one: str, other: str) -> list[str]:
     return [name for name in setting_names() if name != "profile" and first.get(name) != second.get(name)]
 
 
+def test_small_is_recommended_on_a_smaller_model_with_less_to_do():
+    changed = {name.rpartition(".")[0] for name in _differences("recommended", "small")}
+    assert changed == {"model", "dataset", "training", "evaluation"}
+    small = load_config("small")
+    assert (small.model.revision, small.model.quantized_name, small.model.quantized_revision) == (None, None, None)
+    assert small.model.load_in_4bit and small.dataset.revision == load_config("article").dataset.revision
+
+
 def test_full_profile_trains_on_all_rows_for_one_epoch():
     config = load_config("full")
     assert (config.dataset.num_rows, config.training.max_steps, config.training.num_train_epochs) == (None, -1, 1)
@@ -248,7 +256,7 @@ def test_processes_must_divide_the_effective_batch_evenly(processes, allowed):
     assert "training.gradient_accumulation_steps" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("profile", "message"), [("artcle", "did you mean article"), ("zzz", "smoke, demo, article")])
+@pytest.mark.parametrize(("profile", "message"), [("artcle", "did you mean article"), ("zzz", "smoke, demo, small, article")])
 def test_unknown_profile_is_answered_with_the_known_ones(profile, message):
     with pytest.raises(ConfigError, match=message):
         load_config(profile)

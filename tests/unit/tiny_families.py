@@ -133,6 +133,21 @@ def _qwen(folder: Path, kind: str) -> None:
     save(folder, tokenizer, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, config)
 
 
+def make_distilled_qwen(folder: Path, **sizes: int) -> None:
+    """Write what profile `small` loads, made tiny: a Qwen2 with an output layer of its own, and R1's BOS, EOS and think tags.
+
+    `sizes` of its configuration make it as large as they say."""
+    from tokenizers import normalizers
+    from transformers import Qwen2Config
+
+    specials = ["<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"]
+    tokenizer = put_around(byte_level(specials, digits=1, normalizer=normalizers.NFC()), before=specials[1])
+    tokenizer.add_tokens(["<think>", "</think>"])
+    rows = -(-(tokenizer.get_vocab_size() + 1) // 64) * 64
+    named = {"bos_token": specials[1], "eos_token": specials[0], "pad_token": specials[0]}
+    save(folder, tokenizer, named, Qwen2Config(tie_word_embeddings=False, **{"vocab_size": rows} | _SIZES | sizes))
+
+
 def _mistral(folder: Path) -> None:
     from transformers import MistralConfig
 

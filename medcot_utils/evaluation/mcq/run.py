@@ -173,7 +173,8 @@ def run_tasks(
     Raises:
         McqError: as `load_questions` does.
         GenerationError: if a prompt and evaluation.mcq_max_new_tokens exceed the model's context, or another GPU's process
-            fails."""
+            fails.
+        TimeBudgetReached: if training.max_hours are nearly over; what was made is in the journal."""
     from medcot_utils.models.batches import check_context
     from medcot_utils.models.generation import Asked, answer_prompts
 
@@ -245,6 +246,8 @@ def _read_likeliest(
             for keys in _chunks([*rows]):
                 if all(name in records[key] for key in keys):
                     continue
+                if journal:
+                    journal.require_time(f"{name}, {label}", sum(name in records[key] for key in rows), len(rows))
                 letters = likeliest_letters(harness, [rows[key] for key in keys], by_length=name == "likelihood")
                 for key, letter in zip(keys, letters, strict=True):
                     records[key] = {**records[key], name: letter}

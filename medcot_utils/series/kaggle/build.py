@@ -27,7 +27,7 @@ from medcot_utils.series.kaggle.metadata import (
 from medcot_utils.series.preflight import preflight
 
 MOST_BYTES = 1_000_000  # Kaggle refuses a larger notebook
-# Kaggle ends a session after 12 hours; the rest is for answers, merge and packing after the training has paused.
+# Kaggle ends a session after 12 hours; the rest is for what cannot pause (a held-out loss, the merge), and for packing.
 MAX_HOURS = 10
 
 

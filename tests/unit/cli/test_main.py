@@ -302,6 +302,8 @@ def test_doctor_says_of_every_profile_whether_it_can_run_here(tmp_path):
     assert all(" yes " in line or " no " in line for line in lines.values())
     assert " no " in lines["article"] and "no CUDA GPU is visible" in lines["article"]
     assert not (tmp_path / "run").exists(), "looking changes nothing"
+    times = " ".join(result.stdout.split()).partition("CPU cores: by a probe of this machine")[2]
+    assert "smoke" in times and "article" not in times and all(step in times for step in (*STEPS, "all seven"))
 
 
 def test_settings_lists_every_setting_with_its_value():
@@ -371,5 +373,7 @@ def test_settings_of_auto_are_those_of_the_profile_it_means(medcot_here, monkeyp
 
 
 def test_auto_is_not_among_the_profiles_that_replace_it():
-    with pytest.raises(MedcotError, match=r"unknown profile 'auto': expected one of smoke, demo, article, recommended, full$"):
+    with pytest.raises(
+        MedcotError, match=r"unknown profile 'auto': expected one of smoke, demo, small, article, recommended, full$"
+    ):
         load_config("auto")

@@ -58,7 +58,7 @@ def test_the_environment_overrides_the_platforms_run_directory(monkeypatch, tmp_
         ([T4], "article", "Tesla T4 with 15 GiB can hold the 8B model"),
         ([SMALL, T4], "article", "Tesla T4"),
         ([P100], "demo", "compute capability 6.0, needs 7.0"),
-        ([SMALL], "demo", "6.0 GiB of memory, needs 8"),
+        ([SMALL], "demo", "6.0 GiB of memory, needs 8; profile small can run here"),
         ([], "demo", "no CUDA GPU is visible"),
     ],
 )
@@ -76,10 +76,11 @@ def test_an_8b_profile_without_enough_gpu_says_what_to_do(profile, gpus, reason)
     with pytest.raises(PlatformError) as caught:
         resolve_profile(profile, gpus)
     assert reason in str(caught.value)
-    assert "choose a T4 accelerator; on this machine use profile demo" in str(caught.value)
+    smaller = "small" if gpus == [SMALL] else "demo"
+    assert f"choose a T4 accelerator; on this machine use profile {smaller}" in str(caught.value)
 
 
-@pytest.mark.parametrize(("profile", "gpus"), [("smoke", []), ("demo", [T4]), ("recommended", [SMALL, T4])])
+@pytest.mark.parametrize(("profile", "gpus"), [("smoke", []), ("demo", [T4]), ("small", [SMALL]), ("recommended", [SMALL, T4])])
 def test_profile_asked_for_by_name_is_kept_where_it_can_run(profile, gpus):
     assert resolve_profile(profile, gpus)[0] == profile
 

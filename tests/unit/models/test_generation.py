@@ -9,6 +9,7 @@ from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.models.engine import get_engine
 from medcot_utils.models.generation import answer_questions, generate_arguments, own_generation_settings, pad_left, stream_answer
 from medcot_utils.models.records import by_sample
+from medcot_utils.run.clock import SessionClock, TimeBudgetReached
 from medcot_utils.run.journal import Journal
 
 pytestmark = pytest.mark.model
@@ -253,6 +254,19 @@ def test_an_answered_journal_asks_nothing(interrupt, tmp_path):
     other = Journal(journal.path, "other settings")
     sizes, again = interrupt(other, 99)
     assert sizes == [3, 3, 3, 1] and untimed(again) == untimed(records)
+
+
+def test_spent_sessions_make_a_batch_each_and_reach_the_end(interrupt, tmp_path):
+    (_, whole), stopped = interrupt(None, 99), []
+    while True:
+        journal = Journal(tmp_path / "part", "this", SessionClock(1e-6))
+        try:
+            _, records = interrupt(journal, 99)
+            break
+        except TimeBudgetReached as pause:
+            stopped.append(str(pause).partition(", before")[0])
+    assert stopped == [f"answers: stopped after {made} of 10" for made in (3, 6, 9)]
+    assert untimed(records) == untimed(whole)
 
 
 def test_of_a_batch_kept_in_part_only_the_rest_is_asked(interrupt, tmp_path):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_families import make_distilled_qwen
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medcot_utils.config import load_config
+from medcot_utils.data.rows import load_rows, validate_rows
+from medcot_utils.data.tokens import add_text_column, check_labels, tokenize_rows
 from medcot_utils.errors import MedcotError
 from medcot_utils.models import transformers_engine
+from medcot_utils.models.tokenizer import load_tokenizer_from
 
 pytestmark = pytest.mark.model
 
@@ -80,3 +84,31 @@ def test_of_a_model_that_sees_only_the_text_part_is_trained():
     loss = model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss
     loss.backward()
     assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+
+
+# --- profile small -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distilled")
+    make_distilled_qwen(folder)
+    return folder
+
+
+def test_small_trains_all_seven_projections_of_a_distilled_qwen(distilled):
+    model = transformers_engine.add_lora(AutoModelForCausalLM.from_pretrained(distilled), load_config("small").lora)
+    trained = {name.split(".")[-4] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert sum(parameter.requires_grad for parameter in model.parameters()) == 2 * 2 * 7, "A and B in two layers"
+
+
+def test_smalls_prompt_begins_every_text_of_a_distilled_qwen(distilled):
+    config, tokenizer = load_config("small", ["dataset.name=shipped", "dataset.num_rows=20"]), load_tokenizer_from(distilled)
+    rows = validate_rows(load_rows(config.dataset), tokenizer.all_special_tokens)[0].select(range(20))
+    rows = add_text_column(rows, tokenizer.eos_token)
+    tokens, lengths = tokenize_rows(rows, tokenizer, config.dataset, 2048, config.prompt.newline_after_think)
+    assert (lengths.prompt_is_prefix, lengths.dropped) == (20, 0)
+    assert check_labels(tokens, tokenizer, 0) == {"rows": 20, "one_bos": 20, "eos_in_labels": 20, "cot_in_labels": 20}
+    first = [next(token for token in labels if token != -100) for labels in tokens["labels"]]
+    assert len(set(first)) > 1, "the loss begins with the reasoning, not with the tag"

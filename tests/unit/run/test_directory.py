@@ -277,6 +277,30 @@ def test_costs_name_the_gpu_only_where_there_was_one():
     assert describe_costs(on_a_gpu) == "93.0 s, peak memory 16808 MB, 8812 MB of the GPU"
 
 
+ESTIMATE = {"seconds": 240.0, "low": 180.0, "high": 330.0}
+
+
+def test_an_estimate_stands_beside_the_time_it_took(run_factory, capsys):
+    run = run_factory()
+    run.write("machine", {"estimate": {"01_setup": ESTIMATE, "04_lora_config": {"seconds": "long"}}})
+    run.begin("01_setup")
+    assert capsys.readouterr().err.startswith("01_setup: 4 min (3 to 6), until about ")
+    entry = run.record_done("01_setup")
+    assert entry["estimate"] == run.manifest()["steps"]["01_setup"]["estimate"] == ESTIMATE
+    assert ", estimated 4 min (3 to 6), peak memory" in describe_costs(entry)
+    assert run.estimate("03_dataset_prep") is run.estimate("04_lora_config") is None
+
+
+@pytest.mark.parametrize("machine", [None, "", "[]", "{}", '{"estimate": null}', '{"estimate": {"01_setup": null}}'])
+def test_a_run_without_an_estimate_begins_in_silence(run_factory, capsys, machine):
+    run = run_factory()
+    if machine is not None:
+        (run.path / "machine.json").write_text(machine)
+    run.begin("01_setup")
+    assert run.estimate("01_setup") is None and capsys.readouterr().err == ""
+    assert describe_costs(run.record_done("01_setup")).count(",") == 1
+
+
 def test_a_step_whose_process_is_gone_is_interrupted(run_factory):
     run = run_factory()
     run.begin("01_setup")

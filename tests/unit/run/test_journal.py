@@ -7,6 +7,7 @@ import os
 import pytest
 
 from medcot_utils.machine.disk import DiskError
+from medcot_utils.run.clock import SessionClock, TimeBudgetReached
 from medcot_utils.run.journal import Journal
 
 FIRST, SECOND = [{"id": "a", "text": "Fi\u00e8vre\u2028?"}, {"id": "b"}], [{"id": "c"}]
@@ -81,3 +82,33 @@ def test_another_setting_makes_the_journal_of_a_run_empty(run_factory):
     run_factory().journal("base_mcq").add(FIRST)
     assert run_factory().journal("base_mcq").read() == FIRST
     assert run_factory("evaluation.mcq_max_new_tokens=17").journal("base_mcq").read() == []
+
+
+# --- time that runs out --------------------------------------------------------------------------------------------
+
+
+def test_each_process_makes_one_batch_then_pauses(tmp_path):
+    for number in range(3):
+        journal = Journal(tmp_path / "part", "this", SessionClock(1e-6))
+        journal.require_time("answers", number, 9)
+        journal.add([{"id": number}])
+        with pytest.raises(TimeBudgetReached, match=rf"^answers: stopped after {number + 1} of 9, before training\.max_hours"):
+            journal.require_time("answers", number + 1, 9)
+    assert [record["id"] for record in Journal(tmp_path / "part", "this").read()] == [0, 1, 2]
+
+
+def test_the_journals_of_a_run_share_one_clock(run_factory):
+    run = run_factory("training.max_hours=0.000001")
+    first, second = run.journal("base_mcq"), run.journal("questions")
+    first.require_time("multiple choice", 0, 4)
+    first.add(FIRST)
+    with pytest.raises(TimeBudgetReached):
+        second.require_time("answers", 0, 9)
+
+
+@pytest.mark.parametrize("settings", [(), ("training.max_hours=1",)])
+def test_a_run_with_time_left_does_not_pause(run_factory, settings):
+    journal = run_factory(*settings).journal("base_mcq")
+    for _ in range(3):
+        journal.require_time("answers", 0, 9)
+        journal.add(FIRST)

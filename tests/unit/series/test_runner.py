@@ -7,7 +7,7 @@ import json
 import pytest
 
 from medcot_utils.config import load_config
-from medcot_utils.errors import MedcotError, SeriesInterrupted
+from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.run.directory import CONFIG, Run
 from medcot_utils.series import runner
@@ -34,7 +34,7 @@ def notebooks(monkeypatch, content):
             super().__init__()
             self.ran = []
 
-        def run(self, run, notebook, given, report):
+        def run(self, run, notebook, given, report, say):
             self.ran.append(notebook.stem)
             report(notebook.stem, 1, 20)
             if notebook.stem in self:
@@ -130,6 +130,27 @@ def test_a_bad_file_of_questions_is_refused_before_it_is_kept(tmp_path, tasks, s
         plan_config(tmp_path / "run", "smoke", [f"evaluation.mcq_tasks={tasks}"])
 
 
+# --- time that runs out --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_spent_session_begins_one_notebook_after_01(run_factory, notebooks, force):
+    run = run_factory("training.max_hours=0.000001")
+    with pytest.raises(SeriesPaused, match=r"^03_dataset_prep is not begun, because training\.max_hours are nearly over"):
+        run_series(run.path, run.config, force=force)
+    assert notebooks.ran == [FIRST, "02_baseline_inference"]
+
+
+def test_spent_sessions_go_on_one_notebook_at_a_time(run_factory, notebooks):
+    run, paused = run_factory("training.max_hours=0.000001"), 0
+    while run.step_state("07_export") != "done":
+        try:
+            run_series(run.path, run.config)
+        except SeriesPaused:
+            paused += 1
+    assert notebooks.ran == list(STEPS) and paused == 5
+
+
 # --- what it says ------------------------------------------------------------------------------------------------------
 
 
@@ -166,6 +187,19 @@ def test_a_step_done_again_says_why(done, notebooks):
     assert "06_comparison: done again, because generation.max_new_tokens 24 -> 20" in again
     assert "07_export: done again, because generation.max_new_tokens 24 -> 20" in again, "the merged model answers anew"
     assert notebooks.ran == [FIRST, "02_baseline_inference", "06_comparison", "07_export"]
+
+
+def test_each_notebook_says_how_long_it_should_take(run_factory, notebooks):
+    run, said = run_factory(), []
+    estimate = {step: {"seconds": 240.0, "low": 180.0, "high": 330.0} for step in STEPS}
+
+    def look(run, report):
+        run.write("machine", {"estimate": estimate})
+        run.record_step(FIRST, state="done", seconds=1.0, peak_memory_mb=1)
+
+    notebooks[FIRST] = look
+    run_series(run.path, run.config, say=said.append)
+    assert [line.partition(": 4 min (3 to 6), until about ")[0] for line in said if "until" in line] == list(STEPS)[1:]
 
 
 def test_a_parameter_that_does_a_step_again_is_named(done, notebooks):

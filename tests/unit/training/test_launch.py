@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, ProcessFailure
 
+from medcot_utils.run.clock import TimeBudgetReached
 from medcot_utils.training import launch
 from medcot_utils.training.agent import Failure, find_first_failure, tolerate_broken_error_files
-from medcot_utils.training.callbacks import TimeBudgetReached
 from medcot_utils.training.launch import check_gpus, train_in_processes
 from medcot_utils.training.trainer import TrainingError
 

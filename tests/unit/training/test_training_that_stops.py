@@ -22,11 +22,10 @@ from tiny_trainer import (
 from transformers import TrainerCallback
 
 from medcot_utils.config import load_config
+from medcot_utils.run.clock import SESSION_STARTED, TimeBudgetReached
 from medcot_utils.training.callbacks import (
-    SESSION_STARTED,
     SkippedSteps,
     SkippedStepsError,
-    TimeBudgetReached,
     TrackLog,
     skipped_steps,
 )

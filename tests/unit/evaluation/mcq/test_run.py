@@ -11,6 +11,7 @@ import pytest
 from medcot_utils.config import load_config
 from medcot_utils.evaluation.mcq.run import list_prompts, load_questions, prompt, read_answer, run_tasks
 from medcot_utils.models.records import CLOSING
+from medcot_utils.run.clock import SessionClock, TimeBudgetReached
 from medcot_utils.run.journal import Journal
 
 pytest_plugins = ("mcq_fixtures",)
@@ -387,6 +388,24 @@ def test_killed_multiple_choice_asks_only_what_is_missing(tiny, contexts, monkey
     assert len(contexts) == read_once, "a likelihood was taken twice, or never"
     contexts.clear()
     assert run_tasks(*tiny, configured(), "base", Journal(tmp_path / "part", "this model")) == whole and contexts == []
+
+
+@pytest.mark.model
+def test_spent_sessions_ask_a_batch_each_and_reach_the_end(tiny, monkeypatch, tmp_path, letters_apart):
+    monkeypatch.setattr("medcot_utils.evaluation.mcq.run._KEPT_AT_ONCE", 3)
+    whole, stopped = run_tasks(*tiny, configured(), "base"), []
+    while True:
+        journal = Journal(tmp_path / "part", "this model", SessionClock(1e-6))
+        try:
+            records = run_tasks(*tiny, configured(), "base", journal)
+            break
+        except TimeBudgetReached as pause:
+            stopped.append(str(pause).partition(", before")[0])
+    assert records == whole
+    assert stopped == [
+        *(f"multiple choice, base: stopped after {made} of 5" for made in (2, 4)),
+        *(f"{name}, base: stopped after {made} of 5" for name in ("letter", "likelihood") for made in (0, 3)),
+    ]
 
 
 @pytest.mark.model

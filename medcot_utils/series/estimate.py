@@ -1,0 +1,243 @@
+"""How long each notebook will take: the configuration's numbers (`workload`) at the machine's speed (`machine.probe`).
+
+The model is plain: products of matrices, weights read once for each token of a batch, small operations, bytes moved. What it
+leaves out stands in the constants below. Each names the run that it comes from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medcot_utils.config import RunConfig
+from medcot_utils.machine import disk
+from medcot_utils.machine.durations import TimeEstimate, describe_time
+from medcot_utils.machine.paths import GIB, platform_name
+from medcot_utils.machine.probe import MachineSpeed
+from medcot_utils.models.batches import CPU_BATCH, MAX_BATCH
+from medcot_utils.models.engine import FAST_ANSWERS_GIB
+from medcot_utils.series.workload import Asked, Workload, measure_workload
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# The true time lies within estimate / band and estimate x band.
+_MEASURED_BAND, _PUBLISHED_BAND = 1.35, 1.6
+# Share of the machine's own product that a training step reaches, counting four operations per weight and token: without and
+# with gradient checkpointing on an H100 (12,210 and 7,146 tokens/s at 8B, 710 TFLOP/s), and on two CPU cores (demo).
+_TRAINED, _TRAINED_CHECKPOINTED, _TRAINED_ON_CPU = 0.53, 0.32, 0.41
+# The same for text that is only read, two operations per weight and token; on a CPU what rows share is read once.
+_READ, _READ_ON_CPU = 0.4, 0.74
+# Bytes moved on a CPU for each byte of keys and values that a token attends to (demo: 25 rows of 350 tokens, 0.3 s a step).
+_ATTENDED_ON_CPU = 14
+_NO_CHECKPOINTING_BYTES = 5  # of GPU memory per parameter, from which a step of the article's 8 rows needs none: 40 GB at 8B
+_SEVERAL_GPUS = 0.9  # of the speed of one, each: 1.78 times with two (docs/benchmarks.md)
+# Small operations of a decoder layer for one token: 21 ms a token at 8B on an H200.
+_LAYER_OPERATIONS = 200
+_UNPACKED = 5.0  # bytes moved per parameter if 4-bit weights are unpacked at every step: 115 ms a step at 8B on a T4
+# 16-bit weights with a static cache, on an H200: 1.7 times the time of reading them, 32 s to compile for a shape of batch.
+_COMPILED, _COMPILE_SECONDS = 1.7, 32
+# Small operations that take as long as: starting a kernel with the libraries; Unsloth's import; loading a parameter; a resample.
+_START, _UNSLOTH, _PER_PARAMETER, _PER_RESAMPLE = 2.3e6, 8e6, 4e-4, 200
+_DOWNLOAD = 100e6  # bytes per second from the Hub
+_MERGE = 12.0  # bytes read, written and compared per parameter of the merged model
+_DISK = 1e9  # bytes per second
+
+_FEWER_ANSWERS = "evaluation.num_questions, evaluation.n_samples or evaluation.mcq_limit"
+SESSION_HOURS, WEEKLY_HOURS = 12, 30  # Kaggle's, of a session and of a week's GPU time
+
+
+@dataclass(frozen=True)
+class SeriesEstimate:
+    """The seconds that each notebook will take, from a fresh start."""
+
+    steps: dict[str, TimeEstimate]
+    speed: MachineSpeed
+
+    @property
+    def total(self) -> TimeEstimate:
+        """Return the sum over all notebooks."""
+        return TimeEstimate(**{key: sum(step[key] for step in self.steps.values()) for key in ("seconds", "low", "high")})
+
+
+def estimate_series(config: RunConfig, run_dir: Path | None, speed: MachineSpeed, online: bool = False) -> SeriesEstimate | None:
+    """Return how long the notebooks will take on a machine of this speed; None if nobody can tell the model's size.
+
+    Args:
+        run_dir: where the run is or will be kept; None: on another machine.
+        online: whether rows of a data set at the Hub may be looked at.
+
+    Raises:
+        DataError: for data that cannot be read."""
+    work = measure_workload(config, online)
+    if work is None:
+        return None
+    seconds = _Seconds(config, work, speed)
+    downloads = {need.what: (need.gib or 0) * GIB / _DOWNLOAD for need in disk.needs(config, run_dir or Path("another machine"))}
+    copies = [what for what in ("base model, 4 bits", "base model, 16 bits") if what in downloads]
+    first, second = (*copies, "", "")[:2]
+    found = {
+        "01_setup": seconds.start() + downloads.get("data set", 0),
+        "02_baseline_inference": seconds.load() + downloads.get(first, 0) + seconds.stream() + seconds.ask(),
+        "03_dataset_prep": seconds.start() + seconds.tokenize(),
+        "04_lora_config": seconds.load(training=True),
+        "05_training": seconds.load(training=True) + seconds.train() + 2 * seconds.read(work.held_out_rows * work.row_tokens),
+        "06_comparison": seconds.load() + seconds.ask() + seconds.compare() + downloads.get(second, 0),
+        "07_export": seconds.load() + seconds.export(),
+    }
+    band = _MEASURED_BAND if speed.measured else _PUBLISHED_BAND
+    return SeriesEstimate({step: _with_band(one, band) for step, one in found.items()}, speed)
+
+
+def _with_band(seconds: float, band: float) -> TimeEstimate:
+    return TimeEstimate(seconds=round(seconds, 1), low=round(seconds / band, 1), high=round(seconds * band, 1))
+
+
+class _Seconds:
+    """The parts of a notebook's time."""
+
+    def __init__(self, config: RunConfig, work: Workload, speed: MachineSpeed) -> None:
+        self.config, self.work, self.speed, self.model = config, work, speed, work.model
+        self.gpus = max(1, speed.gpus)
+        self.gpu_gib = min(speed.gpu_gib, config.model.gpu_memory_gib or math.inf)
+        self.engine_is_unsloth = bool(speed.gpus) and config.model.engine != "transformers"
+
+    # --- start, load ---------------------------------------------------------------------------------------------
+
+    def start(self) -> float:
+        return _START / self.speed.small_steps
+
+    def load(self, training: bool = False) -> float:
+        """Return the time until a model is loaded, libraries included."""
+        unsloth = self.engine_is_unsloth and (training or not self.compiles())
+        operations = (_UNSLOTH if unsloth else _START) + _PER_PARAMETER * self.model.parameters
+        return self.start() + operations / self.speed.small_steps + 2 * self.model.parameters / _DISK * bool(self.speed.gpus)
+
+    def tokenize(self) -> float:
+        return (self.work.train_rows + self.work.held_out_rows) * self.work.row_tokens / (0.5 * self.speed.small_steps)
+
+    # --- text that is read or trained on -------------------------------------------------------------------------
+
+    def read(self, tokens: float) -> float:
+        """Return the time to take the loss of so many tokens."""
+        return tokens * 2 * self.model.parameters / (self.speed.product * (_READ if self.speed.gpus else _READ_ON_CPU))
+
+    def train(self) -> float:
+        """Return the time of all optimizer steps and of the evaluations between them."""
+        room = self.gpu_gib * GIB > _NO_CHECKPOINTING_BYTES * self.model.parameters
+        share = (_TRAINED if room else _TRAINED_CHECKPOINTED) if self.speed.gpus else _TRAINED_ON_CPU
+        processes = self.config.training.num_processes if self.speed.gpus else 1
+        faster = 1 + (processes - 1) * _SEVERAL_GPUS
+        operations = 4 * self.model.parameters * self.work.steps * self.work.step_rows * self.work.row_tokens
+        compiled = _COMPILE_SECONDS if self.speed.gpus else 0
+        evaluated = self.read(self.work.evaluated_rows * self.work.row_tokens)
+        return compiled + operations / (self.speed.product * share * faster) + evaluated
+
+    # --- text that is written ------------------------------------------------------------------------------------
+
+    def compiles(self) -> bool:
+        """Return whether answers come from 16-bit weights and compiled steps, as `models.engine` and `models.batches` decide."""
+        return self.speed.gpus > 0 and self.gpu_gib >= FAST_ANSWERS_GIB and self.config.model.engine != "unsloth"
+
+    def step(self, rows: int, context: float, in_16bit: bool = False) -> float:
+        """Return the time to write one token of each of so many rows."""
+        model, speed = self.model, self.speed
+        attended = rows * context * model.cache_bytes / speed.memory
+        multiplied = rows * 2 * model.parameters / speed.product
+        started = _LAYER_OPERATIONS * model.layers / speed.small_steps
+        if not speed.gpus:
+            weights = 4 * model.parameters / speed.memory
+            return started + weights + multiplied / _READ_ON_CPU + _ATTENDED_ON_CPU * attended
+        if self.compiles():
+            return _COMPILED * 2 * model.parameters / speed.memory + multiplied / _READ + attended
+        weights = 2 * model.parameters if in_16bit else model.base_bytes
+        if model.in_4bit and not in_16bit and rows > (speed.fused_rows or math.inf):
+            weights += _UNPACKED * model.parameters
+        spilled = self.spilled_bytes() / speed.upload if in_16bit else 0.0
+        return started + weights / speed.memory + multiplied / _READ + attended + spilled
+
+    def spilled_bytes(self) -> float:
+        """Return the 16-bit weights that all GPUs together cannot hold: they are copied for every token."""
+        return max(0.0, 2 * self.model.parameters - self.gpus * (self.gpu_gib - 2) * GIB) if self.speed.gpus else 0.0
+
+    def stream(self) -> float:
+        """Return the time of the one question that is shown as it is answered."""
+        tokens = self.config.generation.max_new_tokens
+        return tokens * self.step(1, self.work.prompt_tokens + tokens / 2)
+
+    def answer(self, asked: Asked, in_16bit: bool = False) -> float:
+        """Return the time of answers made in batches, shared out over the GPUs."""
+        share = math.ceil(asked.answers / self.gpus)
+        if not share:
+            return 0.0
+        rows, context = self.rows_at_once(asked, share), self.work.prompt_tokens + asked.new_tokens / 2
+        written = math.ceil(share / rows) * asked.new_tokens * self.step(rows, context, in_16bit)
+        return written + self.read(share * self.work.prompt_tokens) + (_COMPILE_SECONDS if self.compiles() else 0)
+
+    def rows_at_once(self, asked: Asked, answers: int) -> int:
+        """Return the rows of a batch, about as `models.batches.choose_batch_size` chooses them."""
+        if self.config.generation.batch_size != "auto":
+            return min(self.config.generation.batch_size, answers)
+        weights = 2 * self.model.parameters if self.compiles() else self.model.base_bytes
+        row = self.model.cache_bytes * (self.work.prompt_tokens + asked.new_tokens)
+        fits = (self.gpu_gib * GIB - weights) / (row * (1.2 if self.compiles() else 2.5)) if self.speed.gpus else CPU_BATCH
+        most = int(max(1, min(MAX_BATCH, self.speed.fused_rows or MAX_BATCH, fits, answers)))
+        return math.ceil(answers / math.ceil(answers / most))  # even batches
+
+    def ask(self) -> float:
+        """Return the time of all that one model is asked in notebook 02 or 06."""
+        return self.answer(self.work.asked_mcq) + self.read(self.work.option_tokens) + self.answer(self.work.asked)
+
+    # --- 06 and 07 -----------------------------------------------------------------------------------------------
+
+    def compare(self) -> float:
+        """Return the time of the intervals, and of the 16-bit base's loss if it is taken."""
+        settings, held_out = self.config.evaluation, self.work.held_out_rows * self.work.row_tokens
+        loss = self.load() + self.read(held_out) if settings.base_16bit_loss else 0.0
+        return loss + _PER_RESAMPLE * settings.n_resamples / self.speed.small_steps
+
+    def export(self) -> float:
+        """Return the time of the merge, its check, and what the merged model is asked."""
+        settings, moved = self.config.evaluation, _MERGE * self.model.parameters / _DISK
+        rows = self.config.export.check_rows * 2 + (self.work.held_out_rows if settings.measure_merged else 0)
+        tokens = self.work.check_tokens + 64  # of the answer at the end
+        written = tokens * self.step(1, self.work.prompt_tokens, in_16bit=True)
+        # By default a model that the GPUs cannot hold is asked nothing.
+        asks = settings.merged_questions is not None or not self.spilled_bytes()
+        answered = self.answer(self.work.asked_merged, in_16bit=True) if asks else 0.0
+        return moved + 2 * self.load() + self.read(rows * self.work.row_tokens) + written + answered
+
+
+# --- in words ------------------------------------------------------------------------------------------------------
+
+
+def estimate_table(estimate: SeriesEstimate) -> pd.DataFrame:
+    """Return the minutes of each notebook and of all, with their band."""
+    import pandas as pd
+
+    lines = estimate.steps | {"all seven": estimate.total}
+    return pd.DataFrame({f"time on {estimate.speed.where}": {step: describe_time(one) for step, one in lines.items()}})
+
+
+def describe_sessions(estimate: SeriesEstimate, config: RunConfig, on_kaggle: bool | None = None) -> str:
+    """Return whether the series fits a Kaggle session and the weekly quota, and what to set if it does not; else its total.
+
+    `on_kaggle`: whether it runs there; by default, whether this is Kaggle."""
+    total = estimate.total
+    how = "measured here" if estimate.speed.measured else "an estimate from published rates"
+    line = f"all seven notebooks: about {describe_time(total)}, {how}"
+    if not (platform_name() == "kaggle" if on_kaggle is None else on_kaggle) or not estimate.speed.gpus:
+        return line
+    limit = config.training.max_hours
+    session = min(limit or SESSION_HOURS, SESSION_HOURS)
+    line += f"; a session has {SESSION_HOURS} h, a week {WEEKLY_HOURS} h of GPU time"
+    if total["high"] / 3600 <= session:
+        return f"{line}: one session will do"
+    sessions = math.ceil(total["seconds"] / 3600 / session)
+    many = f"about {sessions} sessions" if sessions > 1 else "one session may not do"
+    week = f", and more than a week's {WEEKLY_HOURS} h" if total["seconds"] / 3600 > WEEKLY_HOURS else ""
+    longest = max(estimate.steps, key=lambda step: estimate.steps[step]["seconds"])
+    less = "training.max_steps or dataset.num_rows" if longest == "05_training" else _FEWER_ANSWERS
+    do = f"{longest} takes longest: lower {less}"
+    return f"{line}: {many}{week}. {do if limit else f'Set training.max_hours=11, and the series pauses in time; {do}'}"

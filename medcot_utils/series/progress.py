@@ -1,0 +1,67 @@
+"""What a running notebook is doing, said every few minutes: where no terminal shows a bar, hours would pass without a line."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from medcot_utils.machine.durations import TimeEstimate, describe_end
+from medcot_utils.machine.redaction import redact
+
+_EVERY_SECONDS = 300
+
+
+class Watch:
+    """Hold which cell of a notebook is running, and its outputs so far."""
+
+    def __init__(self, notebook: str, estimate: TimeEstimate | None) -> None:
+        self._notebook, self._estimate, self._began = notebook, estimate, time.time()
+        self._cells: Sequence[Any] = ()
+        self._index = 0
+
+    def begin_cell(self, cells: Sequence[Any], index: int) -> None:
+        """Note that a cell of the notebook begins."""
+        self._cells, self._index = cells, index
+
+    def describe(self) -> str:
+        """Return one line: the section, the last line that the cell has shown, and when the notebook should end."""
+        heading, shown = find_heading(self._cells, self._index), read_last_line(self._cells, self._index)
+        end = describe_end(self._estimate, self._began) if self._estimate else ""
+        return redact(f"{self._notebook}: {', '.join(filter(None, (heading, shown, end))) or 'running'}")
+
+
+def find_heading(cells: Sequence[Any], index: int) -> str:
+    """Return the heading of the section that a cell is in, `2.7 The answers`; empty before the first."""
+    for cell in reversed(cells[: index + 1]):
+        if cell.cell_type == "markdown" and cell.source.startswith("## "):
+            return cell.source.splitlines()[0].removeprefix("## ").strip()
+    return ""
+
+
+def read_last_line(cells: Sequence[Any], index: int) -> str:
+    """Return the last line of text that a cell has written so far, of a progress bar its last state; empty if none."""
+    outputs = cells[index].get("outputs", []) if index < len(cells) else []
+    text = "".join(output.text for output in outputs if output.output_type == "stream")
+    lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+    return lines[-1] if lines else ""
+
+
+@contextmanager
+def watching(notebook: str, estimate: TimeEstimate | None, say: Callable[[str], None]) -> Iterator[Watch]:
+    """Say every few minutes, from a thread of its own, what the notebook is doing, until the block ends."""
+    watch, ended = Watch(notebook, estimate), threading.Event()
+
+    def speak() -> None:
+        while not ended.wait(_EVERY_SECONDS):
+            say(watch.describe())
+
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
+    try:
+        yield watch
+    finally:
+        ended.set()
+        speaker.join()

@@ -1,0 +1,41 @@
+"""`medcot kaggle build` says how long the series will take there, from published rates."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from medcot_utils.cli import kaggle
+from medcot_utils.run.artifacts import STEPS
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    monkeypatch.setattr(kaggle.console, "width", 200)
+    monkeypatch.setattr("medcot_utils.machine.disk._folder_or_hub_bytes", lambda *asked: None)
+
+    def run(*arguments):
+        done = CliRunner().invoke(kaggle.app, ["build", "--folder", str(tmp_path), *arguments])
+        assert done.exit_code == 0, done.output
+        return " ".join(done.output.split())
+
+    return run
+
+
+@pytest.mark.parametrize("profile", ["article", "auto", "small"])
+def test_build_shows_the_hours_of_each_notebook_as_an_estimate(build, profile):
+    said = build("--profile", profile)
+    assert "time on 2 x Tesla T4: an estimate from published rates" in said
+    assert all(step in said for step in (*STEPS, "all seven")) and "one session will do" in said
+
+
+def test_build_says_that_a_session_will_not_do(build):
+    assert "about 2 sessions. 05_training takes longest: lower training.max_steps" in build("--profile", "full")
+
+
+def test_build_for_a_cpu_tells_no_time(build):
+    assert "time on" not in build("--profile", "demo")
+
+
+def test_build_of_a_model_of_unknown_size_says_so(build):
+    assert "no estimate of the time" in build("--profile", "article", "--set", "model.name=me/unknown")

@@ -1,0 +1,37 @@
+"""The probe of a machine: rates that a slower piece of work would lower, measured once and within seconds."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from medcot_utils.machine import probe
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    monkeypatch.setattr(probe, "visible_gpus", list)
+    probe.measure_speed.cache_clear()
+    yield
+    probe.measure_speed.cache_clear()
+
+
+def test_a_cpu_is_measured_once_within_seconds(cpu):
+    began = time.perf_counter()
+    speed = probe.measure_speed()
+    assert time.perf_counter() - began < 30, "seconds, also on a busy machine"
+    assert (speed.gpus, speed.where, speed.measured) == (0, f"{torch.get_num_threads()} CPU cores", True)
+    assert 1e8 < speed.product < 1e14 and 1e8 < speed.memory < 1e13 and 1e3 < speed.small_steps < 1e8
+    assert probe.measure_speed() is speed
+
+
+def test_the_rate_is_the_amount_over_the_median_time(monkeypatch):
+    clock = iter([0, 1, 10, 12, 20, 29])  # 1, 2 and 9 seconds
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    assert probe._count_per_second(lambda: None, 100) == 50
+
+
+def test_kaggles_gpus_are_no_measurement():
+    assert not probe.KAGGLE_T4S.measured and probe.KAGGLE_T4S.gpus == 2
