@@ -37,8 +37,9 @@ class TokenizedRow(TypedDict):
 def row_losses(model: PreTrainedModel, rows: Dataset, batch_size: int, label: str) -> list[RowLoss]:
     """Return the loss of each tokenized row (see `TokenizedRow`), in the rows' order; `label` names the model.
 
-    On a CPU, where arithmetic is what takes time, tokens without labels that all rows begin with are run once. A batch has at most `batch_size` rows, and fewer if its logits would take more than 2 GB (two rows of 1,018 tokens with
-    Llama 3's 128,256 words)."""
+    On a CPU, where arithmetic is what takes time, tokens without labels that all rows begin with are run once. A batch has at
+    most `batch_size` rows, and fewer if its logits would take more than 2 GB (two rows of 1,018 tokens with Llama 3's 128,256
+    words)."""
     from tqdm.auto import tqdm
 
     model.eval()

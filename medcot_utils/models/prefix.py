@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,9 @@ def count_shared(rows: Sequence[Sequence[int]]) -> int:
     """Return how many token ids all rows begin with, with at least two of each row left over; 0 for a single row."""
     if len(rows) < 2:
         return 0
-    return max(0, min(len(os.path.commonprefix([list(row) for row in rows])), min(map(len, rows)) - 2))
+    columns = enumerate(zip(*rows, strict=False))
+    end = next((place for place, column in columns if len(set(column)) > 1), min(map(len, rows)))
+    return max(0, min(end, min(map(len, rows)) - 2))
 
 
 def read_prefix(model: PreTrainedModel, ids: Sequence[int]) -> DynamicCache | None:

@@ -18,6 +18,7 @@ from medcot_utils.machine.probe import MachineSpeed
 from medcot_utils.models.batches import CPU_BATCH, MAX_BATCH
 from medcot_utils.models.engine import FAST_ANSWERS_GIB
 from medcot_utils.series.workload import Asked, Workload, measure_workload
+from medcot_utils.training.batch_plan import count_processes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,7 +128,7 @@ class _Seconds:
         """Return the time of all optimizer steps and of the evaluations between them."""
         room = self.gpu_gib * GIB > _NO_CHECKPOINTING_BYTES * self.model.parameters
         share = (_TRAINED if room else _TRAINED_CHECKPOINTED) if self.speed.gpus else _TRAINED_ON_CPU
-        processes = self.config.training.num_processes if self.speed.gpus else 1
+        processes = count_processes(self.config, self.speed.gpus) if self.speed.gpus else 1
         faster = 1 + (processes - 1) * _SEVERAL_GPUS
         operations = 4 * self.model.parameters * self.work.steps * self.work.step_rows * self.work.row_tokens
         compiled = _COMPILE_SECONDS if self.speed.gpus else 0

@@ -54,14 +54,18 @@ class BatchPlan:
         return f"{processes}{shape}, {checkpointing.replace('True', 'gradient')}"
 
 
-def count_processes(config: RunConfig) -> int:
+def count_processes(config: RunConfig, gpus: int | None = None) -> int:
     """Return in how many processes to train: as set, or with `auto` the most GPUs alike that share the effective batch evenly.
 
-    1 without a GPU. The number changes no loss beyond rounding, so the fingerprints of a run do not know it."""
+    1 without a GPU. The number changes no loss beyond rounding, so the fingerprints of a run do not know it.
+
+    Args:
+        gpus: those of another machine; None: those alike that are visible here."""
     t = config.training
     if t.num_processes != "auto":
         return t.num_processes
-    return max(count for count in range(1, max(1, count_gpus_alike()) + 1) if t.effective_batch_size % count == 0)
+    most = max(1, count_gpus_alike() if gpus is None else gpus)
+    return max(count for count in range(1, most + 1) if t.effective_batch_size % count == 0)
 
 
 def memory_parts(
