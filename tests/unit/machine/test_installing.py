@@ -211,7 +211,7 @@ def planned(tmp_path, monkeypatch):
     """`planned({"torch": "2.11.0+cu128"}, gpu=True)`: the plan for a session that holds these packages and a kernel."""
 
     def make(packages, gpu=True, torch_works=True, stack=STACK):
-        needs = {"ipykernel": ["psutil>=5", "traitlets>=5", 'pytest; extra == "test"'], "traitlets": []}
+        needs = {"ipykernel": ["psutil>=5", "setuptools>=18.5", "traitlets>=5", 'pytest; extra == "test"'], "traitlets": []}
         packages = {"ipykernel": "6.17.1", "traitlets": "5.7.1", "psutil": "5.9.5", "numpy": "2.1.3"} | packages
         session = tmp_path / "session"
         for name, version in packages.items():
@@ -231,9 +231,10 @@ def planned(tmp_path, monkeypatch):
 
 
 def test_the_kernel_and_what_it_needs_stay_as_they_are(planned):
-    plan = planned({"torch": "2.11.0+cu128", "torchvision": "0.26.0+cu128", "pytest": "8.4.2"})
+    plan = planned({"torch": "2.11.0+cu128", "torchvision": "0.26.0+cu128", "pytest": "8.4.2", "setuptools": "75.2.0"})
     assert plan.kept.items() >= {"ipykernel": "6.17.1", "traitlets": "5.7.1", "psutil": "5.9.5"}.items()
     assert "pytest" not in plan.kept, "only an extra asks for it"
+    assert "setuptools" not in plan.kept, "torch asks for a newer one"
     assert plan.whole == ["protobuf==7.36.2", "numpy==2.4.6"]
 
 
