@@ -289,7 +289,7 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
     if conflict:
         causes = "; ".join(line.strip() for line in conflict.splitlines())
         return (
-            f"{causes}. Constraints are versions that this session runs on, and that are not replaced: take the platform's newest "
+            f"{causes}. Constraints are versions that this session runs on, and that stay: take the platform's newest "
             f"environment (Kaggle: Environment > latest)"
         )
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
