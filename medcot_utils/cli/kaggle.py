@@ -38,24 +38,47 @@ def build(
         typer.Option(help="owner/slug of a data set to attach: rows that a setting names, or an earlier session's run"),
     ] = None,
     public: Annotated[bool | None, typer.Option("--public/--private", help="private unless said")] = None,
+    accelerator: Annotated[
+        str | None,
+        typer.Option(
+            help="NvidiaTeslaT4 (two T4s), NvidiaL4 (four L4s), NvidiaL4X1, NvidiaTeslaA100, NvidiaH100 or NvidiaRtxPro6000; not "
+            "given: as built here before, else two T4s, and none for a profile that needs no GPU"
+        ),
+    ] = None,
+    keep_image: Annotated[bool, typer.Option("--keep-image", help="keep docker_image of kernel-metadata.json")] = False,
     folder: Folder = Path(),
 ) -> None:
     """Write the self-contained notebook and kernel-metadata.json, for `medcot kaggle push` or `kaggle kernels push -p .`"""
     from medcot_utils.series.kaggle.build import build as build_notebook
     from medcot_utils.series.kaggle.metadata import PLACEHOLDER_OWNER
+    from medcot_utils.series.kaggle.next_steps import list_next_steps
 
-    built = build_notebook(folder, profile, settings or [], kernel, continue_from or [], dataset or [], public)
+    built = build_notebook(
+        folder, profile, settings or [], kernel, continue_from or [], dataset or [], public, accelerator, keep_image
+    )
     console.print(f"{built.notebook}: {built.bytes / 1e3:.0f} kB, profile {built.profile}", highlight=False, soft_wrap=True)
     for setting in built.added:
         console.print(f"added: {setting}, since Kaggle ends a session after 12 hours", highlight=False, soft_wrap=True)
     if built.left_out:
         names = ", ".join(built.left_out)
         console.print(f"not carried, since they are none of the project's files (git add makes them so): {names}", soft_wrap=True)
-    if built.metadata.enable_gpu:
-        _print_times("article" if built.profile == "auto" else built.profile, [*(settings or []), *built.added])
+    if built.dropped_image:
+        dropped = f"docker_image {built.dropped_image} is dropped: it may name an old image, or one for the CPU"
+        console.print(f"{dropped}; --keep-image keeps it", highlight=False, soft_wrap=True)
+    _warn_of_image(built.metadata.docker_image)
     owner, _, _ = built.metadata.id.partition("/")
     if owner == PLACEHOLDER_OWNER:
         console.print("its owner is set by medcot kaggle push; for `kaggle kernels push` give --id NAME/SLUG", soft_wrap=True)
+    if built.metadata.enable_gpu:
+        _print_times("article" if built.profile == "auto" else built.profile, [*(settings or []), *built.added])
+    for line in list_next_steps(built, folder):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _warn_of_image(image: str | None) -> None:
+    if image:
+        warning = f"kernel-metadata.json fixes docker_image {image}: the session starts that one, which may be old or for the CPU"
+        console.print(f"{warning}; medcot kaggle build drops it", highlight=False, soft_wrap=True)
 
 
 def _print_times(profile: str, settings: list[str]) -> None:
@@ -76,7 +99,9 @@ def _print_times(profile: str, settings: list[str]) -> None:
 def push(folder: Folder = Path()) -> None:
     """Push what build wrote. It counts as pushed only when Kaggle's answer says so in every field."""
     from medcot_utils.series.kaggle import client
+    from medcot_utils.series.kaggle.metadata import read_metadata
 
+    _warn_of_image(read_metadata(folder).docker_image)
     pushed = client.push(folder)
     console.print(f"pushed {pushed.kernel}, version {pushed.version}: {pushed.url}", highlight=False, soft_wrap=True)
 

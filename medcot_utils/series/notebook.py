@@ -1,4 +1,7 @@
-"""What all seven notebooks share: the start, tables, and the end."""
+"""What all seven notebooks share: the start, tables, and the end.
+
+The top imports nothing but the standard library: the pinned stack may not be installed yet, and a package that is loaded before
+it is replaced asks for a restart."""
 
 from __future__ import annotations
 
@@ -10,10 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcot_utils.machine import gpu, hardware, installing, secrets
-from medcot_utils.run.clock import SESSION_STARTED
-from medcot_utils.series import colab
-from medcot_utils.series.kaggle import session
+from medcot_utils.machine import installing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,8 +32,11 @@ def start(run_dir: str | int | Path) -> Path:
     and hands the secrets on. On Kaggle, an earlier session's run is resumed. Raises InstallError or PlatformError, saying what
     to do."""
     installing.ensure()  # before anything is imported that it may install in another version
-    from medcot_utils.machine import environment
+    from medcot_utils.machine import environment, paths
     from medcot_utils.models.engine import quiet_start
+    from medcot_utils.run.clock import SESSION_STARTED
+    from medcot_utils.series import colab
+    from medcot_utils.series.kaggle import session
 
     if left := environment.forget_process_group():
         print(environment.tell_forgotten(left))
@@ -52,7 +55,7 @@ def start(run_dir: str | int | Path) -> Path:
     _show_figures()
     _let_go_after_an_error()
     folder = colab.run_dir_of(run_dir)
-    if hardware.platform_name() == "kaggle" and run_dir == "auto":
+    if paths.platform_name() == "kaggle" and run_dir == "auto":
         session.resume_earlier_run(folder)
     _hand_on_secrets(folder)
     return folder
@@ -60,6 +63,7 @@ def start(run_dir: str | int | Path) -> Path:
 
 def _hand_on_secrets(run_dir: Path) -> None:
     """Put the secrets found under the run's names where the clients read them."""
+    from medcot_utils.machine import secrets
     from medcot_utils.run.directory import CONFIG, Run
 
     secrets.hand_on_secrets(Run.open(run_dir).config.secrets if (run_dir / CONFIG).exists() else None)
@@ -100,6 +104,7 @@ def finish(run: Run, step: str) -> pd.DataFrame:
     """Record the step as done and return a table of its artifacts; print its time and peak memory."""
     import pandas as pd
 
+    from medcot_utils.machine import gpu
     from medcot_utils.run.artifacts import ARTIFACTS
     from medcot_utils.run.manifest import describe_costs
 

@@ -19,7 +19,16 @@ from medcot_utils.run.files import write_atomic
 
 MOST_LINES = 15
 _SETTING = re.compile(r'^repository = "([^"]*)"', re.MULTILINE)
-_BADGES = re.compile(r"\[!\[Open in ")
+_ADDRESS = "**On Kaggle or Colab:** "
+_WRITTEN = re.compile(rf"\[!\[Open in |{re.escape(_ADDRESS)}")  # how the paragraphs begin that are written from the setting
+# In README and notebook 01, in place of badges that would lead nowhere.
+_WITHOUT_REPOSITORY = (
+    f"{_ADDRESS}`medcot kaggle build` makes one notebook that carries the whole project, and needs no address. To open "
+    f"single notebooks there, put the project on GitHub and run `make badges REPO=owner/name`: it writes badges here, and the "
+    f"address into the setup cells. Until then a notebook finds the project in a folder `medcot` beside it or among Kaggle's "
+    f"inputs."
+)
+_README_PLACE = "## The notebooks"  # what stands in place of badges goes before this
 
 _TEMPLATE = """import os
 import sys
@@ -37,7 +46,7 @@ from medcot_utils.series.notebook import finish, start, table
 
 run_dir = start(RUN_DIR)"""
 
-_NOT_FOUND = "no medcot_utils here: open it in its checkout, or add the project to this session's inputs"
+_NOT_FOUND = "no medcot_utils here: open its checkout, add the project as input or folder medcot, or set SOURCE"
 
 
 class RepositoryError(MedcotError):
@@ -56,9 +65,10 @@ def repository(home: Path = HOME) -> str:
 
 
 def badges(repository: str, name: str = "01_setup") -> str:
-    """Return one line of Markdown that opens the notebook at Kaggle or Colab; empty without a repository."""
+    """Return one line of Markdown that opens the notebook at Kaggle or Colab. Without a repository: what to do instead for
+    notebook 01, which stands for the README too, and nothing for the others."""
     if not repository:
-        return ""
+        return _WITHOUT_REPOSITORY if name == "01_setup" else ""
     file = f"{repository}/blob/main/notebooks/{name}.ipynb"
     return (
         "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"
@@ -68,11 +78,14 @@ def badges(repository: str, name: str = "01_setup") -> str:
     )
 
 
-def with_badges(text: str, line: str, before_last: bool) -> str:
-    """Return Markdown with its badges replaced by `line`, before its last paragraph or after its first; none if it is empty."""
-    paragraphs = [part for part in re.split(r"\n\n", text) if not _BADGES.match(part)]
+def with_badges(text: str, line: str, place: int | str) -> str:
+    """Return Markdown with what `badges` wrote replaced by `line`; an empty one only takes it away.
+
+    Args:
+        place: the number of the paragraph that the line goes before (-1: the last), or its text."""
+    paragraphs = [part for part in re.split(r"\n\n", text) if not _WRITTEN.match(part)]
     if line:
-        paragraphs.insert(len(paragraphs) - 1 if before_last else 1, line)
+        paragraphs.insert(place if isinstance(place, int) else paragraphs.index(place), line)
     return "\n\n".join(paragraphs)
 
 
@@ -80,14 +93,14 @@ def changed(home: Path = HOME) -> dict[Path, Any]:
     """Return {file: new content} of the README and the notebooks whose badges or setup cell differ from the setting."""
     chosen, contents = repository(home), {}
     readme = (home / "README.md").read_text(encoding="utf-8")
-    if (new := with_badges(readme, badges(chosen), before_last=False)) != readme:
+    if (new := with_badges(readme, badges(chosen), 1 if chosen else _README_PLACE)) != readme:
         contents[home / "README.md"] = new
     for name in STEPS:
         path = home / "notebooks" / f"{name}.ipynb"
         notebook = nbformat.read(path, as_version=4)
         before = nbformat.writes(notebook)
         intro, setup = notebook.cells[0], [cell for cell in notebook.cells if cell.cell_type == "code"][1]
-        intro.source = with_badges(intro.source, badges(chosen, name), before_last=True)
+        intro.source = with_badges(intro.source, badges(chosen, name), -1)
         setup.source = setup_cell(chosen)
         if nbformat.writes(notebook) != before:
             contents[path] = notebook

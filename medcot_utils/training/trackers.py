@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import shutil
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -210,6 +211,8 @@ class TensorBoard(_Log):
     """TensorBoard's event files: each session writes the run whole into a folder of its own, which replaces those before."""
 
     def open(self, folder: Path, tracked: TrackedRun, settings: TrackingSettings, config: Mapping[str, Any]) -> TrackedRun:
+        # TensorBoard's own switch to do without TensorFlow. It would import the platform's, which a newer protobuf breaks.
+        sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
         from torch.utils.tensorboard import SummaryWriter
 
         home = folder / "tensorboard"

@@ -90,6 +90,18 @@ def test_what_was_built_is_what_kaggle_receives(medcot, server, tmp_path):
     assert "training.max_steps=7" in received.cells[1].source
 
 
+def test_an_image_that_is_fixed_by_hand_is_warned_of(medcot, server, tmp_path):
+    succeed(medcot("build", "--id", "ann/heart-run"))
+    metadata = tmp_path / "here" / "kernel-metadata.json"
+    fixed = json.dumps(json.loads(metadata.read_text()) | {"docker_image": "image:1"})
+    metadata.write_text(fixed)
+    assert "kernel-metadata.json fixes docker_image image:1: the session starts that one" in succeed(medcot("push"))
+    assert server.saved[0]["dockerImage"] == "image:1"
+    assert "docker_image image:1 is dropped" in succeed(medcot("build", "--id", "ann/heart-run"))
+    metadata.write_text(fixed)
+    assert "fixes docker_image image:1" in succeed(medcot("build", "--id", "ann/heart-run", "--keep-image"))
+
+
 def test_the_pushed_text_holds_no_secret_of_this_machine(medcot, server):
     secrets = {"HF_TOKEN": "hf_marked0marked1marked2", "WANDB_API_KEY": "marked3" * 6}
     succeed(medcot("build", "--id", "ann/heart-run", **secrets))

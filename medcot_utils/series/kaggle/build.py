@@ -14,6 +14,7 @@ import nbformat
 
 from medcot_utils.config import PROFILES, load_config, local_paths, profile_needs
 from medcot_utils.run.files import write_atomic
+from medcot_utils.series.kaggle.accelerators import ACCELERATORS, DEFAULT, check_accelerator, find_accelerator
 from medcot_utils.series.kaggle.carried import carried_files, payload, refuse_secrets
 from medcot_utils.series.kaggle.earlier import RUN_NAME
 from medcot_utils.series.kaggle.metadata import (
@@ -38,9 +39,11 @@ class Built:
     notebook: Path
     metadata: KernelMetadata
     profile: str
+    settings: list[str]
     bytes: int
-    added: list[str]  # settings that were not given
+    added: list[str]  # of the settings, those that were not given
     left_out: list[str]  # files that lie among the carried ones, but are none of the project's
+    dropped_image: str | None  # a docker_image that stood in the metadata file
 
 
 def build(
@@ -51,22 +54,32 @@ def build(
     continue_from: Iterable[str] = (),
     datasets: Iterable[str] = (),
     public: bool | None = None,
+    accelerator: str | None = None,
+    keep_image: bool = False,
 ) -> Built:
     """Write the notebook below `folder`, and kernel-metadata.json into it.
 
-    A metadata file that is there already keeps its id, privacy and sources; what is given replaces them or is added. Without
-    a profile, that of the notebook in the folder stays, else it is `article`. The same arguments on the same folder give the
-    same bytes.
+    A metadata file that is there already keeps its id, privacy, accelerator and sources; what is given replaces them or is
+    added. Its docker_image goes, unless `keep_image` says so: it may name an old image, or one for the CPU, and Kaggle then
+    starts that without a word (kaggle-cli, issue 1197). Without a profile, that of the notebook in the folder stays, else it is
+    `article`. The same arguments on the same folder give the same bytes.
+
+    Args:
+        accelerator: a name of `ACCELERATORS`; None: what the folder has, else two T4s, and none for a profile without a GPU.
 
     Raises a MedcotError for what cannot run on Kaggle, or for a secret in what would be pushed, before anything is written."""
     held = read_unvalidated(folder) or {}
     profile = profile or _held_profile(folder / str(held.get("code_file"))) or "article"
     given = list(settings)
-    settings = _checked_settings(profile, given)
+    if accelerator is not None:
+        find_accelerator(accelerator)
+    shape = accelerator or _usual_accelerator(profile, held)
+    settings = _checked_settings(profile, given, shape)
     kernel = kernel or held.get("id", f"{PLACEHOLDER_OWNER}/medcot-series")
     slug = kernel.rpartition("/")[2]
-    gpu = _on_a_gpu(profile)
-    kept = {name: held.get(name) for name in ("docker_image", "keywords", "enable_tpu")}
+    image = held.get("docker_image")
+    kept = {name: held.get(name) for name in ("keywords", "enable_tpu")}
+    kept["docker_image"] = image if keep_image or not image else None
     if kernel == held.get("id"):  # the number goes before the name: another kernel's would be overwritten
         kept["id_no"] = held.get("id_no")
     values = kept | {
@@ -74,8 +87,8 @@ def build(
         "title": slug.replace("-", " "),
         "code_file": f"build/kaggle/{slug}.ipynb",
         "is_private": held.get("is_private", True) if public is None else not public,
-        "enable_gpu": gpu,
-        "machine_shape": "NvidiaTeslaT4" if gpu else "",
+        "enable_gpu": bool(shape),
+        "machine_shape": shape,
         "dataset_sources": _joined(held.get("dataset_sources", []), datasets),
         "competition_sources": held.get("competition_sources", []),
         "kernel_sources": _joined(held.get("kernel_sources", []), continue_from),
@@ -92,7 +105,9 @@ def build(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
     write_metadata(folder, metadata)
-    return Built(path, metadata, profile, size, [setting for setting in settings if setting not in given], left_out)
+    added = [setting for setting in settings if setting not in given]
+    dropped = image if image and not metadata.docker_image else None
+    return Built(path, metadata, profile, settings, size, added, left_out, dropped)
 
 
 def _held_profile(notebook_path: Path) -> str | None:
@@ -113,13 +128,22 @@ def _on_a_gpu(profile: str) -> bool:
     return profile == "auto" or profile_needs(profile).gpu_gib is not None
 
 
-def _checked_settings(profile: str, settings: list[str]) -> list[str]:
+def _usual_accelerator(profile: str, held: dict[str, Any]) -> str:
+    if not _on_a_gpu(profile):
+        return ""
+    shape = held.get("machine_shape")
+    return shape if isinstance(shape, str) and shape in ACCELERATORS else DEFAULT
+
+
+def _checked_settings(profile: str, settings: list[str], shape: str) -> list[str]:
     """Return the settings, with a time limit for a session on a GPU. Raises a MedcotError for what cannot run on Kaggle."""
     for name in ("demo", "article") if profile == "auto" else (profile,):
         config = load_config(name, settings)
         for setting, found in local_paths(config).items():
             _refuse_files_of_this_machine(setting, found)
         preflight(config, run_dir=None, online=False)
+        if shape:
+            check_accelerator(shape, config)
     if _on_a_gpu(profile) and config.training.max_hours is None:
         settings = [*settings, f"training.max_hours={MAX_HOURS}"]
     return settings
@@ -139,8 +163,9 @@ def _refuse_files_of_this_machine(setting: str, paths: list[str]) -> None:
 _INTRO = """# medcot on Kaggle
 
 Fine-tunes and judges a reasoning model on medical chain-of-thought data, in seven notebooks, headless. This notebook needs
-nothing but itself and **Internet** (settings, right): package and notebooks are in it as text. It was written by
-`medcot kaggle build`; change it there. Not for clinical use.
+nothing but itself and **Internet** (settings, right): package and notebooks are in it as text. It runs on Python 3.11, 3.12,
+and 3.13, and leaves the session's own torch and kernel as they are. It was written by `medcot kaggle build`; change it there.
+Not for clinical use.
 
 Secrets are optional and attached once, in the editor (Add-ons > Secrets): {hub}, and {wandb}.
 To resume an earlier session, add its output as input. Afterwards the output holds `{run}.zip`, `{run}/adapter`

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.run.files import write_atomic
+from medcot_utils.series.kaggle.accelerators import DEFAULT, AcceleratorError, find_accelerator
 from medcot_utils.text_files import read_json
 
 METADATA = "kernel-metadata.json"
@@ -36,7 +37,7 @@ class KernelMetadata(BaseModel):
     is_private: bool = True
     enable_gpu: bool = True
     enable_internet: bool = True
-    machine_shape: str = Field("NvidiaTeslaT4", pattern=r"^\w*$")
+    machine_shape: str = Field(DEFAULT, pattern=r"^\w*$")
     dataset_sources: list[str] = []
     competition_sources: list[str] = []
     kernel_sources: list[str] = []
@@ -72,6 +73,16 @@ class KernelMetadata(BaseModel):
                 raise ValueError(f"{value!r} is not owner/model/framework/variation/VERSION")
         return values
 
+    @field_validator("machine_shape")
+    @classmethod
+    def _known_accelerator(cls, value: str) -> str:
+        try:
+            if value:
+                find_accelerator(value)
+        except AcceleratorError as error:
+            raise ValueError(str(error)) from None
+        return value
+
     @model_validator(mode="after")
     def _fits_together(self) -> KernelMetadata:
         from slugify import slugify  # Kaggle's client makes slugs with it
@@ -83,8 +94,6 @@ class KernelMetadata(BaseModel):
             raise ValueError("enable_internet is false, but the session must install its pinned stack")
         if self.enable_tpu:
             raise ValueError("enable_tpu is true, but the series runs on a CUDA GPU or the CPU: set it to false")
-        if self.machine_shape == "NvidiaTeslaP100":
-            raise ValueError("machine_shape NvidiaTeslaP100: today's torch has nothing for that GPU, choose NvidiaTeslaT4")
         if self.enable_gpu != bool(self.machine_shape):
             raise ValueError(f"enable_gpu is {self.enable_gpu}, but machine_shape is {self.machine_shape!r}")
         return self

@@ -1,16 +1,23 @@
-"""The pinned stack in a session that lacks it: what is missing is named, pip's refusal is one line, a restart is asked for."""
+"""The pinned stack in a session that lacks it: what is missing is named, what the session stands on stays, pip's refusal is one
+line, and a restart is asked for only if a replaced package was loaded."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 import types
+import zipfile
+from pathlib import Path
 
+import pip
 import pytest
 
 from medcot_utils.machine import installing
 from medcot_utils.machine.installing import InstallError, RestartNeeded
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -57,9 +64,12 @@ def test_missing_and_differing_pins_are_named_with_versions(home):
     ]
 
 
-def test_a_local_build_of_the_pinned_version_satisfies_it(monkeypatch):
+def test_a_cpu_build_satisfies_a_pin_only_without_a_gpu(monkeypatch):
     monkeypatch.setattr(installing.importlib.metadata, "version", lambda name: "2.13.0+cpu")
     assert installing.missing(["torch==2.13.0"]) == []
+    assert installing.missing(["torch==2.13.0"], gpu=True) == ["torch==2.13.0 (2.13.0+cpu here)"]
+    monkeypatch.setattr(installing.importlib.metadata, "version", lambda name: "2.13.0+cu128")
+    assert installing.missing(["torch==2.13.0"], gpu=True) == []
 
 
 def test_a_gpu_takes_its_own_stack_and_a_cpu_leaves_unsloth_out(home):
@@ -176,7 +186,203 @@ def test_a_gpu_that_is_hidden_on_purpose_is_not_looked_for(gpu, home, monkeypatc
     installing.install(home, lambda line: None)
 
 
+def test_an_old_python_is_one_line_before_anything_else(home, no_index, monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 14))
+    for call in (installing.install, installing.ensure):
+        with pytest.raises(
+            InstallError, match=r"needs Python 3\.11, 3\.12, or 3\.13, and this is 3\.10: take the platform's newest"
+        ):
+            call(home, pytest.fail)
+
+
 def test_without_a_gpu_torch_is_not_asked(home, no_index, monkeypatch):
     monkeypatch.setattr(installing, "has_gpu", lambda: False)
-    monkeypatch.setattr(installing, "require_torch_sees_the_gpu", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(installing, "torch_fault", lambda: pytest.fail("asked"))
     installing.install(home, lambda line: None)
+
+
+# --- what the session stands on ----------------------------------------------------------------------------------------
+
+STACK = ["torch==2.11.0", "torchvision==0.26.0", "ipykernel==7.4.0", "psutil==7.2.2", "protobuf==7.36.2", "numpy==2.4.6"]
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    """`planned({"torch": "2.11.0+cu128"}, gpu=True)`: the plan for a session that holds these packages and a kernel."""
+
+    def make(packages, gpu=True, torch_works=True, stack=STACK):
+        needs = {"ipykernel": ["psutil>=5", "setuptools>=18.5", "traitlets>=5", 'pytest; extra == "test"'], "traitlets": []}
+        packages = {"ipykernel": "6.17.1", "traitlets": "5.7.1", "psutil": "5.9.5", "numpy": "2.1.3"} | packages
+        session = tmp_path / "session"
+        for name, version in packages.items():
+            folder = session / f"{name}-{version}.dist-info"
+            folder.mkdir(parents=True)
+            lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {need}" for need in needs.get(name, []))]
+            (folder / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", *lines, ""]))
+        home = tmp_path / "home"
+        home.mkdir()
+        for name in ("requirements.txt", "requirements-cpu.txt"):
+            (home / name).write_text("\n".join(stack))
+        (home / "requirements-nodeps.txt").write_text("")
+        monkeypatch.setattr(sys, "path", [str(session)])
+        return installing.plan_install(home, gpu, torch_works)
+
+    return make
+
+
+def test_the_kernel_and_what_it_needs_stay_as_they_are(planned):
+    plan = planned({"torch": "2.11.0+cu128", "torchvision": "0.26.0+cu128", "pytest": "8.4.2", "setuptools": "75.2.0"})
+    assert plan.kept.items() >= {"ipykernel": "6.17.1", "traitlets": "5.7.1", "psutil": "5.9.5"}.items()
+    assert "pytest" not in plan.kept, "only an extra asks for it"
+    assert "setuptools" not in plan.kept, "torch asks for a newer one"
+    assert plan.whole == ["protobuf==7.36.2", "numpy==2.4.6"]
+
+
+@pytest.mark.parametrize(
+    ("version", "gpu", "works", "stays"),
+    [
+        ("2.10.0+cu128", True, True, True),
+        ("2.11.0+cu130", True, True, True),
+        ("2.14.1", True, True, True),
+        ("2.5.1+cu121", True, True, True),
+        ("2.4.1+cu121", True, True, False),  # transformers asks for 2.5
+        ("2.15.0+cu130", True, True, False),  # Unsloth ends below
+        ("2.11.0+cpu", True, True, False),
+        ("2.11.0+cpu", False, True, True),
+        ("2.11.0+cu128", True, False, False),
+        ("3.0.0", True, True, False),
+    ],
+)
+def test_a_torch_in_the_range_that_sees_the_gpu_stays(version, gpu, works, stays, planned):
+    plan = planned({"torch": version, "torchvision": "0.26.0", "torchaudio": version}, gpu, works)
+    assert ("torch" in plan.kept, "torch==2.11.0" in plan.whole) == (stays, not stays)
+    assert (plan.kept.get("torchvision"), plan.kept.get("torchaudio")) == (("0.26.0", version) if stays else (None, None))
+
+
+def test_what_was_built_for_a_torch_that_goes_is_removed(planned):
+    plan = planned({"torch": "2.9.0+cpu", "torchvision": "0.24.0+cpu", "torchaudio": "2.9.0+cpu", "torchcodec": "0.9"})
+    assert plan.unfit == ["torchaudio", "torchcodec"], "torchvision is pinned, and so replaced"
+
+
+def test_a_torch_that_stays_takes_nothing_with_it(planned):
+    plan = planned({"torch": "2.10.0+cu128", "torchaudio": "2.10.0+cu128"})
+    assert plan.unfit == [] and "torchvision" in plan.whole, "the torchvision of this torch, not the pinned one"
+
+
+def test_a_cpu_build_of_the_pinned_version_is_rebuilt(planned):
+    held = {"torch": "2.11.0+cpu", "torchvision": "0.26.0+cpu"}
+    plan = planned(held)
+    assert plan.rebuilt == ["torch==2.11.0", "torchvision==0.26.0"], "pip takes it for what is asked for"
+    assert plan.missing[:2] == ["torch==2.11.0 (2.11.0+cpu here)", "torchvision==0.26.0 (0.26.0+cpu here)"]
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_tensorflow_keeps_the_protobuf_that_it_came_with(here, planned):
+    plan = planned({"protobuf": "5.29.6"} | ({"tensorflow": "2.20.0"} if here else {}))
+    assert ("protobuf==7.36.2" in plan.whole, plan.kept.get("protobuf")) == ((False, "5.29.6") if here else (True, None))
+
+
+def write_wheel(folder, name, version, needs=()):
+    """A wheel of one module, as an index would serve it."""
+    info = f"{name}-{version}.dist-info"
+    metadata = "\n".join(
+        ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {n}" for n in needs)]
+    )
+    files = {f"{name}.py": f"__version__ = {version!r}\n", f"{info}/METADATA": metadata + "\n"}
+    files[f"{info}/WHEEL"] = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        for file, content in files.items():
+            archive.writestr(file, content)
+    return Path(archive.filename)
+
+
+SESSION = """
+import sys
+from pathlib import Path
+from medcot_utils.machine import installing
+for name in {loaded}:
+    __import__(name)
+installing.has_gpu = lambda: {gpu}
+installing.torch_fault = lambda: None
+try:
+    installing.ensure(Path({home!r}))
+    installing.ensure(Path({home!r}))
+except installing.InstallError as error:
+    print(type(error).__name__, error)
+    try:
+        isinstance(error, installing.RestartNeeded) and installing.ensure(Path({home!r}))
+    except installing.RestartNeeded:
+        print("asked again")
+"""
+
+
+@pytest.fixture
+def session(tmp_path):
+    """`session(pins, held, loaded=[])`: what a Colab kernel prints that installs these pins over these packages, each of them a
+    wheel of one module, and {package: version} of what it then has."""
+
+    def run(pins, held, loaded=(), needs=None, gpu=False):
+        wheels, home, modules, place = (tmp_path / name for name in ("wheels", "home", "modules", "place"))
+        for folder in (wheels, home, modules):
+            folder.mkdir()
+        # Not of the session: this environment's pip, and what medcot_utils.machine.paths imports.
+        (modules / "pip").symlink_to(Path(pip.__file__).parent)
+        (modules / "psutil.py").touch()
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
+        (site_packages,) = place.glob("lib/python*/site-packages")
+        for line in [*held, *pins]:
+            name, _, version = line.partition("==")
+            wheel = write_wheel(wheels, name, version, (needs or {}).get(line, ()))
+            if line in held:
+                with zipfile.ZipFile(wheel) as archive:
+                    archive.extractall(site_packages)
+        for name in ("requirements.txt", "requirements-cpu.txt"):
+            (home / name).write_text("\n".join(pins))
+        (home / "requirements-nodeps.txt").write_text("")
+        environment = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull}
+        environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{modules}", "COLAB_RELEASE_TAG": "release", "PATH": os.environ["PATH"]}
+        code = SESSION.format(loaded=list(loaded), gpu=gpu, home=str(home))
+        command = [str(place / "bin" / "python"), "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, dict(info.stem.rsplit("-", 1) for info in site_packages.glob("*.dist-info"))
+
+    return run
+
+
+def test_an_install_replaces_pins_and_leaves_the_kernel(session):
+    held = ["ipykernel==6.17.1", "traitlets==5.7.1", "numpy==2.1.3"]
+    needs = {"ipykernel==6.17.1": ["traitlets"]}
+    said, have = session(["ipykernel==7.4.0", "numpy==2.4.6", "extra_one==1.0"], held, needs=needs)
+    assert have == {"ipykernel": "6.17.1", "traitlets": "5.7.1", "numpy": "2.4.6", "extra_one": "1.0"}
+    assert "1 packages new, 1 replaced; as they were: the packages of the kernel" in said and "Restart" not in said
+
+
+def test_a_pin_that_needs_another_kernel_is_refused_by_name(session):
+    said, have = session(["app==1.0"], ["traitlets==5.7.1"], needs={"app==1.0": ["traitlets>=5.14"]})
+    assert (
+        "InstallError" in said and "app 1.0 depends on traitlets>=5.14; The user requested (constraint) traitlets==5.7.1" in said
+    )
+    assert have == {"traitlets": "5.7.1"}
+
+
+@pytest.mark.parametrize("loaded", [["numpy"], ["tidy"], []])
+def test_a_restart_is_asked_only_for_a_replaced_loaded_package(loaded, session):
+    said, _ = session(["numpy==2.4.6"], ["numpy==2.1.3", "tidy==1.0"], loaded)
+    if loaded == ["numpy"]:
+        assert "RestartNeeded" in said and "already loaded numpy 2.1.3 (installed now: 2.4.6)" in said and "asked again" in said
+    else:
+        assert "Restart" not in said, "what was replaced is not loaded"
+
+
+def test_a_replaced_library_outside_the_list_is_named_too(session):
+    said, _ = session(["helper==2.0"], ["helper==1.0"], ["helper"])
+    assert "already loaded helper 1.0 (installed now: 2.0)" in said and "asked again" in said
+
+
+def test_torch_for_the_cpu_is_replaced_and_its_companions_go(session):
+    held = ["torch==2.9.0+cpu", "torchaudio==2.9.0+cpu"]
+    said, have = session(["torch==2.11.0"], held, gpu=True)
+    assert have == {"torch": "2.11.0"}
+    assert "torchaudio: removed, since built for the torch that was here before" in said

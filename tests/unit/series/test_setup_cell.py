@@ -103,6 +103,19 @@ def test_another_repository_replaces_the_first(checkout):
     assert not any(b"Open in Colab" in content for content in bare.values())
 
 
+def test_without_a_repository_readme_and_01_say_what_to_do(checkout):
+    without = badges("")
+    assert "make badges REPO=owner/name" in without and "medcot kaggle build" in without and "](" not in without, "no link"
+    notebooks = {name: nbformat.read(checkout / "notebooks" / f"{name}.ipynb", as_version=4).cells[0].source for name in STEPS}
+    readme = (checkout / "README.md").read_text().split("\n\n")
+    assert readme[readme.index("## The notebooks") - 1] == notebooks["01_setup"].split("\n\n")[-2] == without
+    assert [name for name in STEPS if "make badges" in notebooks[name]] == ["01_setup"]
+    write(checkout, "ann/hearts")
+    assert not any(b"make badges REPO=owner/name`: it" in content for content in texts(checkout).values()), (
+        "badges took its place"
+    )
+
+
 def test_badges_and_setup_cells_keep_the_rest_of_a_notebook(checkout):
     before = nbformat.read(checkout / "notebooks" / "05_training.ipynb", as_version=4)
     write(checkout, "ann/hearts")
@@ -192,7 +205,7 @@ def test_where_it_is_nowhere_one_line_says_what_to_do(source, tmp_path):
     nowhere = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.file://{tmp_path}/.insteadOf"}
     nowhere["GIT_CONFIG_VALUE_0"] = "https://github.com/"
     line = run_cell(tmp_path / "alone", source, **nowhere)
-    assert line.startswith("ModuleNotFoundError: no medcot_utils here: open it in its checkout, or add the project")
+    assert line.startswith("ModuleNotFoundError: no medcot_utils here: open its checkout, add the project as input")
 
 
 # --- Google Drive --------------------------------------------------------------------------------------------------

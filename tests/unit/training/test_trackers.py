@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from medcot_utils.training.trackers import _Log
@@ -33,3 +37,24 @@ def test_what_is_no_number_is_not_logged():
     tracker = SimulatedTracker()
     tracker.log_once(LOSS | {"loss": "2.5", "rates": [1, 2]})
     assert tracker.logged == [(3, {"train/loss": 2.5, "train/epoch": 0.5})]
+
+
+BROKEN_TENSORFLOW = """
+import sys
+from pathlib import Path
+from medcot_utils.config import TrackingSettings
+from medcot_utils.training.trackers import TensorBoard
+tracker = TensorBoard()
+tracker.open(Path(sys.argv[1]), {"name": "one"}, TrackingSettings(), {"a": 1})
+tracker.log({"train/loss": 2.5}, 1)
+tracker.close()
+print(*(path.name for path in Path(sys.argv[1]).rglob("events*")))
+"""
+
+
+def test_tensorboard_works_beside_a_broken_tensorflow(tmp_path):
+    (tmp_path / "tensorflow.py").write_text("raise TypeError('Descriptors cannot be created directly')\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-c", BROKEN_TENSORFLOW, str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "events.out" in done.stdout, done.stderr

@@ -96,6 +96,9 @@ def test_the_cells_are_short_and_valid_and_have_no_outputs(tmp_path):
         ({"kernel": "ann/med"}, "at least five"),
         ({"continue_from": ["first-run"]}, "kernel_sources: 'first-run' is not owner/slug"),
         ({"datasets": ["a/b/c"]}, "dataset_sources: 'a/b/c' is not owner/slug"),
+        ({"accelerator": "T4x2"}, "no accelerator 'T4x2': expected one of NvidiaTeslaT4"),
+        ({"accelerator": ""}, "no accelerator ''"),
+        ({"accelerator": "NvidiaTeslaP100"}, "choose NvidiaTeslaT4"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(arguments, expected, tmp_path):
@@ -137,13 +140,35 @@ def test_existing_metadata_is_kept_and_given_values_are_added(tmp_path):
     build(tmp_path, "demo", kernel="ann/heart-run", datasets=["ann/rows"], public=True)
     held = json.loads((tmp_path / METADATA).read_text())
     assert "docker_image" not in held
-    (tmp_path / METADATA).write_text(json.dumps(held | {"docker_image": "image:1", "model_sources": ["a/b/c/d/1"]}))
+    (tmp_path / METADATA).write_text(json.dumps(held | {"model_sources": ["a/b/c/d/1"]}))
     metadata = build(tmp_path, "article", continue_from=["ann/first-run"]).metadata
-    assert (metadata.docker_image, metadata.model_sources) == ("image:1", ["a/b/c/d/1"])
+    assert (metadata.docker_image, metadata.model_sources) == (None, ["a/b/c/d/1"])
     assert (metadata.id, metadata.title, metadata.is_private) == ("ann/heart-run", "heart run", False)
     assert (metadata.dataset_sources, metadata.kernel_sources) == (["ann/rows"], ["ann/first-run"])
     assert (metadata.enable_gpu, metadata.machine_shape) == (True, "NvidiaTeslaT4")
     assert build(tmp_path, "article", continue_from=["ann/first-run"], public=False).metadata.kernel_sources == ["ann/first-run"]
+
+
+def test_a_fixed_image_is_dropped_unless_it_is_asked_for(tmp_path):
+    build(tmp_path, "demo")
+    fixed = json.loads((tmp_path / METADATA).read_text()) | {"docker_image": "gcr.io/kaggle-images/python:v150"}
+    (tmp_path / METADATA).write_text(json.dumps(fixed))
+    kept = build(tmp_path, "demo", keep_image=True)
+    assert (kept.metadata.docker_image, kept.dropped_image) == (fixed["docker_image"], None)
+    built = build(tmp_path, "demo")
+    assert (built.metadata.docker_image, built.dropped_image) == (None, fixed["docker_image"])
+    assert "docker_image" not in json.loads((tmp_path / METADATA).read_text()) and build(tmp_path, "demo").dropped_image is None
+
+
+def test_an_accelerator_is_checked_written_and_kept(tmp_path):
+    assert build(tmp_path, "article", accelerator="NvidiaL4").metadata.machine_shape == "NvidiaL4"
+    again = build(tmp_path, "recommended", ["model.dtype=bfloat16"])
+    assert again.metadata.machine_shape == "NvidiaL4", "as built here before"
+    metadata = build(tmp_path / "demo", "demo", accelerator="NvidiaTeslaT4").metadata
+    assert (metadata.enable_gpu, metadata.machine_shape) == (True, "NvidiaTeslaT4")
+    with pytest.raises(MedcotError, match="is bfloat16, but NvidiaTeslaT4"):
+        build(tmp_path / "bad", "article", ["model.dtype=bfloat16"])
+    assert not (tmp_path / "bad").exists()
 
 
 def test_a_build_without_a_profile_keeps_the_folders_profile(tmp_path):
@@ -269,6 +294,10 @@ FAULTS = {
     "short title": ({"title": "med"}, "title: String should have at least 5 characters"),
     "internet": ({"enable_internet": False}, "the session must install its pinned stack"),
     "gpu": ({"machine_shape": "NvidiaTeslaP100"}, "choose NvidiaTeslaT4"),
+    "unknown GPU": (
+        {"machine_shape": "NvidiaTeslaT5"},
+        "machine_shape: no accelerator 'NvidiaTeslaT5': expected one of NvidiaTeslaT4",
+    ),
     "no GPU": ({"machine_shape": ""}, "enable_gpu is True, but machine_shape is ''"),
     "language": ({"language": "r"}, "language: Input should be 'python'"),
     "unknown field": ({"enable_gpus": True}, "enable_gpus: Extra inputs are not permitted"),

@@ -239,7 +239,7 @@ def test_the_report_is_shown_in_a_frame_of_its_own(finished):
 
 def test_the_module_imports_before_the_stack_is_installed():
     code = (
-        "import sys; import medcot_utils.series.kaggle.session, medcot_utils.machine.installing; "
+        "import sys; import medcot_utils.series.kaggle.session, medcot_utils.series.notebook; "
         "print(json.dumps(sorted({n.split('.')[0] for n in sys.modules} - set(sys.stdlib_module_names))))"
     )
     done = subprocess.run([sys.executable, "-S", "-c", f"import json; {code}"], capture_output=True, text=True, check=True)

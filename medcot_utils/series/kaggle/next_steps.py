@@ -1,0 +1,65 @@
+"""What to do after `medcot kaggle build`, what comes back from the session, and what does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from medcot_utils.config import RunConfig, load_config
+from medcot_utils.run.artifacts import ARTIFACTS
+from medcot_utils.series.kaggle.accelerators import find_accelerator
+from medcot_utils.series.kaggle.build import Built
+from medcot_utils.series.kaggle.metadata import PLACEHOLDER_OWNER
+
+
+def list_next_steps(built: Built, folder: Path) -> list[str]:
+    """Return the steps from a built notebook to a fetched run, one line each, and then what the session leaves and loses."""
+    config = load_config("article" if built.profile == "auto" else built.profile, built.settings)
+    owner, _, slug = built.metadata.id.partition("/")
+    kernel = f"{'NAME' if owner == PLACEHOLDER_OWNER else owner}/{slug}"
+    page, place = f"https://www.kaggle.com/code/{kernel}", "" if folder == Path() else f" --folder {folder}"
+    steps = [
+        _verify(built),
+        "a token, once: make one at https://www.kaggle.com/settings/api and set KAGGLE_API_TOKEN to it",
+        f"push: medcot kaggle push{place}; the session starts at once{_machine(built)}",
+        f"secrets ({_need_of_secrets(config)}): no push can attach them. Open {page}/edit, attach them under Add-ons > Secrets, "
+        f"then push again; they stay attached",
+        f"look: medcot kaggle status{place or f' {kernel}'}, or the log at {page}",
+        f"fetch, when it has ended: medcot kaggle output{place or f' {kernel}'} --run-dir runs/kaggle",
+    ]
+    return [*(f"{number}. {step}" for number, step in enumerate(steps, 1)), *_what_stays(config)]
+
+
+def _verify(built: Built) -> str:
+    gives = "neither Internet nor a GPU" if built.metadata.enable_gpu else "no Internet"
+    return f"a phone number, once: verify yours at https://www.kaggle.com/settings; without it Kaggle gives {gives}"
+
+
+def _machine(built: Built) -> str:
+    if not built.metadata.machine_shape:
+        return ", without a GPU"
+    found = find_accelerator(built.metadata.machine_shape)
+    limits = "" if found.given_to_all else "; Kaggle gives it to participants of some competitions alone"
+    return f" on {found.describe()}{limits}"
+
+
+def _need_of_secrets(config: RunConfig) -> str:
+    hub, wandb = (" or ".join(names) for names in (config.secrets.huggingface, config.secrets.wandb))
+    needs = [f"needed: {hub} for the push to {config.hub.repo_id}" if config.hub.repo_id else f"optional: {hub} for the Hub"]
+    if config.tracking.backend in ("auto", "wandb"):
+        needs.append(f"optional: {wandb} for Weights & Biases")
+    return "; ".join(needs)
+
+
+def _what_stays(config: RunConfig) -> list[str]:
+    large = [name for name, made in ARTIFACTS.items() if made.large and (made.when is None or config.get(made.when))]
+    sent = [name for name in large if config.hub.repo_id and name in config.hub.artifacts]
+    lost = [name for name in large if name not in sent]
+    lines = ["comes back: adapter, answers, scores, report, executed notebooks, and checkpoints while the training needs them"]
+    if sent:
+        lines.append(f"goes to the Hub alone ({config.hub.repo_id}), since the output holds 20 GB: {', '.join(sent)}")
+    if lost:
+        lines.append(
+            f"ends with the session, since the output holds 20 GB: {', '.join(lost)}. To keep it, build with --set "
+            f"hub.repo_id=NAME/MODEL and attach the Hub's secret; or make it again from the fetched run with medcot run"
+        )
+    return lines
