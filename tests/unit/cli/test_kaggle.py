@@ -30,7 +30,8 @@ def test_build_shows_the_hours_of_each_notebook_as_an_estimate(build, profile):
 
 
 def test_build_says_that_a_session_will_not_do(build):
-    assert "about 2 sessions. 05_training takes longest: lower training.max_steps" in build("--profile", "full")
+    assert "one session may not do. 05_training takes longest: lower training.max_steps" in build("--profile", "full")
+    assert "about 2 sessions. 05_training" in build("--profile", "full", "--set", "training.num_processes=1")
 
 
 def test_build_for_a_cpu_tells_no_time(build):
