@@ -70,7 +70,7 @@ def build(
     if owner == PLACEHOLDER_OWNER:
         console.print("its owner is set by medcot kaggle push; for `kaggle kernels push` give --id NAME/SLUG", soft_wrap=True)
     if built.metadata.enable_gpu:
-        _print_times("article" if built.profile == "auto" else built.profile, [*(settings or []), *built.added])
+        _print_times("article" if built.profile == "auto" else built.profile, built.settings, built.metadata.machine_shape)
     for line in list_next_steps(built, folder):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -81,14 +81,19 @@ def _warn_of_image(image: str | None) -> None:
         console.print(f"{warning}; medcot kaggle build drops it", highlight=False, soft_wrap=True)
 
 
-def _print_times(profile: str, settings: list[str]) -> None:
+def _print_times(profile: str, settings: list[str], accelerator: str) -> None:
     from medcot_utils.cli.tables import times_table
     from medcot_utils.config import load_config
     from medcot_utils.machine.probe import KAGGLE_T4S
     from medcot_utils.series.estimate import describe_sessions, estimate_series
+    from medcot_utils.series.kaggle.accelerators import DEFAULT
 
     config = load_config(profile, settings)
-    if estimate := estimate_series(config, None, KAGGLE_T4S):
+    if accelerator != DEFAULT:
+        console.print(
+            f"no estimate of the time: published rates are known of {DEFAULT} alone, not of {accelerator}", soft_wrap=True
+        )
+    elif estimate := estimate_series(config, None, KAGGLE_T4S):
         console.print(times_table({profile: estimate}))
         console.print(describe_sessions(estimate, config, on_kaggle=True), highlight=False, soft_wrap=True)
     else:

@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from medcot_utils.machine.gpu import release_gpu_memory
-from medcot_utils.machine.hardware import visible_gpus
+from medcot_utils.machine.hardware import count_gpus_alike, visible_gpus
 
 if TYPE_CHECKING:
     import torch
@@ -29,14 +29,14 @@ class MachineSpeed:
     memory: float  # bytes of weights read, from GPU memory or from RAM without a GPU
     upload: float  # bytes copied from RAM to a GPU
     small_steps: float  # small operations that one core starts, Python included
-    fused_rows: int | None = None  # more rows at once have 4-bit weights unpacked at every step; None: no such limit
+    capability: tuple[int, int] | None = None  # compute capability of the GPUs
     measured: bool = True  # here; else published or derived
 
 
 # Kaggle's two GPUs. `product` is what the public runs of medcot_utils/data/t4_reference.json come to: 60 steps of 8 rows of
 # 769 tokens in 1,250 s, at the share of the product that an H100 held to a T4's memory reaches (series/estimate.py). `memory`
 # is three quarters of the data sheet's 320 GB/s, `upload` half of PCIe 3.0 x16, `small_steps` that of a slow core: assumed.
-KAGGLE_T4S = MachineSpeed("2 x Tesla T4", 2, 14.6, 30e12, 240e9, 6e9, 250e3, fused_rows=16, measured=False)
+KAGGLE_T4S = MachineSpeed("2 x Tesla T4", 2, 14.6, 30e12, 240e9, 6e9, 250e3, capability=(7, 5), measured=False)
 
 
 @cache
@@ -50,12 +50,11 @@ def measure_speed() -> MachineSpeed:
         cores = torch.get_num_threads()
         return MachineSpeed(f"{cores} CPU cores", 0, 0.0, _measure_product(512, 1024, 4096), _measure_weights(), 1.0, small)
     first = gpus[0]
-    same = sum(gpu.name == first.name for gpu in gpus)
+    same = count_gpus_alike()
     product, memory, upload = _measure_product(4096, 4096, 4096), _measure_copy(), _measure_upload()
     release_gpu_memory()
-    fused = 16 if first.capability == (7, 5) else None  # Unsloth's fused 4-bit product serves so many rows there
     where = first.name if same == 1 else f"{same} x {first.name}"
-    return MachineSpeed(where, same, first.memory_gib, product, memory, upload, small, fused)
+    return MachineSpeed(where, same, first.memory_gib, product, memory, upload, small, first.capability)
 
 
 def _count_per_second(work: Callable[[], object], amount: float) -> float:

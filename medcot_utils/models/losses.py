@@ -46,7 +46,7 @@ def row_losses(model: PreTrainedModel, rows: Dataset, batch_size: int, label: st
     lengths = [len(ids) for ids in rows["input_ids"]]
     batches = split_into_batches(lengths, batch_size, model.config.get_text_config().vocab_size)
     shared = _count_shared(rows) if model.device.type == "cpu" else 0
-    prefix = read_prefix(model, rows[0]["input_ids"][:shared])
+    prefix = read_prefix(model, rows[0]["input_ids"][:shared]) if shared else None
     records: dict[int, RowLoss] = {}
     for chosen in tqdm(batches, desc=f"held-out loss, {label}", unit="batch"):
         found = batch_losses(model, [rows[i] for i in chosen], model.device, prefix)

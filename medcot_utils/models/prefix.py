@@ -13,9 +13,8 @@ def count_shared(rows: Sequence[Sequence[int]]) -> int:
     """Return how many token ids all rows begin with, with at least two of each row left over; 0 for a single row."""
     if len(rows) < 2:
         return 0
-    columns = enumerate(zip(*rows, strict=False))
-    end = next((place for place, column in columns if len(set(column)) > 1), min(map(len, rows)))
-    return max(0, min(end, min(map(len, rows)) - 2))
+    most = min(map(len, rows)) - 2
+    return next((place for place in range(most) if len({row[place] for row in rows}) > 1), max(0, most))
 
 
 def read_prefix(model: PreTrainedModel, ids: Sequence[int]) -> DynamicCache | None:

@@ -15,7 +15,7 @@ from medcot_utils.machine import disk
 from medcot_utils.machine.durations import TimeEstimate, describe_time
 from medcot_utils.machine.paths import GIB, platform_name
 from medcot_utils.machine.probe import MachineSpeed
-from medcot_utils.models.batches import CPU_BATCH, MAX_BATCH
+from medcot_utils.models.batches import CPU_BATCH, MAX_BATCH, PACKED_CAPABILITY, PACKED_ROWS
 from medcot_utils.models.engine import FAST_ANSWERS_GIB
 from medcot_utils.series.workload import Asked, Workload, measure_workload
 from medcot_utils.training.batch_plan import count_processes
@@ -153,7 +153,7 @@ class _Seconds:
         if self.compiles():
             return _COMPILED * 2 * model.parameters / speed.memory + multiplied / _READ + attended
         weights = 2 * model.parameters if in_16bit else model.base_bytes
-        if model.in_4bit and not in_16bit and rows > (speed.fused_rows or math.inf):
+        if model.in_4bit and not in_16bit and rows > PACKED_ROWS and speed.capability == PACKED_CAPABILITY:
             weights += _UNPACKED * model.parameters
         spilled = self.spilled_bytes() / speed.upload if in_16bit else 0.0
         return started + weights / speed.memory + multiplied / _READ + attended + spilled
@@ -183,7 +183,8 @@ class _Seconds:
         weights = 2 * self.model.parameters if self.compiles() else self.model.base_bytes
         row = self.model.cache_bytes * (self.work.prompt_tokens + asked.new_tokens)
         fits = (self.gpu_gib * GIB - weights) / (row * (1.2 if self.compiles() else 2.5)) if self.speed.gpus else CPU_BATCH
-        most = int(max(1, min(MAX_BATCH, self.speed.fused_rows or MAX_BATCH, fits, answers)))
+        allowed = PACKED_ROWS if self.speed.capability == PACKED_CAPABILITY else MAX_BATCH
+        most = int(max(1, min(allowed, fits, answers)))
         return math.ceil(answers / math.ceil(answers / most))  # even batches
 
     def ask(self) -> float:

@@ -12,6 +12,8 @@ from statistics import mean
 from medcot_utils.config import RunConfig
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.machine import disk
+from medcot_utils.run.artifacts import SHIPPED_MCQ
+from medcot_utils.training.batch_plan import step_plan
 
 # Characters of English text that one token holds on average, with a vocabulary of 50,000 words or more.
 _CHARACTERS_PER_TOKEN = 4.3
@@ -22,7 +24,7 @@ _OPTIONS = 4  # of a multiple-choice question
 _OPTION_TOKENS = {"shipped": 60}  # read for one option: the question and its text
 _LONGER_OPTION_TOKENS = 200  # of the other tasks, whose questions are cases
 # Questions of the tasks that need a download, see evaluation/mcq/*.yaml.
-_TASK_QUESTIONS = {"shipped": 60, "medqa": 1273, "medmcqa": 4183, "pubmedqa": 500}
+_TASK_QUESTIONS = {"medqa": 1273, "medmcqa": 4183, "pubmedqa": 500}
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def measure_workload(config: RunConfig, online: bool = False) -> Workload | None
     rows, row_tokens, prompt_tokens = _measure_rows(config, online)
     held_out = min(config.dataset.held_out_rows, rows)
     train_rows = min(config.dataset.num_rows or rows, rows - held_out)
-    steps = t.max_steps if t.max_steps > 0 else math.ceil(t.num_train_epochs * train_rows / t.effective_batch_size)
+    steps = step_plan(config, train_rows)["steps"]
     evaluations = steps // t.eval_steps if t.eval_steps else 0
     forced = None if settings.answer_tokens is None else settings.answer_tokens + _CLOSING_TOKENS
     questions, mcq = settings.num_questions + 1, _count_mcq(config)
@@ -144,5 +146,5 @@ def _count_mcq(config: RunConfig) -> dict[str, int]:
 
 
 def _count_lines(task: str) -> int:
-    path = Path(task).expanduser()
+    path = SHIPPED_MCQ if task == "shipped" else Path(task).expanduser()
     return path.read_bytes().count(b"\n") if path.is_file() else 0

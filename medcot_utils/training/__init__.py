@@ -5,13 +5,14 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "trainer": ["sft_arguments", "step_plan", "plan_training", "train"],
+        "trainer": ["sft_arguments", "plan_training", "train"],
         "batch_plan": [
             "count_processes",
             "memory_parts",
             "batch_plans",
             "choose_plans",
             "plans_table",
+            "step_plan",
             "measured_memory_gb",
         ],
         "callbacks": ["skipped_steps", "tabulate_log"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from medcot_utils.config import RunConfig
 from medcot_utils.errors import MedcotError
@@ -200,3 +200,20 @@ def measured_memory_gb() -> dict[str, float]:
         "memory, measured: reserved (GB)": round(torch.cuda.max_memory_reserved() / 1e9, 1),
         "memory, measured: in use (GB)": round(torch.cuda.max_memory_allocated() / 1e9, 1),
     }
+
+
+class StepPlan(TypedDict):
+    """How long a run trains; part of its plan.json."""
+
+    rows: int  # training rows
+    effective_batch: int  # rows per optimizer step
+    steps: int  # optimizer steps
+    epochs: float  # passes over the rows
+
+
+def step_plan(config: RunConfig, rows: int) -> StepPlan:
+    """Return the optimizer steps of a configuration for so many training rows."""
+    t = config.training
+    steps_per_epoch = math.ceil(rows / t.effective_batch_size)
+    steps = t.max_steps if t.max_steps > 0 else math.ceil(t.num_train_epochs * steps_per_epoch)
+    return {"rows": rows, "effective_batch": t.effective_batch_size, "steps": steps, "epochs": round(steps / steps_per_epoch, 2)}

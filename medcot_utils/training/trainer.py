@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.utils.notebook import NotebookProgressCallback
@@ -278,23 +277,3 @@ def make_sft_trainer(
         eval_dataset=held_out_rows.select_columns(columns).select(few),
         processing_class=tokenizer,
     )
-
-
-# --- plan ----------------------------------------------------------------------------------------------------------
-
-
-class StepPlan(TypedDict):
-    """How long a run trains; part of its plan.json."""
-
-    rows: int  # training rows
-    effective_batch: int  # rows per optimizer step
-    steps: int  # optimizer steps
-    epochs: float  # passes over the rows
-
-
-def step_plan(config: RunConfig, rows: int) -> StepPlan:
-    """Return the optimizer steps of a configuration for so many training rows."""
-    t = config.training
-    steps_per_epoch = math.ceil(rows / t.effective_batch_size)
-    steps = t.max_steps if t.max_steps > 0 else math.ceil(t.num_train_epochs * steps_per_epoch)
-    return {"rows": rows, "effective_batch": t.effective_batch_size, "steps": steps, "epochs": round(steps / steps_per_epoch, 2)}

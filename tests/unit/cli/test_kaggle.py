@@ -40,3 +40,13 @@ def test_build_for_a_cpu_tells_no_time(build):
 
 def test_build_of_a_model_of_unknown_size_says_so(build):
     assert "no estimate of the time" in build("--profile", "article", "--set", "model.name=me/unknown")
+
+
+def test_build_for_gpus_without_published_rates_tells_no_time(build):
+    said = build("--profile", "article", "--accelerator", "NvidiaTeslaA100")
+    assert "not of NvidiaTeslaA100" in said and "time on" not in said
+
+
+def test_the_time_is_that_of_the_settings_built_with(build):
+    short, long = (build("--profile", "article", "--set", f"evaluation.num_questions={n}") for n in (5, 50))
+    assert short[short.index("all seven") :] != long[long.index("all seven") :]

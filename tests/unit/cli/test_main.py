@@ -128,7 +128,10 @@ def test_ctrl_c_is_one_line_and_exit_code_130(monkeypatch, capsys):
 # These in a process of their own, with what importing prints; the others after the same imports.
 IN_A_PROCESS = ("unknown profile", "unknown setting", "article without a GPU", "missing", "unusable rows")
 BAD_ARGUMENTS = {
-    "unknown profile": (["--profile", "smoek"], ["unknown profile 'smoek'", "smoke, demo, small, article", "did you mean smoke?"]),
+    "unknown profile": (
+        ["--profile", "smoek"],
+        ["unknown profile 'smoek'", "smoke, demo, small, article", "did you mean smoke?"],
+    ),
     "unknown setting": (
         ["--set", "training.max_step=3"],
         ["unknown setting 'training.max_step'", "did you mean training.max_steps?"],

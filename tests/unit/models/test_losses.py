@@ -54,6 +54,12 @@ def test_what_all_rows_begin_with_is_run_once(model_and_rows, monkeypatch):
 
 
 @pytest.mark.model
+def test_no_rows_have_no_losses(model_and_rows):
+    model, rows = model_and_rows
+    assert row_losses(model, rows.select([]), 2, "base") == []
+
+
+@pytest.mark.model
 def test_a_beginning_with_labels_is_run_with_each_row(model_and_rows):
     model, rows = model_and_rows
     full = rows.map(lambda row: {"labels": row["input_ids"]})

@@ -22,6 +22,7 @@ from tiny_trainer import (
 
 from medcot_utils.config import load_config
 from medcot_utils.models.engine import get_engine
+from medcot_utils.training.batch_plan import step_plan
 from medcot_utils.training.trainer import (
     TrainingError,
     check_effective_batch,
@@ -29,7 +30,6 @@ from medcot_utils.training.trainer import (
     last_good_checkpoint,
     prepare_trainer,
     sft_arguments,
-    step_plan,
 )
 
 pytest_plugins = ("training_fixtures",)
