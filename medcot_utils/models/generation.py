@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils.config import GenerationSettings
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.models.batches import check_context, choose_batch_size, choose_cache, count_new_tokens, describe_batches
+from medcot_utils.models.deal import Asked, Deal, HowToWrite
 from medcot_utils.models.records import AnswerRecord, make_forced, make_record
-from medcot_utils.run.clock import TimeBudgetReached
 
 # A checkpoint's own generation_config.json is in force for every argument that is left out: a repetition penalty of 1.3 or
 # `top_k` 1 would change the answers of one model unseen. These are the values without any effect.
@@ -73,22 +70,6 @@ def own_generation_settings(model: PreTrainedModel) -> dict[str, Any]:
     neutral |= {"temperature": 1.0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
     given = {name: getattr(model.generation_config, name, None) for name in neutral}
     return {name: value for name, value in given.items() if value not in (None, neutral[name])}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """An answer to be made: greedy, or sampled if it has a seed."""
-
-    id: str  # the question's
-    prompt: str
-    sample: int = 0  # as in `AnswerRecord`
-    seed: int | None = None
-    letters: str = ""  # of a multiple choice: those to choose from
-
-    @property
-    def key(self) -> tuple[str, int, str]:
-        """Return what tells an answer from the others of its list: with the prompt, for ids of two sources may be equal."""
-        return self.id, self.sample, self.prompt
 
 
 def answer_questions(
@@ -221,61 +202,6 @@ def _record(tokenizer: PreTrainedTokenizerBase, asked: Asked, written: WrittenRo
     if written.letter is not None:
         record["letter"] = written.letter
     return {"id": asked.id, "sample": asked.sample, **record}
-
-
-@dataclass(frozen=True)
-class HowToWrite:
-    """Hold how the batches of one call are written; `settings` has their size and cache decided."""
-
-    settings: GenerationSettings
-    answer_tokens: int | None  # as in `answer_prompts`
-    longest: int  # tokens of the longest prompt of any batch
-
-
-class Deal:
-    """Deal the batches of one call out to whoever is free, this process or another one, and keep their records at once."""
-
-    def __init__(
-        self, batches: Sequence[list[Asked]], keep: Callable[[list[AnswerRecord]], None], require_time: Callable[[], None]
-    ) -> None:
-        """Make the deal of one call. Neither function is called twice at a time.
-
-        Args:
-            keep: takes the records of a batch, or of a part of one.
-            require_time: called before a batch is taken; raises TimeBudgetReached if it might not end in time."""
-        self._waiting, self._keep, self._lock = deque(batches), keep, threading.Lock()
-        self._require_time = require_time
-        self.error: Exception | None = None  # why it was stopped
-
-    def __len__(self) -> int:
-        """Return how many batches nobody has taken."""
-        return len(self._waiting)
-
-    def take(self) -> list[Asked] | None:
-        """Return the next batch, None if there is none or no time is left for one."""
-        with self._lock:
-            if not self._waiting:
-                return None
-            try:
-                self._require_time()
-            except TimeBudgetReached as error:
-                self._stop(error)
-                return None
-            return self._waiting.popleft()
-
-    def stop(self, error: Exception) -> None:
-        """Deal out no further batch. Those that were taken are finished and kept; then the first such error is raised."""
-        with self._lock:
-            self._stop(error)
-
-    def _stop(self, error: Exception) -> None:
-        self.error = self.error or error
-        self._waiting.clear()
-
-    def keep(self, records: list[AnswerRecord]) -> None:
-        """Keep the records of answers that are made."""
-        with self._lock:
-            self._keep(records)
 
 
 class BatchWriter:

@@ -24,7 +24,8 @@ from medcot_utils.machine.hardware import name_other_gpus
 from medcot_utils.machine.processes import describe_exit, end_with_parent, read_last_line
 from medcot_utils.machine.redaction import redact
 from medcot_utils.models.batches import GenerationError
-from medcot_utils.models.generation import BatchWriter, Deal, HowToWrite, convert_to_write
+from medcot_utils.models.deal import Deal, HowToWrite
+from medcot_utils.models.generation import BatchWriter, convert_to_write
 
 if TYPE_CHECKING:
     from medcot_utils.models.engine import Engine

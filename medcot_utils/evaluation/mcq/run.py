@@ -7,7 +7,6 @@ closed for the model is read where it is closed; the others and the likelihoods 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NotRequired
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NotRequired
 import yaml
 
 from medcot_utils.config import RunConfig
-from medcot_utils.data.prompts import inference_prompt, parse_completion
+from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.evaluation.mcq.likelihood import (
     TASKS,
     OptionRow,
@@ -26,6 +25,7 @@ from medcot_utils.evaluation.mcq.likelihood import (
     text_row,
 )
 from medcot_utils.evaluation.mcq.questions import McqError, McqQuestion, choose, read_questions
+from medcot_utils.evaluation.mcq.strict import read_answer
 from medcot_utils.models.records import ASK_LETTER, CLOSING, AnswerRecord
 
 if TYPE_CHECKING:
@@ -64,39 +64,6 @@ class McqAnswer(McqQuestion):
     closed_by: NotRequired[Literal["itself", "budget", "end"]]  # what ended its thinking, as in `records.ForcedAnswer`
     letter: NotRequired[str]  # the likeliest letter after the thinking, closed by the model or for it
     likelihood: NotRequired[str]  # the letter of the option whose text is likeliest by length, without thinking
-
-
-# --- the answer ----------------------------------------------------------------------------------------------------
-
-_ASKED_LINE = re.compile(r"\s*answer\s*:(.*)", re.IGNORECASE)
-_LETTER = re.compile(r"\s*\(?([a-z])\b(.*)", re.IGNORECASE)
-_MARKUP = re.compile(r"[*_`#]")
-_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # as Chinese and Japanese keyboards write ASCII
-
-
-def read_answer(completion: str, options: Mapping[str, str]) -> str | None:
-    """Return the letter that a completion answers with, or None if none can be read: then the model abstained.
-
-    Only the last line after the single `</think>` that begins with `Answer:` is read, whatever its case, Markdown emphasis and
-    width of characters. After the colon stands an option's letter, alone or in brackets, and then nothing or that option's own
-    text: not "B or C", nor "C. difficile". Thinking that was never closed, was closed twice or continues after the answer is not
-    read, nor is any other wording, nor a letter that no option has.
-
-    HuatuoGPT-o1's scorer, which most published numbers come from, counts first and last letters and reports the better total;
-    without a letter it takes the most similar option. This one has one reading, fixed before the result is known."""
-    answer = completion.partition("</think>")[2].translate(_FULL_WIDTH)
-    if parse_completion(completion).closed != 1 or "<think>" in answer:
-        return None
-    lines = [found[1] for line in answer.splitlines() if (found := _ASKED_LINE.fullmatch(_MARKUP.sub("", line)))]
-    found = _LETTER.fullmatch(lines[-1]) if lines else None
-    if not found or found[1].upper() not in options:
-        return None
-    letter, rest = found[1].upper(), _bare(found[2])
-    return letter if rest in ("", _bare(options[letter])) else None
-
-
-def _bare(text: str) -> str:
-    return " ".join(_MARKUP.sub("", text.translate(_FULL_WIDTH)).casefold().split()).strip(" .,:;()-。、")
 
 
 # --- the questions -------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from medcot_utils.evaluation.mcq.run import (
     choose,
     load_questions,
     prompt,
-    read_answer,
 )
+from medcot_utils.evaluation.mcq.strict import read_answer
 
 pytest_plugins = ("mcq_fixtures",)
 
