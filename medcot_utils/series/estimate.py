@@ -16,6 +16,7 @@ from medcot_utils.machine.durations import TimeEstimate, describe_time
 from medcot_utils.machine.paths import GIB, platform_name
 from medcot_utils.machine.probe import MachineSpeed
 from medcot_utils.models.batches import CPU_BATCH, MAX_BATCH, PACKED_CAPABILITY, PACKED_ROWS
+from medcot_utils.models.embedded import is_made
 from medcot_utils.models.engine import FAST_ANSWERS_GIB
 from medcot_utils.series.workload import Asked, Workload, measure_workload
 from medcot_utils.training.batch_plan import count_processes
@@ -39,8 +40,9 @@ _LAYER_OPERATIONS = 200
 _UNPACKED = 5.0  # bytes moved per parameter if 4-bit weights are unpacked at every step: 115 ms a step at 8B on a T4
 # 16-bit weights with a static cache, on an H200: 1.7 times the time of reading them, 32 s to compile for a shape of batch.
 _COMPILED, _COMPILE_SECONDS = 1.7, 32
-# Small operations that take as long as: starting a kernel with the libraries; Unsloth's import; loading a parameter; a resample.
-_START, _UNSLOTH, _PER_PARAMETER, _PER_RESAMPLE = 2.3e6, 8e6, 4e-4, 200
+# Small operations that take as long as: starting a kernel with the libraries; Unsloth's import; loading a parameter; a resample;
+# unpacking the embedded SmolLM2 (12 s on two CPU cores).
+_START, _UNSLOTH, _PER_PARAMETER, _PER_RESAMPLE, _UNPACK_EMBEDDED = 2.3e6, 8e6, 4e-4, 200, 3e6
 _DOWNLOAD = 100e6  # bytes per second from the Hub
 _MERGE = 12.0  # bytes read, written and compared per parameter of the merged model
 _DISK = 1e9  # bytes per second
@@ -79,7 +81,7 @@ def estimate_series(config: RunConfig, run_dir: Path | None, speed: MachineSpeed
     copies = [what for what in ("base model, 4 bits", "base model, 16 bits") if what in downloads]
     first, second = (*copies, "", "")[:2]
     found = {
-        "01_setup": seconds.start() + downloads.get("data set", 0),
+        "01_setup": seconds.start() + downloads.get("data set", 0) + seconds.unpack_embedded(),
         "02_baseline_inference": seconds.load() + downloads.get(first, 0) + seconds.stream() + seconds.ask(),
         "03_dataset_prep": seconds.start() + seconds.tokenize(),
         "04_lora_config": seconds.load(training=True),
@@ -114,6 +116,10 @@ class _Seconds:
         unsloth = self.engine_is_unsloth and (training or not self.compiles())
         operations = (_UNSLOTH if unsloth else _START) + _PER_PARAMETER * self.model.parameters
         return self.start() + operations / self.speed.small_steps + 2 * self.model.parameters / _DISK * bool(self.speed.gpus)
+
+    def unpack_embedded(self) -> float:
+        """Return the time to make the embedded model, which is done once on a machine."""
+        return 0.0 if is_made(self.config.model.name) else _UNPACK_EMBEDDED / self.speed.small_steps
 
     def tokenize(self) -> float:
         return (self.work.train_rows + self.work.held_out_rows) * self.work.row_tokens / (0.5 * self.speed.small_steps)
