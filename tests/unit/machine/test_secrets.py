@@ -23,6 +23,7 @@ from medcot_utils.machine.paths import HOME
 from medcot_utils.machine.redaction import redact
 from medcot_utils.machine.secrets import find_secret, hand_on_secrets, require_secret, secret_of, secrets_found
 from medcot_utils.series import runner
+from medcot_utils.series.progress import Watch
 
 SECRET = "hf_verysecretvalue0123456789"
 HUB, WANDB = "Hugging Face", "Weights & Biases"
@@ -371,7 +372,7 @@ def test_cell_outputs_are_saved_without_secrets_in_every_form(monkeypatch, tmp_p
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     nbformat.write(notebook, tmp_path / "in.ipynb")
     redaction.known_secrets(load_config("smoke", ["secrets.wandb=MY_KEY"]).secrets)
-    runner._register_engine("in", lambda *arguments: None)
+    runner._register_engine("in", lambda *arguments: None, Watch("in", None))
     with pytest.raises(papermill.PapermillExecutionError) as raised:
         papermill.execute_notebook("in.ipynb", "out.ipynb", engine_name="medcot", kernel_name="python3", progress_bar=False)
     text = (tmp_path / "out.ipynb").read_text()
