@@ -19,7 +19,7 @@ from medcot_utils.machine.environment import forget_process_group
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 
     from medcot_utils.models.merging import MergeBase
 
@@ -33,6 +33,7 @@ class TrainerArguments(TypedDict, total=False):
     dataset_kwargs: dict[str, bool]
     max_length: int | None
     padding_free: bool | None
+    loss_type: str
 
 
 class Engine(Protocol):
@@ -49,8 +50,11 @@ class Engine(Protocol):
     def set_checkpointing(self, model: PreTrainedModel, checkpointing: Literal["unsloth"] | bool) -> None:
         """Switch gradient checkpointing on or off, as a batch plan asks."""
 
-    def trainer_arguments(self, settings: TrainingSettings) -> TrainerArguments:
-        """Return what the engine adds to the trainer's arguments."""
+    def trainer_arguments(self, settings: TrainingSettings, model: PreTrainedModel) -> TrainerArguments:
+        """Return what the engine adds to the trainer's arguments, to train this model."""
+
+    def data_collator(self, model: PreTrainedModel) -> DataCollator | None:
+        """Return what makes a batch of tokenized rows; None for the trainer's own."""
 
     def for_inference(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return the model in eval mode, with the key-value cache on and checkpointing off."""

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+
+
+class TokenizedRow(TypedDict):
+    """Hold the token ids of a row, and its labels: the same ids, or -100 where no loss is taken."""
+
+    input_ids: list[int]
+    labels: list[int]
 
 
 def count_shared(rows: Sequence[Sequence[int]]) -> int:
@@ -17,17 +24,30 @@ def count_shared(rows: Sequence[Sequence[int]]) -> int:
     return next((place for place in range(most) if len({row[place] for row in rows}) > 1), max(0, most))
 
 
+def count_shared_unlabeled(rows: Sequence[TokenizedRow]) -> int:
+    """Return how many token ids all rows begin with, without those whose logits are needed for a label."""
+    first = (next((place for place, label in enumerate(row["labels"]) if label != -100), len(row["labels"])) for row in rows)
+    return min(count_shared([row["input_ids"] for row in rows]), max(0, min(first, default=0) - 1))
+
+
+def attends_to_all(config: PretrainedConfig) -> bool:
+    """Return whether each layer of a model attends to all tokens before: no sliding window, no state in place of keys."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
 def read_prefix(model: PreTrainedModel, ids: Sequence[int]) -> DynamicCache | None:
     """Return the keys and values of token ids, for one row; None without ids, or if a layer attends to less than all before.
 
     Such a layer, of a sliding window, counts places: padding between the prefix and what follows it would take some."""
     import torch
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
 
-    cache = DynamicCache(config=model.config)
-    if not ids or not all(type(layer) is DynamicLayer for layer in cache.layers):
+    if not ids or not attends_to_all(model.config):
         return None
+    cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         row = torch.tensor([list(ids)], device=model.device)
         model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=1)

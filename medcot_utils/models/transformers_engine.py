@@ -15,12 +15,22 @@ from medcot_utils.machine.gpu import release_gpu_memory
 from medcot_utils.models.dequantized import four_bit_config, open_quantized_on_load
 from medcot_utils.models.embedded import find_model_source
 from medcot_utils.models.engine import TrainerArguments, compute_dtype, get_local_rank
+from medcot_utils.models.joined_rows import JoinedRows, can_join
 from medcot_utils.models.merging import MergeBase
 from medcot_utils.models.static_cache import use_grouped_decode
 from medcot_utils.models.targets import check_targets, find_excluded
 from medcot_utils.models.tokenizer import load_tokenizer_from
 
-__all__ = ["WHOLE_LOGITS", "add_lora", "for_inference", "load", "open_dequantized", "set_checkpointing", "trainer_arguments"]
+__all__ = [
+    "WHOLE_LOGITS",
+    "add_lora",
+    "data_collator",
+    "for_inference",
+    "load",
+    "open_dequantized",
+    "set_checkpointing",
+    "trainer_arguments",
+]
 
 WHOLE_LOGITS = True  # TRL's loss keeps the logits of a whole micro-batch
 
@@ -88,11 +98,17 @@ def set_checkpointing(model: PreTrainedModel, checkpointing: Literal["unsloth"] 
         model.gradient_checkpointing_disable()
 
 
-def trainer_arguments(settings: TrainingSettings) -> TrainerArguments:
-    """Return what leaves the rows of notebook 03 as they are, and pads them: this engine cannot do without."""
+def trainer_arguments(settings: TrainingSettings, model: PreTrainedModel) -> TrainerArguments:
+    """Return what leaves the rows of notebook 03 as they are. They are padded on a GPU, and joined on a CPU where that can be."""
     if settings.padding == "padding_free":
-        print("training.padding=padding_free does nothing with the transformers engine: rows are padded")
-    return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+        print("training.padding=padding_free does nothing with the transformers engine")
+    loss: TrainerArguments = {"loss_type": "nll"} if can_join(model) else {}  # TRL's default takes logits of 256 tokens at a time
+    return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None} | loss
+
+
+def data_collator(model: PreTrainedModel) -> JoinedRows | None:
+    """Return what joins the rows of a micro-batch, on a CPU where that can be; else None, for TRL's own, which pads them."""
+    return JoinedRows() if can_join(model) else None
 
 
 def for_inference(model: PreTrainedModel) -> PreTrainedModel:

@@ -20,7 +20,16 @@ from medcot_utils.models.merging import MergeBase
 from medcot_utils.models.targets import check_targets
 from medcot_utils.models.tokenizer import prepare_tokenizer
 
-__all__ = ["WHOLE_LOGITS", "add_lora", "for_inference", "load", "open_dequantized", "set_checkpointing", "trainer_arguments"]
+__all__ = [
+    "WHOLE_LOGITS",
+    "add_lora",
+    "data_collator",
+    "for_inference",
+    "load",
+    "open_dequantized",
+    "set_checkpointing",
+    "trainer_arguments",
+]
 
 WHOLE_LOGITS = False  # its loss is taken in pieces
 
@@ -79,7 +88,7 @@ def set_checkpointing(model: PreTrainedModel, checkpointing: Literal["unsloth"] 
     FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpointing)
 
 
-def trainer_arguments(settings: TrainingSettings) -> TrainerArguments:
+def trainer_arguments(settings: TrainingSettings, model: PreTrainedModel) -> TrainerArguments:
     """Return how rows of unequal length share a batch: padded, or joined without padding.
 
     Joined rows need Unsloth's look at their lengths, which `skip_prepare_dataset` would suppress."""
@@ -89,6 +98,10 @@ def trainer_arguments(settings: TrainingSettings) -> TrainerArguments:
     if padding == "padded":
         return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "padding_free": False}
     return {"dataset_kwargs": {}, "max_length": None, "padding_free": True if padding else None}
+
+
+def data_collator(model: PreTrainedModel) -> None:
+    """Return None: Unsloth's trainer chooses its own, by how rows share a batch."""
 
 
 def for_inference(model: PreTrainedModel) -> PreTrainedModel:

@@ -41,6 +41,15 @@ class LogEntry(TypedDict, total=False):
     train_runtime: float  # at the end: seconds
 
 
+class WithoutTokenCount(TrainerCallback):
+    """Take TRL's count of tokens out of the log: it counts the places of a mask, which of joined rows is a square."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for entry in (logs or {}, state.log_history[-1] if state.log_history else {}):
+            for name in ("num_tokens", "eval_num_tokens"):
+                entry.pop(name, None)
+
+
 class TqdmProgress(TrainerCallback):
     """Show one progress bar over optimizer steps with the last loss beside it."""
 

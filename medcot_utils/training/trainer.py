@@ -14,6 +14,7 @@ from medcot_utils.errors import MedcotError
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.gpu import available_gpu_memory, release_gpu_memory, reset_peak_gpu_memory
 from medcot_utils.models.engine import compute_dtype
+from medcot_utils.models.joined_rows import JoinedRows
 from medcot_utils.run.artifacts import PROGRESS
 from medcot_utils.run.clock import TimeBudgetReached
 from medcot_utils.training.batch_plan import BatchPlan, batch_plans, choose_plans
@@ -24,6 +25,7 @@ from medcot_utils.training.callbacks import (
     TimeBudget,
     TqdmProgress,
     TrackLog,
+    WithoutTokenCount,
 )
 from medcot_utils.training.checkpoints import checkpoint_fault, last_good_checkpoint
 
@@ -231,6 +233,8 @@ def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
     keep_lora_float32(trainer)
     for kind in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(kind)
+    if isinstance(trainer.data_collator, JoinedRows):
+        trainer.add_callback(WithoutTokenCount())
     trainer.add_callback(SkippedSteps(trainer.accelerator))
     if config.training.max_hours:
         trainer.add_callback(TimeBudget(config.training.max_hours))
@@ -269,11 +273,12 @@ def make_sft_trainer(
 
     engine.set_checkpointing(model, plan.gradient_checkpointing)
     columns, few = ["input_ids", "labels"], range(min(config.training.eval_rows, len(held_out_rows)))
-    arguments = sft_arguments(config, plan) | engine.trainer_arguments(config.training)
+    arguments = sft_arguments(config, plan) | engine.trainer_arguments(config.training, model)
     return SFTTrainer(
         model=model,
         args=SFTConfig(output_dir=str(output_dir), **arguments),
         train_dataset=train_rows.select_columns(columns),
         eval_dataset=held_out_rows.select_columns(columns).select(few),
         processing_class=tokenizer,
+        data_collator=engine.data_collator(model),
     )

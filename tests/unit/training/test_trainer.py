@@ -39,11 +39,13 @@ pytest_plugins = ("training_fixtures",)
 
 
 @pytest.mark.parametrize("asked", ["unsloth", True, False])
+@pytest.mark.model
 def test_trls_length_and_checkpointing_defaults_are_overridden(asked, tmp_path):
     from trl import SFTConfig
 
     engine = get_engine(CONFIG.model)
-    arguments = sft_arguments(CONFIG, plan(checkpointing=asked)) | engine.trainer_arguments(CONFIG.training)
+    model, _ = engine.load(CONFIG.model)
+    arguments = sft_arguments(CONFIG, plan(checkpointing=asked)) | engine.trainer_arguments(CONFIG.training, model)
     assert arguments["max_length"] is None
     assert arguments["gradient_checkpointing"] is bool(asked)
     made = SFTConfig(output_dir=str(tmp_path), **arguments)
