@@ -1,50 +1,76 @@
-"""Join the rows of a micro-batch behind the tokens that all begin with: on a CPU, where arithmetic is what takes time."""
+"""Join rows so that what they begin with together is run once: on a CPU, where arithmetic is what takes time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from transformers import PreTrainedModel
 
-from medcot_utils.models.prefix import TokenizedRow, attends_to_all, count_shared_unlabeled
+from medcot_utils.models.prefix import TokenizedRow, attends_to_all
 from medcot_utils.models.static_cache import GROUPED
 
 
 def can_join(model: PreTrainedModel) -> bool:
-    """Return whether a model trains from joined rows: on a CPU, with attention that takes any mask and looks at all before."""
+    """Return whether a model takes joined rows: on a CPU, with attention that takes any mask and looks at all before."""
     config = model.config.get_text_config()
     return model.device.type == "cpu" and config._attn_implementation in ("sdpa", GROUPED) and attends_to_all(config)
 
 
-class JoinedRows:
-    """Collate the rows of a micro-batch as one row, for the loss "nll" of TRL's trainer.
+class JoinedRow(TypedDict):
+    """Hold rows joined into one, as a model's forward pass takes them."""
 
-    The template, a third of a row, is run once for all of them, and logits are made only where there is a label. Each token
-    attends to what its own row has before it, at the places it has there, so loss and gradients are those of padded rows."""
+    input_ids: torch.Tensor  # (1, tokens)
+    position_ids: torch.Tensor  # (1, tokens)
+    attention_mask: torch.Tensor  # (1, 1, tokens, tokens), True where a token looks
+    logits_to_keep: torch.Tensor  # (labels,), the token before each label
+
+
+def join_rows(batch: Sequence[TokenizedRow]) -> tuple[JoinedRow, torch.Tensor, torch.Tensor]:
+    """Join rows so that tokens which several begin with stand once. Each token looks at what its own row has before it.
+
+    The last token of a row is left out: nothing is read after it.
+
+    Returns:
+        the joined row, the labels (labels,) that its logits are for, and the index (labels,) of the row each is of."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    parents: list[int] = []
+    after: dict[tuple[int, int], int] = {}  # (place in the joined row, next token): its place
+    kept, labels, owners = [], [], []
+    for owner, row in enumerate(batch):
+        place, last = -1, len(row["input_ids"]) - 1
+        for position, (token, label) in enumerate(zip(row["input_ids"], row["labels"], strict=True)):
+            if label != -100 and position:
+                kept.append(place)
+                labels.append(label)
+                owners.append(owner)
+            if position == last:
+                break
+            if (place, token) not in after:
+                after[place, token] = len(tokens)
+                tokens.append(token)
+                positions.append(position)
+                parents.append(place)
+            place = after[place, token]
+    mask = torch.eye(len(tokens), dtype=torch.bool)
+    for place, parent in enumerate(parents):
+        if parent >= 0:
+            mask[place] |= mask[parent]
+    joined: JoinedRow = {
+        "input_ids": torch.tensor([tokens]),
+        "position_ids": torch.tensor([positions]),
+        "attention_mask": mask[None, None],
+        "logits_to_keep": torch.tensor(kept, dtype=torch.long),
+    }
+    return joined, torch.tensor(labels, dtype=torch.long), torch.tensor(owners, dtype=torch.long)
+
+
+class JoinedRows:
+    """Collate a micro-batch by `join_rows` for TRL's trainer, whose loss must be "nll". It is the loss of padded rows."""
 
     def __call__(self, batch: Sequence[TokenizedRow]) -> dict[str, torch.Tensor]:
-        """Return the joined row's tensors: ids, positions and labels (1, tokens), its mask (1, 1, tokens, tokens), the places
-        that have a label, (labels,), and those labels, (1, labels)."""
-        shared = count_shared_unlabeled(batch)
-        first = batch[0]
-        ids, labels, positions, owners = first["input_ids"][:shared], [-100] * shared, list(range(shared)), [-1] * shared
-        targets = list(labels)  # of the next token, which for a row's last one is none
-        for owner, row in enumerate(batch):
-            own = len(row["input_ids"]) - shared
-            ids, labels = ids + row["input_ids"][shared:], labels + row["labels"][shared:]
-            targets += [*row["labels"][shared + 1 :], -100]
-            positions += range(shared, shared + own)
-            owners += [owner] * own
-        owner = torch.tensor(owners)
-        mask = ((owner[:, None] == owner) | (owner == -1)).tril()
-        target = torch.tensor(targets)
-        labeled = (target != -100).nonzero().squeeze(1)
-        return {
-            "input_ids": torch.tensor([ids]),
-            "position_ids": torch.tensor([positions]),
-            "attention_mask": mask[None, None],
-            "labels": torch.tensor([labels]),  # which the trainer counts
-            "logits_to_keep": labeled,
-            "shift_labels": target[labeled][None],
-        }
+        """Return the joined row and its labels, (1, labels), once as transformers' loss takes them and once as Trainer asks."""
+        joined, labels, _ = join_rows(batch)
+        return {**joined, "shift_labels": labels[None], "labels": labels[None]}

@@ -65,10 +65,15 @@ def task_rows(
 
 def make_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> HFLM:
     """Return the loaded model as lm-eval asks it. Probabilities are taken in 32 bits: in 16, close options would be equal."""
-    from lm_eval.models.huggingface import HFLM
+    from medcot_utils.models.joined_rows import can_join
 
     with quiet():
-        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+        from lm_eval.models.huggingface import HFLM
+
+        from medcot_utils.evaluation.mcq.joined_harness import JoinedHarness
+
+        harness = JoinedHarness if can_join(model) else HFLM
+        return harness(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
 
 
 def fits(harness: HFLM, row: OptionRow) -> bool:

@@ -57,21 +57,21 @@ def test_loss_and_gradients_are_those_of_rows_alone(model_and_rows):
         torch.testing.assert_close(gradient, expected[name], atol=2e-6, rtol=1e-3, msg=name)
 
 
-def test_the_common_beginning_stands_once_unless_it_has_labels(model_and_rows):
-    _, rows, loss_on = model_and_rows
-    whole, joined = sum(len(row["input_ids"]) for row in rows), JoinedRows()(rows)
-    saved = whole - joined["input_ids"].numel()
-    assert saved > 3 * 50 if loss_on == "completion" else saved == 0
-    assert int((joined["labels"] != -100).sum()) == sum(label != -100 for row in rows for label in row["labels"])
+def test_what_rows_begin_with_stands_once(model_and_rows):
+    _, rows, _ = model_and_rows
+    whole, joined = sum(len(row["input_ids"]) - 1 for row in rows), JoinedRows()(rows)
+    assert whole - joined["input_ids"].numel() > 3 * 50
+    again = JoinedRows()(rows + rows)
+    assert again["input_ids"].tolist() == joined["input_ids"].tolist(), "a row that stands there needs no place of its own"
+    assert again["labels"].numel() == 2 * joined["labels"].numel()
 
 
 def test_a_row_alone_is_itself(model_and_rows):
     _, rows, _ = model_and_rows
-    joined = JoinedRows()(rows[:1])
-    assert joined["input_ids"].tolist() == [rows[0]["input_ids"]]
-    assert torch.equal(
-        joined["attention_mask"][0, 0], torch.ones(len(rows[0]["input_ids"]), len(rows[0]["input_ids"])).tril().bool()
-    )
+    joined, length = JoinedRows()(rows[:1]), len(rows[0]["input_ids"]) - 1
+    assert joined["input_ids"].tolist() == [rows[0]["input_ids"][:-1]]
+    assert joined["position_ids"].tolist() == [list(range(length))]
+    assert torch.equal(joined["attention_mask"][0, 0], torch.ones(length, length).tril().bool())
 
 
 def test_training_with_joined_rows_is_training_with_padded_ones(tmp_path, monkeypatch):

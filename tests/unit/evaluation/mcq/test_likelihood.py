@@ -60,8 +60,8 @@ def harness_of(tiny, monkeypatch):
     model, tokenizer = tiny
 
     def make(logits=None, batch_size=4):
-        def forward(input_ids, **_):
-            return CausalLMOutput(logits=logits.expand(*input_ids.shape, len(logits)).to(torch.float32))
+        def forward(input_ids, logits_to_keep, **_):
+            return CausalLMOutput(logits=logits.expand(len(input_ids), len(logits_to_keep), len(logits)).to(torch.float32))
 
         if logits is not None:
             monkeypatch.setattr(model, "forward", forward)
@@ -113,6 +113,37 @@ def test_letters_are_those_that_lm_eval_counts(harness_of):
         letters = likeliest_letters(harness, rows, by_length)
         assert [letter == one["answer"] for letter, one in zip(letters, asked, strict=True)] == [s[metric] for s in samples]
         assert 0 < sum(sample[metric] for sample in samples) < 60 and len(set(letters)) == 4
+
+
+@pytest.mark.model
+def test_joined_rows_have_the_likelihoods_of_lm_evals_own_rows(tiny, harness_of):
+    from lm_eval.models.huggingface import HFLM
+
+    from medcot_utils.evaluation.mcq.joined_harness import JoinedHarness
+    from medcot_utils.evaluation.mcq.run import load_questions
+
+    joined = harness_of()
+    assert type(joined) is JoinedHarness
+    plain = HFLM(pretrained=tiny[0], tokenizer=tiny[1], batch_size=4, softmax_dtype="float32")
+    texts = [(row["context"], f" {text}") for row in map(text_row, load_questions("shipped", 9)) for text in row["choices"]]
+    beyond = [("word " * 2040, " a long option of some words"), ("word " * 2040, " no")]
+    requests = [(pair, *plain._encode_pair(*pair)) for pair in [*texts[::-1], *beyond, *texts[:3]]]
+    assert len({len(request[1]) for request in requests}) > 5, "rows of one length would hide a fault"
+    found, expected = (harness._loglikelihood_tokens(requests, disable_tqdm=True) for harness in (joined, plain))
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=2e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+@pytest.mark.model
+def test_what_greedy_decoding_would_write_is_said(tiny, harness_of):
+    import torch
+
+    model, tokenizer = tiny
+    context = tokenizer("Question: Which ion?\nAnswer:")["input_ids"]
+    with torch.no_grad():
+        best = int(model(torch.tensor([context])).logits[0, -1].argmax())
+    found = harness_of()._loglikelihood_tokens([("", context, [best]), ("", context, [best + 1])])
+    assert [greedy for _, greedy in found] == [True, False] and found[0][0] > found[1][0]
 
 
 @pytest.mark.model

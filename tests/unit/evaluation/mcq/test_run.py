@@ -60,16 +60,23 @@ def scripted(monkeypatch):
 
 @pytest.fixture
 def contexts(monkeypatch):
-    """The token ids of all rows that lm-eval gives the model."""
+    """The token ids of all rows that the model is given, batch by batch, up to the last, which none is read after."""
     from lm_eval.models.huggingface import HFLM
 
-    seen, call = [], HFLM._model_call
+    from medcot_utils.evaluation.mcq.joined_harness import JoinedHarness
+
+    seen, call, read = [], HFLM._model_call, JoinedHarness._read
 
     def watched(self, inps, **more):
         seen.append(inps.tolist())
         return call(self, inps, **more)
 
+    def watched_joined(self, rows):
+        seen.append([row["input_ids"][:-1] for row in rows])
+        return read(self, rows)
+
     monkeypatch.setattr(HFLM, "_model_call", watched)
+    monkeypatch.setattr(JoinedHarness, "_read", watched_joined)
     return seen
 
 
@@ -94,7 +101,7 @@ def test_the_tiny_model_reads_exactly_what_was_meant(tiny, contexts, newline, ca
         ids = tokenizer(text)["input_ids"][:-1]
         assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
         assert any(row[: len(ids)] == ids for row in read), "padding stands on the right only"
-    assert len(read) == len(meant) and max(map(len, contexts)) == 2
+    assert len(read) == len(meant) and max(map(len, contexts)) == 4 * 2, "four joined rows are as long as one"
     assert tokenizer.padding_side == side
     shown = capsys.readouterr()
     assert shown.out.count("\n") <= 1 and "multiple choice, base: 100%" in shown.err
@@ -112,8 +119,8 @@ def test_letters_read_apart_come_after_what_was_meant(tiny, contexts, letters_ap
     model, tokenizer = tiny
     records = run_tasks(model, tokenizer, configured(), "base")
     read = [ids for batch in contexts for ids in batch]
-    # The letters share all but their last token, so that lm-eval runs the model once for them.
-    assert len(read) == len(records) + sum(len(record["options"]) for record in records)
+    # The letters share all but their last token.
+    assert len({tuple(ids) for ids in read}) == len(records) + sum(len(record["options"]) for record in records)
     for record in records:
         text = f"{prompt(record)}{record['completion'].rstrip()}\n</think>\nAnswer: A"
         ids = tokenizer(text)["input_ids"][:-1]
@@ -192,13 +199,13 @@ def test_a_scripted_model_gets_the_score_its_outputs_deserve(tiny, scripted, wri
 
 
 def prefer(monkeypatch, model, score):
-    """Make a model's logits those of `score(token ids before, vocabulary size)`, the same for every position."""
+    """Make a model's logits those of `score(token ids up to here, vocabulary size)`."""
     import torch
     from transformers.modeling_outputs import CausalLMOutput
 
-    def forward(input_ids, **_):
-        size = model.config.vocab_size
-        return CausalLMOutput(logits=torch.stack([score(ids, size).expand(len(ids), size) for ids in input_ids]))
+    def forward(input_ids, attention_mask, logits_to_keep, **_):
+        before = (input_ids[0][attention_mask[0, 0, place]] for place in logits_to_keep)
+        return CausalLMOutput(logits=torch.stack([score(ids, model.config.vocab_size) for ids in before])[None])
 
     monkeypatch.setattr(model, "forward", forward)
 
@@ -344,7 +351,9 @@ def test_a_batch_too_large_for_the_gpu_is_made_smaller(tiny, contexts, monkeypat
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return call(self, inps, **more)
 
+    monkeypatch.setattr("medcot_utils.models.joined_rows.can_join", lambda model: False)  # as on a GPU
     monkeypatch.setattr(HFLM, "_model_call", on_a_small_gpu)
+    contexts.clear()
     found = run_tasks(*tiny, configured("generation.batch_size=5"), "base")
     assert max(map(len, contexts)) == 2
     assert [(one["letter"], one["likelihood"]) for one in found] == [(one["letter"], one["likelihood"]) for one in expected]
