@@ -15,7 +15,7 @@ from medcot_utils.machine.hardware import count_gpus_alike, visible_gpus
 if TYPE_CHECKING:
     import torch
 
-_TIMES = 3  # each is measured; the middle one counts, since other programs disturb some
+_TIMES = 7  # each is measured; the middle one counts, since other programs disturb some
 
 
 @dataclass(frozen=True)

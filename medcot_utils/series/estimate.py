@@ -33,6 +33,7 @@ _TRAINED, _TRAINED_CHECKPOINTED, _TRAINED_ON_CPU = 0.53, 0.32, 0.41
 _READ, _READ_ON_CPU = 0.4, 0.74
 # Bytes moved on a CPU for each byte of keys and values that a token attends to (demo: 25 rows of 350 tokens, 0.3 s a step).
 _ATTENDED_ON_CPU = 14
+_OPTIONS_ON_CPU = 0.45  # share of the options' tokens that are read there, where a question stands once for all its options
 _NO_CHECKPOINTING_BYTES = 5  # of GPU memory per parameter, from which a step of the article's 8 rows needs none: 40 GB at 8B
 _SEVERAL_GPUS = 0.9  # of the speed of one, each: 1.78 times with two (docs/benchmarks.md)
 # Small operations of a decoder layer for one token: 21 ms a token at 8B on an H200.
@@ -82,11 +83,11 @@ def estimate_series(config: RunConfig, run_dir: Path | None, speed: MachineSpeed
     first, second = (*copies, "", "")[:2]
     found = {
         "01_setup": seconds.start() + downloads.get("data set", 0) + seconds.unpack_embedded(),
-        "02_baseline_inference": seconds.load() + downloads.get(first, 0) + seconds.stream() + seconds.ask(),
+        "02_baseline_inference": seconds.load() + downloads.get(first, 0) + seconds.stream() + seconds.ask(work.asked),
         "03_dataset_prep": seconds.start() + seconds.tokenize(),
         "04_lora_config": seconds.load(training=True),
         "05_training": seconds.load(training=True) + seconds.train() + 2 * seconds.read(work.held_out_rows * work.row_tokens),
-        "06_comparison": seconds.load() + seconds.ask() + seconds.compare() + downloads.get(second, 0),
+        "06_comparison": seconds.load() + seconds.ask(work.asked_tuned) + seconds.compare() + downloads.get(second, 0),
         "07_export": seconds.load() + seconds.export(),
     }
     band = _MEASURED_BAND if speed.measured else _PUBLISHED_BAND
@@ -193,9 +194,10 @@ class _Seconds:
         most = int(max(1, min(allowed, fits, answers)))
         return math.ceil(answers / math.ceil(answers / most))  # even batches
 
-    def ask(self) -> float:
+    def ask(self, asked: Asked) -> float:
         """Return the time of all that one model is asked in notebook 02 or 06."""
-        return self.answer(self.work.asked_mcq) + self.read(self.work.option_tokens) + self.answer(self.work.asked)
+        options = self.work.option_tokens * (1 if self.speed.gpus else _OPTIONS_ON_CPU)
+        return self.answer(self.work.asked_mcq) + self.read(options) + self.answer(asked)
 
     # --- 06 and 07 -----------------------------------------------------------------------------------------------
 

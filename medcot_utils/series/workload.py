@@ -20,6 +20,8 @@ _CHARACTERS_PER_TOKEN = 4.3
 # The mean row of the article's data with Llama 3's tokenizer, and how many rows its pinned revision has.
 _ARTICLE_TOKENS, _ARTICLE_ROWS = 769, 19_704
 _CLOSING_TOKENS = 10  # of forced closing, and of the letter that is asked for
+# A tuned model answers as its training rows do. Its longest answer, for which a batch waits, is longer than the mean row's.
+_LONGEST_ANSWER = 1.1
 _OPTIONS = 4  # of a multiple-choice question
 _OPTION_TOKENS = {"shipped": 60}  # read for one option: the question and its text
 _LONGER_OPTION_TOKENS = 200  # of the other tasks, whose questions are cases
@@ -58,7 +60,8 @@ class Workload:
     step_rows: int
     evaluated_rows: int  # held-out rows of all evaluations during training
     held_out_rows: int
-    asked: Asked  # held-out questions of notebooks 02 and 06
+    asked: Asked  # held-out questions of notebook 02
+    asked_tuned: Asked  # of notebook 06
     asked_mcq: Asked
     asked_merged: Asked
     option_tokens: float  # read for the likelihoods of multiple choice, by one model
@@ -107,6 +110,7 @@ def measure_workload(config: RunConfig, online: bool = False) -> Workload | None
     questions, mcq = settings.num_questions + 1, _count_mcq(config)
     per_answer = config.generation.max_new_tokens + (forced or 0)
     merged = questions if settings.merged_questions is None else settings.merged_questions
+    per_tuned = min(per_answer, math.ceil(_LONGEST_ANSWER * (row_tokens - prompt_tokens)))
     return Workload(
         model=model,
         row_tokens=min(row_tokens, config.model.max_seq_length),
@@ -117,8 +121,9 @@ def measure_workload(config: RunConfig, online: bool = False) -> Workload | None
         evaluated_rows=evaluations * min(t.eval_rows, held_out),
         held_out_rows=held_out,
         asked=Asked(questions * (settings.n_samples + 1), per_answer),
+        asked_tuned=Asked(questions * (settings.n_samples + 1), per_tuned),
         asked_mcq=Asked(sum(mcq.values()), settings.mcq_max_new_tokens + (0 if forced is None else _CLOSING_TOKENS)),
-        asked_merged=Asked(merged if settings.measure_merged else 0, per_answer),
+        asked_merged=Asked(merged if settings.measure_merged else 0, per_tuned),
         option_tokens=sum(n * _OPTIONS * _OPTION_TOKENS.get(task, _LONGER_OPTION_TOKENS) for task, n in mcq.items()),
         check_tokens=2 * config.export.check_prompts * config.export.check_new_tokens,
     )
