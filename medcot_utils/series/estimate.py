@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 # The true time lies within estimate / band and estimate x band.
 _MEASURED_BAND, _PUBLISHED_BAND = 1.35, 1.6
 # Share of the machine's own product that a training step reaches, counting four operations per weight and token: without and
-# with gradient checkpointing on an H100 (12,210 and 7,146 tokens/s at 8B, 710 TFLOP/s), and on two CPU cores (demo).
-_TRAINED, _TRAINED_CHECKPOINTED, _TRAINED_ON_CPU = 0.53, 0.32, 0.41
+# with gradient checkpointing on an H100 (12,210 and 7,146 tokens/s at 8B, 710 TFLOP/s), and on two CPU cores, where rows share
+# their template (demo).
+_TRAINED, _TRAINED_CHECKPOINTED, _TRAINED_ON_CPU = 0.53, 0.32, 0.55
 # The same for text that is only read, two operations per weight and token; on a CPU what rows share is read once.
 _READ, _READ_ON_CPU = 0.4, 0.74
 # Bytes moved on a CPU for each byte of keys and values that a token attends to (demo: 25 rows of 350 tokens, 0.3 s a step).
 _ATTENDED_ON_CPU = 14
-_OPTIONS_ON_CPU = 0.45  # share of the options' tokens that are read there, where a question stands once for all its options
+_READ_ONCE_ON_CPU = 0.45  # share of the prompts' and options' tokens that is read there: what they begin with stands once
 _NO_CHECKPOINTING_BYTES = 5  # of GPU memory per parameter, from which a step of the article's 8 rows needs none: 40 GB at 8B
 _SEVERAL_GPUS = 0.9  # of the speed of one, each: 1.78 times with two (docs/benchmarks.md)
 # Small operations of a decoder layer for one token: 21 ms a token at 8B on an H200.
@@ -42,8 +43,8 @@ _UNPACKED = 5.0  # bytes moved per parameter if 4-bit weights are unpacked at ev
 # 16-bit weights with a static cache, on an H200: 1.7 times the time of reading them, 32 s to compile for a shape of batch.
 _COMPILED, _COMPILE_SECONDS = 1.7, 32
 # Small operations that take as long as: starting a kernel with the libraries; Unsloth's import; loading a parameter; a resample;
-# unpacking the embedded SmolLM2 (12 s on two CPU cores).
-_START, _UNSLOTH, _PER_PARAMETER, _PER_RESAMPLE, _UNPACK_EMBEDDED = 2.3e6, 8e6, 4e-4, 200, 3e6
+# unpacking the embedded SmolLM2 (17 s on two CPU cores).
+_START, _UNSLOTH, _PER_PARAMETER, _PER_RESAMPLE, _UNPACK_EMBEDDED = 2.8e6, 8e6, 4e-4, 200, 5e6
 _DOWNLOAD = 100e6  # bytes per second from the Hub
 _MERGE = 12.0  # bytes read, written and compared per parameter of the merged model
 _DISK = 1e9  # bytes per second
@@ -115,8 +116,12 @@ class _Seconds:
     def load(self, training: bool = False) -> float:
         """Return the time until a model is loaded, libraries included."""
         unsloth = self.engine_is_unsloth and (training or not self.compiles())
-        operations = (_UNSLOTH if unsloth else _START) + _PER_PARAMETER * self.model.parameters
-        return self.start() + operations / self.speed.small_steps + 2 * self.model.parameters / _DISK * bool(self.speed.gpus)
+        return self.start() + (_UNSLOTH if unsloth else _START) / self.speed.small_steps + self.load_again()
+
+    def load_again(self) -> float:
+        """Return the time until one more model is loaded in the same notebook."""
+        copied = 2 * self.model.parameters / _DISK * bool(self.speed.gpus)
+        return _PER_PARAMETER * self.model.parameters / self.speed.small_steps + copied
 
     def unpack_embedded(self) -> float:
         """Return the time to make the embedded model, which is done once on a machine."""
@@ -130,6 +135,10 @@ class _Seconds:
     def read(self, tokens: float) -> float:
         """Return the time to take the loss of so many tokens."""
         return tokens * 2 * self.model.parameters / (self.speed.product * (_READ if self.speed.gpus else _READ_ON_CPU))
+
+    def read_alike(self, tokens: float) -> float:
+        """Return the time to read prompts or options, which begin alike."""
+        return self.read(tokens * (1 if self.speed.gpus else _READ_ONCE_ON_CPU))
 
     def train(self) -> float:
         """Return the time of all optimizer steps and of the evaluations between them."""
@@ -181,7 +190,7 @@ class _Seconds:
             return 0.0
         rows, context = self.rows_at_once(asked, share), self.work.prompt_tokens + asked.new_tokens / 2
         written = math.ceil(share / rows) * asked.new_tokens * self.step(rows, context, in_16bit)
-        return written + self.read(share * self.work.prompt_tokens) + (_COMPILE_SECONDS if self.compiles() else 0)
+        return written + self.read_alike(share * self.work.prompt_tokens) + (_COMPILE_SECONDS if self.compiles() else 0)
 
     def rows_at_once(self, asked: Asked, answers: int) -> int:
         """Return the rows of a batch, about as `models.batches.choose_batch_size` chooses them."""
@@ -196,15 +205,14 @@ class _Seconds:
 
     def ask(self, asked: Asked) -> float:
         """Return the time of all that one model is asked in notebook 02 or 06."""
-        options = self.work.option_tokens * (1 if self.speed.gpus else _OPTIONS_ON_CPU)
-        return self.answer(self.work.asked_mcq) + self.read(options) + self.answer(asked)
+        return self.answer(self.work.asked_mcq) + self.read_alike(self.work.option_tokens) + self.answer(asked)
 
     # --- 06 and 07 -----------------------------------------------------------------------------------------------
 
     def compare(self) -> float:
         """Return the time of the intervals, and of the 16-bit base's loss if it is taken."""
         settings, held_out = self.config.evaluation, self.work.held_out_rows * self.work.row_tokens
-        loss = self.load() + self.read(held_out) if settings.base_16bit_loss else 0.0
+        loss = self.load_again() + self.read(held_out) if settings.base_16bit_loss else 0.0
         return loss + _PER_RESAMPLE * settings.n_resamples / self.speed.small_steps
 
     def export(self) -> float:
@@ -216,7 +224,7 @@ class _Seconds:
         # By default a model that the GPUs cannot hold is asked nothing.
         asks = settings.merged_questions is not None or not self.spilled_bytes()
         answered = self.answer(self.work.asked_merged, in_16bit=True) if asks else 0.0
-        return moved + 2 * self.load() + self.read(rows * self.work.row_tokens) + written + answered
+        return moved + 2 * self.load_again() + self.read(rows * self.work.row_tokens) + written + answered
 
 
 # --- in words ------------------------------------------------------------------------------------------------------
