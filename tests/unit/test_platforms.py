@@ -5,22 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
+from wheels import write_wheel
 
 PROGRAM = Path(__file__).parents[2] / ".ci" / "platforms.py"
 HELD = ["ipykernel==6.17.1", "traitlets==5.7.1", "numpy==2.1.3", "torch==2.11.0+cu128", "torchvision==0.26.0+cu128"]
 
 
-def write_wheel(folder, line, needs=()):
-    name, _, version = line.partition("==")
-    metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {need}" for need in needs)]
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
-        archive.writestr(f"{name}-{version}.dist-info/METADATA", "\n".join(metadata) + "\n")
-        archive.writestr(f"{name}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{name}-{version}.dist-info/RECORD", "")
+pytestmark = pytest.mark.pip
 
 
 @pytest.fixture
@@ -32,7 +26,7 @@ def platforms(tmp_path):
         wheels.mkdir()
         needs = {"ipykernel==6.17.1": ["traitlets>=5"]} | needs
         for line in {*HELD[:3], *pins, "traitlets==5.14.3"}:
-            write_wheel(wheels, line, needs.get(line, ()))
+            write_wheel(wheels, *line.split("=="), needs.get(line, ()))
         (tmp_path / "freeze.txt").write_text("# a session\n" + "\n".join(HELD) + "\n")
         for name in ("requirements.txt", "requirements-cpu.txt"):
             (tmp_path / name).write_text("\n".join(pins))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -32,3 +34,18 @@ def build(kind: str, project: Path, into: Path) -> Path:
     assert done.returncode == 0, done.stderr
     (built,) = into.glob("*.whl" if kind == "wheel" else "*.tar.gz")
     return built
+
+
+def write_wheel(folder: Path, name: str, version: str, needs: Sequence[str] = ()) -> Path:
+    """Write a wheel of one module, as an index would serve it, and return its path."""
+    info = f"{name}-{version}.dist-info"
+    metadata = "\n".join(
+        ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {n}" for n in needs)]
+    )
+    files = {f"{name}.py": f"__version__ = {version!r}\n", f"{info}/METADATA": metadata + "\n"}
+    files[f"{info}/WHEEL"] = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        for file, content in files.items():
+            archive.writestr(file, content)
+    return Path(archive.filename)

@@ -1,17 +1,14 @@
-"""The pinned stack in a session that lacks it: what is missing is named, what the session stands on stays, pip's refusal is one
-line, and a restart is asked for only if a replaced package was loaded."""
+"""The pinned stack in a session that lacks it: what is missing is named, what the session stands on stays, and pip's refusal is
+one line."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import subprocess
 import sys
 import types
-import zipfile
 from pathlib import Path
 
-import pip
 import pytest
 
 from medcot_utils.machine import installing
@@ -280,109 +277,3 @@ def test_a_cpu_build_of_the_pinned_version_is_rebuilt(planned):
 def test_tensorflow_keeps_the_protobuf_that_it_came_with(here, planned):
     plan = planned({"protobuf": "5.29.6"} | ({"tensorflow": "2.20.0"} if here else {}))
     assert ("protobuf==7.36.2" in plan.whole, plan.kept.get("protobuf")) == ((False, "5.29.6") if here else (True, None))
-
-
-def write_wheel(folder, name, version, needs=()):
-    """A wheel of one module, as an index would serve it."""
-    info = f"{name}-{version}.dist-info"
-    metadata = "\n".join(
-        ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {n}" for n in needs)]
-    )
-    files = {f"{name}.py": f"__version__ = {version!r}\n", f"{info}/METADATA": metadata + "\n"}
-    files[f"{info}/WHEEL"] = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    files[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in [*files, f"{info}/RECORD"])
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
-        for file, content in files.items():
-            archive.writestr(file, content)
-    return Path(archive.filename)
-
-
-SESSION = """
-import sys
-from pathlib import Path
-from medcot_utils.machine import installing
-for name in {loaded}:
-    __import__(name)
-installing.has_gpu = lambda: {gpu}
-installing.torch_fault = lambda: None
-try:
-    installing.ensure(Path({home!r}))
-    installing.ensure(Path({home!r}))
-except installing.InstallError as error:
-    print(type(error).__name__, error)
-    try:
-        isinstance(error, installing.RestartNeeded) and installing.ensure(Path({home!r}))
-    except installing.RestartNeeded:
-        print("asked again")
-"""
-
-
-@pytest.fixture
-def session(tmp_path):
-    """`session(pins, held, loaded=[])`: what a Colab kernel prints that installs these pins over these packages, each of them a
-    wheel of one module, and {package: version} of what it then has."""
-
-    def run(pins, held, loaded=(), needs=None, gpu=False):
-        wheels, home, modules, place = (tmp_path / name for name in ("wheels", "home", "modules", "place"))
-        for folder in (wheels, home, modules):
-            folder.mkdir()
-        # Not of the session: this environment's pip, and what medcot_utils.machine.paths imports.
-        (modules / "pip").symlink_to(Path(pip.__file__).parent)
-        (modules / "psutil.py").touch()
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
-        (site_packages,) = place.glob("lib/python*/site-packages")
-        for line in [*held, *pins]:
-            name, _, version = line.partition("==")
-            wheel = write_wheel(wheels, name, version, (needs or {}).get(line, ()))
-            if line in held:
-                with zipfile.ZipFile(wheel) as archive:
-                    archive.extractall(site_packages)
-        for name in ("requirements.txt", "requirements-cpu.txt"):
-            (home / name).write_text("\n".join(pins))
-        (home / "requirements-nodeps.txt").write_text("")
-        environment = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull}
-        environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{modules}", "COLAB_RELEASE_TAG": "release", "PATH": os.environ["PATH"]}
-        code = SESSION.format(loaded=list(loaded), gpu=gpu, home=str(home))
-        command = [str(place / "bin" / "python"), "-c", code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout, dict(info.stem.rsplit("-", 1) for info in site_packages.glob("*.dist-info"))
-
-    return run
-
-
-def test_an_install_replaces_pins_and_leaves_the_kernel(session):
-    held = ["ipykernel==6.17.1", "traitlets==5.7.1", "numpy==2.1.3"]
-    needs = {"ipykernel==6.17.1": ["traitlets"]}
-    said, have = session(["ipykernel==7.4.0", "numpy==2.4.6", "extra_one==1.0"], held, needs=needs)
-    assert have == {"ipykernel": "6.17.1", "traitlets": "5.7.1", "numpy": "2.4.6", "extra_one": "1.0"}
-    assert "1 packages new, 1 replaced; as they were: the packages of the kernel" in said and "Restart" not in said
-
-
-def test_a_pin_that_needs_another_kernel_is_refused_by_name(session):
-    said, have = session(["app==1.0"], ["traitlets==5.7.1"], needs={"app==1.0": ["traitlets>=5.14"]})
-    assert (
-        "InstallError" in said and "app 1.0 depends on traitlets>=5.14; The user requested (constraint) traitlets==5.7.1" in said
-    )
-    assert have == {"traitlets": "5.7.1"}
-
-
-@pytest.mark.parametrize("loaded", [["numpy"], ["tidy"], []])
-def test_a_restart_is_asked_only_for_a_replaced_loaded_package(loaded, session):
-    said, _ = session(["numpy==2.4.6"], ["numpy==2.1.3", "tidy==1.0"], loaded)
-    if loaded == ["numpy"]:
-        assert "RestartNeeded" in said and "already loaded numpy 2.1.3 (installed now: 2.4.6)" in said and "asked again" in said
-    else:
-        assert "Restart" not in said, "what was replaced is not loaded"
-
-
-def test_a_replaced_library_outside_the_list_is_named_too(session):
-    said, _ = session(["helper==2.0"], ["helper==1.0"], ["helper"])
-    assert "already loaded helper 1.0 (installed now: 2.0)" in said and "asked again" in said
-
-
-def test_torch_for_the_cpu_is_replaced_and_its_companions_go(session):
-    held = ["torch==2.9.0+cpu", "torchaudio==2.9.0+cpu"]
-    said, have = session(["torch==2.11.0"], held, gpu=True)
-    assert have == {"torch": "2.11.0"}
-    assert "torchaudio: removed, since built for the torch that was here before" in said
