@@ -95,7 +95,7 @@ def _run_notebooks(
     from medcot_utils.series import runner
 
     config, line = runner.plan_config(folder, profile, settings)
-    console.print(line, highlight=False)
+    console.print(line, highlight=False, soft_wrap=True)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -110,7 +110,7 @@ def _run_notebooks(
         def show(name: str, cell: int, cells: int) -> None:
             progress.update(task, description=name, completed=cell, total=cells)
             if cell == 1 and not console.is_terminal:  # no bar there: a line, so that a log shows what is running
-                progress.console.print(f"{name}: started", highlight=False)
+                progress.console.print(f"{name}: started", highlight=False, soft_wrap=True)
 
         finished = runner.run_series(
             folder,
@@ -119,7 +119,7 @@ def _run_notebooks(
             last,
             force,
             parameters,
-            say=lambda text: progress.console.print(text, highlight=False),
+            say=lambda text: progress.console.print(text, highlight=False, soft_wrap=True),
             report=show,
         )
     _print_status(runner.status(finished), finished.path)
@@ -175,10 +175,12 @@ def _print_status(found: Status, run_dir: Path) -> None:
     elif compared:
         console.print("before and after: none of the headline metrics was measured")
     if found["merged_verdict"] and compared:
-        console.print(found["merged_verdict"], highlight=False)
+        console.print(found["merged_verdict"], highlight=False, soft_wrap=True)
     if found["metrics"] or compared:
         console.print(
-            f"report: {run_dir / ARTIFACTS['report'].file}\nexecuted notebooks: {run_dir / 'notebooks'}/", highlight=False
+            f"report: {run_dir / ARTIFACTS['report'].file}\nexecuted notebooks: {run_dir / 'notebooks'}/",
+            highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -265,7 +267,7 @@ def list_settings(profile: Annotated[str, typer.Argument(help="a profile, or aut
         from medcot_utils.machine import hardware
 
         profile, line = hardware.resolve_profile(profile)
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     config = load_config(profile)
     table = Table("setting", f"value in {profile}")
     for name in setting_names():

@@ -230,6 +230,19 @@ def test_a_command_beside_a_run_changes_nothing(medcot_here, run_factory, write_
 
 
 @pytest.mark.series
+def test_what_a_run_says_is_not_broken_into_lines(medcot_here, monkeypatch, tmp_path):
+    # As a log without a terminal has it, where a console is 80 columns wide.
+    bar = "05_training: 5.5 Training, training:  80%|████████  | 24/30 [04:04<01:06, 11.16s/step, loss=3.216], until about 13:46"
+
+    def say_and_end(*_, say, report):
+        say(bar)
+        raise SeriesInterrupted("ended")
+
+    monkeypatch.setattr("medcot_utils.series.runner.run_series", say_and_end)
+    monkeypatch.setattr(main.console, "width", 80)
+    assert bar in medcot_here("run", "--profile", "smoke", "--run-dir", tmp_path / "run").stdout.splitlines()
+
+
 def test_a_notebook_before_its_predecessor_names_the_one_to_run(tmp_path):
     line = the_one_line(medcot("run", "--profile", "smoke", "--run-dir", tmp_path / "run", "--from", "5"))
     assert "05_training failed" in line and "run notebook 03_dataset_prep first" in line
