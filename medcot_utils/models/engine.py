@@ -4,19 +4,18 @@ Nothing outside this room asks which engine runs."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.util
 import logging
 import math
 import os
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, cast
 
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.errors import PlatformError
 from medcot_utils.machine.environment import forget_process_group
+from medcot_utils.machine.heap import return_large_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 # The 8B model in 16 bits (16 GB), the cache of 64 answers of 1,200 tokens (12 GB), and room to work.
 FAST_ANSWERS_GIB = 36
-_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 class TrainerArguments(TypedDict, total=False):
@@ -77,18 +75,9 @@ def quiet_start(seed: int = 3407) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    _return_large_blocks()
+    return_large_blocks()
     # bitsandbytes offers an optional CPU kernel from a hub at every import; its own kernel is used and is fast enough.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def _return_large_blocks() -> None:
-    """Make glibc give blocks of 8 MB and more back to the system as soon as they are freed.
-
-    It would raise that size to 32 MB as it sees such blocks, and tensors of many sizes then leave gaps: a training step of the
-    demo takes 0.1 GB more."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 8 << 20)
 
 
 def get_local_rank() -> int:
