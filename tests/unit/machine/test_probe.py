@@ -28,7 +28,9 @@ def test_a_cpu_is_measured_once_within_seconds(cpu):
 
 
 def test_the_rate_is_the_amount_over_the_median_time(monkeypatch):
-    clock = iter([0, 1, 10, 12, 20, 29])  # 1, 2 and 9 seconds
+    assert probe._TIMES == 7
+    seconds = [1, 9, 2, 2, 8, 1, 2]
+    clock = iter([time for number, took in enumerate(seconds) for time in (20 * number, 20 * number + took)])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     assert probe._count_per_second(lambda: None, 100) == 50
 
