@@ -8,7 +8,7 @@ from typing import Literal
 import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.machine.gpu import release_gpu_memory
@@ -106,7 +106,7 @@ def trainer_arguments(settings: TrainingSettings, model: PreTrainedModel) -> Tra
     return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None} | loss
 
 
-def data_collator(model: PreTrainedModel) -> JoinedRows | None:
+def data_collator(model: PreTrainedModel) -> DataCollator | None:
     """Return what joins the rows of a micro-batch, on a CPU where that can be; else None, for TRL's own, which pads them."""
     return JoinedRows() if can_join(model) else None
 

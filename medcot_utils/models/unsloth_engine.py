@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 import unsloth  # noqa: F401 - patches the libraries below, so it comes first
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 from unsloth import FastLanguageModel
 
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
@@ -100,7 +100,7 @@ def trainer_arguments(settings: TrainingSettings, model: PreTrainedModel) -> Tra
     return {"dataset_kwargs": {}, "max_length": None, "padding_free": True if padding else None}
 
 
-def data_collator(model: PreTrainedModel) -> None:
+def data_collator(model: PreTrainedModel) -> DataCollator | None:
     """Return None: Unsloth's trainer chooses its own, by how rows share a batch."""
 
 
