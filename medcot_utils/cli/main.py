@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +33,8 @@ app = typer.Typer(
 )
 app.add_typer(kaggle_app, name="kaggle")
 console = Console(markup=False, emoji=False)
+# A line of text stays one line, in a log too.
+say = partial(console.print, highlight=False, soft_wrap=True)
 
 RunDir = Annotated[
     Path | None,
@@ -95,7 +98,7 @@ def _run_notebooks(
     from medcot_utils.series import runner
 
     config, line = runner.plan_config(folder, profile, settings)
-    console.print(line, highlight=False, soft_wrap=True)
+    say(line)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -110,7 +113,7 @@ def _run_notebooks(
         def show(name: str, cell: int, cells: int) -> None:
             progress.update(task, description=name, completed=cell, total=cells)
             if cell == 1 and not console.is_terminal:  # no bar there: a line, so that a log shows what is running
-                progress.console.print(f"{name}: started", highlight=False, soft_wrap=True)
+                say(f"{name}: started")
 
         finished = runner.run_series(
             folder,
@@ -119,7 +122,7 @@ def _run_notebooks(
             last,
             force,
             parameters,
-            say=lambda text: progress.console.print(text, highlight=False, soft_wrap=True),
+            say=say,
             report=show,
         )
     _print_status(runner.status(finished), finished.path)
@@ -175,13 +178,9 @@ def _print_status(found: Status, run_dir: Path) -> None:
     elif compared:
         console.print("before and after: none of the headline metrics was measured")
     if found["merged_verdict"] and compared:
-        console.print(found["merged_verdict"], highlight=False, soft_wrap=True)
+        say(found["merged_verdict"])
     if found["metrics"] or compared:
-        console.print(
-            f"report: {run_dir / ARTIFACTS['report'].file}\nexecuted notebooks: {run_dir / 'notebooks'}/",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(f"report: {run_dir / ARTIFACTS['report'].file}\nexecuted notebooks: {run_dir / 'notebooks'}/")
 
 
 def _metrics_table(found: Status) -> Table:
@@ -223,7 +222,7 @@ def report(
     else:
         page = build_report(*runs)
         write_atomic(out, page)
-    console.print(f"{out} ({len(page.encode()) / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
+    say(f"{out} ({len(page.encode()) / 1e6:.1f} MB)")
 
 
 @app.command()
@@ -267,7 +266,7 @@ def list_settings(profile: Annotated[str, typer.Argument(help="a profile, or aut
         from medcot_utils.machine import hardware
 
         profile, line = hardware.resolve_profile(profile)
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line)
     config = load_config(profile)
     table = Table("setting", f"value in {profile}")
     for name in setting_names():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
-from medcot_utils.models.prefix import TokenizedRow, begin_with, count_shared_unlabeled, read_prefix
+from medcot_utils.models.prefix import TokenizedRow, begin_with, count_shared, read_prefix
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def row_losses(model: PreTrainedModel, rows: Dataset, batch_size: int, label: st
     model.eval()
     lengths = [len(ids) for ids in rows["input_ids"]]
     batches = split_into_batches(lengths, batch_size, model.config.get_text_config().vocab_size)
-    shared = count_shared_unlabeled(rows) if model.device.type == "cpu" else 0
+    shared = _count_shared(rows) if model.device.type == "cpu" else 0
     prefix = read_prefix(model, rows[0]["input_ids"][:shared]) if shared else None
     records: dict[int, RowLoss] = {}
     for chosen in tqdm(batches, desc=f"held-out loss, {label}", unit="batch"):
@@ -58,6 +58,12 @@ def split_into_batches(lengths: Sequence[int], batch_size: int, vocab_size: int)
         batches.append(left[:size])
         left = left[size:]
     return batches
+
+
+def _count_shared(rows: Dataset) -> int:
+    """Return how many tokens all rows begin with, without those whose logits are needed."""
+    unlabeled = [next((place for place, label in enumerate(labels) if label != -100), len(labels)) for labels in rows["labels"]]
+    return min(count_shared(rows["input_ids"]), max(0, min(unlabeled, default=0) - 1))
 
 
 def batch_losses(

@@ -24,12 +24,6 @@ def count_shared(rows: Sequence[Sequence[int]]) -> int:
     return next((place for place in range(most) if len({row[place] for row in rows}) > 1), max(0, most))
 
 
-def count_shared_unlabeled(rows: Sequence[TokenizedRow]) -> int:
-    """Return how many token ids all rows begin with, without those whose logits are needed for a label."""
-    first = (next((place for place, label in enumerate(row["labels"]) if label != -100), len(row["labels"])) for row in rows)
-    return min(count_shared([row["input_ids"] for row in rows]), max(0, min(first, default=0) - 1))
-
-
 def attends_to_all(config: PretrainedConfig) -> bool:
     """Return whether each layer of a model attends to all tokens before: no sliding window, no state in place of keys."""
     from transformers import DynamicCache

@@ -173,7 +173,7 @@ def _conditions(text: _Text) -> str:
     rows = f" The loss is over {loss['base']['n']} held-out rows." if loss else ""
     n_questions = text.demo["metrics"]["n_questions"]
     return _filled(
-        f"`make notebooks` made these numbers at commit `{text.demo['commit']}`, on {_count(machine['cores'])} CPU cores "
+        f"A run of the demo made these numbers at commit `{text.demo['commit']}`, on {_count(machine['cores'])} CPU cores "
         f"({machine['processor']}): {plan['rows']} training rows, {plan['steps']} steps of {plan['effective_batch']} rows, "
         f"{n_questions} scored questions, answers of at most {settings['max_new_tokens']} tokens{closing}."
         f"{rows} Intervals are at {100 * settings['confidence_level']:g} %. [demo.json](demo.json) holds them all."
