@@ -104,15 +104,19 @@ def _make_smollm2(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _gguf_read_once() -> Iterator[None]:
-    """Make transformers, which reads a GGUF file four times and its table of names for each tensor, do so once: twice as fast."""
-    import gguf
+    """Make transformers, which reads a GGUF file four times and its table of names for each tensor, do so once: twice as fast.
 
-    own = gguf.GGUFReader, gguf.get_tensor_name_map
+    Its progress bar is left out: a notebook would show it on its first run and not on its second."""
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    own, bar = (gguf.GGUFReader, gguf.get_tensor_name_map), reading.tqdm
     gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, own)
+    reading.tqdm = functools.partial(bar, disable=True)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = own
+        (gguf.GGUFReader, gguf.get_tensor_name_map), reading.tqdm = own, bar
 
 
 def _make_tiny_llama(folder: Path) -> None:

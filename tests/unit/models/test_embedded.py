@@ -47,3 +47,10 @@ def test_a_converted_model_needs_no_writable_cache(monkeypatch, tmp_path):
     assert not is_made("embedded:tiny-random-llama") and is_made("a/b")
     (tmp_path / _folder_name("tiny-random-llama")).mkdir()
     assert is_made("embedded:tiny-random-llama")
+
+
+@pytest.mark.embedded
+def test_a_first_run_shows_nothing_that_a_second_does_not(monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("MEDCOT_CACHE", str(tmp_path))
+    find_model_source("embedded:smollm2-135m-instruct")
+    assert "GGUF" not in "".join(capfd.readouterr())
