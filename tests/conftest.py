@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _longest_first(path: Path) -> tuple[int, Path]:
-    longest = ["test_kaggle_sessions.py", "test_series.py", "test_no_secret.py", "test_processes.py"]
+    longest = ["test_kaggle_sessions.py", "test_redone.py", "test_no_secret.py", "test_processes.py"]
     return (longest.index(path.name) if path.name in longest else len(longest), path)
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, cast
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.errors import PlatformError
 from medcot_utils.machine.environment import forget_process_group
-from medcot_utils.machine.heap import return_large_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +74,6 @@ def quiet_start(seed: int = 3407) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    return_large_blocks()
     # bitsandbytes offers an optional CPU kernel from a hub at every import; its own kernel is used and is fast enough.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

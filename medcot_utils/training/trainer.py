@@ -13,6 +13,7 @@ from medcot_utils.config import RunConfig
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.gpu import available_gpu_memory, release_gpu_memory, reset_peak_gpu_memory
+from medcot_utils.machine.heap import return_large_blocks
 from medcot_utils.models.engine import compute_dtype
 from medcot_utils.models.joined_rows import JoinedRows
 from medcot_utils.run.artifacts import PROGRESS
@@ -111,7 +112,7 @@ def train(
             trainer.add_callback(callback)
         reset_peak_gpu_memory()
         try:
-            with full_disk_told("a checkpoint", Path(trainer.args.output_dir)):
+            with full_disk_told("a checkpoint", Path(trainer.args.output_dir)), return_large_blocks():
                 _train_or_resume(trainer)
             return trainer
         except RuntimeError as error:

@@ -1,15 +1,15 @@
-"""The seven notebooks through `medcot run` on profile smoke: done once, skipped when done, redone when stale, the same again."""
+"""The seven notebooks through `medcot run` on profile smoke: done once, skipped when done, and what one alone says.
+
+tests/sessions/test_redone.py has what redoes several of them."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from commands import manifest, medcot, notebook_times, redone, states, succeed
 
 from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS
@@ -17,39 +17,6 @@ from medcot_utils.run.directory import Run
 from medcot_utils.series.runner import HEADLINE, notebooks_dir
 
 pytestmark = pytest.mark.series
-
-MEDCOT = Path(sys.executable).with_name("medcot")
-
-
-def medcot(*arguments):
-    # On the CPU and with one thread: the same bits everywhere, and no threads that wait for each other on a busy machine.
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(
-        [str(MEDCOT), *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=1200, check=False
-    )
-
-
-def succeed(*arguments):
-    result = medcot(*arguments)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result
-
-
-def notebook_times(run_dir):
-    return {path.stem: path.stat().st_mtime_ns for path in (run_dir / "notebooks").glob("*.ipynb")}
-
-
-def redone(before, run_dir):
-    """The notebooks whose executed copy was written anew since `before`."""
-    return sorted(name for name, time in notebook_times(run_dir).items() if before.get(name) != time)
-
-
-def states(run_dir):
-    return {step["name"]: step["state"] for step in json.loads(succeed("status", run_dir, "--json").stdout)["steps"]}
-
-
-def manifest(run_dir):
-    return json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -113,34 +80,6 @@ def test_a_second_call_does_nothing_again(done):
     assert redone(before, done) == [] and manifest(done) == recorded
 
 
-# --- what is redone, and what is not -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def with_other_answers(first_call, tmp_path_factory):
-    """(run directory, notebook times and adapter time before, the refused call, times after it) of a copy whose answers got
-    another length: first asked of notebook 06 alone, then of the whole series."""
-    run_dir = shutil.copytree(first_call[0], tmp_path_factory.mktemp("answers") / "run")
-    before, adapter = notebook_times(run_dir), (run_dir / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
-    changed = ("--set", "generation.max_new_tokens=20")
-    refused = medcot("run", "--run-dir", run_dir, "--from", "6", "--to", "6", *changed)
-    between = notebook_times(run_dir)
-    # No profile: the run's own settings are kept under the changed one.
-    succeed("run", "--run-dir", run_dir, *changed)
-    return run_dir, before, adapter, refused, between
-
-
-def test_other_answers_are_not_another_training(with_other_answers):
-    done, before, adapter, _, between = with_other_answers
-    assert redone(between, done) == ["01_setup", "02_baseline_inference", "06_comparison", "07_export"]
-    assert not {"03_dataset_prep", "04_lora_config", "05_training"} & set(redone(before, done))
-    assert (done / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == adapter
-    answers = [json.loads(line) for line in (done / "tuned_answers.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert {record["completion_tokens"] for record in answers} == {20}
-    assert json.loads((done / "config.json").read_text())["generation"]["max_new_tokens"] == 20
-    assert states(done) == dict.fromkeys(STEPS, "done")
-
-
 def test_force_redoes_what_it_is_asked_for_and_nothing_else(done):
     before = notebook_times(done)
     succeed("run", "--profile", "smoke", "--run-dir", done, "--force", "--from", "4", "--to", "4")
@@ -161,55 +100,6 @@ def test_a_setting_reaches_the_notebooks_and_stays(tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert (config["training"]["max_steps"], config["dataset"]["near_repeat_similarity"]) == (3, 90.5)
     assert config["lora"]["target_modules"] == ["q_proj"]
-
-
-def alter_one_byte(path):
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def test_notebooks_refuse_an_altered_adapter_the_series_redoes(done):
-    weights = done / "adapter" / "adapter_model.safetensors"
-    original = weights.read_bytes()
-    alter_one_byte(weights)
-
-    refused = medcot("run", "--run-dir", done, "--from", "6", "--to", "6", "--force")
-    assert refused.returncode == 1 and "Traceback" not in refused.stderr
-    assert refused.stderr.startswith("medcot: notebook 06_comparison failed")
-    assert "adapter in run/ is altered" in refused.stderr and "run notebook 05_training again" in refused.stderr
-    assert states(done)["06_comparison"] == "failed"
-
-    before = notebook_times(done)
-    succeed("run", "--run-dir", done)
-    assert {"05_training", "06_comparison"} <= set(redone(before, done))
-    assert not {"01_setup", "02_baseline_inference", "03_dataset_prep", "04_lora_config"} & set(redone(before, done))
-    assert weights.read_bytes() == original
-    assert states(done) == dict.fromkeys(STEPS, "done")
-
-
-def test_a_missing_artifact_is_made_again(done):
-    (done / "report.html").unlink()
-    assert states(done)["06_comparison"] == "stale"
-    before = notebook_times(done)
-    succeed("run", "--run-dir", done, "--to", "6")
-    assert redone(before, done) == ["06_comparison"]
-    assert (done / "report.html").exists()
-
-
-# --- the same again ------------------------------------------------------------------------------------------------
-
-
-def test_the_same_seeds_give_the_same_adapter_bit_for_bit(first_call, tmp_path):
-    weights = Path("adapter") / "adapter_model.safetensors"
-    again = tmp_path / "again"
-    succeed("run", "--profile", "smoke", "--run-dir", again, "--to", "5")
-    content = (again / weights).read_bytes()
-    assert content == (first_call[0] / weights).read_bytes()
-    before = notebook_times(again)
-    succeed("run", "--run-dir", again, "--to", "5", "--set", "lora.random_state=1")
-    assert redone(before, again) == ["01_setup", "04_lora_config", "05_training"]
-    assert (again / weights).read_bytes() != content
 
 
 # --- one notebook alone --------------------------------------------------------------------------------------------
@@ -233,27 +123,9 @@ def test_a_notebook_before_the_one_it_reads_from_names_that_one(tmp_path):
     assert "03_dataset_prep failed" in result.stderr and "run notebook 02_baseline_inference first" in result.stderr
 
 
-def test_inputs_of_other_settings_name_the_notebook_to_rerun(with_other_answers):
-    done, before, _, refused, between = with_other_answers
-    assert refused.returncode == 1
-    assert "base_answers.jsonl in run/ was made with other settings" in refused.stderr
-    assert "run notebook 02_baseline_inference again" in refused.stderr
-    tried = sorted(name for name, time in between.items() if before.get(name) != time)
-    assert tried == ["06_comparison"], "tried, and stopped before any model"
-    assert states(done)["06_comparison"] == "done", "the whole series then does what was missing"
-
-
 def test_a_second_run_in_the_same_directory_is_refused(done):
     from filelock import FileLock
 
     with FileLock(done / ".lock"):
         result = medcot("run", "--run-dir", done)
     assert result.returncode == 1 and "another medcot run is working in" in result.stderr
-
-
-def test_a_parameter_reaches_the_notebook_that_declares_it(done):
-    before = notebook_times(done)
-    succeed("run", "--run-dir", done, "--from", "2", "--to", "3", "--parameter", "QUESTION=Is a fever of 41.5 = danger?")
-    assert redone(before, done) == ["02_baseline_inference"], "03 has no such parameter"
-    executed = (done / "notebooks" / "02_baseline_inference.ipynb").read_text(encoding="utf-8")
-    assert executed.count("Is a fever of 41.5 = danger?") >= 2, "once as parameter, once in the printed prompt"

@@ -44,4 +44,8 @@ def returned(size, count, before=""):
 
 def test_large_blocks_go_back_when_they_are_freed():
     assert returned(4 << 20, 10) < 0.2
-    assert returned(4 << 20, 10, before="heap.return_large_blocks()") > 0.9
+    assert returned(4 << 20, 10, before="returning = heap.return_large_blocks(); returning.__enter__()") > 0.9
+
+
+def test_afterwards_large_blocks_are_kept_as_ever():
+    assert returned(4 << 20, 10, before="with heap.return_large_blocks(): pass") < 0.2
