@@ -61,19 +61,18 @@ class Section(BaseModel):
         return values
 
 
-def _listed(value: Any) -> Any:
-    # Not for lora.target_modules: to PEFT a single text is a pattern.
-    return (value,) if isinstance(value, str) else value
-
-
 class ModelSettings(Section):
     name: str = Field(description="Hub id, local folder, or embedded:smollm2-135m-instruct / embedded:tiny-random-llama")
     revision: str | None = Field(None, description="commit of the Hub repository; None for a local folder")
     quantized_name: str | None = Field(None, description="pre-quantized 4-bit copy that the unsloth engine loads instead")
     quantized_revision: str | None = Field(None, description="commit of the pre-quantized copy")
-    engine: Literal["auto", "unsloth", "transformers"] = "auto"
-    load_in_4bit: bool = True
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    engine: Literal["auto", "unsloth", "transformers"] = Field(
+        "auto", description="what loads and trains the model; auto: unsloth if it is installed and there is a CUDA GPU"
+    )
+    load_in_4bit: bool = Field(True, description="store the weights of the base in 4 bits (nf4), as QLoRA does")
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        "auto", description="type of the activations; auto: bfloat16 on GPUs that have it, float16 on others, float32 on a CPU"
+    )
     max_seq_length: int = Field(2048, ge=64, description="tokens of prompt and completion together")
     gpu_memory_gib: float | None = Field(
         None, gt=0, description="use no more of the GPU: rehearse a T4 with 14.5 on a larger one"
@@ -87,14 +86,14 @@ class PromptSettings(Section):
 
 
 class ColumnNames(Section):
-    question: str = "Question"
-    complex_cot: str = "Complex_CoT"
-    response: str = "Response"
+    question: str = Field("Question", description="column of your data with the question")
+    complex_cot: str = Field("Complex_CoT", description="column of your data with the chain of thought")
+    response: str = Field("Response", description="column of your data with the final answer")
 
 
 class DatasetSettings(Section):
     name: str = Field(description="`shipped` or a data set on the Hub")
-    subset: str | None = None
+    subset: str | None = Field(None, description="configuration of the data set on the Hub, such as en")
     revision: str | None = Field(None, description="commit of the data set; the name alone has changed its rows before")
     sha256: str | None = Field(
         None, pattern=r"^[0-9a-f]{64}$", description="digest of the data set's one file, checked after download; None: unchecked"
@@ -105,7 +104,9 @@ class DatasetSettings(Section):
     held_out_rows: int = Field(ge=1, description="rows kept out of training; at most so many where a `split` column chooses them")
     shuffle: bool = Field(False, description="shuffle with the seed before the split")
     loss_on: Literal["full", "completion"] = Field("completion", description="full: the prompt is in the loss too")
-    overlong: Literal["drop", "truncate", "error"] = "drop"
+    overlong: Literal["drop", "truncate", "error"] = Field(
+        "drop", description="what to do with rows longer than model.max_seq_length"
+    )
     repeats: Literal["report", "drop"] = Field("drop", description="training rows that repeat a held-out question")
     near_repeat_similarity: float = Field(85, ge=50, le=100, description="rapidfuzz ratio from which two questions repeat")
     ngram_overlap: float = Field(
@@ -114,30 +115,35 @@ class DatasetSettings(Section):
 
 
 class LoraSettings(Section):
-    r: int = Field(16, ge=1)
-    lora_alpha: int = Field(16, ge=1)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    bias: Literal["none", "all", "lora_only"] = "none"
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    use_rslora: bool = False
-    use_gradient_checkpointing: Literal["unsloth"] | bool = "unsloth"
+    r: int = Field(16, ge=1, description="rank of the two small matrices beside each weight")
+    lora_alpha: int = Field(16, ge=1, description="scale of the correction, which is lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs that is dropped while training")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained too")
+    target_modules: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        description="the projections that get an adapter; one text without brackets is a pattern",
+    )
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead (rank-stabilized LoRA)")
+    use_gradient_checkpointing: Literal["unsloth"] | bool = Field(
+        "unsloth", description="compute activations twice to save memory; unsloth: keep some of them in RAM"
+    )
     random_state: int = Field(3407, ge=-(2**63), lt=2**64, description="seed of the matrices A, as torch takes it")
 
 
 class TrainingSettings(Section):
-    per_device_train_batch_size: int = Field(2, ge=1)
-    gradient_accumulation_steps: int = Field(4, ge=1)
-    per_device_eval_batch_size: int = Field(4, ge=1)
-    warmup_steps: int = Field(5, ge=0)
+    per_device_train_batch_size: int = Field(2, ge=1, description="rows of a micro-batch")
+    gradient_accumulation_steps: int = Field(4, ge=1, description="micro-batches before each optimizer step")
+    per_device_eval_batch_size: int = Field(4, ge=1, description="rows at once for a held-out loss")
+    warmup_steps: int = Field(5, ge=0, description="optimizer steps until learning_rate is reached")
     max_steps: int = Field(60, description="optimizer steps; -1 trains num_train_epochs instead")
-    num_train_epochs: float = Field(1, gt=0)
-    learning_rate: float = Field(2e-4, gt=0)
-    optim: str = "adamw_8bit"
-    weight_decay: float = Field(0.01, ge=0)
-    lr_scheduler_type: str = "linear"
-    logging_steps: int = Field(10, ge=1)
-    save_steps: int = Field(20, ge=1)
-    save_total_limit: int = Field(2, ge=1)
+    num_train_epochs: float = Field(1, gt=0, description="passes over the rows, if max_steps is -1")
+    learning_rate: float = Field(2e-4, gt=0, description="the highest learning rate")
+    optim: str = Field("adamw_8bit", description="the optimizer, as transformers names it")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay of the optimizer")
+    lr_scheduler_type: str = Field("linear", description="how the learning rate falls, as transformers names it")
+    logging_steps: int = Field(10, ge=1, description="optimizer steps between two logged losses")
+    save_steps: int = Field(20, ge=1, description="optimizer steps between two checkpoints")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints that are kept")
     eval_steps: int | None = Field(None, ge=1, description="held-out loss during training, every so many steps")
     eval_rows: int = Field(8, ge=1, description="held-out rows that the loss during training is taken on")
     batch_plan: Literal["auto", "as_set"] = Field(
@@ -172,10 +178,10 @@ class TrainingSettings(Section):
 
 
 class GenerationSettings(Section):
-    max_new_tokens: int = Field(1200, ge=1)
+    max_new_tokens: int = Field(1200, ge=1, description="the longest answer, in tokens")
     do_sample: bool = Field(False, description="sample the one question of notebook 02; scored answers: evaluation.n_samples")
-    temperature: float = Field(0.6, gt=0)
-    top_p: float = Field(0.95, gt=0, le=1)
+    temperature: float = Field(0.6, gt=0, description="of sampled answers: lower is closer to greedy")
+    top_p: float = Field(0.95, gt=0, le=1, description="of sampled answers: the likeliest tokens that share this probability")
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="questions answered at once; auto: what the GPU's memory holds"
     )
@@ -197,7 +203,7 @@ class EvaluationSettings(Section):
     )
     mcq_tasks: Names = Field(("shipped",), description="shipped, medqa, medmcqa, pubmedqa, or a local .jsonl file")
     mcq_limit: int | None = Field(None, ge=1, description="questions per task, spread over the specialties; None: all")
-    mcq_max_new_tokens: int = Field(1200, ge=1)
+    mcq_max_new_tokens: int = Field(1200, ge=1, description="the longest answer to a multiple-choice question, in tokens")
     base_16bit_loss: bool = added_later(
         False, description="take the held-out loss of the 16-bit base too, layer by layer if the GPUs cannot hold it"
     )
@@ -210,26 +216,21 @@ class EvaluationSettings(Section):
     embedding_model: str | None = Field(
         None, description="a sentence-transformers model (folder or Hub id): answers compared with references by meaning too"
     )
-    confidence_level: float = Field(0.95, gt=0.5, lt=1)
+    confidence_level: float = Field(0.95, gt=0.5, lt=1, description="of all intervals and tests")
     n_resamples: int = Field(5000, ge=200, description="bootstrap resamples")
-
-    @field_validator("mcq_tasks", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return _listed(value)
 
 
 class ExportSettings(Section):
-    dtype: Literal["float16", "bfloat16"] = "float16"
+    dtype: Literal["float16", "bfloat16"] = Field("float16", description="type of the merged model's weights")
     merge_into: Literal["base_16bit", "dequantized_4bit"] = added_later(
         "base_16bit", description="what the adapter is added to: the 16-bit base, or the 4-bit weights it was trained beside"
     )
     logits_tolerance: float = Field(
         0.02, gt=0, description="largest allowed mean absolute difference of log-probabilities (float16; bfloat16: 8 times that)"
     )
-    check_prompts: int = Field(3, ge=1)
+    check_prompts: int = Field(3, ge=1, description="prompts whose first greedy tokens are compared after a merge")
     check_rows: int = Field(8, ge=1, description="held-out rows that merged and trained model's losses are compared on")
-    check_new_tokens: int = Field(32, ge=1)
+    check_new_tokens: int = Field(32, ge=1, description="greedy tokens that are compared for each of these prompts")
     gguf: Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m"] | None = Field(
         None, description="the merged model as a GGUF file of this type too, for llama.cpp and Ollama; None: no such file"
     )
@@ -264,11 +265,6 @@ class HubSettings(Section):
     )
     verify_all: bool = Field(False, description="true downloads every byte of a push again, not only both ends of large files")
 
-    @field_validator("artifacts", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return _listed(value)
-
     def addresses(self, names: Iterable[str], repo_id: str) -> dict[str, str]:
         """Return {artifact: the repository it goes to}, as the layout says."""
         suffixes = {"adapter": "-lora", "merged": "-merged", "gguf": "-gguf"}
@@ -294,13 +290,17 @@ _LIKE_A_SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}|KGAT_.+|wandb_v\d_.+|[0-9a-fA-
 class SecretsSettings(Section):
     """Names under which secrets are looked for, first one first; never the secrets."""
 
-    huggingface: tuple[str, ...] = ("HF_TOKEN", "HUGGINGFACE_TOKEN")
-    wandb: tuple[str, ...] = ("WANDB_API_KEY", "wandb")
+    huggingface: tuple[str, ...] = Field(
+        ("HF_TOKEN", "HUGGINGFACE_TOKEN"), description="names under which the Hugging Face token is looked for, first one first"
+    )
+    wandb: tuple[str, ...] = Field(
+        ("WANDB_API_KEY", "wandb"), description="names under which the W&B key is looked for, first one first"
+    )
 
     @field_validator("*", mode="before")
     @classmethod
     def _names_only(cls, value: Any, info: ValidationInfo) -> Any:
-        names = _listed(value)
+        names = _as_list(value)
         good = isinstance(names, list | tuple) and all(isinstance(name, str) and _is_name(name) for name in names)
         if not good or not names:  # what was given may be a secret, so it is not repeated
             raise ValueError(

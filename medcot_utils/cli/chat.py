@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from medcot_utils.cli.runs import choose_run
 from medcot_utils.machine.paths import expand_home
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ HELP = "/show: the thinking of the last answer   /base: the base model too, or n
 
 
 def chat(
-    run_dir: Annotated[Path, typer.Argument(parser=expand_home, help="a run that notebook 05 has trained")],
+    run_dir: Annotated[Path | None, typer.Argument(parser=expand_home, help="a run that notebook 05 has trained")] = None,
     question: Annotated[list[str] | None, typer.Option("--question", "-q", help="ask this and leave; may be repeated")] = None,
+    show: Annotated[bool, typer.Option("--show", help="with --question: print the thinking before the answer")] = False,
     base_too: Annotated[bool, typer.Option("--base-too", help="let the untrained model answer beside the tuned one")] = False,
     page: Annotated[bool, typer.Option("--page", help="a page in the browser instead of the terminal")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="of the page; 0: any free one")] = 0,
@@ -36,12 +38,14 @@ def chat(
     Each question stands alone, as in training: the model does not know what was said before."""
     from medcot_utils.run.directory import Run
 
-    run = Run.open(run_dir)
+    run = Run.open(choose_run(run_dir))
     run.require("adapter")  # before torch is imported
     from medcot_utils.models.chat import Chat, ChatError
 
     if question and page:
         raise ChatError("--page takes no --question: ask it on the page")
+    if show and not question:
+        raise ChatError("--show goes with --question; in the conversation, type /show after an answer")
     if question and not all(text.strip() for text in question):
         raise ChatError("the question is empty")  # before the model is loaded
 
@@ -50,7 +54,7 @@ def chat(
 
         serve(run, base_too, port, open_browser)
     else:
-        Terminal(Chat.open(run), base_too, iter(question) if question else None).talk()
+        Terminal(Chat.open(run), base_too, iter(question) if question else None, show).talk()
 
 
 class Terminal:
@@ -59,8 +63,8 @@ class Terminal:
     Ctrl-C stops the answer that is being made, and gives a hint at any other moment. Its handler raises only while a question
     is typed: an exception anywhere else could be lost in a library, or end the chat between an answer and the next prompt."""
 
-    def __init__(self, chat: Chat, base_too: bool, questions: Iterator[str] | None = None):
-        self.chat, self.base_too, self.questions = chat, base_too, questions
+    def __init__(self, chat: Chat, base_too: bool, questions: Iterator[str] | None = None, show: bool = False):
+        self.chat, self.base_too, self.questions, self.show = chat, base_too, questions, show
         self.interactive = questions is None and sys.stdin.isatty()
         self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self.last: dict[Who, Answer] = {}
@@ -174,7 +178,10 @@ class Terminal:
                     if answer.seconds_thinking is None and not answer.done:
                         continue
                     fold.stop()
-                    self.console.print(f"({answer.summarize_thinking()}; /show)", style="dim")
+                    how = "/show" if self.questions is None else "--show"
+                    if self.show:
+                        self.console.print(answer.thinking, style="dim")
+                    self.console.print(f"({answer.summarize_thinking()}{'' if self.show else f'; {how}'})", style="dim")
                 self.console.print(answer.text[printed:], end="")
                 printed = len(answer.text)
         if printed:

@@ -24,6 +24,8 @@ class Diagnosis:
     profile: str
     ok: bool
     reason: str  # what is missing, or what to expect
+    memory_gib: float  # main memory that one kernel needs
+    disk_gib: float | None  # what the whole series still writes; None if nobody can say
     estimate: SeriesEstimate | None  # how long it will take; None if it cannot run here
 
 
@@ -44,11 +46,14 @@ def _diagnose(profile: str, run_root: Path, gpus: list[hardware.Gpu]) -> Diagnos
     memory = psutil.virtual_memory().available / GIB
     if memory < needs.memory_gib:
         faults.append(f"{needs.memory_gib:.0f} GiB of memory needed, {memory:.1f} GiB free")
-    faults += [f"disk: {line}" for line in disk.shortages(disk.needs(config, run_root))]
+    room = disk.needs(config, run_root)
+    faults += [f"disk: {line}" for line in disk.shortages(room)]
     if "datasets" not in missing:
         faults += _failed_checks(config, run_root)
     estimate = None if faults else estimate_series(config, run_root, measure_speed())
-    return Diagnosis(profile, not faults, "; ".join(faults) or needs.expect, estimate)
+    sizes = [need.gib for need in room]
+    written = None if None in sizes else sum(filter(None, sizes))
+    return Diagnosis(profile, not faults, "; ".join(faults) or needs.expect, needs.memory_gib, written, estimate)
 
 
 def _failed_checks(config: RunConfig, run_root: Path) -> list[str]:

@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from medcot_utils import __version__
 from medcot_utils.cli import push
 from medcot_utils.cli.chat import chat
 from medcot_utils.cli.kaggle import app as kaggle_app
+from medcot_utils.cli.runs import RUNS, choose_run
 from medcot_utils.config import PROFILES
 from medcot_utils.errors import EX_INTERRUPTED, EX_PAUSED, MedcotError, SeriesInterrupted, SeriesPaused
 from medcot_utils.machine import installing
 from medcot_utils.machine.paths import expand_home
 
 if TYPE_CHECKING:
+    from medcot_utils.run.directory import Run
     from medcot_utils.series.runner import Status
 
 app = typer.Typer(
@@ -29,12 +33,28 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune a reasoning model on medical chain-of-thought data in seven notebooks, and judge the result.",
 )
 app.add_typer(kaggle_app, name="kaggle")
 console = Console(markup=False, emoji=False)
 # A line of text stays one line, in a log too.
 say = partial(console.print, highlight=False, soft_wrap=True)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"medcot {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and leave")
+    ] = False,
+) -> None: ...
+
 
 RunDir = Annotated[
     Path | None,
@@ -60,15 +80,15 @@ def run(
 
     if first > last:
         raise MedcotError(f"--from {first} is after --to {last}")
-    folder = run_dir or Path("runs") / hardware.resolve_profile(profile or "auto")[0]
+    folder = run_dir or RUNS / hardware.resolve_profile(profile or "auto")[0]
     _run_notebooks(folder, profile, settings or [], first, last, force, _parse_parameters(parameter or []))
 
 
 @app.command()
 def train(
     run_dir: Annotated[
-        Path, typer.Option("--run-dir", parser=expand_home, metavar="<path>", help="a run that notebooks 01 to 04 have prepared")
-    ],
+        Path | None, typer.Argument(parser=expand_home, help="a run that notebooks 01 to 04 have prepared")
+    ] = None,
     nproc: Annotated[
         int | None, typer.Option("--nproc", min=1, help="processes, each on a GPU of its own; as the run has it if not given")
     ] = None,
@@ -79,6 +99,7 @@ def train(
     A stopped training resumes from its last checkpoint. On several machines, see docs/gpu.md."""
     from medcot_utils.run.directory import Run
 
+    run_dir = choose_run(run_dir)
     Run.open(run_dir)  # must be there: train prepares nothing
     processes = [] if nproc is None else [f"training.num_processes={nproc}"]
     _run_notebooks(run_dir, None, [*processes, *(settings or [])], 5, 5, False, {})
@@ -94,6 +115,7 @@ def _run_notebooks(
     parameters: dict[str, object],
 ) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Column
 
     from medcot_utils.series import runner
 
@@ -101,7 +123,7 @@ def _run_notebooks(
     say(line)
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("cells"),
@@ -110,8 +132,8 @@ def _run_notebooks(
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=None)
 
-        def show(name: str, cell: int, cells: int) -> None:
-            progress.update(task, description=name, completed=cell, total=cells)
+        def count(name: str, cell: int, cells: int) -> None:
+            progress.update(task, completed=cell, total=cells)
             if cell == 1 and not console.is_terminal:  # no bar there: a line, so that a log shows what is running
                 say(f"{name}: started")
 
@@ -123,9 +145,10 @@ def _run_notebooks(
             force,
             parameters,
             say=say,
-            report=show,
+            report=count,
+            show=(lambda line: progress.update(task, description=line)) if console.is_terminal else None,
         )
-    _print_status(runner.status(finished), finished.path)
+    _print_status(runner.status(finished), finished)
 
 
 def _parse_parameters(pairs: list[str]) -> dict[str, object]:
@@ -144,24 +167,23 @@ def _parse_parameters(pairs: list[str]) -> dict[str, object]:
 
 @app.command()
 def status(
-    run_dir: Annotated[Path, typer.Argument(parser=expand_home, help="a run directory")],
+    run_dir: Annotated[Path | None, typer.Argument(parser=expand_home, help="a run directory")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Show what each step of a run has done, and the headline metrics."""
     from medcot_utils.run.directory import Run
     from medcot_utils.series import runner
 
-    found = runner.status(Run.open(run_dir))
+    run = Run.open(choose_run(run_dir))
+    found = runner.status(run)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
-        _print_status(found, run_dir)
+        _print_status(found, run)
 
 
-def _print_status(found: Status, run_dir: Path) -> None:
-    from medcot_utils.run.artifacts import ARTIFACTS
-
-    title = f"{run_dir} (profile {found['profile']})"
+def _print_status(found: Status, run: Run) -> None:
+    title = f"{run.path} (profile {found['profile']})"
     steps = Table("step", "state", "seconds", "peak memory", title=title, title_justify="left")
     if used_a_gpu := any(step["peak_gpu_memory_mb"] for step in found["steps"]):
         steps.add_column("of the GPU")
@@ -180,7 +202,15 @@ def _print_status(found: Status, run_dir: Path) -> None:
     if found["merged_verdict"] and compared:
         say(found["merged_verdict"])
     if found["metrics"] or compared:
-        say(f"report: {run_dir / ARTIFACTS['report'].file}\nexecuted notebooks: {run_dir / 'notebooks'}/")
+        say("\n".join(f"{what}: {path}" for what, path in _places(run)))
+        say(f"to keep this result while you change settings, copy it: cp -r {run.path} {run.path}-first")
+
+
+def _places(run: Run) -> list[tuple[str, Path]]:
+    """Return what a reader or another program wants of a finished run, and where it lies."""
+    wanted = {"report": "report", "adapter": "adapter", "merged model": "merged", "GGUF": "gguf", "model card": "model_card"}
+    there = [(what, run.place(name)) for what, name in wanted.items()]
+    return [(what, path) for what, path in (*there, ("executed notebooks", run.path / "notebooks")) if path.exists()]
 
 
 def _metrics_table(found: Status) -> Table:
@@ -190,17 +220,22 @@ def _metrics_table(found: Status) -> Table:
     for name, line in metric_lines(found["forced"]).items():
         lines[f"{name}, forced"] = (f"{line.metric.label}, with forced closing", line)
     merged = {name: line.tuned for name, line in metric_lines(found["merged"]).items()}
-    columns = ["metric", "base", "tuned", *(["merged"] if merged else []), "difference", "verdict"]
-    table = Table(*columns, title="before and after", title_justify="left")
+    columns = ["base", "tuned", *(["merged"] if merged else []), "difference"]
+    table = Table("metric and verdict", title="before and after", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=True)
     for name, (label, line) in lines.items():
-        third = [merged.get(name, "")] if merged else []
-        table.add_row(label, line.base, line.tuned, *third, line.difference, line.verdict)
+        numbers = [line.base, line.tuned, *([merged.get(name, "")] if merged else []), line.difference]
+        # Number and interval on lines of their own, which do not break: so the table fits 80 columns.
+        table.add_row(f"{label}: {line.verdict}", *(number.replace(" [", "\n[", 1) for number in numbers))
     return table
 
 
 @app.command()
 def report(
-    run_dirs: Annotated[list[Path], typer.Argument(parser=expand_home, help="one or more runs that notebook 06 has compared")],
+    run_dirs: Annotated[
+        list[Path] | None, typer.Argument(parser=expand_home, help="one or more runs that notebook 06 has compared")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(parser=expand_home, metavar="<path>", help="the HTML file; report.html in the first run if not given"),
@@ -212,6 +247,7 @@ def report(
     from medcot_utils.run.files import write_atomic
     from medcot_utils.run.lock import hold
 
+    run_dirs = run_dirs or [choose_run(None)]
     if out is None and len(run_dirs) > 1:
         raise MedcotError("a report of several runs belongs to none of them: name a file with --out")
     runs = [Run.open(run_dir) for run_dir in run_dirs]
@@ -227,7 +263,9 @@ def report(
 
 @app.command()
 def grade(
-    run_dir: Annotated[Path, typer.Argument(parser=expand_home, help="a run whose base and tuned model have answered")],
+    run_dir: Annotated[
+        Path | None, typer.Argument(parser=expand_home, help="a run whose base and tuned model have answered")
+    ] = None,
     grader: Annotated[str, typer.Option(help="whose judgements these are")] = "grader",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 0,
     open_browser: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
@@ -236,7 +274,7 @@ def grade(
     from medcot_utils.cli.grading_page import serve
     from medcot_utils.run.directory import Run
 
-    serve(Run.open(run_dir), port, open_browser, grader)
+    serve(Run.open(choose_run(run_dir)), port, open_browser, grader)
 
 
 app.command()(chat)
@@ -244,34 +282,40 @@ app.command()(chat)
 
 @app.command()
 def doctor(run_dir: RunDir = None) -> None:
-    """Say whether this machine can run which profile, why not, and how long it will take."""
+    """Say which profiles this machine can run, why not, what they need, how long they take, and the command to start one."""
     from medcot_utils.cli import doctor
     from medcot_utils.cli.tables import times_table
 
-    table = Table("profile", "can run here", "why not, or what to expect")
-    found = doctor.profiles_here(run_dir or Path("runs"))
+    table = Table("profile", "can run here", "memory", "disk", "why not, or what to expect")
+    found = doctor.profiles_here(run_dir or RUNS)
     for line in found:
-        table.add_row(line.profile, "yes" if line.ok else "no", line.reason)
+        disk = "" if line.disk_gib is None else f"{line.disk_gib:.1f} GiB"
+        table.add_row(line.profile, "yes" if line.ok else "no", f"{line.memory_gib:g} GiB", disk, line.reason)
     console.print(table)
     if estimates := {line.profile: line.estimate for line in found if line.estimate}:
         console.print(times_table(estimates))
+    for line in found:
+        if line.ok:
+            say(f"to run {line.profile}: medcot run --profile {line.profile}")
 
 
 @app.command("settings")
-def list_settings(profile: Annotated[str, typer.Argument(help="a profile, or auto")] = "demo") -> None:
-    """List every setting with its value in a profile: the names that --set takes."""
-    from medcot_utils.config import load_config, setting_names
+def list_settings(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="only settings with this in name or meaning")
+    ] = None,
+    profile: Annotated[str, typer.Option(help=f"whose values: {', '.join(PROFILES)} or auto")] = "demo",
+) -> None:
+    """List the settings that --set takes: value in a profile, meaning, choices, and default."""
+    from medcot_utils.cli.settings_table import settings_table
+    from medcot_utils.config import load_config
 
     if profile == "auto":
         from medcot_utils.machine import hardware
 
         profile, line = hardware.resolve_profile(profile)
         say(line)
-    config = load_config(profile)
-    table = Table("setting", f"value in {profile}")
-    for name in setting_names():
-        table.add_row(name, json.dumps(config.get(name)))
-    console.print(table)
+    console.print(settings_table(load_config(profile), words or []))
 
 
 app.command("push")(push.push)

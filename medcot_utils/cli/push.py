@@ -9,11 +9,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from medcot_utils.cli.runs import choose_run
 from medcot_utils.machine.paths import expand_home
 
 
 def push(
-    run_dir: Annotated[Path, typer.Argument(parser=expand_home, help="a run that notebook 07 has exported")],
+    run_dir: Annotated[Path | None, typer.Argument(parser=expand_home, help="a run that notebook 07 has exported")] = None,
     repo_id: Annotated[str | None, typer.Option("--repo-id", help="user/name; hub.repo_id if not given")] = None,
     public: Annotated[bool | None, typer.Option("--public/--private", help="who can see it; private if not given")] = None,
     layout: Annotated[str | None, typer.Option(help="one repository, or separate: -lora, -merged, -gguf")] = None,
@@ -36,7 +37,7 @@ def push(
     from medcot_utils.run.directory import Run
     from medcot_utils.run.lock import hold
 
-    console, run = Console(markup=False, emoji=False), Run.open(run_dir)
+    console, run = Console(markup=False, emoji=False), Run.open(choose_run(run_dir))
     private = None if public is None else not public
     changes = {
         "repo_id": repo_id,

@@ -1,7 +1,8 @@
-"""What a running notebook is doing, said every few minutes: where no terminal shows a bar, hours would pass without a line."""
+"""What a running notebook is doing: shown in a terminal at any moment, and said in a log every few minutes."""
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,8 @@ from typing import Any
 from medcot_utils.machine.durations import TimeEstimate, describe_end
 from medcot_utils.machine.redaction import redact
 
-_EVERY_SECONDS = 300
+_EVERY_SECONDS, _LIVE_SECONDS = 300, 2
+_BAR = re.compile(r"\|[^|]*\|")  # of tqdm, between the percentage and the count
 
 
 class Watch:
@@ -42,21 +44,25 @@ def find_heading(cells: Sequence[Any], index: int) -> str:
 
 
 def read_last_line(cells: Sequence[Any], index: int) -> str:
-    """Return the last line of text that a cell has written so far, of a progress bar its last state; empty if none."""
+    """Return the last line of text that a cell has written so far, of a progress bar its last state in figures; empty if none."""
     outputs = cells[index].get("outputs", []) if index < len(cells) else []
     text = "".join(output.text for output in outputs if output.output_type == "stream")
     lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
-    return lines[-1] if lines else ""
+    return " ".join(_BAR.sub(" ", lines[-1]).split()) if lines else ""
 
 
 @contextmanager
-def watching(notebook: str, estimate: TimeEstimate | None, say: Callable[[str], None]) -> Iterator[Watch]:
-    """Say every few minutes, from a thread of its own, what the notebook is doing, until the block ends."""
+def watching(
+    notebook: str, estimate: TimeEstimate | None, say: Callable[[str], None], show: Callable[[str], None] | None = None
+) -> Iterator[Watch]:
+    """Say every few minutes, from a thread of its own, what the notebook is doing, until the block ends. With `show`, which
+    replaces what it showed before, do so every two seconds instead."""
     watch, ended = Watch(notebook, estimate), threading.Event()
+    tell, seconds = (say, _EVERY_SECONDS) if show is None else (show, _LIVE_SECONDS)
 
     def speak() -> None:
-        while not ended.wait(_EVERY_SECONDS):
-            say(watch.describe())
+        while not ended.wait(seconds):
+            tell(watch.describe())
 
     speaker = threading.Thread(target=speak, daemon=True)
     speaker.start()

@@ -50,6 +50,7 @@ CHANGED_BY_CLOSING = ("rouge_l", "answer_tokens")  # the headline metrics of the
 QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
 
 Report = Callable[[str, int, int], None]
+Show = Callable[[str], None] | None
 
 
 class SeriesError(MedcotError):
@@ -147,11 +148,13 @@ def run_series(
     parameters: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
     report: Report = lambda name, cell, cells: None,
+    show: Show = None,
 ) -> Run:
     """Run notebooks `first` to `last` into `run_dir`, skipping those that are done with these settings and inputs. This
     machine's secrets are removed from the cells' output before it is written.
 
-    `report(name, cell, cells)` is called before each cell. Raises RunError if another process works in the run, before anything
+    `report(name, cell, cells)` is called before each cell, and `show(line)` every two seconds with what is being done; without
+    `show`, `say` gets that line every five minutes. Raises RunError if another process works in the run, before anything
     is written, SeriesError at the first notebook that fails or whose kernel dies, SeriesPaused if training.max_hours ended it,
     and SeriesInterrupted at Ctrl-C. Finished work is kept, and the next call resumes there."""
     folder = notebooks_dir()
@@ -171,7 +174,7 @@ def run_series(
             report(name, cell, cells)
 
         try:
-            _run_steps(run, NOTEBOOKS[first - 1 : last], folder, force, parameters or {}, say, report_and_remember)
+            _run_steps(run, NOTEBOOKS[first - 1 : last], folder, force, parameters or {}, say, report_and_remember, show)
         except KeyboardInterrupt:
             raise SeriesInterrupted(f"interrupted {reached[0]}{_training_step(run)}; the same command resumes") from None
         except SeriesError:
@@ -210,6 +213,7 @@ def _run_steps(
     parameters: Mapping[str, Any],
     say: Callable[[str], None],
     report: Report,
+    show: Show,
 ) -> None:
     clock, worked = SessionClock(run.config.training.max_hours), False
     for name in names:
@@ -231,7 +235,7 @@ def _run_steps(
             given |= {"PROFILE": run.config.profile, "OVERRIDES": overrides_of(run.config)}
         if estimate := run.estimate(name):
             say(f"{name}: {describe_time(estimate)}, {describe_end(estimate, time.time())}")
-        _run_notebook(run, folder / f"{name}.ipynb", given, report, say)
+        _run_notebook(run, folder / f"{name}.ipynb", given, report, say, show)
         say(f"{name}: {describe_costs(run.manifest()['steps'][name])}")
     return run
 
@@ -241,7 +245,9 @@ def _in_short(reasons: list[str]) -> str:
     return ", ".join(reasons[:_MOST_REASONS]) + more
 
 
-def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Report, say: Callable[[str], None]) -> None:
+def _run_notebook(
+    run: Run, notebook: Path, given: Mapping[str, Any], report: Report, say: Callable[[str], None], show: Show
+) -> None:
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -254,7 +260,7 @@ def _run_notebook(run: Run, notebook: Path, given: Mapping[str, Any], report: Re
     # error it also raises.
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     try:
-        with watching(name, run.estimate(name), say) as watch:
+        with watching(name, run.estimate(name), say, show) as watch:
             _register_engine(name, report, watch)
             papermill.execute_notebook(
                 _escape(notebook),

@@ -28,8 +28,8 @@ class Scripted:
         return grow_answer(itertools.takewhile(lambda _: not stop.is_set(), self.pieces[who]))
 
 
-def printed(capsys, chat, *questions, base_too=False):
-    Terminal(chat, base_too, iter(questions)).talk()
+def printed(capsys, chat, *questions, base_too=False, show=False):
+    Terminal(chat, base_too, iter(questions), show).talk()
     return lines_of(capsys)
 
 
@@ -41,11 +41,16 @@ def lines_of(capsys):
 
 def test_thinking_is_folded_and_the_answer_is_printed_once(capsys):
     chat = Scripted(tuned=["First the ", "pulse.</th", "ink>\n\n", "Rest ", "", "and  [b]", "\nfluids.\n"])
-    assert printed(capsys, chat, "Why?") == ["(thinking: 3 words, 0.0 s; /show)", "Rest and  [b]", "fluids."]
+    assert printed(capsys, chat, "Why?") == ["(thinking: 3 words, 0.0 s; --show)", "Rest and  [b]", "fluids."]
+
+
+def test_thinking_that_is_asked_for_is_printed_before_the_answer(capsys):
+    chat = Scripted(tuned=["First the [b] pulse.</th", "ink>Rest."])
+    assert printed(capsys, chat, "Why?", show=True) == ["First the [b] pulse.", "(thinking: 4 words, 0.0 s)", "Rest."]
 
 
 def test_an_answer_that_never_comes_is_said_to_be_missing(capsys):
-    assert printed(capsys, Scripted(tuned=["Hm."]), "Why?") == ["(thinking, not finished: 1 words; /show)", NO_ANSWER]
+    assert printed(capsys, Scripted(tuned=["Hm."]), "Why?") == ["(thinking, not finished: 1 words; --show)", NO_ANSWER]
 
 
 def test_both_models_are_named_and_the_base_comes_first(capsys):
@@ -138,7 +143,12 @@ def test_a_column_holds_question_folded_thinking_and_answer(answer, title, statu
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"question": ["Why?", " "]}, "is empty"), ({"question": ["Why?"], "page": True}, "--page takes no")]
+    ("options", "message"),
+    [
+        ({"question": ["Why?", " "]}, "is empty"),
+        ({"question": ["Why?"], "page": True}, "--page takes no"),
+        ({"show": True}, "--show goes with --question"),
+    ],
 )
 def test_a_question_that_cannot_be_asked_loads_no_model(options, message, tmp_path, monkeypatch):
     run = Run.create(tmp_path / "run", load_config("smoke"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from made_up_runs import MORE, fill, fill_more
 
+import medcot_utils
 from medcot_utils.cli import main
 from medcot_utils.cli.main import _parse_parameters
 from medcot_utils.config import PROFILES, load_config, setting_names
@@ -68,15 +69,19 @@ def test_the_command_line_imports_no_heavy_library():
 
 
 def test_help_names_every_command_and_so_does_a_call_without_one():
-    for arguments in (["--help"], []):
+    for arguments in (["--help"], ["-h"], []):
         result = medcot(*arguments)
         text = result.stdout + result.stderr
         assert all(command in text for command in ("run", "status", "doctor", "settings")), text
-    assert "--from" in medcot("run", "--help").stdout
+    assert "--from" in medcot("run", "-h").stdout and "--accelerator" in medcot("kaggle", "build", "-h").stdout
+
+
+def test_the_version_is_the_packages(medcot_here):
+    assert medcot_here("--version").stdout == f"medcot {medcot_utils.__version__}\n"
 
 
 def test_python_m_is_the_same_command():
-    command = [sys.executable, "-m", "medcot_utils", "settings", "nope"]
+    command = [sys.executable, "-m", "medcot_utils", "settings", "--profile", "nope"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert "unknown profile 'nope'" in the_one_line(result)
 
@@ -224,7 +229,7 @@ def test_a_command_beside_a_run_changes_nothing(medcot_here, run_factory, write_
     work_elsewhere(run.path)
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     name, *options = command
-    place = ["--run-dir", run.path] if name in ("train", "run") else [run.path]
+    place = ["--run-dir", run.path] if name == "run" else [run.path]
     assert "another medcot run is working in run/: wait until it ends" in the_one_line(medcot_here(name, *place, *options))
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
@@ -282,6 +287,15 @@ def test_status_as_json_has_no_metrics_before_the_comparison(tmp_path):
     assert "of the GPU" in shown and "8812 MB" in shown
 
 
+@pytest.mark.parametrize("command", ["status", "report", "grade", "chat", "push", "train"])
+def test_a_command_without_a_run_lists_those_that_are_here(command, medcot_here, tmp_path):
+    assert "There is none in runs/" in the_one_line(medcot_here(command, cwd=tmp_path))
+    for name in ("two", "one"):
+        Run.create(tmp_path / "runs" / name, load_config("smoke"))
+    (tmp_path / "runs" / "no run").mkdir()
+    assert "Found in runs/: runs/one, runs/two. Give one" in the_one_line(medcot_here(command, cwd=tmp_path))
+
+
 @pytest.mark.parametrize("left", [(), ("answer_tokens", "rouge_l")], ids=["none", "two"])
 def test_status_shows_the_headline_metrics_that_there_are(tmp_path, medcot_here, left):
     run = fill(Run.create(tmp_path / "run", load_config("smoke")))
@@ -297,17 +311,19 @@ def test_status_shows_the_headline_metrics_that_there_are(tmp_path, medcot_here,
 
 
 @pytest.mark.parametrize("measured", [True, False], ids=["measured", "not yet"])
-def test_status_has_a_column_for_the_merged_model(tmp_path, medcot_here, measured):
+def test_status_has_a_column_for_the_merged_model(tmp_path, medcot_here, monkeypatch, measured):
     run = fill_more(Run.create(tmp_path / "run", MORE), merged=measured)
     run.write("report", "<html>")
     run.record_step("06_comparison", state="done")
+    monkeypatch.setattr(main.console, "width", 80)
     table, stored = medcot_here("status", run.path), json.loads(medcot_here("status", run.path, "--json").stdout)
-    assert ("merged" in table.stdout.partition("before and after")[2].splitlines()[2]) is measured
+    assert max(len(line) for line in table.stdout.splitlines() if str(run.path) not in line and "What you" not in line) <= 80
+    assert ("merged" in table.stdout.partition("before and after")[2][:500]) is measured
     expected = "What you load behaves as what was measured: no" if measured else "Merged model: see notebook 07."
     assert expected in table.stdout and stored["merged_verdict"].startswith(expected)
     assert list(stored["merged"]) == (list(HEADLINE) if measured else [])
     assert list(stored["forced"]) == ["rouge_l", "answer_tokens"]
-    assert "0.71 [0.54, 0.88]" in table.stdout or not measured
+    assert "[0.54, 0.88]" in table.stdout or not measured, "an interval does not break"
     assert "with forced closing" in " ".join(table.stdout.split())
 
 
@@ -317,17 +333,19 @@ def test_doctor_says_of_every_profile_whether_it_can_run_here(tmp_path):
     lines = {profile: next(line for line in result.stdout.splitlines() if profile in line) for profile in PROFILES}
     assert all(" yes " in line or " no " in line for line in lines.values())
     assert " no " in lines["article"] and "no CUDA GPU is visible" in lines["article"]
+    assert " 6 GiB " in lines["small"] and "GiB" in lines["article"].partition(" no ")[2]
+    assert "to run smoke: medcot run --profile smoke" in result.stdout and "--profile article" not in result.stdout
     assert not (tmp_path / "run").exists(), "looking changes nothing"
     times = " ".join(result.stdout.split()).partition("CPU cores: by a probe of this machine")[2]
     assert "smoke" in times and "article" not in times and all(step in times for step in (*STEPS, "all seven"))
 
 
 def test_settings_lists_every_setting_with_its_value():
-    result = medcot("settings", "smoke")
+    result = medcot("settings", "--profile", "smoke")
     assert result.returncode == 0
     line = next(line for line in result.stdout.splitlines() if "training.learning_rate" in line)
     assert "0.002" in line
-    assert [name for name in setting_names() if name not in result.stdout] == []
+    assert [name for name in setting_names() if name != "profile" and name not in result.stdout] == []
 
 
 def test_a_tilde_after_the_equals_sign_is_the_home_folder(medcot_here, monkeypatch, tmp_path):
@@ -378,13 +396,13 @@ def test_train_keeps_the_stored_processes_unless_it_is_told(given, settings, med
     asked = []
     monkeypatch.setattr(main, "_run_notebooks", lambda folder, profile, settings, *rest: asked.extend(settings))
     Run.create(tmp_path / "run", load_config("smoke", ["training.num_processes=2"]))
-    assert medcot_here("train", "--run-dir", tmp_path / "run", *given).returncode == 0
+    assert medcot_here("train", tmp_path / "run", *given).returncode == 0
     assert asked == settings
 
 
 def test_settings_of_auto_are_those_of_the_profile_it_means(medcot_here, monkeypatch):
     monkeypatch.setattr(hardware, "visible_gpus", list)
-    said = medcot_here("settings", "auto").stdout
+    said = medcot_here("settings", "--profile", "auto", "training").stdout
     assert "profile demo: no CUDA GPU is visible" in said and "value in demo" in said
 
 

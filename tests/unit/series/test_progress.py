@@ -25,7 +25,7 @@ def cells():
         v4.new_code_cell("answer()"),
     ]
     streams = ("stdout", "stderr", "stderr")
-    bars = ["24 answers in batches of 8\n", "\ranswers:  0%| 0/24", "\ranswers: 33%| 8/24 [01:00<02:00]\n\n"]
+    bars = ["24 answers in batches of 8\n", "\ranswers:  0%| 0/24", "\ranswers: 33%|###     | 8/24 [01:00<02:00]\n\n"]
     made[4].outputs = [v4.new_output("stream", name=name, text=text) for name, text in zip(streams, bars, strict=True)]
     return made
 
@@ -35,7 +35,7 @@ def test_a_cell_belongs_to_the_last_section_before_it(cells):
 
 
 def test_the_last_state_of_a_bar_is_what_a_cell_shows(cells):
-    assert read_last_line(cells, 4) == "answers: 33%| 8/24 [01:00<02:00]"
+    assert read_last_line(cells, 4) == "answers: 33% 8/24 [01:00<02:00]"
     assert read_last_line(cells, 1) == "" and read_last_line([], 0) == ""
 
 
@@ -53,6 +53,17 @@ def test_a_running_notebook_is_told_of_until_it_ends(cells, monkeypatch):
     count = len(said)
     time.sleep(0.05)
     assert len(said) == count, "silent once the notebook has ended"
+
+
+def test_a_terminal_shows_it_all_the_time_and_gets_no_lines(cells, monkeypatch):
+    monkeypatch.setattr(progress, "_LIVE_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "_EVERY_SECONDS", 0.01)
+    said, shown, told = [], [], threading.Event()
+    with watching("05_training", None, said.append, lambda line: (shown.append(line), told.set())) as watch:
+        watch.begin_cell(cells, 4)
+        told.clear()
+        assert told.wait(10)
+    assert shown[-1] == "05_training: 2.7 The answers, answers: 33% 8/24 [01:00<02:00]" and not said
 
 
 def test_a_notebook_without_an_estimate_still_tells_its_section(cells):

@@ -34,7 +34,7 @@ def notebooks(monkeypatch, content):
             super().__init__()
             self.ran = []
 
-        def run(self, run, notebook, given, report, say):
+        def run(self, run, notebook, given, report, say, show):
             self.ran.append(notebook.stem)
             report(notebook.stem, 1, 20)
             if notebook.stem in self:

@@ -1,0 +1,21 @@
+"""The run that a command works on: the one it is given, or a line that lists those that are here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from medcot_utils.errors import MedcotError
+
+RUNS = Path("runs")  # where `medcot run` keeps them, if it is not told
+
+
+def choose_run(run_dir: Path | None) -> Path:
+    """Return the run directory that was given. Raises MedcotError that lists the runs below runs/ if none was."""
+    from medcot_utils.run.directory import CONFIG
+
+    if run_dir is not None:
+        return run_dir
+    found = sorted(str(file.parent) for file in RUNS.glob(f"*/{CONFIG}"))
+    if not found:
+        raise MedcotError(f"which run? There is none in {RUNS}/: give its directory, or make one with `medcot run`")
+    raise MedcotError(f"which run? Found in {RUNS}/: {', '.join(found)}. Give one of these, or another directory")
