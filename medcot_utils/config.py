@@ -250,13 +250,22 @@ def load_config(profile: str, overrides: Iterable[str] | str = ()) -> RunConfig:
     default = config_from_dict(values)
     others = [name for name in _PINS if name in given and given[name] != default.get(name)]
     unpinned = {pin: None for name in others for pin in _PINS[name]}
-    for name, value in (unpinned | given).items():
+    return config_from_dict(_with_leaves(values, unpinned | given))
+
+
+def with_values(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration with other values of the named settings. Raises ConfigError for a value that is none of theirs."""
+    return config_from_dict(_with_leaves(config.model_dump(mode="json"), changes))
+
+
+def _with_leaves(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in changes.items():
         node = values
         *sections, leaf = name.split(".")
         for section in sections:
             node = node.setdefault(section, {})
         node[leaf] = value
-    return config_from_dict(values)
+    return values
 
 
 def overrides_of(config: RunConfig) -> list[str]:
@@ -292,16 +301,15 @@ def with_absolute_paths(config: RunConfig, held: RunConfig | None = None) -> Run
 
     A path that `held`, the configuration of an existing run, names in another way stays as it is there: the name is part of
     fingerprints, and another name for the same file redoes nothing."""
-    values = config.model_dump(mode="json")
+    changes = {}
     for setting, found in local_paths(config).items():
         spelled = {path: _absolute(path) for path in found}
         for earlier in local_paths(held).get(setting, []) if held else []:
             same = [path for path in found if os.path.realpath(_absolute(earlier)) == os.path.realpath(spelled[path])]
             spelled |= dict.fromkeys(same, earlier)
-        section, leaf = setting.split(".")
-        value = values[section][leaf]
-        values[section][leaf] = [spelled.get(one, one) for one in value] if isinstance(value, list) else spelled[value]
-    return config_from_dict(values)
+        value = config.get(setting)
+        changes[setting] = [spelled.get(one, one) for one in value] if isinstance(value, list) else spelled[value]
+    return with_values(config, changes)
 
 
 def _absolute(path: str) -> str:

@@ -90,6 +90,14 @@ def _model_cache(shared_folder: Path) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _user_key() -> Iterator[None]:
+    """Runs are signed with a key of this session: no test makes one in the home of whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDCOT_KEY", "the key of whoever runs the tests")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test sees the secrets, the platform or the session that it runs in."""

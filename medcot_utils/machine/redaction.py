@@ -23,7 +23,7 @@ LOOKS_LIKE = {
     "a Weights & Biases key": re.compile(r"wandb_v\d_[A-Za-z0-9_]{20,}|wandb[^\n]{0,40}\b[0-9a-f]{40}\b"),
 }
 # Held for other programs, and no business of the series: not looked for, but kept out of what is written all the same.
-_OTHERS = ("HUGGING_FACE_HUB_TOKEN", "KAGGLE_API_TOKEN", "KAGGLE_KEY", "KAGGLE_USER_SECRETS_TOKEN")
+_OTHERS = ("MEDCOT_KEY", "HUGGING_FACE_HUB_TOKEN", "KAGGLE_API_TOKEN", "KAGGLE_KEY", "KAGGLE_USER_SECRETS_TOKEN")
 
 
 def known_secrets(settings: SecretsSettings | None = None) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Run: the directory through which the notebooks speak to each other.
 
 config.json      the resolved configuration
+accounts.json    which of its settings about accounts this user gave, signed
 manifest.json    each artifact with sha256, size and the fingerprint of what it was made from; each step's state
 <artifacts>      files and folders, written whole or not at all
 checkpoints/     the trainer's own, one folder per fingerprint
@@ -27,6 +28,7 @@ from medcot_utils.machine import paths
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.durations import TimeEstimate, describe_end, describe_time
 from medcot_utils.machine.gpu import peak_gpu_memory_mb
+from medcot_utils.run.accounts import ACCOUNTS, settings_that_count, settings_to_store, sign_settings
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS, Artifact
 from medcot_utils.run.changes import why_stale
 from medcot_utils.run.clock import SessionClock
@@ -55,10 +57,11 @@ _MADE_FROM_DATA = ("dataset.name", "dataset.subset", "dataset.revision", "datase
 
 
 class Run:
-    """A run directory, opened. `run.config` is its configuration; artifacts go by their names in `artifacts.ARTIFACTS`."""
+    """A run directory, opened. `run.config` is its configuration, and `run.stored` the same as config.json holds it: with
+    settings about accounts that do not count (`accounts`). Artifacts go by their names in `artifacts.ARTIFACTS`."""
 
-    def __init__(self, path: Path, config: RunConfig):
-        self.path, self.config = path, config
+    def __init__(self, path: Path, config: RunConfig, stored: RunConfig | None = None):
+        self.path, self.config, self.stored = path, config, stored or config
         self._verified: dict[str, str] = {}
         self._sources: dict[Artifact, dict[str, str]] = {}  # as they were when the step began
         self._clock = SessionClock(config.training.max_hours)
@@ -74,9 +77,13 @@ class Run:
         path = Path(path)
         cls.check_place(path, config, force)
         with hold(path, "notebook 01_setup"):
-            config = with_absolute_paths(config, cls.stored_config(path))
-            write_atomic(path / CONFIG, to_json(config.model_dump(mode="json")))
-            run = cls(path, config)
+            there = cls.open_if_readable(path)
+            config = with_absolute_paths(config, there.config if there else None)
+            stored, given = settings_to_store(config, there)
+            values = stored.model_dump(mode="json")
+            sign_settings(path, values, given)
+            write_atomic(path / CONFIG, to_json(values))
+            run = cls.open(path)
             try:
                 run.manifest()
             except RunError:
@@ -84,10 +91,10 @@ class Run:
         return run
 
     @classmethod
-    def stored_config(cls, path: Path) -> RunConfig | None:
-        """Return the settings of the run in a folder; None if there is no run, or none that can be read."""
+    def open_if_readable(cls, path: Path) -> Run | None:
+        """Return the run in a folder; None if there is no run, or none that can be read."""
         try:
-            return cls.open(path).config
+            return cls.open(path)
         except RunError:
             return None
 
@@ -99,7 +106,7 @@ class Run:
         whose results come from other data or another revision (unless `force`, which redoes in place what differs)."""
         try:
             path.mkdir(parents=True, exist_ok=True)
-            there = {file.name for file in path.iterdir()} - {LOCK, HOLDER}
+            there = {file.name for file in path.iterdir()} - {LOCK, HOLDER, ACCOUNTS}
         except OSError as error:
             raise cannot_be_written(path, error) from error
         if force and MANIFEST in there:
@@ -128,20 +135,22 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """Return a run that notebook 01 made. Raises RunError if there is none or it cannot be read."""
+        """Return a run that notebook 01 made. Settings about accounts that this user did not write do not count, and one line
+        on stderr says so. Raises RunError if there is no run or it cannot be read."""
         path = Path(path)
         if not (path / CONFIG).exists():
             raise RunError(
                 f"no run in {path.absolute()}/: run notebook 01_setup first, or give the run directory of one (RUN_DIR)"
             )
         try:
-            config = config_from_dict(read_json(path / CONFIG))
+            values = read_json(path / CONFIG)
+            stored = config_from_dict(values)
         except (OSError, ValueError, ConfigError) as error:
             raise RunError(
                 f"{path.name}/{CONFIG} cannot be read ({error}): run notebook 01_setup in another run directory, or redo this "
                 f"one in place with `medcot run --profile NAME --force`"
             ) from error
-        return cls(path, config)
+        return cls(path, settings_that_count(path, values, stored), stored)
 
     # --- manifest --------------------------------------------------------------------------------------------
 
@@ -158,14 +167,14 @@ class Run:
 
     # --- fingerprints ----------------------------------------------------------------------------------------
 
-    def fingerprint(self, name: str, recorded: Mapping[str, str] | None = None) -> str:
+    def fingerprint(self, name: str, recorded: Mapping[str, str] | None = None, config: RunConfig | None = None) -> str:
         """Return the sha256 over the settings, the input artifacts and the local files that the artifact is made from.
 
-        `recorded`: inputs of the manifest's entry, to compare with that (see `input_digests`). Raises RunError if an input is
-        not there yet."""
+        `recorded`: inputs of the manifest's entry, to compare with that (see `input_digests`). `config`: other settings than
+        the run's own. Raises RunError if an input is not there yet."""
         artifact = ARTIFACTS[name]
         made_from = {
-            "settings": self.config.digest(artifact.settings),
+            "settings": (config or self.config).digest(artifact.settings),
             "inputs": self.input_digests(artifact, recorded),
             "version": artifact.version,
         }
@@ -197,7 +206,10 @@ class Run:
         size alone if not `deep`."""
         try:
             entry = self._entry(name)
-            if entry["fingerprint"] != self.fingerprint(name, entry["inputs"]) or self._size_on_disk(name) != entry["bytes"]:
+            # Nothing is made again because settings about accounts do not count here: it was made when they did.
+            settings = (self.config,) if self.stored is self.config else (self.config, self.stored)
+            made_now = (self.fingerprint(name, entry["inputs"], config) for config in settings)
+            if entry["fingerprint"] not in made_now or self._size_on_disk(name) != entry["bytes"]:
                 return False
             return not deep or self.require(name).exists()
         except RunError:

@@ -93,7 +93,8 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
     else:
         name, line = hardware.resolve_profile(profile or "auto")
         config = load_config(name, overrides)
-    stored = Run.stored_config(run_dir)  # None for a new run, or for one that --force is to make readable again
+    there = Run.open_if_readable(run_dir)  # None for a new run, or for one that --force is to make readable again
+    stored = there.config if there else None
     config = with_absolute_paths(config, stored)
     counts = [check.line for check in preflight(config, run_dir, online=False) if check.name in ("data", "questions")]
     changes = describe_changes(stored.leaves(setting_names()), config.leaves(setting_names())) if stored else []

@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from medcot_utils.config import TrackingSettings
 from medcot_utils.machine.redaction import redact
@@ -43,6 +43,7 @@ class TrackedRun(TypedDict):
     name: str
     folder: str  # with the tracker's files, relative to the run directory
     url: str  # empty if the run is on this machine only
+    signatures: NotRequired[list[str]]  # of this user (`user_key`), for a tracker that sends; earlier runs lack them
 
 
 def describe_error(error: Exception) -> str:

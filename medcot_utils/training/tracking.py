@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from medcot_utils.config import RunConfig
 from medcot_utils.errors import MedcotError
-from medcot_utils.machine import hardware, secrets
+from medcot_utils.machine import hardware, secrets, user_key
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import to_json, write_atomic
 from medcot_utils.training.trackers import TRACKERS, TrackedRun, Tracker, describe_error
@@ -98,13 +98,23 @@ def check_tracker(config: RunConfig) -> str:
 
 
 def _tracked_run(run: Run, choice: TrackerChoice) -> TrackedRun:
-    """Return the run's tracked run: the stored one, or a new one for another training, project or tracker."""
+    """Return the run's tracked run: the stored one, or a new one for another training, project or tracker.
+
+    Online, a stored one counts only if this user's sessions made it: its id may be that of another run in the user's account."""
     mark = {"backend": choice.backend, "project": run.config.tracking.project, "fingerprint": run.fingerprint("adapter")}
     held = _stored(run)
+    if held and choice.mode == "online" and not user_key.is_signed(_identity(held), held.get("signatures")):
+        print(f"tracking: {STATE} was not written by you (or by an earlier version): a new tracked run begins")
+        held = None
     if held is None or any(held.get(key) != value for key, value in mark.items()):
         held = mark | {"id": token_hex(4), "url": "", "folder": ""}
         held["name"] = f"{run.path.absolute().name}-{held['id']}"
     return held | {"mode": choice.mode}
+
+
+def _identity(tracked: TrackedRun) -> str:
+    """Return what is signed of a tracked run."""
+    return json.dumps([tracked.get(key) for key in ("backend", "project", "fingerprint", "id")])
 
 
 def _stored(run: Run) -> TrackedRun | None:
@@ -135,6 +145,8 @@ class Session:
         folder = self.run.path.absolute() / FOLDER
         folder.mkdir(exist_ok=True)
         tracked = tracker.open(folder, tracked, self.run.config.tracking, _configuration(self.run))
+        if tracked["backend"] == "wandb":
+            tracked |= {"signatures": user_key.sign(_identity(tracked))}
         write_atomic(self.run.path / STATE, to_json(tracked))
 
     def send(self, call: Callable[[Tracker], None]) -> None:

@@ -1,80 +1,20 @@
-"""W&B online and `wandb sync`, with the real client against PyPI's openwandb on the loopback.
-
-openwandb's licence is for non-commercial use and it is in no requirements file: it is installed for this test alone, into the
-cache folder, and the test is skipped where that takes longer than a minute or cannot be done."""
+"""W&B online and `wandb sync`, with the real client against PyPI's openwandb on the loopback."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import socket
-import sqlite3
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-import pytest
+from wandb_server import held
 
 from medcot_utils.evaluation.comparison import metrics_table
-from medcot_utils.machine import paths
 from medcot_utils.training import tracking
 
-OPENWANDB = "openwandb==0.5.25"
-
-
-def _installed() -> Path:
-    folder = paths.cache_dir() / "tests" / OPENWANDB
-    if not (folder / "openwandb").is_dir():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), OPENWANDB]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        except subprocess.TimeoutExpired:
-            pytest.skip(f"{OPENWANDB} was not installed within a minute")
-        if done.returncode:
-            pytest.skip(f"{OPENWANDB} cannot be installed: {done.stderr.strip()[-200:]}")
-    return folder
-
-
-def _ask(address: str, body: dict, token: str = "") -> dict:
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-    with urllib.request.urlopen(urllib.request.Request(address, json.dumps(body).encode(), headers), timeout=30) as answer:
-        return json.load(answer)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """(address, key, the server's database) of a running openwandb."""
-    packages, home = _installed(), tmp_path_factory.mktemp("openwandb")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "openwandb", "serve", "--host", "127.0.0.1", "--port", str(port), "--data-dir", str(home)]
-    environment = os.environ | {"PYTHONPATH": str(packages), "HOME": str(home)}
-    with (home / "server.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            with contextlib.suppress(urllib.error.URLError):
-                urllib.request.urlopen(address, timeout=5).close()
-                break
-            time.sleep(0.2)
-        login = _ask(f"{address}/api/v2/auth/login", {"username": "admin", "password": "admin123"})
-        key = _ask(f"{address}/api/v2/settings/api-keys", {"name": "test"}, login["token"])["api_key"]["key"]
-        yield address, key, home / "openwandb.db"
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def held(database, query, *values):
-    with contextlib.closing(sqlite3.connect(database)) as connection:
-        return connection.execute(query, values).fetchall()
+pytest_plugins = ("wandb_server",)
 
 
 def wait_for_losses(database, steps):
@@ -98,8 +38,8 @@ def assert_whole(database, run_id):
     assert ("report",) in held(database, "select artifact_type from artifacts where run_id = ?", run_id)
 
 
-def test_an_online_run_stays_one_run_after_kill_and_resume(server, trained, train_tracked, in_child, monkeypatch):
-    address, key, database = server
+def test_an_online_run_stays_one_run_after_kill_and_resume(wandb_server, trained, train_tracked, in_child, monkeypatch):
+    address, key, database = wandb_server
     monkeypatch.setenv("WANDB_BASE_URL", address)
     monkeypatch.setenv("WANDB_API_KEY", key)
     run = trained("tracking.backend=wandb", "tracking.mode=online", "training.max_steps=6")
@@ -119,8 +59,8 @@ def test_an_online_run_stays_one_run_after_kill_and_resume(server, trained, trai
     assert_whole(database, state["id"])
 
 
-def test_an_offline_run_is_uploaded_by_the_printed_command(server, trained, train_tracked, in_child):
-    address, key, database = server
+def test_an_offline_run_is_uploaded_by_the_printed_command(wandb_server, trained, train_tracked, in_child):
+    address, key, database = wandb_server
     run = trained("tracking.backend=wandb", "training.max_steps=6")
     in_child(lambda: train_tracked(run, 0, 6))
     said = in_child(

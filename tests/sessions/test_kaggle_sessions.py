@@ -5,23 +5,29 @@ MEDCOT_KAGGLE_PROFILE=demo runs the bare session on the embedded default instead
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import hub_server
 import nbformat
 import pytest
 from kaggle_server import KaggleServer
+from wandb_server import held
 
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import remove
 from medcot_utils.series.kaggle import build, client
 from medcot_utils.series.kaggle.earlier import RUN_NAME, copy_run, find_earlier
+
+pytest_plugins = ("wandb_server",)
 
 ROOT = Path(__file__).parents[2]
 # What a Kaggle image has of itself; everything else the pushed notebook must bring.
@@ -68,18 +74,21 @@ def received(tmp_path, monkeypatch):
     server.shutdown()
 
 
-def session(python, text, place):
-    """Run the text in `place` with Kaggle's environment around it, as Kaggle does, with papermill: (process, executed cells)."""
+def session(python, text, place, **variables):
+    """Run the text in `place` with Kaggle's environment around it, as Kaggle does, with papermill: (process, executed cells).
+
+    Its home folder ends with it, and so would a key of the user's."""
     for name in ("working", "input", "elsewhere"):
         (place / name).mkdir(parents=True, exist_ok=True)
     (place / "received.ipynb").write_text(text)
-    dropped = ("PYTHONPATH", "VIRTUAL_ENV", "MEDCOT_NOTEBOOKS", "MEDCOT_RUN_DIR")
+    dropped = ("PYTHONPATH", "VIRTUAL_ENV", "MEDCOT_NOTEBOOKS", "MEDCOT_RUN_DIR", "MEDCOT_KEY")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     environment |= {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "MEDCOT_KAGGLE_ROOT": str(place), "CUDA_VISIBLE_DEVICES": ""}
     environment["HUGGINGFACE_TOKEN"] = SECRET
     environment["PATH"] = f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"
     if python == sys.executable:  # the environment of the tests has every pin, and must not be changed if it had not
         environment |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
+        environment |= {"HOME": str(place / "home"), "XDG_CONFIG_HOME": str(place / "home" / ".config")} | variables
     command = [str(python), "-m", "papermill", "-k", "python3", "--no-progress-bar", "../received.ipynb", "../executed.ipynb"]
     done = subprocess.run(
         command, cwd=place / "elsewhere", env=environment, capture_output=True, text=True, timeout=2400, check=False
@@ -147,7 +156,6 @@ def mount(run_dir, place, name):
 
 PAUSES = {
     "02_baseline_inference": ("likelihood, base: stopped after 0 of 4", "4 of 4 answers are kept from before"),
-    "05_training": ("stopped after step 1 of 6", "resuming after step 1 of 6 (checkpoint-1)"),
     "06_comparison": ("likelihood, tuned: stopped after 0 of 4", "4 of 4 answers are kept from before"),
 }
 
@@ -193,6 +201,77 @@ def test_a_second_session_resumes_what_the_first_one_left(step, received, run_be
     assert all(f"{name}: done before" in said(cells) for name in list(STEPS)[1:done])
     run = assert_complete(tmp_path / "second")
     assert resumed in (run.path / "notebooks" / f"{step}.ipynb").read_text()
+
+
+# --- accounts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accounts(wandb_server, monkeypatch):
+    """A Hub on which the session's token is ann's, and what sends the sessions there and to W&B."""
+    address, key, _ = wandb_server
+    monkeypatch.setitem(hub_server.USERS, SECRET, ("ann", "write"))
+    with hub_server.Hub() as hub:
+        variables = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "WANDB_BASE_URL": address, "WANDB_API_KEY": key}
+        yield hub, variables | {"HF_HUB_OFFLINE": "0"}
+
+
+def tracked(database):
+    """What W&B holds: {id of a run: (project, its steps with a loss)}."""
+    runs = held(database, "select run_id, name from runs join projects on projects.id = project_id")
+    steps = "select distinct step from metrics where run_id = ? and key = 'train/loss' order by step"
+    return {run: (project, [step for (step,) in held(database, steps, run)]) for run, project in runs}
+
+
+@pytest.mark.timeout(1200)
+def test_a_second_session_tracks_and_pushes_as_the_first(received, run_before, accounts, wandb_server, tmp_path):
+    (hub, variables), before = accounts, tracked(wandb_server[2])
+    settings = ["tracking.backend=wandb", "tracking.project=hearts", "hub.repo_id=ann/hearts"]
+    mount(run_before("05_training"), tmp_path / "first", "earlier")
+    text = received("ann/one-run", "smoke", [*settings, "training.max_hours=0.000001"])
+    first, cells = session(sys.executable, text, tmp_path / "first", **variables)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert "medcot: paused. 05_training: stopped after step 1 of 6" in said(cells)
+    (mine,) = set(tracked(wandb_server[2])) - set(before)
+    assert hub.repos == {}
+
+    # The next session's notebook is built by the command that this one printed, and so gives the same settings.
+    command = shlex.split(said(cells).rpartition("from a checkout: ")[2].partition(" && ")[0])
+    again = [given for option, given in itertools.pairwise(command) if option == "--set"]
+    assert again == [*settings, "training.max_hours=0.000001"]
+    mount(tmp_path / "first" / "working", tmp_path / "second", "one-run")
+    text = received("ann/one-run-2", "smoke", again[:-1], continue_from=["ann/one-run"])
+    second, cells = session(sys.executable, text, tmp_path / "second", **variables)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert "4 notebooks are done there" in said(cells) and "The series is complete" in said(cells)
+    run = assert_complete(tmp_path / "second")
+    assert "resuming after step 1 of 6 (checkpoint-1)" in (run.path / "notebooks" / "05_training.ipynb").read_text()
+
+    now = tracked(wandb_server[2])
+    assert set(now) - set(before) == {mine} and now[mine] == ("hearts", [1, 2, 3, 4, 5, 6]), "one tracked run"
+    assert hub.repos["model", "ann/hearts"]["private"] and hub.repos["model", "ann/hearts"]["tags"]
+    assert "because you did not set" not in said(cells)
+
+
+@pytest.mark.timeout(1200)
+def test_a_strangers_run_is_trained_on_and_nothing_sent(received, run_before, accounts, wandb_server, tmp_path):
+    (hub, variables), before = accounts, tracked(wandb_server[2])
+    run_dir = run_before("05_training")
+    values = json.loads((run_dir / "config.json").read_text())
+    values["hub"] |= {"repo_id": "ann/hearts", "private": False}
+    values["tracking"] |= {"backend": "wandb", "mode": "online", "entity": "mallory", "project": "taken"}
+    values["secrets"] |= {"wandb": ["BANK_PIN"], "huggingface": ["BANK_PIN"]}
+    (run_dir / "config.json").write_text(json.dumps(values))
+    mount(run_dir, tmp_path / "kaggle", "a-strangers-run")
+    text = received("ann/one-run", "smoke", ["tracking.backend=auto"], continue_from=["mallory/a-strangers-run"])
+    done, cells = session(sys.executable, text, tmp_path / "kaggle", **variables, BANK_PIN="the number of my account")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "4 notebooks are done there" in said(cells) and "The series is complete" in said(cells)
+    run = assert_complete(tmp_path / "kaggle")
+    assert run.manifest()["steps"]["05_training"]["state"] == "done"
+    named = "hub.repo_id, hub.private, tracking.project, tracking.entity, secrets.huggingface, secrets.wandb"
+    assert f"ignored {named}, because you did not set them" in said(cells) and "--set hub.repo_id=ann/hearts" in said(cells)
+    assert tracked(wandb_server[2]) == before and hub.requests == []
 
 
 def test_a_failed_series_fails_the_session_and_keeps_its_results(received, tmp_path):

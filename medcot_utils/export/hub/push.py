@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from medcot_utils.config import HubSettings, RunConfig, SecretsSettings, config_from_dict
+from medcot_utils.config import HubSettings, RunConfig, SecretsSettings, with_values
 from medcot_utils.export.hub.files import (
     PlannedRepository,
     agrees,
@@ -43,9 +43,7 @@ PIECE_BYTES = 32 << 20  # downloaded at a time of a whole file: a broken connect
 
 def hub_settings(run: Run, **changes: Any) -> HubSettings:
     """Return the run's hub settings with those of one push laid over them (None: as the run says). Raises ConfigError."""
-    values = run.config.model_dump(mode="json")
-    values["hub"] |= {name: value for name, value in changes.items() if value is not None}
-    return config_from_dict(values).hub
+    return with_values(run.config, {f"hub.{name}": value for name, value in changes.items() if value is not None}).hub
 
 
 def check_hub(config: RunConfig, token: str | None = None) -> str:

@@ -395,11 +395,13 @@ def test_known_secrets_come_from_every_source_not_only_the_first(monkeypatch, se
     (tmp_path / "kaggle.json").write_text('{"username": "ann", "key": "kaggle key"}')
     monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path))
     monkeypatch.delenv("KAGGLE_API_TOKEN", raising=False)
+    monkeypatch.setenv("MEDCOT_KEY", "what signs runs")
     assert redaction.known_secrets(load_config("smoke", ["secrets.huggingface=[STORED]"]).secrets) == {
         SECRET: "environment HF_TOKEN",
         "an older one": "environment HUGGINGFACE_TOKEN",
         "stored secret": "Kaggle secret STORED",
         "kaggle key": "Kaggle's token file",
+        "what signs runs": "environment MEDCOT_KEY",
     }
 
 

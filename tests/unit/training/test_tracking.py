@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from medcot_utils.config import load_config
@@ -75,3 +77,34 @@ def test_article_has_its_project_and_job_type_smoke_is_untracked():
     assert article.project == "Fine-tune-DeepSeek-R1-Distill-Llama-8B on Medical COT Dataset"
     assert article.job_type == "training" and article.backend == "auto"
     assert choose_tracker(load_config("smoke")).backend == "none"
+
+
+class Recorder:
+    """A tracker that notes which tracked run it was opened with."""
+
+    opened = ()  # ids, one after the other
+
+    def open(self, folder, tracked, settings, config):
+        Recorder.opened += (tracked["id"],)
+        return tracked
+
+
+def test_online_only_an_own_tracked_run_is_resumed(run_factory, write_all, monkeypatch, capsys):
+    run = write_all(run_factory("tracking.backend=wandb"))
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setitem(tracking.TRACKERS, "wandb", Recorder)
+    monkeypatch.setattr(Recorder, "opened", ())
+    for _ in range(2):
+        tracking.Session(run)
+    mine, state = Recorder.opened[0], run.path / "tracking.json"
+    assert Recorder.opened == (mine, mine) and capsys.readouterr().out == ""
+    tracked = json.loads(state.read_text())
+    for change in ({"id": "victim01"}, {"signatures": []}, {"signatures": [7]}, {"signatures": None}):
+        state.write_text(json.dumps(tracked | change))
+        tracking.Session(run)
+    assert not {mine, "victim01"} & set(Recorder.opened[2:]), "somebody may have put another run's id there"
+    assert "tracking.json" in capsys.readouterr().out
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    state.write_text(json.dumps(tracked | {"signatures": []}))
+    tracking.Session(run)
+    assert Recorder.opened[-1] == mine, "nothing is sent, so nothing of another run can be changed"

@@ -1,0 +1,132 @@
+"""Settings about accounts: where results are sent, under whose name, and which secrets are read for it.
+
+They count only if this user has written them. `Run.create` is given them by a call, and signs them (accounts.json); a run
+directory that comes from somebody else, or from an earlier version, holds them without such a signature, and then they stand
+at the profile's values. They stay in config.json all the same, since fingerprints are made of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
+
+from medcot_utils.config import PROFILES, RunConfig, load_config, setting_names, with_values
+from medcot_utils.machine import user_key
+from medcot_utils.run.files import to_json, write_atomic
+from medcot_utils.text_files import read_json
+
+if TYPE_CHECKING:
+    from medcot_utils.run.directory import Run
+
+ACCOUNTS = "accounts.json"
+_ABOUT_ACCOUNTS = ("hub.", "secrets.", "tracking.entity", "tracking.project")
+_MODE = "tracking.mode"
+_LONGEST_SHOWN = 100  # characters of a value, which is somebody else's text
+
+
+class SignedSettings(TypedDict):
+    """What accounts.json records of one config.json."""
+
+    settings: list[str]  # the names of those that this user gave
+    signatures: list[str]  # of these names and of all that config.json holds, as `user_key.sign` makes them
+
+
+_said: set[tuple[Path, str]] = set()
+
+
+def _defaults(config: RunConfig) -> dict[str, Any]:
+    """Return the settings about accounts, and tracking.mode, at the values of the configuration's profile."""
+    profile = load_config(config.profile if config.profile in PROFILES else PROFILES[0])
+    return {name: profile.get(name) for name in setting_names() if name.startswith(_ABOUT_ACCOUNTS) or name == _MODE}
+
+
+def settings_that_count(path: Path, values: Any, stored: RunConfig) -> RunConfig:
+    """Return the configuration of the run in `path` as far as it counts for this user; `values` is what its config.json holds.
+
+    If a setting about accounts does not count, one line on stderr names it, and W&B is offline: online it would write to
+    another place than the run was meant for. Raises PlatformError for a key of this user that is too short."""
+    defaults = _defaults(stored)
+    others = [name for name, value in defaults.items() if name != _MODE and stored.get(name) != value]
+    signed = _signed_settings(path, values) if others else frozenset()
+    if not (ignored := [name for name in others if name not in signed]):
+        return stored
+    offline = {} if _MODE in signed else {_MODE: "offline"}
+    counting = with_values(stored, {name: defaults[name] for name in ignored} | offline)
+    _say_ignored(path, stored, ignored, counting)
+    return counting
+
+
+def _say_ignored(path: Path, stored: RunConfig, ignored: list[str], counting: RunConfig) -> None:
+    them = "them" if len(ignored) > 1 else "it"
+    until = ["nothing is pushed"] if counting.hub.repo_id is None else []
+    until += ["Weights & Biases stays offline"] if counting.tracking.mode == "offline" else []
+    then = f"; {' and '.join(until)}" if until else ""
+    options = shlex.join(part for name in ignored for part in ("--set", f"{name}={_show(stored.get(name))}"))
+    line = (
+        f"{path.absolute().name}/config.json: ignored {', '.join(ignored)}, because you did not set {them}{then}. To use {them}: "
+        f"{options} (in notebook 01: OVERRIDES; medcot push: --repo-id)"
+    )
+    if (path.absolute(), line) not in _said:  # a process opens its run several times
+        _said.add((path.absolute(), line))
+        print(line, file=sys.stderr)
+
+
+def _show(value: Any) -> str:
+    """Return a value as --set takes it, in ASCII, since it is shown on a terminal; `...` for one that would fill it."""
+    text = json.dumps(value)
+    if isinstance(value, str) and re.fullmatch(r"(?!null$)[\w./-]+", value, re.ASCII | re.IGNORECASE):
+        text = value
+    return text if len(text) <= _LONGEST_SHOWN else "..."
+
+
+def settings_to_store(config: RunConfig, there: Run | None) -> tuple[RunConfig, list[str]]:
+    """Return what config.json is to hold, and the names of the settings in it that are to be signed: those of this call.
+
+    What `there`, the run in the same place, holds without it counting stays there, unless this call gives another value."""
+    kept = {}
+    if there:
+        names = [name for name in _defaults(there.stored) if there.stored.get(name) != there.config.get(name)]
+        kept = {name: there.stored.get(name) for name in names if config.get(name) == there.config.get(name)}
+    given = [name for name, value in _defaults(config).items() if name not in kept and config.get(name) != value]
+    return with_values(config, kept), given
+
+
+def sign_settings(path: Path, values: Any, names: list[str]) -> None:
+    """Record that this user gives the named settings of a config.json that holds `values`, before that is written.
+
+    The record before stays beside it, and counts if config.json remains, or is put back, as it was."""
+    given = [{"settings": names, "signatures": user_key.sign(_text(names, values))}] if names else []
+    earlier = _records(path)
+    if (records := given + [record for record in earlier if record not in given][:1]) != earlier:
+        write_atomic(path / ACCOUNTS, to_json(records))
+
+
+def _signed_settings(path: Path, values: Any) -> frozenset[str]:
+    for record in _records(path):
+        if user_key.is_signed(_text(record["settings"], values), record["signatures"]):
+            return frozenset(record["settings"])
+    return frozenset()
+
+
+def _records(path: Path) -> list[SignedSettings]:
+    """Return what accounts.json holds: the newest first, and the one before it. What cannot be read is as good as none."""
+    try:
+        return _shape().validate_python(read_json(path / ACCOUNTS))[:2]
+    except (OSError, ValueError):
+        return []
+
+
+@cache
+def _shape() -> TypeAdapter[list[SignedSettings]]:
+    return TypeAdapter(list[SignedSettings])
+
+
+def _text(names: list[str], values: Any) -> str:
+    return json.dumps([names, values], sort_keys=True)
