@@ -27,6 +27,7 @@ from medcot_utils.machine import paths
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.durations import TimeEstimate, describe_end, describe_time
 from medcot_utils.machine.gpu import peak_gpu_memory_mb
+from medcot_utils.machine.names import refuse_links_out
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS, Artifact
 from medcot_utils.run.changes import why_stale
 from medcot_utils.run.clock import SessionClock
@@ -128,12 +129,14 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """Return a run that notebook 01 made. Raises RunError if there is none or it cannot be read."""
+        """Return a run that notebook 01 made. Raises RunError if there is none or it cannot be read, and OutsideError if a link
+        leads out of it."""
         path = Path(path)
         if not (path / CONFIG).exists():
             raise RunError(
                 f"no run in {path.absolute()}/: run notebook 01_setup first, or give the run directory of one (RUN_DIR)"
             )
+        refuse_links_out(path)
         try:
             config = config_from_dict(read_json(path / CONFIG))
         except (OSError, ValueError, ConfigError) as error:
