@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from medcot_utils.errors import MedcotError
+from medcot_utils.machine.names import require_inside
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -32,10 +33,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Return {weight: its file} of an index of shards. Raises WeightFilesError for an index that cannot be followed."""
+    """Return {weight: its file} of an index of shards. Raises WeightFilesError for an index that cannot be followed, and
+    OutsideError for one that names a file of another folder."""
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        usable = bool(found) and all(_is_below(name) for name in found.values())
+        usable = bool(found) and all(name.endswith(".safetensors") for name in found.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         usable = False
     if not usable:
@@ -43,9 +45,6 @@ def read_weight_map(index: Path) -> dict[str, str]:
             f"{index.name} in {index.parent.name}/ is no index of weights: expected a weight_map that names a file of the same "
             f"folder for each weight. Copy or download the model's folder again"
         )
+    for name in set(found.values()):  # links stay allowed: the Hub's cache consists of them
+        require_inside(name, f"{index.name} in {index.parent.name}/")
     return found
-
-
-def _is_below(name: str) -> bool:
-    path = PurePosixPath(name)
-    return name.endswith(".safetensors") and not path.is_absolute() and ".." not in path.parts

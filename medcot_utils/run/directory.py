@@ -28,6 +28,7 @@ from medcot_utils.machine import paths
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.durations import TimeEstimate, describe_end, describe_time
 from medcot_utils.machine.gpu import peak_gpu_memory_mb
+from medcot_utils.machine.names import refuse_links_out
 from medcot_utils.run.accounts import ACCOUNTS, settings_that_count, settings_to_store, sign_settings
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS, Artifact
 from medcot_utils.run.changes import why_stale
@@ -136,12 +137,13 @@ class Run:
     @classmethod
     def open(cls, path: str | Path) -> Run:
         """Return a run that notebook 01 made. Settings about accounts that this user did not write do not count, and one line
-        on stderr says so. Raises RunError if there is no run or it cannot be read."""
+        on stderr says so. Raises RunError if there is no run or it cannot be read, and OutsideError if a link leads out of it."""
         path = Path(path)
         if not (path / CONFIG).exists():
             raise RunError(
                 f"no run in {path.absolute()}/: run notebook 01_setup first, or give the run directory of one (RUN_DIR)"
             )
+        refuse_links_out(path)
         try:
             values = read_json(path / CONFIG)
             stored = config_from_dict(values)

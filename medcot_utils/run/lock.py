@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.disk import full_disk_told
+from medcot_utils.machine.names import refuse_links_out
 from medcot_utils.machine.paths import host_name
 
 LOCK, HOLDER = ".lock", ".lock.json"
@@ -44,7 +45,8 @@ def hold(folder: Path, work: str) -> Iterator[None]:
     """Hold the lock of a run directory that exists. A process may hold it several times over, and what a parent process
     holds its children have too: the kernels of `medcot run`.
 
-    Raises RunError, before anything is written, if another process holds it or the folder cannot be written."""
+    Raises RunError, before anything is written, if another process holds it or the folder cannot be written, and OutsideError
+    for a link out of it."""
     taken = _take(folder.resolve(), work)
     try:
         yield
@@ -71,6 +73,8 @@ def _take(folder: Path, work: str) -> bool:
     """Return whether this process holds the lock now; False if a parent does, or the file system has no locks."""
     lock = _locks.setdefault(folder, FileLock(folder / LOCK, timeout=0, thread_local=False))
     before = lock.is_locked
+    if not before:
+        refuse_links_out(folder)  # before the first byte is written through one
     try:
         lock.acquire()
     except Timeout:

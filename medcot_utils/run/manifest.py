@@ -9,7 +9,9 @@ from typing import NotRequired
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
+from medcot_utils.errors import quote
 from medcot_utils.machine.durations import TimeEstimate, describe_time
+from medcot_utils.machine.names import require_inside
 from medcot_utils.text_files import read_json
 
 FORMAT = 1
@@ -64,7 +66,8 @@ def _shape() -> TypeAdapter[Manifest]:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Return the manifest in a file. Raises OSError or ValueError if there is none that this version can read."""
+    """Return the manifest in a file. Raises OSError or ValueError if there is none that this version can read, and OutsideError
+    for an entry that names a file out of the run."""
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"not a manifest of format {FORMAT}")
@@ -73,6 +76,8 @@ def read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         fault = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+    for name, entry in manifest["artifacts"].items():
+        require_inside(entry["file"], f"{path.parent.name}/{path.name}, artifact {quote(name)}")
     for step in manifest["steps"].values():  # its name until 0.1
         if "peak_card_memory_mb" in step:
             step["peak_gpu_memory_mb"] = step.pop("peak_card_memory_mb")

@@ -72,7 +72,8 @@ def find_hub_commits(artifact: Artifact, config: RunConfig) -> dict[str, str]:
     if artifact.reads_dataset and not dataset.path:
         names["dataset.name"] = ("datasets", dataset.name, dataset.revision)
     if artifact.asks_mcq:
-        tasks = [task for task in config.evaluation.mcq_tasks if (_MCQ_TASKS / f"{task}.yaml").is_file()]
+        shipped = {file.stem for file in _MCQ_TASKS.glob("*.yaml")}  # a task's name is never followed out of that folder
+        tasks = [task for task in config.evaluation.mcq_tasks if task in shipped]
         given = {task: yaml.safe_load((_MCQ_TASKS / f"{task}.yaml").read_text(encoding="utf-8")) for task in tasks}
         names |= {f"evaluation.mcq_tasks {task}": ("datasets", given[task]["dataset_kwargs"]["path"], None) for task in tasks}
     if artifact.measures:

@@ -48,6 +48,10 @@ CHANGED_BY_CLOSING = ("rouge_l", "answer_tokens")  # the headline metrics of the
 
 # A headless kernel's own log (a note on its transport, the interrupt at shutdown) says nothing of the notebook.
 QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
+# A series may be started in the folder of somebody else's run: what lies there is no module of a kernel, nor of a process that
+# one starts, and the setup cell takes the package that runs here.
+_NOT_FROM_HERE = "--InteractiveShellApp.ignore_cwd=True"
+_OWN_PACKAGE = {"MEDCOT_HOME": str(HOME), "PYTHONSAFEPATH": "1"}
 
 Report = Callable[[str, int, int], None]
 Show = Callable[[str], None] | None
@@ -58,18 +62,18 @@ class SeriesError(MedcotError):
 
 
 def notebooks_dir() -> Path:
-    """Return the folder of the seven notebooks: MEDCOT_NOTEBOOKS, else beside the package (a checkout), inside it (an
-    installed wheel), or in the working directory.
+    """Return the folder of the seven notebooks: MEDCOT_NOTEBOOKS, else beside the package (a checkout), or inside it (an
+    installed wheel). Not the working folder: in somebody else's run, `notebooks` holds what they executed.
 
-    Raises SeriesError if none of them holds all seven."""
-    candidates = [HOME / "notebooks", PACKAGE / "notebooks", Path.cwd() / "notebooks", Path.cwd()]
+    Raises SeriesError if neither holds all seven."""
+    candidates = [HOME / "notebooks", PACKAGE / "notebooks"]
     if chosen := os.environ.get("MEDCOT_NOTEBOOKS"):
         candidates = [expand_home(chosen)]
     for folder in candidates:
         if all((folder / f"{name}.ipynb").exists() for name in NOTEBOOKS):
             return folder
     raise SeriesError(
-        "the notebooks were not found: run this from a checkout of the project, or set MEDCOT_NOTEBOOKS to their folder"
+        "the notebooks are not beside the package or in it: install the project again, or set MEDCOT_NOTEBOOKS to their folder"
     )
 
 
@@ -160,6 +164,7 @@ def run_series(
     and SeriesInterrupted at Ctrl-C. Finished work is kept, and the next call resumes there."""
     folder = notebooks_dir()
     os.environ.setdefault(SESSION_STARTED, str(time.time()))
+    os.environ.update(_OWN_PACKAGE)
     check_parameters(parameters or {}, folder)
     check_kernel()
     quiet_start(config.seed)
@@ -270,7 +275,7 @@ def _run_notebook(
                 engine_name="medcot",
                 progress_bar=False,
                 kernel_name=KERNEL,
-                extra_arguments=QUIET_KERNEL,
+                extra_arguments=[*QUIET_KERNEL, _NOT_FROM_HERE],
             )
     except OSError:  # papermill writes the notebook after each cell
         with full_disk_told(run.display(executed), run.path):

@@ -25,8 +25,7 @@ _WRITTEN = re.compile(rf"\[!\[Open in |{re.escape(_ADDRESS)}")  # how the paragr
 _WITHOUT_REPOSITORY = (
     f"{_ADDRESS}`medcot kaggle build` makes one notebook that carries the whole project, and needs no address. To open "
     f"single notebooks there, put the project on GitHub and run `make badges REPO=owner/name`: it writes badges here, and the "
-    f"address into the setup cells. Until then a notebook finds the project in a folder `medcot` beside it or among Kaggle's "
-    f"inputs."
+    f"address into the setup cells. Until then a notebook finds the project in its checkout, or in a folder `medcot` beside it."
 )
 _README_PLACE = "## The notebooks"  # what stands in place of badges goes before this
 
@@ -36,9 +35,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SOURCE = "{repository}"  # owner/name on GitHub; `make badges REPO=owner/name` writes it
-inputs = Path(os.environ.get("MEDCOT_KAGGLE_ROOT", "/kaggle"), "input").rglob("medcot_utils/series/notebook.py")
-homes = [Path.cwd(), Path.cwd().parent, Path.cwd() / "medcot", *(file.parents[2] for file in inputs)]
-sys.path[:0] = [str(home) for home in homes if (home / "medcot_utils").is_dir()]
+here = Path(os.environ.get("MEDCOT_HOME") or Path.cwd())  # the checkout, or what medcot run itself runs from; never data
+homes = [str(home) for home in (here, here.parent, here / "medcot") if (home / "medcot_utils").is_dir()]
+sys.path[:0] = [home for home in homes if home not in sys.path]
 if not find_spec("medcot_utils") and (not SOURCE or os.system(f"git clone -q --depth 1 https://github.com/{{SOURCE}} medcot")):
     raise ModuleNotFoundError("{not_found}")
 sys.path.append(str(Path.cwd() / "medcot"))
@@ -46,7 +45,7 @@ from medcot_utils.series.notebook import finish, start, table
 
 run_dir = start(RUN_DIR)"""
 
-_NOT_FOUND = "no medcot_utils here: open its checkout, add the project as input or folder medcot, or set SOURCE"
+_NOT_FOUND = "no medcot_utils here: open its checkout, put the project in a folder medcot here, or set SOURCE"
 
 
 class RepositoryError(MedcotError):

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 from medcot_utils.config import RunConfig
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine import hardware, secrets, user_key
+from medcot_utils.machine.names import require_plain
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import to_json, write_atomic
+from medcot_utils.text_files import read_json
 from medcot_utils.training.trackers import TRACKERS, TrackedRun, Tracker, describe_error
 
 if TYPE_CHECKING:
@@ -118,8 +120,23 @@ def _identity(tracked: TrackedRun) -> str:
 
 
 def _stored(run: Run) -> TrackedRun | None:
-    path = run.path / STATE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """Return what tracking.json holds; None without one. Raises TrackingError or OutsideError for a record that was not written
+    by a tracker: its name and id become names of files."""
+    path, source = run.path / STATE, f"{run.path.absolute().name}/{STATE}"
+    if not path.exists():
+        return None
+    try:
+        held = read_json(path)
+        whole = held["backend"] in TRACKERS and all(
+            isinstance(held[key], str) for key in TrackedRun.__annotations__ if key != "signatures"
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise TrackingError(f"{source} is no record of a tracked run: remove it, and the next session begins another one")
+    for key in ("id", "name"):
+        require_plain(held[key], f"{source}, {key}")
+    return held
 
 
 def _configuration(run: Run) -> dict[str, Any]:
@@ -200,7 +217,10 @@ def record_comparison(run: Run, table: pd.DataFrame) -> None:
 
 def describe_tracking(run: Run) -> str:
     """Return one line on where the tracked run can be seen: a link, or the command that shows or uploads it."""
-    tracked = _stored(run)
+    try:
+        tracked = _stored(run)
+    except MedcotError as error:  # of a run that is trained: nothing may end for it
+        return f"not tracked: {error}"
     if tracked is None:
         return choose_tracker(run.config).description
     if tracked["url"]:

@@ -296,6 +296,36 @@ def test_output_names_a_file_that_did_not_arrive(medcot, server, left):
     assert f"{RUN_NAME}.zip of ann/heart-run did not arrive whole" in line
 
 
+@pytest.mark.parametrize("name", [f"{RUN_NAME}/../../../escaped", f"{RUN_NAME}/adapter/../../../../escaped"])
+def test_a_file_name_that_leads_out_of_the_output_is_refused(name, medcot, server, left, tmp_path):
+    listed = [path.relative_to(server.output).as_posix() for path in server.output.rglob("*") if path.is_file()]
+    root = f"http://127.0.0.1:{server.server_port}/output/"
+    files = [{"url": root + one, "fileName": one} for one in listed]
+    files.append({"url": f"{root}{RUN_NAME}/report.html", "fileName": name})
+    server.answers["ListKernelSessionOutput"] = (200, {"files": files, "log": "[]", "nextPageToken": ""})
+    line = the_one_error(medcot("output", "ann/heart-run", "--run-dir", "runs/fetched"))
+    assert line.startswith(f"medcot: the output of ann/heart-run: '{name}' leads out of its folder")
+    assert not list(tmp_path.rglob("escaped")) and not list((tmp_path / "here" / "runs").iterdir())
+
+
+def test_a_packed_name_that_leads_out_of_the_output_is_refused(medcot, server, left, tmp_path):
+    with zipfile.ZipFile(server.output / f"{RUN_NAME}.zip", "a") as archive:
+        archive.writestr(f"{RUN_NAME}/../escaped", "out")
+    line = the_one_error(medcot("output", "ann/heart-run", "--run-dir", "runs/fetched"))
+    assert "the output of ann/heart-run holds no run" in line and f"'{RUN_NAME}/../escaped' leads out of its folder" in line
+    assert not list((tmp_path / "here" / "runs").iterdir())
+
+
+@pytest.mark.parametrize("name", ["../own.ipynb", "/tmp/own.ipynb", "build/../../own.ipynb"])
+def test_a_notebook_outside_the_folder_is_never_pushed(name, medcot, server, tmp_path):
+    succeed(medcot("build", "--id", "ann/heart-run"))
+    metadata = tmp_path / "here" / "kernel-metadata.json"
+    shutil.copyfile(tmp_path / "here" / "build" / "kaggle" / "heart-run.ipynb", tmp_path / "own.ipynb")
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"code_file": name}))
+    assert f"code_file: kernel-metadata.json: '{name}'" in the_one_error(medcot("push"))
+    assert server.saved == []
+
+
 def test_an_output_without_a_run_says_so(medcot, server, tmp_path):
     server.output = tmp_path / "empty"
     server.output.mkdir()

@@ -108,10 +108,10 @@ def said(cells):
 def assert_complete(place):
     """Zip, adapter and report are there, and put together again they are a whole run."""
     working = place / "working"
-    assert {path.name for path in working.iterdir()} == {"medcot", RUN_NAME, f"{RUN_NAME}.zip"}
+    assert {path.name for path in working.iterdir()} == {RUN_NAME, f"{RUN_NAME}.zip"}, "no code is handed on"
     assert (working / RUN_NAME / "adapter" / "adapter_model.safetensors").is_file()
     assert (working / RUN_NAME / "report.html").is_file()
-    loose = [path for path in working.rglob("*") if path.is_file() and "medcot" not in path.relative_to(working).parts[0:1]]
+    loose = [path for path in working.rglob("*") if path.is_file()]
     assert len(loose) < 30, "the many small files are in the zip"
     (earlier,) = find_earlier(working)
     copy_run(earlier, place / "again")

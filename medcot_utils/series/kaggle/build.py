@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
@@ -13,11 +15,13 @@ from typing import Any
 import nbformat
 
 from medcot_utils.config import PROFILES, load_config, local_paths, profile_needs
+from medcot_utils.machine.names import OutsideError, resolve_below
 from medcot_utils.run.files import write_atomic
 from medcot_utils.series.kaggle.accelerators import ACCELERATORS, DEFAULT, check_accelerator, find_accelerator
 from medcot_utils.series.kaggle.carried import carried_files, payload, refuse_secrets
 from medcot_utils.series.kaggle.earlier import RUN_NAME
 from medcot_utils.series.kaggle.metadata import (
+    METADATA,
     PLACEHOLDER_OWNER,
     KaggleError,
     KernelMetadata,
@@ -69,7 +73,7 @@ def build(
 
     Raises a MedcotError for what cannot run on Kaggle, or for a secret in what would be pushed, before anything is written."""
     held = read_unvalidated(folder) or {}
-    profile = profile or _held_profile(folder / str(held.get("code_file"))) or "article"
+    profile = profile or _held_profile(folder, held.get("code_file")) or "article"
     given = list(settings)
     if accelerator is not None:
         find_accelerator(accelerator)
@@ -110,10 +114,10 @@ def build(
     return Built(path, metadata, profile, settings, size, added, left_out, dropped)
 
 
-def _held_profile(notebook_path: Path) -> str | None:
+def _held_profile(folder: Path, code_file: Any) -> str | None:
     try:
-        notebook = nbformat.read(notebook_path, as_version=4)
-    except (OSError, ValueError):  # none there, or no notebook
+        notebook = nbformat.read(resolve_below(folder, code_file, METADATA), as_version=4)
+    except (OSError, ValueError, OutsideError):  # none there, no notebook, or none of this folder's
         return None
     lines = [line for cell in notebook.cells for line in cell.source.splitlines() if line.startswith("PROFILE = ")]
     name = lines[0].partition("=")[2].strip(' "') if lines else None
@@ -176,16 +180,20 @@ SETTINGS = {settings}
 KERNEL = {kernel}
 RESUME_FROM = {sources}"""
 
-_UNPACK = """import base64, io, os, sys, tarfile, time
+# Outside the working folder, which is the session's output: code is never handed on from session to session.
+_UNPACK = """import base64, hashlib, io, os, shutil, sys, tarfile, time
 from pathlib import Path
 
 os.environ.setdefault("MEDCOT_SESSION_STARTED", str(time.time()))
-sys.dont_write_bytecode = True  # what lies in the working folder at the end is output
-working = Path(os.environ.get("MEDCOT_KAGGLE_ROOT") or "/kaggle", "working")
-with tarfile.open(fileobj=io.BytesIO(base64.b64decode(PROJECT)), mode="r:xz") as archive:
-    archive.extractall(working / "medcot", filter="data")
-sys.path.insert(0, str(working / "medcot"))
-print(f"unpacked to {working / 'medcot'}, Python {sys.version.split()[0]}")"""
+kaggle, packed = Path(os.environ.get("MEDCOT_KAGGLE_ROOT") or "/kaggle"), base64.b64decode(PROJECT)
+if hashlib.sha256(packed).hexdigest() != "DIGEST":
+    raise ValueError("PROJECT, above, is not what medcot kaggle build wrote here: build and push again")
+working, project = kaggle / "working", kaggle / "tmp" / "project"
+shutil.rmtree(project, ignore_errors=True)
+with tarfile.open(fileobj=io.BytesIO(packed), mode="r:xz") as archive:
+    archive.extractall(project, filter="data")
+sys.path.insert(0, str(project))
+print(f"unpacked to {project}, Python {sys.version.split()[0]}")"""
 
 _INSTALL = """from medcot_utils.machine import installing
 
@@ -210,12 +218,14 @@ def cells(metadata: KernelMetadata, profile: str, settings: list[str], files: di
     chosen["sources"] = _list(_earlier_sessions(metadata, settings))
     secrets = load_config("demo" if profile == "auto" else profile, settings).secrets
     names = {"hub": _either(secrets.huggingface), "wandb": _either(secrets.wandb)}
+    packed = payload(files)
+    digest = hashlib.sha256(base64.b64decode(packed)).hexdigest()
     sources = [
         ("markdown", _INTRO.format(run=RUN_NAME, **names), {}),
         ("code", _PARAMETERS.format(**chosen), {"tags": ["parameters"]}),
         ("markdown", "## The project, as compressed text", {}),
-        ("code", f'PROJECT = """\n{payload(files)}\n"""', {"_kg_hide-input": True, "jupyter": {"source_hidden": True}}),
-        ("code", _UNPACK, {}),
+        ("code", f'PROJECT = """\n{packed}\n"""', {"_kg_hide-input": True, "jupyter": {"source_hidden": True}}),
+        ("code", _UNPACK.replace("DIGEST", digest), {}),
         ("markdown", "## The pinned stack", {}),
         ("code", _INSTALL, {}),
         ("markdown", "## Secrets, and an earlier session's run", {}),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils.machine.environment import check_proxies
+from medcot_utils.machine.names import resolve_below
 from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import sha256_of, write_atomic
@@ -159,7 +160,8 @@ def output(kernel: str, run_dir: Path, everything: bool = False) -> Fetched:
 
     The merged model, and the checkpoints of a training that is done, stay at Kaggle unless `everything`.
 
-    Raises KaggleError if there is no run in the output, a file did not arrive whole, or `run_dir` is taken."""
+    Raises KaggleError if there is no run in the output, a file did not arrive whole, or `run_dir` is taken, and OutsideError,
+    before anything is written, if a file's name leads out of the output."""
     if run_dir.exists() and any(run_dir.iterdir()):
         raise KaggleError(f"{run_dir} is not empty: give another folder with --run-dir")
     api = client()
@@ -170,7 +172,7 @@ def output(kernel: str, run_dir: Path, everything: bool = False) -> Fetched:
         _fetch(api, kernel, download, rf"^{re.escape(archive.name)}$")
         if archive.exists() and not zipfile.is_zipfile(archive):
             raise KaggleError(f"{archive.name} of {kernel} did not arrive whole: fetch it again")
-        packed = find_earlier(download)
+        packed = find_earlier(download, lambda line: None)  # said below, of the whole output
         # A trained adapter no longer needs its checkpoints; a paused training resumes from them.
         left = (
             []
@@ -178,9 +180,13 @@ def output(kernel: str, run_dir: Path, everything: bool = False) -> Fetched:
             else ["merged", *(["checkpoints"] if packed and "adapter" in packed[0].manifest["artifacts"] else [])]
         )
         _fetch(api, kernel, download, rf"^{re.escape(RUN_NAME)}/" + "".join(f"(?!{name}/)" for name in left))
-        found = find_earlier(download)
+        refused: list[str] = []
+        found = find_earlier(download, lambda line: refused.append(line.replace(f"{download}/", "")))
         if not found:
-            raise KaggleError(f"the output of {kernel} holds no run: has its session ended? medcot kaggle status {kernel}")
+            why = "; ".join(refused) or f"has its session ended? medcot kaggle status {kernel}"
+            raise KaggleError(f"the output of {kernel} holds no run: {why}")
+        for line in refused:
+            print(line)
         copy_run(found[0], run_dir)
     finally:
         shutil.rmtree(download)
@@ -189,7 +195,27 @@ def output(kernel: str, run_dir: Path, everything: bool = False) -> Fetched:
 
 def _fetch(api: KaggleApi, kernel: str, folder: Path, pattern: str) -> None:
     with _clear(f"fetch the output of {kernel}"), contextlib.redirect_stdout(io.StringIO()):
-        api.kernels_output(kernel, str(folder), file_pattern=pattern, force=True)
+        names = [name for name in _list_output(api, kernel) if re.search(pattern, name)]
+        for name in names:
+            resolve_below(folder, name, f"the output of {kernel}")
+        if names:  # the client writes whatever name it is given, so it is asked for these alone
+            checked = rf"\A(?:{'|'.join(map(re.escape, names))})\Z"
+            api.kernels_output(kernel, str(folder), file_pattern=checked, force=True)
+
+
+def _list_output(api: KaggleApi, kernel: str) -> Iterator[str]:
+    """Yield the names of the output's files as Kaggle gives them. The client's own listing asks another call."""
+    from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
+
+    request = ApiListKernelSessionOutputRequest()
+    request.user_name, request.kernel_slug, _ = api.parse_kernel_string(kernel)
+    with api.build_kaggle_client() as kaggle:
+        while True:
+            answer = kaggle.kernels.kernels_api_client.list_kernel_session_output(request)
+            yield from (file.file_name for file in answer.files or [])
+            if not answer.next_page_token:
+                return
+            request.page_token = answer.next_page_token
 
 
 def _verified(run_dir: Path, kernel: str) -> Fetched:

@@ -7,14 +7,16 @@ from __future__ import annotations
 import lzma
 import os
 import shutil
+import stat
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils.errors import MedcotError
+from medcot_utils.machine.names import OutsideError, refuse_links_out, require_inside, resolve_below
 from medcot_utils.text_files import MAX_RECORD_BYTES, decode, parse_json, read_at_most, read_json
 
 if TYPE_CHECKING:
@@ -46,19 +48,23 @@ class EarlierRun:
 
 
 def find_earlier(inputs: Path, say: Callable[[str], None] = print) -> list[EarlierRun]:
-    """Return every run below `inputs`, in order of path. A manifest that cannot be read is left alone, with a line."""
+    """Return every run below `inputs`, in order of path. One whose manifest cannot be read, or whose names or links lead out
+    of it, is left alone, with a line."""
     found = []
     for path in [*inputs.rglob("manifest.json"), *inputs.rglob("*.zip")]:
         try:
             found.append(_from_zip(path) if path.suffix == ".zip" else _from_folder(path.parent))
         except _UNREADABLE as error:
             say(f"{path}: left alone, it cannot be read as a run ({' '.join(str(error).split())})")
+        except OutsideError as error:
+            say(f"{path}: left alone. {error}")
     return sorted((run for run in found if run), key=lambda run: str(run.source))
 
 
 def _from_folder(folder: Path) -> EarlierRun | None:
     if not (folder / "config.json").is_file():
         return None
+    refuse_links_out(_root_of(folder))
     return _earlier(folder, folder, read_json(folder / "manifest.json"), read_json(folder / "config.json"))
 
 
@@ -68,13 +74,23 @@ def _from_zip(path: Path) -> EarlierRun | None:
         for name in archive.namelist():
             inside = PurePosixPath(name)
             beside = str(inside.with_name("config.json"))
-            if inside.name == "manifest.json" and beside in names and _is_below(inside):
-                return _earlier(path, path.parent / inside.parent, *(_read_member(archive, one) for one in (name, beside)))
+            if inside.name == "manifest.json" and beside in names:
+                folder = _folder_beside(path, inside, archive.infolist())
+                return _earlier(path, folder, *(_read_member(archive, one) for one in (name, beside)))
     return None
 
 
-def _is_below(inside: PurePosixPath) -> bool:
-    return not inside.is_absolute() and ".." not in inside.parts
+def _folder_beside(path: Path, manifest: PurePosixPath, members: Iterable[zipfile.ZipInfo]) -> Path:
+    """Return the folder of the large files of a run in a zip. Raises OutsideError for a name or a link that leads out."""
+    for member in members:
+        require_inside(member.orig_filename, path.name)  # with a NUL, where zipfile cuts the name off
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise OutsideError(f"{path.name}: {member.filename} is a link, and a run is packed without links: pack the file")
+    resolve_below(path.parent, path.name, path.parent.name)  # the zip itself may be a link
+    inside = manifest.parent
+    folder = resolve_below(path.parent, str(inside), path.name) if inside.parts else path.parent
+    refuse_links_out(_root_of(folder))
+    return folder
 
 
 def _read_member(archive: zipfile.ZipFile, name: str) -> Any:
@@ -114,34 +130,35 @@ def copy_run(earlier: EarlierRun, run_dir: Path, say: Callable[[str], None] = pr
     beside.replace(run_dir)
 
 
+def _root_of(folder: Path) -> Path:
+    """Return the folder that holds all of a run. A data set made of an output holds its zip unpacked, in a folder of the zip's
+    name: then the large files lie one level above the small ones."""
+    return folder.parent if folder.name == folder.parent.name == RUN_NAME else folder
+
+
 def _files_of(folder: Path) -> dict[Path, Path]:
-    """Return {path in the run: file}. A data set made of an output holds its zip unpacked, in a folder of the zip's name: then
-    the large files lie one level above the small ones."""
-    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
-    above = folder.parent
-    if folder.name == above.name == RUN_NAME:
-        outside = (path for path in above.rglob("*") if path.is_file() and not path.is_relative_to(folder))
-        files = {path.relative_to(above): path for path in outside} | files
-    return files
+    """Return {path in the run: file}."""
+    root = _root_of(folder)
+    above = (path for path in root.rglob("*") if path.is_file() and not path.is_relative_to(folder))
+    inside = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(root): path for path in above} | {path.relative_to(folder): path for path in inside}
 
 
 def unzip(archive_path: Path, run_dir: Path, prefix: Path) -> None:
     """Unpack the members below `prefix` into `run_dir`. A file that is there already is newer, and stays.
 
-    Raises MedcotError, before anything is written, if the disk has no room for them."""
+    Raises MedcotError, before anything is written, if the disk has no room for them or a member's name leads out of it."""
     with zipfile.ZipFile(archive_path) as archive:
         members = [
             (member, PurePosixPath(member.filename).relative_to(prefix.as_posix()))
             for member in archive.infolist()
-            if not member.is_dir()
-            and _is_below(PurePosixPath(member.filename))
-            and PurePosixPath(member.filename).is_relative_to(prefix.as_posix())
+            if not member.is_dir() and PurePosixPath(member.filename).is_relative_to(prefix.as_posix())
         ]
         size, free = sum(member.file_size for member, _ in members), shutil.disk_usage(run_dir).free
         if size > free:
             raise MedcotError(f"{archive_path.name} holds {size / 1e9:.1f} GB unpacked, but only {free / 1e9:.1f} GB are free")
-        for member, inside in members:
-            target = run_dir / inside
+        targets = [(member, resolve_below(run_dir, str(inside), archive_path.name)) for member, inside in members]
+        for member, target in targets:
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as source, target.open("wb") as out:

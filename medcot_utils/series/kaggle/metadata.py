@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medcot_utils.errors import MedcotError
+from medcot_utils.machine.names import OutsideError, require_inside
 from medcot_utils.run.files import write_atomic
 from medcot_utils.series.kaggle.accelerators import DEFAULT, AcceleratorError, find_accelerator
 from medcot_utils.text_files import read_json
@@ -56,6 +57,14 @@ class KernelMetadata(BaseModel):
                 f"{value!r} is not owner/slug, with a slug of at least five small letters, digits and single hyphens"
             )
         return value
+
+    @field_validator("code_file")
+    @classmethod
+    def _inside(cls, value: str) -> str:
+        try:
+            return str(require_inside(value, METADATA))
+        except OutsideError as error:
+            raise ValueError(str(error)) from None
 
     @field_validator("dataset_sources", "kernel_sources")
     @classmethod

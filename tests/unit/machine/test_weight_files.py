@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from medcot_utils.machine.names import OutsideError
 from medcot_utils.machine.weight_files import WeightFilesError, weight_files
 
 INDEX = "model.safetensors.index.json"
@@ -40,13 +41,28 @@ def test_only_files_that_transformers_loads_are_weights(tmp_path, names, index, 
     "index",
     [
         "{", "[]", "{}", "null", "[" * 100_000, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}},
-        {"weight_map": {"a": "../model.safetensors"}}, {"weight_map": {"a": "/model.safetensors"}},
         {"weight_map": {"a": "model.bin"}},
     ],
 )  # fmt: skip
 def test_an_index_that_cannot_be_followed_is_one_clear_error(tmp_path, index):
     with pytest.raises(WeightFilesError, match=rf"^{INDEX} in .*/ is no index of weights: expected a weight_map"):
         weight_files(make(tmp_path, "model-1.safetensors", index=index))
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "C:\\m.safetensors", "a\0.safetensors"])
+def test_a_shard_of_another_folder_is_refused_by_name(tmp_path, name):
+    with pytest.raises(OutsideError) as raised:
+        weight_files(make(tmp_path, "model-1.safetensors", index={"weight_map": {"a": name}}))
+    assert str(raised.value).startswith(f"{INDEX} in {tmp_path.name}/: {name!r} ")
+
+
+def test_shards_that_are_links_are_read_as_in_the_hubs_cache(tmp_path):
+    (tmp_path / "snapshots" / "0a").mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    folder = make(tmp_path / "snapshots" / "0a", index={"weight_map": {"a": "model-1.safetensors"}})
+    make(tmp_path / "blobs", "1b")
+    (folder / "model-1.safetensors").symlink_to("../../blobs/1b")
+    assert weight_files(folder) == [folder / "model-1.safetensors"]
 
 
 def test_a_shard_that_is_missing_is_named(tmp_path):

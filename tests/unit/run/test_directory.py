@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from medcot_utils.config import load_config
+from medcot_utils.errors import MedcotError
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS
 from medcot_utils.run.directory import CONFIG, MANIFEST, Run, RunError
 from medcot_utils.run.manifest import describe_costs
+from medcot_utils.series.runner import plan_config
 
 
 def stale(run: Run) -> set[str]:
@@ -23,6 +25,52 @@ def stale(run: Run) -> set[str]:
 
 def leftovers(run: Run) -> list[str]:
     return [path.name for path in run.path.rglob("*") if path.name.endswith((".tmp", ".old"))]
+
+
+# --- names and links of somebody else's run --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/etc/hostname", "C:\\x", "a\0b", ""])
+def test_a_manifest_entry_out_of_the_run_is_refused(run_factory, write_all, name):
+    run = write_all(run_factory())
+    manifest = run.manifest()
+    manifest["artifacts"]["plan"]["file"] = name
+    (run.path / MANIFEST).write_text(json.dumps(manifest))
+    for call in (run.manifest, lambda: run.require("plan"), run_factory):
+        with pytest.raises(MedcotError) as raised:
+            call()
+        assert str(raised.value).startswith(f"run/manifest.json, artifact 'plan': {name!r} ")
+    assert json.loads((run.path / MANIFEST).read_text()) == manifest
+
+
+@pytest.mark.parametrize(
+    "link", [".lock.json", "notebooks", "checkpoints/abc", "tracking/tensorboard", "grades.jsonl", "config.json"]
+)
+def test_nothing_is_written_through_a_link_out_of_a_run(run_factory, write_all, tmp_path, link):
+    run = write_all(run_factory())
+    victim = tmp_path / "victim"
+    if link == "config.json":
+        (run.path / link).rename(victim)
+    elif "." in link:
+        victim.write_text("own")
+    else:
+        victim.mkdir()
+    before = victim.read_bytes() if victim.is_file() else list(victim.iterdir())
+    (run.path / link).parent.mkdir(exist_ok=True)
+    (run.path / link).symlink_to(victim)
+    config = load_config("smoke", ["training.max_steps=3"])
+    calls = (
+        lambda: Run.open(run.path),
+        lambda: Run.create(run.path, config),
+        lambda: Run.create(run.path, config, force=True),
+        lambda: plan_config(run.path, None, []),
+        lambda: run.begin("01_setup"),
+        lambda: run.write("plan", {}),
+    )
+    for call in calls:
+        with pytest.raises(MedcotError, match=rf"^run/{link} is a link out of the run, to {victim}"):
+            call()
+    assert before == (victim.read_bytes() if victim.is_file() else list(victim.iterdir()))
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------

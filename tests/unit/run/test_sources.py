@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from medcot_utils.config import load_config
 from medcot_utils.run import sources
 from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.run.directory import MANIFEST
@@ -127,6 +128,13 @@ def test_a_run_copied_away_from_its_model_stays_done(run_factory, write_all, mod
     run = write_all(run_factory(f"model.name={model}"))
     model.rename(model.with_name("elsewhere"))
     assert stale(run) == set()
+
+
+def test_the_name_of_a_task_is_not_followed_out_of_its_folder(tmp_path):
+    (tmp_path / "task.yaml").write_text("{}")  # read as a task's file, it lacks everything
+    outside = os.path.relpath(tmp_path / "task", sources._MCQ_TASKS)
+    config = load_config("smoke", [f"evaluation.mcq_tasks=[{outside}]"])
+    assert sources.find_hub_commits(ARTIFACTS["base_mcq"], config) == {}
 
 
 def test_the_commit_of_an_unpinned_name_is_recorded(run_factory, write_all, tmp_path, monkeypatch, capsys, content):

@@ -177,26 +177,53 @@ def test_the_package_beside_the_notebook_or_above_it_is_used(place, project):
     assert Path(package) == project / "medcot_utils" / "__init__.py" and run_dir == "runs/one"
 
 
-def test_the_package_among_kaggles_inputs_is_used_at_any_depth(project, tmp_path):
-    home = tmp_path / "kaggle" / "input" / "notebooks" / "ann" / "medcot-series" / "medcot"
-    home.parent.mkdir(parents=True)
-    project.rename(home)
-    environment = {"MEDCOT_KAGGLE_ROOT": str(tmp_path / "kaggle")}
-    package, _ = json.loads(run_cell(tmp_path / "alone", **environment))
-    assert Path(package).parents[1] == home
+@pytest.fixture
+def attached(project, tmp_path):
+    """A session's environment, with a data set among its inputs whose package and modules leave a mark when they are run."""
+    home = tmp_path / "kaggle" / "input" / "rows" / "deep"
+    shutil.copytree(project, home)
+    mark = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    for module in ("medcot_utils/__init__.py", "medcot_utils/series/notebook.py", "psutil.py", "pandas.py"):
+        (home / module).write_text(mark)
+    return {"MEDCOT_KAGGLE_ROOT": str(tmp_path / "kaggle"), "KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
 
 
-def test_the_project_is_fetched_once_and_found_the_next_time(project, tmp_path):
+def test_attached_data_is_never_code_without_a_package(attached, tmp_path):
+    line = run_cell(tmp_path / "kaggle" / "working", **attached)
+    assert line.startswith("ModuleNotFoundError: no medcot_utils here") and not (tmp_path / "ran").exists()
+
+
+def test_attached_data_is_never_code_beside_the_checkout(attached, project, tmp_path):
+    package, _ = json.loads(run_cell(project, **attached))
+    assert Path(package).parents[1] == project and not (tmp_path / "ran").exists()
+
+
+def test_attached_data_is_never_code_beside_source(attached, hub, tmp_path):
+    package, _ = json.loads(run_cell(tmp_path / "kaggle" / "working", "ann/hearts", **attached, **hub))
+    assert Path(package).parents[1] == tmp_path / "kaggle" / "working" / "medcot" and not (tmp_path / "ran").exists()
+
+
+def test_a_headless_notebook_takes_the_package_of_medcot_run(attached, project, tmp_path):
+    data = tmp_path / "kaggle" / "input" / "rows" / "deep"  # as if somebody began a series in a folder of data
+    package, _ = json.loads(run_cell(data, MEDCOT_HOME=str(project), PYTHONSAFEPATH="1", **attached))
+    assert Path(package).parents[1] == project and not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def hub(project, tmp_path):
+    """The environment in which ann/hearts on GitHub is the project."""
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *command], cwd=project, check=True)
-    bare = tmp_path / "hub" / "ann" / "hearts"
-    subprocess.run([*git, "clone", "-q", "--bare", str(project), str(bare)], check=True)
-    hub = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.file://{tmp_path}/hub/.insteadOf"}
-    hub["GIT_CONFIG_VALUE_0"] = "https://github.com/"
+    subprocess.run([*git, "clone", "-q", "--bare", str(project), str(tmp_path / "hub" / "ann" / "hearts")], check=True)
+    found = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.file://{tmp_path}/hub/.insteadOf"}
+    return found | {"GIT_CONFIG_VALUE_0": "https://github.com/"}
+
+
+def test_the_project_is_fetched_once_and_found_the_next_time(hub, tmp_path):
     package, _ = json.loads(run_cell(tmp_path / "alone", "ann/hearts", **hub))
     assert Path(package).parents[1] == tmp_path / "alone" / "medcot"
-    shutil.rmtree(bare)
+    shutil.rmtree(tmp_path / "hub")
     assert json.loads(run_cell(tmp_path / "alone", "ann/hearts", **hub))[0] == package
 
 
@@ -205,7 +232,7 @@ def test_where_it_is_nowhere_one_line_says_what_to_do(source, tmp_path):
     nowhere = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.file://{tmp_path}/.insteadOf"}
     nowhere["GIT_CONFIG_VALUE_0"] = "https://github.com/"
     line = run_cell(tmp_path / "alone", source, **nowhere)
-    assert line.startswith("ModuleNotFoundError: no medcot_utils here: open its checkout, add the project as input")
+    assert line.startswith("ModuleNotFoundError: no medcot_utils here: open its checkout, put the project in a folder medcot")
 
 
 # --- Google Drive --------------------------------------------------------------------------------------------------

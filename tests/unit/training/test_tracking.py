@@ -8,6 +8,7 @@ import pytest
 
 from medcot_utils.config import load_config
 from medcot_utils.errors import PlatformError
+from medcot_utils.machine.names import OutsideError
 from medcot_utils.training import tracking
 from medcot_utils.training.tracking import TrackingError, check_tracker, choose_tracker
 
@@ -108,3 +109,47 @@ def test_online_only_an_own_tracked_run_is_resumed(run_factory, write_all, monke
     state.write_text(json.dumps(tracked | {"signatures": []}))
     tracking.Session(run)
     assert Recorder.opened[-1] == mine, "nothing is sent, so nothing of another run can be changed"
+
+
+# --- somebody else's tracking.json ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tracked(run_factory, write_all):
+    """`tracked(name=...)`: a run whose tracking.json is a tracker's own but for these values."""
+    run = write_all(run_factory("tracking.backend=tensorboard"))
+
+    def make(**values):
+        held = {"backend": "tensorboard", "mode": "", "project": "medcot", "fingerprint": run.fingerprint("adapter")}
+        held |= {"id": "0a1b2c3d", "name": "run-0a1b2c3d", "folder": "tracking/tensorboard", "url": ""}
+        (run.path / tracking.STATE).write_text(json.dumps(held | values))
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["../../../escaped", "/tmp/escaped", "a/../../../../escaped", "a/b"])
+@pytest.mark.parametrize("key", ["name", "id"])
+def test_a_tracked_run_named_out_of_the_run_is_refused(tracked, tmp_path, capsys, key, name):
+    run = tracked(**{key: name})
+    with pytest.raises(OutsideError):
+        tracking._stored(run)
+    tracking.Session(run).close()
+    assert f"tracking ends here (OutsideError: run/tracking.json, {key}: {name!r} " in capsys.readouterr().out
+    assert tracking.describe_tracking(run).startswith(f"not tracked: run/tracking.json, {key}: {name!r} ")
+    assert not list(tmp_path.rglob("*escaped*"))
+
+
+def test_a_tracked_run_of_its_own_name_goes_on(tracked, tmp_path, capsys):
+    run = tracked()
+    tracking.Session(run).close()
+    assert [path.name for path in (run.path / "tracking" / "tensorboard").iterdir()] == ["run-0a1b2c3d-1"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("values", [{"backend": "../x"}, {"folder": 7}, {"url": None}])
+def test_a_tracking_json_of_another_shape_is_one_line(tracked, values):
+    run = tracked(**values)
+    assert "run/tracking.json is no record of a tracked run: remove it" in tracking.describe_tracking(run)
+    (run.path / tracking.STATE).write_text("[" * 100_000)
+    assert "run/tracking.json is no record of a tracked run: remove it" in tracking.describe_tracking(run)

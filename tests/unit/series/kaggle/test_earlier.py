@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 import time
 import zipfile
 from pathlib import Path
@@ -104,3 +105,91 @@ def test_a_zip_that_the_disk_cannot_hold_is_not_unpacked(tmp_path, monkeypatch):
     monkeypatch.undo()
     copy_run(find_earlier(tmp_path)[0], tmp_path / "again")
     assert (tmp_path / "again" / "manifest.json").read_bytes() == MANIFEST
+
+
+# --- names and links that lead out of a run ----------------------------------------------------------------------------
+
+LINK = zipfile.ZipInfo("medcot-run/adapter/link")
+LINK.create_system, LINK.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+
+
+@pytest.mark.parametrize(
+    ("member", "shown"),
+    [
+        ("medcot-run/../../escaped", "'medcot-run/../../escaped' leads out of its folder"),
+        ("/escaped", "'/escaped' is an absolute path"),
+        ("C:\\escaped", "'C:\\\\escaped' is an absolute path"),
+        ("medcot-run/..\\escaped", "'medcot-run/..\\\\escaped' leads out of its folder"),
+        ("medcot-run/plan.json\0/../escaped", "holds a NUL"),
+        (LINK, "medcot-run/adapter/link is a link"),
+    ],
+)
+def test_a_zip_with_a_member_that_leads_out_is_left_alone(tmp_path, member, shown):
+    put(tmp_path / "in", True, MANIFEST)
+    with zipfile.ZipFile(tmp_path / "in" / "medcot-run.zip", "a") as archive:
+        if isinstance(member, str):  # ZipInfo cuts a name off at a NUL; another program's zip need not
+            name, member = member, zipfile.ZipInfo("x")
+            member.filename = name
+        archive.writestr(member, "/etc/hostname")
+    said = []
+    assert find_earlier(tmp_path, said.append) == []
+    (line,) = said
+    assert "left alone" in line and f"medcot-run.zip: {shown}" in line.replace("'medcot-run/plan.json\\x00/../escaped' ", "")
+
+
+def test_a_member_that_leads_out_is_unpacked_nowhere(tmp_path):
+    (tmp_path / "deep" / "run").mkdir(parents=True)
+    with zipfile.ZipFile(tmp_path / "run.zip", "w") as archive:
+        archive.writestr("medcot-run/plan.json", "{}")
+        archive.writestr("medcot-run/../escaped", "out")
+    with pytest.raises(MedcotError, match=r"^run\.zip: '\.\./escaped' leads out of its folder"):
+        unzip(tmp_path / "run.zip", tmp_path / "deep" / "run", Path("medcot-run"))
+    assert [*(tmp_path / "deep").rglob("*")] == [tmp_path / "deep" / "run"]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder of the user's with a secret in it, outside what was attached."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "secret").write_text("own")
+    return tmp_path / "own"
+
+
+@pytest.mark.parametrize("target", ["own", "own/secret"])
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+def test_an_attached_run_with_a_link_out_of_it_is_left_alone(tmp_path, own, packed, target):
+    put(tmp_path / "in", packed, MANIFEST)
+    folder = tmp_path / "in" / "medcot-run" if packed else tmp_path / "in"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "link").symlink_to(tmp_path / target)
+    said = []
+    assert find_earlier(tmp_path / "in", said.append) == []
+    assert "left alone" in said[0] and f"{folder.name}/adapter/link is a link out of the run, to {tmp_path / target}" in said[0]
+
+
+@pytest.mark.parametrize("link", ["medcot-run", "medcot-run.zip"])
+def test_a_zip_or_its_folder_that_is_a_link_is_left_alone(tmp_path, own, link):
+    put(tmp_path / "in", True, MANIFEST)
+    if link == "medcot-run":
+        (tmp_path / "in" / link).symlink_to(own)
+    else:
+        (tmp_path / "in" / link).rename(own / link)
+        (tmp_path / "in" / link).symlink_to(own / link)
+    said = []
+    assert find_earlier(tmp_path / "in", said.append) == []
+    assert "left alone" in said[0] and f"'{link}' leads out of in/ through a link" in said[0]
+
+
+def test_an_unpacked_zip_whose_large_files_are_a_link_is_refused(tmp_path, own):
+    put(tmp_path / "in" / "medcot-run" / "medcot-run", False, MANIFEST)
+    (tmp_path / "in" / "medcot-run" / "adapter").symlink_to(own)
+    said = []
+    assert find_earlier(tmp_path / "in", said.append) == []
+    assert "medcot-run/adapter is a link out of the run" in said[0]
+
+
+def test_links_within_an_attached_run_are_copied_as_files(tmp_path):
+    put(tmp_path / "in", False, MANIFEST)
+    (tmp_path / "in" / "log").symlink_to("config.json")
+    copy_run(find_earlier(tmp_path / "in")[0], tmp_path / "run")
+    assert (tmp_path / "run" / "log").read_bytes() == CONFIG and not (tmp_path / "run" / "log").is_symlink()

@@ -170,8 +170,10 @@ def test_a_zip_that_points_outside_writes_nothing_there(finished, kaggle):
             archive.writestr(f"{session.RUN_NAME}/{name}", (run / name).read_text())
             (run / name).unlink()
         archive.writestr(f"{session.RUN_NAME}/../../escaped.txt", "out")
-    session.resume_earlier_run(kaggle / "working" / "run", "smoke")
-    assert not list(kaggle.rglob("escaped.txt"))
+    said = []
+    session.resume_earlier_run(kaggle / "working" / "run", "smoke", say=said.append)
+    assert not list(kaggle.rglob("escaped.txt")) and not (kaggle / "working" / "run").exists()
+    assert f"{session.RUN_NAME}.zip: '{session.RUN_NAME}/../../escaped.txt' leads out of its folder" in said[0]
 
 
 @pytest.mark.parametrize("inputs", ["nothing", "another profile"])
