@@ -18,6 +18,7 @@ from medcot_utils.series.kaggle.accelerators import ACCELERATORS, DEFAULT, check
 from medcot_utils.series.kaggle.carried import carried_files, payload, refuse_secrets
 from medcot_utils.series.kaggle.earlier import RUN_NAME
 from medcot_utils.series.kaggle.metadata import (
+    METADATA,
     PLACEHOLDER_OWNER,
     KaggleError,
     KernelMetadata,
@@ -96,7 +97,7 @@ def build(
     }
     metadata = validated(values)
     files, left_out = carried_files()
-    refuse_secrets(files, settings)
+    refuse_secrets(files | {METADATA: metadata.model_dump_json().encode()}, settings)
     text = notebook_text(metadata, profile, settings, files)
     size = len(text.encode())
     if size >= MOST_BYTES:
