@@ -32,6 +32,7 @@ from medcot_utils.settings import (
     TrackingSettings,
     TrainingSettings,
 )
+from medcot_utils.token_shapes import name_look
 
 PROFILES_DIR = Path(__file__).parent / "profiles"
 PROFILES = ("smoke", "demo", "small", "article", "recommended", "full")
@@ -66,6 +67,11 @@ _ALIASES = {
     "file": "dataset.path",
 }
 
+
+SECRETS_STAY_OUT = (
+    "Settings are kept in the run's files, and secrets.* takes the names of secrets. Take it out, and put the secret itself into "
+    "the environment or the platform's secret store"
+)
 
 _NULL = ("null", "Null", "NULL", "~")
 
@@ -183,11 +189,14 @@ def override_pairs(given: Iterable[str] | str) -> list[str]:
 def parse_overrides(given: Iterable[str] | str) -> dict[str, Any]:
     """Return `["training.max_steps=10"]` as `{"training.max_steps": 10}`, each value read by its setting's type (`parse_value`).
 
-    Raises ConfigError for a pair without `=`, a name that is no setting, or a value that is no YAML."""
+    Raises ConfigError for a pair without `=`, a name that is no setting, a value that is no YAML, or a token, which is not
+    repeated."""
     fields, overrides = _fields(RunConfig), {}
     for pair in override_pairs(given):
         name, equals, text = pair.partition("=")
         name = name.strip()
+        if look := name_look(pair):
+            raise ConfigError(f"--set{f' {name}' if name in fields else ''} holds what looks like {look}. {SECRETS_STAY_OUT}")
         if not equals:
             raise ConfigError(f"--set {pair}: expected NAME=VALUE, as in --set training.max_steps=10")
         if name == "profile":
@@ -333,8 +342,10 @@ def profile_needs(profile: str) -> ProfileNeeds:
 
 
 def read_profile(profile: str) -> dict[str, Any]:
-    """Return a profile's settings as nested dictionaries, not yet validated. Raises ConfigError for an unknown profile."""
+    """Return a profile's settings as nested dictionaries, not yet validated. Raises ConfigError for an unknown profile, or one
+    that holds a token."""
     values = _profile_file(profile)
+    _refuse_tokens(values, f"profile {profile}: ")
     del values["needs"]
     return values | {"profile": profile}
 
@@ -358,7 +369,9 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """Return a nested dictionary as a validated configuration. Raises ConfigError with every fault in one line."""
+    """Return a nested dictionary as a validated configuration. Raises ConfigError with every fault in one line, or for a token,
+    which is not repeated."""
+    _refuse_tokens(values)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -368,6 +381,20 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
             # A setting of several possible types has a fault for each of them.
             lines[setting] = f"{lines[setting]}, or {_lower(fault['msg'])}" if setting in lines else _explain(fault)
         raise ConfigError("; ".join(lines.values())) from None
+
+
+def _refuse_tokens(value: Any, where: str = "", name: str = "") -> None:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            _refuse_tokens(str(key), where, name)
+            _refuse_tokens(part, where, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _refuse_tokens(part, where, name)
+    elif isinstance(value, str) and (look := name_look(value)):
+        raise ConfigError(
+            f"{where}{f'setting {name}' if name else 'the name of a setting'} holds what looks like {look}. {SECRETS_STAY_OUT}"
+        )
 
 
 def _lower(message: str) -> str:

@@ -1,18 +1,21 @@
 """The errors that every room may raise. Their messages are meant for the user, without a traceback."""
 
+from medcot_utils.token_shapes import hide_by_look
+
 
 class MedcotError(Exception):
     """Something the user can fix. The message says what is wrong, what was expected, and what to do."""
 
     def __str__(self) -> str:
-        """Return the message as one line of printable characters: it may quote data or another library that are neither."""
-        line = " ".join(part.strip() for part in super().__str__().splitlines())
+        """Return the message as one line of printable characters without tokens: it may quote data, a command line or another
+        library that are not so."""
+        line = " ".join(part.strip() for part in hide_by_look(super().__str__()).splitlines())
         return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
 def quote(value: object, limit: int = 80) -> str:
-    """Return a value as a message quotes it: its repr, cut in the middle to about `limit` characters."""
-    text = repr(value)
+    """Return a value as a message quotes it: its repr without tokens, cut in the middle to about `limit` characters."""
+    text = hide_by_look(repr(value))
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 

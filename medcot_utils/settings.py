@@ -10,6 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from medcot_utils.token_shapes import name_look
+
 _ADDED_LATER = {"added_later": True}
 
 
@@ -284,6 +286,7 @@ class TrackingSettings(Section):
 
 
 _SECRET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,31}")
+# Beside `name_look`: what is cut off, or has no prefix.
 _LIKE_A_SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}|KGAT_.+|wandb_v\d_.+|[0-9a-fA-F]{32,}")
 
 
@@ -311,4 +314,4 @@ class SecretsSettings(Section):
 
 
 def _is_name(text: str) -> bool:
-    return bool(_SECRET_NAME.fullmatch(text)) and not _LIKE_A_SECRET.fullmatch(text)
+    return bool(_SECRET_NAME.fullmatch(text)) and not _LIKE_A_SECRET.fullmatch(text) and not name_look(text)

@@ -22,6 +22,7 @@ from medcot_utils.cli.runs import RUNS, choose_run
 from medcot_utils.config import PROFILES
 from medcot_utils.errors import EX_INTERRUPTED, EX_PAUSED, MedcotError, SeriesInterrupted, SeriesPaused
 from medcot_utils.machine import installing
+from medcot_utils.machine.guarded_streams import guard_streams
 from medcot_utils.machine.paths import expand_home
 
 if TYPE_CHECKING:
@@ -327,6 +328,7 @@ def _prepare_environment() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
+    guard_streams()
     if left := environment.forget_process_group():
         typer.echo(environment.tell_forgotten(left), err=True)
 

@@ -7,6 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
+from medcot_utils.machine.redaction import redact
+
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -27,6 +29,6 @@ def describe_exit(exit_code: int) -> str:
 
 
 def read_last_line(path: Path) -> str:
-    """Return the end of the last line of a log (at most 300 characters); empty if there is none."""
+    """Return the end of the last line of a log without secrets (at most 300 characters); empty if there is none."""
     text = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
-    return text.rpartition("\n")[2][-300:]
+    return redact(text.rpartition("\n")[2])[-300:]  # in this order: half a secret would not be found

@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from medcot_utils.config import SecretsSettings
 from medcot_utils.errors import PlatformError
 from medcot_utils.machine.paths import expand_home, platform_name
+from medcot_utils.text_files import decode
 
 
 class Secret(NamedTuple):
@@ -43,14 +44,32 @@ class Service:
     token_file: Callable[[], str | None]  # where its client's own log-in leaves it
 
 
+def read_token_file(path: Path) -> str:
+    """Return the text of a file that holds a secret. Raises OSError if it cannot be read, PlatformError if it is not UTF-8."""
+    content = path.read_bytes()
+    try:
+        return decode(content).strip()
+    except ValueError:  # its text would repeat bytes of the file
+        raise PlatformError(f"{path} is not UTF-8 text: log in again, which writes it anew, or save it as UTF-8") from None
+
+
 def _hugging_face_file() -> str | None:
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return expand_home(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token").read_text(encoding="utf-8").strip()
+    return read_token_file(expand_home(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token"))
+
+
+def read_netrc() -> dict[str, tuple[str, str, str]]:
+    """Return {host: (login, account, password)} of the netrc file. Raises OSError or NetrcParseError if it cannot be read,
+    PlatformError if it is not UTF-8."""
+    path = expand_home(os.environ.get("NETRC") or "~/.netrc")
+    read_token_file(path)
+    return netrc.netrc(path).hosts
 
 
 def _netrc() -> str | None:
+    # Not `authenticators`, which gives the default entry for every host that has none: that password is another program's.
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    found = netrc.netrc(expand_home(os.environ.get("NETRC") or "~/.netrc")).authenticators(host or "")
+    found = read_netrc().get(host or "")
     return found[2] if found else None
 
 
@@ -63,8 +82,6 @@ SERVICES = {
 SECRET_NAMES = {name: getattr(SecretsSettings(), service.setting) for name, service in SERVICES.items()}
 
 found_secrets: dict[str, str] = {}  # {value: where}: what `redact` takes out; never to be shown
-
-SHORTEST_SECRET = 8  # anything shorter is no key, and may be part of a word
 
 
 def _from_kaggle(name: str) -> str | None:

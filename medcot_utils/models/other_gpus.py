@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from medcot_utils.config import ModelSettings
 from medcot_utils.machine.gpu import note_use
+from medcot_utils.machine.guarded_streams import guard_streams
 from medcot_utils.machine.hardware import name_other_gpus
 from medcot_utils.machine.processes import describe_exit, end_with_parent, read_last_line
 from medcot_utils.machine.redaction import redact
@@ -167,6 +168,7 @@ def _serve(connection: Connection, gpu: str, log: Path, settings: ModelSettings,
     with log.open("wb") as stream:  # what libraries print would stand in the notebook's output
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    guard_streams()
     try:
         _answer_batches(connection, settings, adapter)
     except (EOFError, BrokenPipeError):

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from medcot_utils.config import RunConfig
-from medcot_utils.machine import disk, environment, hardware, paths, secrets
+from medcot_utils.config import SECRETS_STAY_OUT, ConfigError, RunConfig, overrides_of
+from medcot_utils.machine import disk, environment, hardware, paths, redaction, secrets
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,19 @@ def preflight(config: RunConfig, run_dir: Path | None, online: bool = True) -> l
         online: False leaves to notebook 01 what may ask the network.
 
     Raises:
+        ConfigError: if a setting holds a secret that is known here; it is not repeated.
         MedcotError: of the first check that fails, saying what is wrong and what to do."""
     if run_dir is not None:
         secrets.hand_on_secrets(config.secrets)
+    _refuse_secrets(config)
     return [Check(name, check()) for name, check in checks(config, run_dir, online).items()]
+
+
+def _refuse_secrets(config: RunConfig) -> None:
+    pairs = [pair.partition("=") for pair in overrides_of(config)]  # a profile's own words are nobody's secret
+    texts = {f"setting {name}": value for name, _, value in pairs if not name.startswith("secrets.")}
+    if found := redaction.name_holders(texts, redaction.secrets_at_hand()):
+        raise ConfigError(f"{'; '.join(found)}. {SECRETS_STAY_OUT}")
 
 
 def checks(config: RunConfig, run_dir: Path | None, online: bool = True) -> dict[str, Callable[[], str]]:

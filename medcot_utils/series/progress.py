@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from medcot_utils.machine.durations import TimeEstimate, describe_end
-from medcot_utils.machine.redaction import redact
+from medcot_utils.machine.redaction import clear_outputs, redact
 
 _EVERY_SECONDS, _LIVE_SECONDS = 300, 2
-_BAR = re.compile(r"\|[^|]*\|")  # of tqdm, between the percentage and the count
+_BAR = re.compile(r"(?<=%)\|[^|]*\|")  # of tqdm, between the percentage and the count
 
 
 class Watch:
@@ -44,8 +44,9 @@ def find_heading(cells: Sequence[Any], index: int) -> str:
 
 
 def read_last_line(cells: Sequence[Any], index: int) -> str:
-    """Return the last line of text that a cell has written so far, of a progress bar its last state in figures; empty if none."""
-    outputs = cells[index].get("outputs", []) if index < len(cells) else []
+    """Return the last line of text that a cell has written so far, without secrets; of a progress bar its last state in
+    figures; empty if none."""
+    outputs = clear_outputs(cells[index].get("outputs", []), is_running=True) if index < len(cells) else []
     text = "".join(output.text for output in outputs if output.output_type == "stream")
     lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
     return " ".join(_BAR.sub(" ", lines[-1]).split()) if lines else ""

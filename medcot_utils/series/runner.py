@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from medcot_utils.config import (
+    SECRETS_STAY_OUT,
     RunConfig,
     load_config,
     overrides_of,
@@ -137,7 +138,11 @@ def parse_parameter(name: str, text: str) -> object:
 
 
 def check_parameters(parameters: Mapping[str, Any], folder: Path) -> None:
-    """Raise SeriesError for a parameter that no notebook has: papermill itself would only warn."""
+    """Raise SeriesError for a parameter that no notebook has, which papermill itself would only warn of, and for one that holds
+    a secret, which papermill would write."""
+    texts = {f"--parameter {name}": str(value) for name, value in parameters.items()}
+    if found := redaction.name_holders(texts, redaction.secrets_at_hand()):
+        raise SeriesError(f"{'; '.join(found)}. {SECRETS_STAY_OUT}")
     known: set[str] = set().union(*(parameters_of(folder / f"{name}.ipynb") for name in NOTEBOOKS)) if parameters else set()
     for name in parameters:
         if name not in known:
@@ -155,8 +160,8 @@ def run_series(
     report: Report = lambda name, cell, cells: None,
     show: Show = None,
 ) -> Run:
-    """Run notebooks `first` to `last` into `run_dir`, skipping those that are done with these settings and inputs. This
-    machine's secrets are removed from the cells' output before it is written.
+    """Run notebooks `first` to `last` into `run_dir`, skipping those that are done with these settings and inputs. Secrets are
+    removed from the executed notebooks before they are written.
 
     `report(name, cell, cells)` is called before each cell, and `show(line)` every two seconds with what is being done; without
     `show`, `say` gets that line every five minutes. Raises RunError if another process works in the run, before anything
@@ -306,23 +311,30 @@ def _register_engine(name: str, report: Report, watch: Watch) -> None:
     from papermill.engines import NBClientEngine, papermill_engines
 
     class ReportingEngine(NBClientEngine):
-        """nbclient's engine, telling of each cell before it runs, and writing no secret of what a cell puts out."""
+        """nbclient's engine, telling of each cell before it runs, and writing no secret."""
 
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
             cell_start, save, cells = nb_man.cell_start, nb_man.save, len(nb_man.nb.cells)
+            copies = redaction.ClearedCopies()
 
             def reporting_start(cell, cell_index=None, **more):
                 report(name, (cell_index or 0) + 1, cells)
                 watch.begin_cell(nb_man.nb.cells, cell_index or 0)
                 return cell_start(cell, cell_index, **more)
 
-            def redacting_save(**more):
-                redaction.redact_outputs(nb_man.nb)
-                return save(**more)
+            def save_a_copy(**more):
+                whole, nb_man.nb = nb_man.nb, copies.make(nb_man.nb)
+                try:
+                    return save(**more)
+                finally:
+                    nb_man.nb = whole
 
-            nb_man.cell_start, nb_man.save = reporting_start, redacting_save
-            return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+            nb_man.cell_start, nb_man.save = reporting_start, save_a_copy
+            try:
+                return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+            finally:  # what papermill writes last, and makes its error of
+                nb_man.nb, nb_man.save = copies.make(nb_man.nb), save
 
     papermill_engines.register("medcot", ReportingEngine)
 

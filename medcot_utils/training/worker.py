@@ -19,10 +19,12 @@ def main() -> None:
     parser.add_argument("--skip-plans", type=int, default=0, help="batch plans that ran out of memory before")
     options = parser.parse_args()
 
+    from medcot_utils.machine.guarded_streams import guard_streams
     from medcot_utils.models.engine import get_engine
     from medcot_utils.run.directory import Run
     from medcot_utils.run.lock import keep
 
+    guard_streams()
     run = Run.open(options.run_dir)
     if os.environ.get("RANK") in (None, "", "0"):  # one lock for all processes; the notebook that starts them has it already
         keep(run.path, "training worker")

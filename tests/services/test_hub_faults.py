@@ -125,7 +125,10 @@ def test_a_token_that_the_server_repeats_is_not_shown(hub, finished_run, push):
     hub.fail("POST", "/api/repos/create$", status=500, message=f"cannot read {WRITE}")
     hub.fail("POST", "/api/repos/create$", status=403, message=f"what is {WRITE}?")
     done = push(run)
-    assert "403 Forbidden (what is ***?)" in the_error(done, run, hub) and "(cannot read ***): trying again" in done.stdout
+    assert (
+        "403 Forbidden (what is **********?)" in the_error(done, run, hub)
+        and "(cannot read **********): trying again" in done.stdout
+    )
 
 
 def test_404_midway_says_what_is_gone_and_what_was_committed(hub, finished_run, push):

@@ -37,7 +37,8 @@ PLACES = {
     "KAGGLE_USER_SECRETS_TOKEN": f"jwt{MARK}session00000000",
 }
 FILES = {  # below HOME
-    ".netrc": f"machine api.wandb.ai\n  login user\n  password netrc{MARK}wandb000000000000000000\n",
+    ".netrc": f"machine api.wandb.ai\n  login user\n  password netrc{MARK}wandb000000000000000000\n"
+    f"default login user password default{MARK}00000000\n",
     ".cache/huggingface/token": f"hf_file{MARK}hub0000000000000000",
     ".kaggle/kaggle.json": json.dumps({"username": "somebody", "key": f"json{MARK}kaggle0000"}),
     ".kaggle/access_token": f"KGAT_file{MARK}kaggle0000",
@@ -55,8 +56,8 @@ class UserSecretsClient:
 
 
 def encodings(mark: str) -> list[bytes]:
-    """The mark as it stands in a file, and within base64 at each of the three offsets."""
-    found = [mark.encode(), mark.encode("utf-16-le")]
+    """The mark as it stands in a file, in hex, and within base64 at each of the three offsets."""
+    found = [mark.encode(), mark.encode("utf-16-le"), mark.encode().hex().encode(), mark.encode().hex("%").encode()]
     for offset in range(3):
         coded = base64.b64encode(b"\0" * offset + mark.encode())
         found.append(coded[4 if offset else 0 : -4])
@@ -72,6 +73,16 @@ def contents(path: Path) -> Iterator[bytes]:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 yield archive.read(name)
+    elif path.suffix == ".ipynb":
+        yield from map(str.encode, printed_text(path))
+
+
+def printed_text(path: Path) -> Iterator[str]:
+    """What each cell of a notebook printed, on one stream and on both, without what stands between two pieces."""
+    for cell in nbformat.read(path, as_version=4).cells:
+        streams = [output for output in cell.get("outputs", []) if output.output_type == "stream"]
+        for names in (("stdout",), ("stderr",), ("stdout", "stderr")):
+            yield "".join("".join(output.text for output in streams if output.name in names).split())
 
 
 def holding(folder: Path, leave_out: tuple[Path, ...] = ()) -> list[str]:
@@ -108,7 +119,7 @@ def world(tmp_path_factory):
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "200",
     }
-    return folder, environment, (modules, *(home / name for name in FILES))
+    return folder, environment, (modules, *(home / name for name in FILES), folder / "broken")
 
 
 def medcot(world, *arguments, **more):
@@ -139,9 +150,15 @@ def the_whole_series(world) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# Output of every kind, and an error, that hold the secrets of every place as they are: no library hides what it repeats.
-FAILURE = """
-import netrc, os, sys
+# Output of every kind, and an error, that hold the secrets of every place: no library hides what it repeats. As they are, encoded
+# and in pieces; one stands in the cell itself.
+FAILURE = (
+    f"""
+literal = "{PLACES["HF_TOKEN"]}"
+"""
+    + """
+import base64, netrc, os, sys, time
+from urllib.parse import quote
 from pathlib import Path
 from IPython.display import HTML, JSON, display
 from kaggle_secrets import UserSecretsClient
@@ -149,12 +166,24 @@ values = [os.environ[name] for name in ("HF_TOKEN", "HUGGINGFACE_TOKEN", "WANDB_
 values += [os.environ["KAGGLE_KEY"], os.environ["KAGGLE_USER_SECRETS_TOKEN"]]
 values += [UserSecretsClient().get_secret(name) for name in ("STORED", "HUB_STORED")]
 values += [Path("~/.cache/huggingface/token").expanduser().read_text(), netrc.netrc().authenticators("api.wandb.ai")[2]]
+values += [netrc.netrc().authenticators("elsewhere")[2]]
 values += [Path("~/.kaggle", name).expanduser().read_text() for name in ("kaggle.json", "access_token")]
 print(*values)
 print(*values, sep="\\n", file=sys.stderr)
+for value in values:
+    print(*(base64.b64encode(b"x" * before + value.encode()).decode() for before in range(3)), quote(value), sep="\\n")
+    print(value.encode().hex(), value.encode().hex("%").upper(), base64.encodebytes(b"y" * 40 + value.encode()), *value)
+    middle = len(value) // 2
+    for stream, piece in [(sys.stdout, value[:middle]), (sys.stderr, " bar "), (sys.stdout, value[middle:])]:
+        print(piece, end="", file=stream, flush=True)
+        time.sleep(0.02)
+    print(value[:middle], end="", flush=True)
+    time.sleep(0.02)
+    print(value[middle:], file=sys.stderr, flush=True)
 display(values, HTML("<b>" + "</b><b>".join(values) + "</b>"), JSON({value: [value] for value in values}))
 raise RuntimeError("refused with " + " and ".join(values))
 """
+)
 
 
 def a_failure_in_each_notebook(world) -> None:
@@ -180,6 +209,10 @@ def refused_settings(world) -> None:
     given = PLACES["wandb"]
     done = medcot(world, "run", "--profile", "smoke", "--run-dir", "runs/other", "--set", f"secrets.wandb=[{given}]")
     assert done.returncode == 1
+    wrong = [("--set", f"tracking.entity={given}"), ("--set", given), ("--parameter", f"QUESTION={given}"), ("--from", given)]
+    for option, value in wrong:
+        done = medcot(world, "run", "--profile", "smoke", "--run-dir", "runs/other", option, value)
+        assert done.returncode != 0, (option, done.stdout)
     online = ("--set", "tracking.backend=wandb", "--set", "tracking.mode=online", "--set", "secrets.wandb=NOWHERE")
     done = medcot(world, "run", "--profile", "smoke", "--run-dir", "runs/other", *online, NETRC="/nowhere")
     assert done.returncode == 1 and "none was found under NOWHERE" in done.stderr, done.stderr

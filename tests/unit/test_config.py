@@ -56,6 +56,53 @@ ARTICLE = {
 }
 
 
+TOKENS = ["hf_" + "aB" * 17, "KGAT_" + "0a" * 16, "sk-ant-api03-" + "aB1" * 31, "ghp_" + "aB1" * 12, "AKIAIOSFODNN7EXAMPLE"]
+
+
+@pytest.mark.parametrize("token", TOKENS)
+@pytest.mark.parametrize(
+    ("pair", "where"),
+    [
+        ("tracking.entity={}", "--set tracking.entity holds"),
+        ("training.max_steps={}", "--set training.max_steps holds"),
+        ("evaluation.mcq_tasks=[shipped, {}", "--set evaluation.mcq_tasks holds"),
+        ("no.setting={}", "--set holds"),
+        ("{}=1", "--set holds"),
+        ("{}", "--set holds"),
+        ("secrets.wandb={}", "--set secrets.wandb holds"),
+    ],
+)
+def test_a_token_in_a_setting_is_refused_and_not_repeated(pair, where, token):
+    with pytest.raises(ConfigError, match=f"^{re.escape(where)} what looks like a.*environment or the platform's") as caught:
+        load_config("smoke", [pair.format(token)])
+    assert token[8:] not in str(caught.value) and token[8:] not in str(caught.value.args)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda values, token: values["tracking"].update(entity=token), "setting tracking.entity holds"),
+        (lambda values, token: values["evaluation"].update(mcq_tasks=["shipped", token]), "setting evaluation.mcq_tasks holds"),
+        (lambda values, token: values["hub"].update({token: 1}), "setting hub holds"),
+        (lambda values, token: values.update({token: 1}), "the name of a setting holds"),
+    ],
+)
+def test_a_token_in_a_configuration_is_refused_and_not_repeated(change, where):
+    values = load_config("smoke").model_dump(mode="json")
+    change(values, TOKENS[0])
+    with pytest.raises(ConfigError, match=f"^{where} what looks like a Hugging Face token") as caught:
+        config_from_dict(values)
+    assert TOKENS[0][8:] not in str(caught.value)
+
+
+def test_a_token_in_a_profile_names_profile_and_setting(monkeypatch, tmp_path):
+    (tmp_path / "smoke.yaml").write_text(f"needs: {{}}\ntracking: {{entity: {TOKENS[0]}}}\n")
+    monkeypatch.setattr("medcot_utils.config.PROFILES_DIR", tmp_path)
+    with pytest.raises(ConfigError, match=r"^profile smoke: setting tracking\.entity holds what looks like") as caught:
+        load_config("smoke")
+    assert TOKENS[0][8:] not in str(caught.value)
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_profile_loads_under_its_own_name(profile):
     assert load_config(profile).profile == profile

@@ -30,7 +30,7 @@ from medcot_utils.export.hub.records import (
 )
 from medcot_utils.export.hub.requests import HubClient, HubError, Listing, download
 from medcot_utils.machine.environment import check_proxies
-from medcot_utils.machine.secrets import require_secret
+from medcot_utils.machine.secrets import remember, require_secret
 from medcot_utils.run.directory import Run
 
 if TYPE_CHECKING:
@@ -117,11 +117,12 @@ def _connect(token: str | None, secrets: SecretsSettings, settings: HubSettings,
     """Return the client with a token: the argument, else what `require_secret` finds. Raises PlatformError without one."""
     from huggingface_hub import HfApi
 
-    if not token:
+    if token:
+        found = remember(token, "argument")
+    else:
         found = require_secret("Hugging Face", "the push to the Hub", "leave hub.repo_id unset", secrets)
-        token = found.value.get_secret_value()
     check_proxies()
-    return HubClient(HfApi(token=token), settings.patience_seconds, say)
+    return HubClient(HfApi(token=found.value.get_secret_value()), settings.patience_seconds, say)
 
 
 def writing_user(hub: HubClient, repo_id: str) -> str:

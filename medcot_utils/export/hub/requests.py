@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from medcot_utils.errors import MedcotError
+from medcot_utils.machine.redaction import redact
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
@@ -45,7 +46,7 @@ class HubClient:
 
     def say(self, line: str) -> None:
         """Say a line without the token, which a server may repeat."""
-        self.tell(line.replace(self.api.token, "***"))
+        self.tell(redact(line))
 
     def ask(self, doing: str, repo_id: str, call: Callable[..., T], *args: object, **kwargs: object) -> T:
         """Return `call(*args, **kwargs)`, repeated while its failure may pass: after the seconds that the server asks for,
@@ -68,8 +69,7 @@ class HubClient:
             if not of_the_hub(error):
                 error.add_note(f"while {doing}")
                 raise
-            message = f"{doing}: {explain(error, repo_id, self.api.endpoint, self.patience_s)}"
-            raise HubRefusal(message.replace(self.api.token, "***")) from None
+            raise HubRefusal(redact(f"{doing}: {explain(error, repo_id, self.api.endpoint, self.patience_s)}")) from None
 
     def listing(self, repo_id: str, revision: str, commits: bool = False) -> Listing:
         """Return every file of a repository at a revision, with the last commit that touched it if `commits`."""

@@ -100,7 +100,7 @@ def build(
     }
     metadata = validated(values)
     files, left_out = carried_files()
-    refuse_secrets(files, settings)
+    refuse_secrets(files | {METADATA: metadata.model_dump_json().encode()}, settings)
     text = notebook_text(metadata, profile, settings, files)
     size = len(text.encode())
     if size >= MOST_BYTES:

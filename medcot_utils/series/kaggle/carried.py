@@ -59,7 +59,7 @@ def refuse_secrets(files: dict[str, bytes], settings: list[str]) -> None:
     known = redaction.known_secrets(load_config("smoke", [pair for pair in settings if pair.startswith("secrets.")]).secrets)
     texts = {name: content.decode(errors="replace") for name, content in files.items()}
     texts |= {f"--set {pair.partition('=')[0]}": pair for pair in settings}
-    if found := [f"{name} holds {kind}" for name, text in texts.items() if (kind := redaction.kind_of(text, known))]:
+    if found := redaction.name_holders(texts, known):
         raise KaggleError(
             f"{'; '.join(found)}. What is built is pushed as it is: take it out, put it into the environment or attach it as a "
             f"secret in Kaggle's editor, and build again"

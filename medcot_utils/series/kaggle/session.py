@@ -101,7 +101,10 @@ def unpack_own(run_dir: Path) -> None:
 
 
 def run_medcot(run_dir: Path, profile: str, settings: Iterable[str]) -> int:
-    """Run `medcot run` in another process, printing its lines as they come. Return 0 for done, 75 for paused, else failed."""
+    """Run `medcot run` in another process, printing its lines as they come, without secrets. Return 0 for done, 75 for paused,
+    else failed."""
+    from medcot_utils.machine.redaction import redact
+
     command = [sys.executable, "-m", "medcot_utils", "run", "--profile", profile, "--run-dir", str(run_dir)]
     command += [part for pair in settings for part in ("--set", pair)]
     with subprocess.Popen(
@@ -109,7 +112,7 @@ def run_medcot(run_dir: Path, profile: str, settings: Iterable[str]) -> int:
     ) as started:
         try:
             for line in started.stdout:
-                print(line, end="", flush=True)
+                print(redact(line), end="", flush=True)
         finally:
             if started.poll() is None and sys.exc_info()[0] is not None:  # the cell was stopped by hand
                 started.terminate()

@@ -5,6 +5,7 @@ are tried where MEDCOT_REAL_MODULES names a folder that holds them (`kaggle_secr
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import sys
@@ -122,6 +123,39 @@ def test_the_wandb_key_comes_from_netrc_for_the_address_in_use(monkeypatch, tmp_
     assert secret_of(WANDB) is None, "a netrc that cannot be read holds no key"
 
 
+def test_the_default_entry_of_netrc_is_no_wandb_key(monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("machine example.org login a password b\ndefault login user password for-all-others\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert secret_of(WANDB) is None and secrets_found()[WANDB] == "not found"
+
+
+@pytest.mark.parametrize(
+    "content", [b"hf_\xff\xfe0123456789", "hf_0123456789".encode("utf-16"), "hf_é123456789".encode("latin-1")]
+)
+@pytest.mark.parametrize(
+    ("variable", "name", "find"),
+    [
+        ("HF_TOKEN_PATH", "token", lambda: secret_of(HUB)),
+        ("NETRC", "netrc", lambda: secret_of(WANDB)),
+        ("KAGGLE_CONFIG_DIR", "access_token", redaction.known_secrets),
+        ("KAGGLE_CONFIG_DIR", "kaggle.json", redaction.known_secrets),
+    ],
+)
+def test_a_token_file_that_is_no_utf_8_is_named_in_one_line(variable, name, find, content, monkeypatch, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    monkeypatch.setenv(variable, str(tmp_path / name if variable != "KAGGLE_CONFIG_DIR" else tmp_path))
+    with pytest.raises(PlatformError) as caught:
+        find()
+    assert str(caught.value) == f"{tmp_path / name} is not UTF-8 text: log in again, which writes it anew, or save it as UTF-8"
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+def test_a_token_file_may_begin_with_a_byte_order_mark(monkeypatch, tmp_path):
+    (tmp_path / "token").write_text(f"{SECRET}\r\n", encoding="utf-8-sig")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    assert shown(secret_of(HUB)) == (SECRET, "token file")
+
+
 def test_an_empty_variable_is_no_secret(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", " ")
     assert find_secret(["HF_TOKEN"]) is None
@@ -137,12 +171,13 @@ def test_the_names_are_those_of_the_settings(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "value", ["hf_" + "a" * 34, "0123456789abcdef" * 3, "[WANDB_API_KEY, '0123456789abcdef0123456789abcdef']"]
+    "value",
+    ["hf_" + "a" * 34, "0123456789abcdef" * 3, "[WANDB_API_KEY, '0123456789abcdef0123456789abcdef']", "AKIA" + "A234567B" * 2],
 )
 def test_a_secret_given_for_a_name_is_refused_and_not_repeated(value):
     with pytest.raises(ConfigError, match="takes the names of secrets") as caught:
         load_config("smoke", [f"secrets.wandb={value}"])
-    assert "0123456789" not in str(caught.value) and "aaaa" not in str(caught.value)
+    assert not any(part in str(caught.value) for part in ("0123456789", "aaaa", "A234567B"))
 
 
 # --- Kaggle and Colab --------------------------------------------------------------------------------------------------
@@ -345,7 +380,7 @@ def test_other_libraries_messages_are_cleared_of_what_was_found(monkeypatch, tmp
 
 
 PUT_OUT = """
-import html, os, sys, time
+import base64, html, os, sys, time
 from pathlib import Path
 from IPython.display import HTML, JSON, display
 token, page = os.environ["HF_TOKEN"], Path("token").read_text()
@@ -354,6 +389,20 @@ time.sleep(0.5)
 print(token[9:], page, flush=True)
 print(os.environ["KAGGLE_API_TOKEN"], os.environ["MY_KEY"], file=sys.stderr)
 display([token], HTML("<b>" + html.escape(page) + "</b>"), JSON({token: [page]}))
+print(base64.b64encode(b"user:" + token.encode()).decode(), token.encode().hex(), *token, sep="\\n")
+"""
+INTERLEAVED = """
+for stream, piece in [(sys.stdout, token[:9]), (sys.stderr, "a bar"), (sys.stdout, token[9:]), (sys.stderr, token[:20])]:
+    print(piece, end="", file=stream, flush=True)
+    time.sleep(0.1)
+print(token[20:])
+"""
+# While the cell runs, what is saved holds no beginning of a secret, nor the rest of it.
+SAVED = """
+print(token[:20], end="", flush=True)
+time.sleep(1)
+saved = Path("out.ipynb").read_text()
+print(token[20:], "very" + "secret" in saved)
 """
 
 
@@ -368,21 +417,28 @@ def test_cell_outputs_are_saved_without_secrets_in_every_form(monkeypatch, tmp_p
     (tmp_path / "token").write_text("a&verysecret<file>")
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.chdir(tmp_path)
-    sources = [PUT_OUT, "print('very' + 'secret' in Path('out.ipynb').read_text())", "raise RuntimeError(f'401 for key {token}')"]
+    literal = "key = 'my-other-verysecret'"
+    monkeypatch.setenv("WANDB_API_KEY", "my-other-verysecret")
+    sources = [PUT_OUT, SAVED, INTERLEAVED, literal, "raise RuntimeError(f'401 for key {token}')"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     nbformat.write(notebook, tmp_path / "in.ipynb")
     redaction.known_secrets(load_config("smoke", ["secrets.wandb=MY_KEY"]).secrets)
     runner._register_engine("in", lambda *arguments: None, Watch("in", None))
+    quick = {"engine_name": "medcot", "kernel_name": "python3", "progress_bar": False, "autosave_cell_every": 0.01}
     with pytest.raises(papermill.PapermillExecutionError) as raised:
-        papermill.execute_notebook("in.ipynb", "out.ipynb", engine_name="medcot", kernel_name="python3", progress_bar=False)
+        papermill.execute_notebook("in.ipynb", "out.ipynb", **quick)
     text = (tmp_path / "out.ipynb").read_text()
     assert "verysecret" not in text and "verysecret" not in str(raised.value)
+    assert SECRET.encode().hex()[8:] not in text and base64.b64encode(b"user:" + SECRET.encode()).decode()[10:-4] not in text
     written = [cell for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "code"]
-    assert [cell.source for cell in written] == sources
-    first, second, third = (cell.outputs for cell in written)
+    assert [cell.source for cell in written] == [*sources[:3], "key = '**********'", sources[4]]
+    first, second, third, _, last = (cell.outputs for cell in written)
     assert first[0].text.startswith("**********") and "<b>**********</b>" in json.dumps(first)
-    assert second[0].text == "False\n", "nor while the notebook runs"
-    assert third[0].evalue == "401 for key **********" and "**********" in "".join(third[0].traceback)
+    assert not any(SECRET in "".join("".join(output.get("text", "") for output in first).split()) for first in (first, third))
+    for name in ("stdout", "stderr"):
+        assert SECRET[:9] not in "".join(output.text for output in third if output.name == name)
+    assert second[-1].text.endswith("********** False\n"), "nor while the notebook runs"
+    assert last[0].evalue == "401 for key **********" and "**********" in "".join(last[0].traceback)
     assert text.count("**********") > 8
 
 

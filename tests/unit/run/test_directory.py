@@ -140,6 +140,16 @@ def test_force_fixes_an_unreadable_configuration(run_factory, text):
     assert Run.open(run.path).config == run.config
 
 
+def test_a_token_in_config_json_names_file_and_setting(run_factory):
+    run, token = run_factory("tracking.entity=someone"), "hf_" + "aB" * 17
+    (run.path / CONFIG).write_text((run.path / CONFIG).read_text().replace("someone", token))
+    with pytest.raises(
+        RunError, match=r"run/config\.json cannot be read \(setting tracking\.entity holds what looks like"
+    ) as caught:
+        Run.open(run.path)
+    assert token[8:] not in str(caught.value)
+
+
 ODD_MANIFESTS = {
     "no UTF-8": b'{"format": 1, "steps": {}, "artifacts": {"\xe9": {}}}',
     "UTF-16": '{"format": 1, "steps": {}, "artifacts": {}}'.encode("utf-16"),

@@ -147,6 +147,15 @@ def test_for_another_machine_only_shipped_files_are_checked():
     assert names(load_config("smoke", there), None, online=False) == []
 
 
+def test_a_known_secret_in_a_setting_is_refused_and_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", key := "0123456789" * 4)
+    with pytest.raises(
+        MedcotError, match=r"^setting tracking\.project holds a secret of this machine \(environment MY_KEY\)\. "
+    ) as caught:
+        runner.plan_config(tmp_path / "run", "smoke", [f"tracking.project=of-{key}", "secrets.wandb=MY_KEY"])
+    assert key not in str(caught.value) and not (tmp_path / "run").exists()
+
+
 def test_secrets_are_handed_on_before_the_checks(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "0" * 40)
     config = load_config("smoke", ["secrets.wandb=MY_KEY"])

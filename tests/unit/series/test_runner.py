@@ -202,6 +202,18 @@ def test_each_notebook_says_how_long_it_should_take(run_factory, notebooks):
     assert [line.partition(": 4 min (3 to 6), until about ")[0] for line in said if "until" in line] == list(STEPS)[1:]
 
 
+@pytest.mark.parametrize("value", ["hf_" + "aB" * 17, "of somebody special"])
+def test_a_parameter_that_holds_a_secret_is_refused(value, done, notebooks, monkeypatch):
+    monkeypatch.setenv("KAGGLE_KEY", "somebody special")
+    before = (done.path / "manifest.json").read_bytes()
+    with pytest.raises(
+        SeriesError, match=r"^--parameter QUESTION holds (a secret of this machine|what looks like a Hugg)"
+    ) as caught:
+        run_series(done.path, done.config, parameters={"QUESTION": value})
+    assert value[-16:] not in str(caught.value)
+    assert notebooks.ran == [] and (done.path / "manifest.json").read_bytes() == before
+
+
 def test_a_parameter_that_does_a_step_again_is_named(done, notebooks):
     said = []
     run_series(done.path, done.config, parameters={"QUESTION": "Why?"}, say=said.append)

@@ -196,6 +196,15 @@ def test_the_series_process_passes_on_its_lines_and_exit_code(tmp_path, capsys):
     assert code == 1 and "did you mean training.max_steps" in capsys.readouterr().out
 
 
+def test_what_the_series_prints_holds_no_secret(kaggle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", token := "a token of any form")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho refused: {token}\necho {token.encode().hex()} >&2\n")
+    (tmp_path / "python").chmod(0o755)
+    assert session.run_medcot(tmp_path / "run", "smoke", []) == 0
+    assert capsys.readouterr().out == "refused: **********\n**********\n"
+
+
 def test_secrets_are_handed_on_and_only_their_places_are_shown(kaggle, monkeypatch, capsys):
     monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_verysecretvalue0123456789")
     session.read_secrets("smoke")
