@@ -11,7 +11,7 @@ RUNS = Path("runs")  # where `medcot run` keeps them, if it is not told
 
 def choose_run(run_dir: Path | None) -> Path:
     """Return the run directory that was given. Raises MedcotError that lists the runs below runs/ if none was."""
-    from medcot_utils.run.directory import CONFIG
+    from medcot_utils.run.store import CONFIG
 
     if run_dir is not None:
         return run_dir

@@ -64,7 +64,8 @@ def start(run_dir: str | int | Path) -> Path:
 def _hand_on_secrets(run_dir: Path) -> None:
     """Put the secrets found under the run's names where the clients read them."""
     from medcot_utils.machine import secrets
-    from medcot_utils.run.directory import CONFIG, Run
+    from medcot_utils.run.directory import Run
+    from medcot_utils.run.store import CONFIG
 
     secrets.hand_on_secrets(Run.open(run_dir).config.secrets if (run_dir / CONFIG).exists() else None)
 

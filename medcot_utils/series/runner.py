@@ -30,10 +30,11 @@ from medcot_utils.models.engine import quiet_start
 from medcot_utils.run.artifacts import ARTIFACTS, PROGRESS, STEPS
 from medcot_utils.run.changes import describe_changes
 from medcot_utils.run.clock import SESSION_STARTED, SessionClock, TimeBudgetReached
-from medcot_utils.run.directory import CONFIG, Run
+from medcot_utils.run.directory import Run
 from medcot_utils.run.files import write_atomic
 from medcot_utils.run.lock import hold
 from medcot_utils.run.manifest import GpuPeak, describe_costs
+from medcot_utils.run.store import CONFIG
 from medcot_utils.series.kernel import KERNEL, check_kernel
 from medcot_utils.series.preflight import preflight
 from medcot_utils.series.progress import Watch, watching

@@ -19,7 +19,8 @@ from medcot_utils.export.hub.requests import HubError
 from medcot_utils.export.merged import ExportError
 from medcot_utils.export.model_card import model_card
 from medcot_utils.run.artifacts import ARTIFACTS
-from medcot_utils.run.directory import Run, RunError
+from medcot_utils.run.directory import Run
+from medcot_utils.run.lock import RunError
 
 pytest_plugins = ("hub_fixtures",)
 

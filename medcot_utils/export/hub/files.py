@@ -20,7 +20,8 @@ from medcot_utils.export.hub.requests import HubError, Listing
 from medcot_utils.export.merged import require_agreement
 from medcot_utils.export.model_card import model_card
 from medcot_utils.run.artifacts import ARTIFACTS
-from medcot_utils.run.directory import Run, RunError
+from medcot_utils.run.directory import Run
+from medcot_utils.run.lock import RunError
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

@@ -19,7 +19,8 @@ from medcot_utils.evaluation.grades import (
     read_pairs,
     summarize_grades,
 )
-from medcot_utils.run.directory import Run, RunError
+from medcot_utils.run.directory import Run
+from medcot_utils.run.lock import RunError
 
 QUESTIONS = 12
 

@@ -13,7 +13,8 @@ from medcot_utils.evaluation.intervals import format_interval
 from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.evaluation.report import build_report
 from medcot_utils.export.model_card import model_card
-from medcot_utils.run.directory import Run, RunError
+from medcot_utils.run.directory import Run
+from medcot_utils.run.lock import RunError
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from medcot_utils.config import PROFILES, load_config, overrides_of
 from medcot_utils.export.hub import push
 from medcot_utils.machine.secrets import SECRET_NAMES
 from medcot_utils.run.artifacts import STEPS
-from medcot_utils.run.directory import CONFIG, Run
+from medcot_utils.run.directory import Run
+from medcot_utils.run.store import CONFIG
 from medcot_utils.series import notebook, runner
 from medcot_utils.training.tracking import choose_tracker
 

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from medcot_utils.run.artifacts import STEPS
-from medcot_utils.run.directory import MANIFEST, RunError
+from medcot_utils.run.lock import RunError
+from medcot_utils.run.store import MANIFEST
 
 # Artifacts that are made only if their setting is on.
 WANTED = ("export.gguf=f16", "evaluation.base_16bit_loss=true", "evaluation.measure_merged=true")

@@ -14,8 +14,10 @@ import pytest
 from medcot_utils.config import load_config
 from medcot_utils.errors import MedcotError
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS
-from medcot_utils.run.directory import CONFIG, MANIFEST, Run, RunError
+from medcot_utils.run.directory import Run
+from medcot_utils.run.lock import RunError
 from medcot_utils.run.manifest import describe_costs
+from medcot_utils.run.store import CONFIG, MANIFEST
 from medcot_utils.series.runner import plan_config
 
 

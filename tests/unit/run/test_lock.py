@@ -12,8 +12,9 @@ import pytest
 from medcot_utils.config import load_config
 from medcot_utils.machine.paths import host_name
 from medcot_utils.run import lock
-from medcot_utils.run.directory import CONFIG, Run, RunError
-from medcot_utils.run.lock import HOLDER, LOCK, hold, is_held
+from medcot_utils.run.directory import Run
+from medcot_utils.run.lock import HOLDER, LOCK, RunError, hold, is_held
+from medcot_utils.run.store import CONFIG
 
 CHANGES = {
     "create": lambda run: Run.create(run.path, load_config("smoke", ["training.max_steps=3"])),

@@ -12,7 +12,7 @@ import pytest
 from medcot_utils.config import load_config
 from medcot_utils.run import sources
 from medcot_utils.run.artifacts import ARTIFACTS
-from medcot_utils.run.directory import MANIFEST
+from medcot_utils.run.store import MANIFEST
 
 MCQ = {"base_mcq", "tuned_mcq"}
 OF_MODEL = {name for name, artifact in ARTIFACTS.items() if artifact.reads_model}

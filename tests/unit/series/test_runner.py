@@ -9,7 +9,8 @@ import pytest
 from medcot_utils.config import load_config
 from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused
 from medcot_utils.run.artifacts import STEPS
-from medcot_utils.run.directory import CONFIG, Run
+from medcot_utils.run.directory import Run
+from medcot_utils.run.store import CONFIG
 from medcot_utils.series import runner
 from medcot_utils.series.runner import SeriesError, plan_config, run_series
 
