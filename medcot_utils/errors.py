@@ -1,13 +1,14 @@
 """The errors that every room may raise. Their messages are meant for the user, without a traceback."""
 
+from medcot_utils.plain_text import one_line
+
 
 class MedcotError(Exception):
     """Something the user can fix. The message says what is wrong, what was expected, and what to do."""
 
     def __str__(self) -> str:
-        """Return the message as one line of printable characters: it may quote data or another library that are neither."""
-        line = " ".join(part.strip() for part in super().__str__().splitlines())
-        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+        """Return the message as one line without control characters: it may quote data or another library that hold them."""
+        return one_line(super().__str__())
 
 
 def quote(value: object, limit: int = 80) -> str:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from medcot_utils.cli import push
 from medcot_utils.cli.chat import chat
+from medcot_utils.cli.console import PlainConsole, console, say
 from medcot_utils.cli.kaggle import app as kaggle_app
 from medcot_utils.config import PROFILES
 from medcot_utils.errors import EX_INTERRUPTED, EX_PAUSED, MedcotError, SeriesInterrupted, SeriesPaused
@@ -32,9 +31,6 @@ app = typer.Typer(
     help="Fine-tune a reasoning model on medical chain-of-thought data in seven notebooks, and judge the result.",
 )
 app.add_typer(kaggle_app, name="kaggle")
-console = Console(markup=False, emoji=False)
-# A line of text stays one line, in a log too.
-say = partial(console.print, highlight=False, soft_wrap=True)
 
 RunDir = Annotated[
     Path | None,
@@ -98,7 +94,7 @@ def _run_notebooks(
     from medcot_utils.series import runner
 
     config, line = runner.plan_config(folder, profile, settings)
-    say(line)
+    say(*line.split("\n"))
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -162,7 +158,7 @@ def _print_status(found: Status, run_dir: Path) -> None:
     from medcot_utils.run.artifacts import ARTIFACTS
 
     title = f"{run_dir} (profile {found['profile']})"
-    steps = Table("step", "state", "seconds", "peak memory", title=title, title_justify="left")
+    steps = Table("step", Column("state", overflow="fold"), "seconds", "peak memory", title=title, title_justify="left")
     if used_a_gpu := any(step["peak_gpu_memory_mb"] for step in found["steps"]):
         steps.add_column("of the GPU")
     for step in found["steps"]:
@@ -180,7 +176,7 @@ def _print_status(found: Status, run_dir: Path) -> None:
     if found["merged_verdict"] and compared:
         say(found["merged_verdict"])
     if found["metrics"] or compared:
-        say(f"report: {run_dir / ARTIFACTS['report'].file}\nexecuted notebooks: {run_dir / 'notebooks'}/")
+        say(f"report: {run_dir / ARTIFACTS['report'].file}", f"executed notebooks: {run_dir / 'notebooks'}/")
 
 
 def _metrics_table(found: Status) -> Table:
@@ -268,7 +264,7 @@ def list_settings(profile: Annotated[str, typer.Argument(help="a profile, or aut
         profile, line = hardware.resolve_profile(profile)
         say(line)
     config = load_config(profile)
-    table = Table("setting", f"value in {profile}")
+    table = Table("setting", Column(f"value in {profile}", overflow="fold"))
     for name in setting_names():
         table.add_row(name, json.dumps(config.get(name)))
     console.print(table)
@@ -301,7 +297,5 @@ def main() -> None:
         typer.echo(f"medcot: {interruption}", err=True)
         raise SystemExit(EX_INTERRUPTED) from None
     except MedcotError as error:
-        Console(stderr=True, emoji=False).print(
-            f"medcot: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True
-        )
+        PlainConsole(stderr=True).print(f"medcot: {error}", style="bold red", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None

@@ -27,6 +27,7 @@ from medcot_utils.machine import paths
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.durations import TimeEstimate, describe_end, describe_time
 from medcot_utils.machine.gpu import peak_gpu_memory_mb
+from medcot_utils.plain_text import say
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS, Artifact
 from medcot_utils.run.changes import why_stale
 from medcot_utils.run.clock import SessionClock
@@ -239,7 +240,7 @@ class Run:
                 digest, size = sha256_of(beside)
                 manifest, commits = self.manifest(), find_hub_commits(artifact, self.config)
                 for line in describe_moved(commits, manifest):
-                    print(line)
+                    say(line)
                 manifest["artifacts"][name] = {
                     "file": artifact.file,
                     "step": artifact.step,
@@ -275,7 +276,7 @@ class Run:
     def get_or_make(self, name: str, make: Callable[[], Any]) -> Any:
         """Return the artifact as `read` does, after writing the result of `make()` unless it is fresh; then one line says so."""
         if self.is_fresh(name):
-            print(f"{ARTIFACTS[name].file}: made before from the same inputs, read from the run")
+            say(f"{ARTIFACTS[name].file}: made before from the same inputs, read from the run")
         else:
             self.write(name, make())
         return self.read(name)
@@ -336,7 +337,7 @@ class Run:
             self.record_step(step, state="running", started=time.time(), **here, error=None)
             if estimate := self.estimate(step):
                 # Times differ from run to run, what a notebook shows need not: so on another stream.
-                print(f"{step}: {describe_time(estimate)}, {describe_end(estimate, time.time())}", file=sys.stderr)
+                say(f"{step}: {describe_time(estimate)}, {describe_end(estimate, time.time())}", stream=sys.stderr)
         except BaseException:
             let_go(self.path)
             raise

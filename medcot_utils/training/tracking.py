@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from medcot_utils.config import RunConfig
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine import hardware, secrets
+from medcot_utils.plain_text import say
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import to_json, write_atomic
 from medcot_utils.training.trackers import TRACKERS, TrackedRun, Tracker, describe_error
@@ -145,7 +146,7 @@ class Session:
             call(self.tracker)
         except Exception as error:  # noqa: BLE001 - whatever a tracker does, the training is worth more
             self.tracker = None
-            print(
+            say(
                 f"tracking ends here ({describe_error(error)[:300]}): the run continues without it, and its own log in "
                 f"{self.run.path.name}/ has everything"
             )
