@@ -1,5 +1,6 @@
 """The errors that every room may raise. Their messages are meant for the user, without a traceback."""
 
+from medcot_utils.plain_text import one_line
 from medcot_utils.token_shapes import hide_by_look
 
 
@@ -7,10 +8,9 @@ class MedcotError(Exception):
     """Something the user can fix. The message says what is wrong, what was expected, and what to do."""
 
     def __str__(self) -> str:
-        """Return the message as one line of printable characters without tokens: it may quote data, a command line or another
-        library that are not so."""
-        line = " ".join(part.strip() for part in hide_by_look(super().__str__()).splitlines())
-        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+        """Return the message as one line without control characters or tokens: it may quote data, a command line or another
+        library that hold them."""
+        return one_line(hide_by_look(super().__str__()))
 
 
 def quote(value: object, limit: int = 80) -> str:

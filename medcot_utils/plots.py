@@ -198,7 +198,10 @@ def _draw_bar(axes: Axes, place: float, width: float, estimate: Bounds, color: s
 def _label(axes: Axes, title: str, unit: str, labels: Sequence[str]) -> None:
     if not axes.patches:
         _say(axes, "none measured")
-    axes.set(title=title, ylabel=unit, xticks=range(len(labels)), xticklabels=labels)
+    # They hold numbers of the run's files, and matplotlib would take what stands between dollar signs for a formula.
+    axes.set_title(title, parse_math=False)
+    axes.set_xticks(range(len(labels)), labels, parse_math=False)
+    axes.set_ylabel(unit)
     axes.set_xlim(-0.5, max(len(labels), 1) - 0.5)
     axes.set_ylim(0, 1.04 if unit.startswith("share") else 1.12 * axes.get_ylim()[1])
     axes.tick_params(axis="x", labelsize=9, length=0)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from medcot_utils.cli.console import PlainConsole
 from medcot_utils.cli.runs import choose_run
 from medcot_utils.machine.paths import expand_home
+from medcot_utils.plain_text import show_controls
 
 if TYPE_CHECKING:
     from medcot_utils.models.chat import Answer, Chat, Who
@@ -66,7 +67,7 @@ class Terminal:
     def __init__(self, chat: Chat, base_too: bool, questions: Iterator[str] | None = None, show: bool = False):
         self.chat, self.base_too, self.questions, self.show = chat, base_too, questions, show
         self.interactive = questions is None and sys.stdin.isatty()
-        self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.console = PlainConsole(highlight=False, soft_wrap=True)
         self.last: dict[Who, Answer] = {}
         self._stop: threading.Event | None = None  # of the answer that is being made
         self._typing, self._hint_owed = False, False
@@ -189,5 +190,5 @@ class Terminal:
 
     def _end_of(self, thinking: str) -> Text:
         """Return as much of the thinking's end as fits the screen, dim."""
-        lines = Text(thinking, style="dim").wrap(self.console, max(20, self.console.width - 1))
+        lines = Text(show_controls(thinking), style="dim").wrap(self.console, max(20, self.console.width - 1))
         return Text("\n").join(list(lines)[-max(3, self.console.height - 4) :])

@@ -4,12 +4,12 @@ gradio's ChatInterface has one column, and Chatbot's `reasoning_tags` a fold tha
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from medcot_utils.cli import web
 from medcot_utils.models.chat import NO_ANSWER, WARNING, Answer, Chat, ChatError, Who, choose_sides
+from medcot_utils.plain_text import say
 from medcot_utils.run.directory import Run
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ def build_column(question: str, answer: Answer) -> list[gradio.ChatMessage]:
     ended = answer.done or answer.seconds_thinking is not None
     fold = {"title": answer.summarize_thinking(), "status": "done"} if ended else {"title": "thinking", "status": "pending"}
     messages = [
-        ChatMessage(html.escape(question), role="user"),
-        ChatMessage(html.escape(answer.thinking or "..."), metadata=fold),
+        ChatMessage(web.escape(question), role="user"),
+        ChatMessage(web.escape(answer.thinking or "..."), metadata=fold),
     ]
     if answer.text or answer.done:
-        messages.append(ChatMessage(html.escape(answer.text or NO_ANSWER)))
+        messages.append(ChatMessage(web.escape(answer.text or NO_ANSWER)))
     return messages
 
 
@@ -47,7 +47,7 @@ def build_page(chat: Chat, base_too: bool) -> gradio.Blocks:
                     columns[who] = build_column(question, answer)
                     yield list(columns.values())
         except ChatError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(web.escape(str(error)), print_exception=False) from error
 
     with gr.Blocks(title="medcot chat", analytics_enabled=False) as page:
         gr.HTML(f"<p><b>{WARNING}</b> Each question stands alone.</p>")
@@ -71,6 +71,6 @@ def serve(run: Run, base_too: bool, port: int, open_browser: bool) -> None:
 
     Raises ChatError if the port is taken, and RunError if there is no adapter, before anything is loaded."""
     listener = web.listen(port, ChatError)
-    print(WARNING)
+    say(WARNING)
     chat = Chat.open(run)
     web.serve(build_page(chat, base_too), listener, "chat page", CSS, run.path, open_browser)

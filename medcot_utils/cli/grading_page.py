@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import threading
 from datetime import UTC, datetime
 from functools import partial
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from medcot_utils.cli import web
 from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation.grades import GRADES, Grade, GradingError, Pair, append_grade, latest_grades, read_grades, read_pairs
+from medcot_utils.plain_text import say
 from medcot_utils.run.directory import Run
 from medcot_utils.run.lock import hold
 
@@ -78,14 +78,13 @@ class Desk:
         if grade := self.judged.get(pair.id):
             said = dict(zip(pair.shown, "ab", strict=True)).get(grade.verdict, grade.verdict)
             tags.append(f"you said: {CHOICES[said]}")
-        marks = "".join(f'<span class="tag">{html.escape(tag)}</span>' for tag in tags if tag)
+        marks = "".join(f'<span class="tag">{web.escape(tag)}</span>' for tag in tags if tag)
         return f"<p>Question {self.pairs.index(pair) + 1} of {len(self.pairs)}, {progress} {marks}</p>"
 
 
 def _plain(text: str, kind: str = "", missing: str = "") -> str:
-    """Return HTML that shows a text as it is. The marks of gradio's own templates ($, {, }) are escaped too."""
-    escaped = html.escape(text).translate({ord(mark): f"&#{ord(mark)};" for mark in "${}"})
-    return f'<div class="text {kind}">{escaped}</div>' if text.strip() else f'<div class="missing">{missing}</div>'
+    """Return HTML that shows a text as it is, or what stands there if it is empty."""
+    return f'<div class="text {kind}">{web.escape(text)}</div>' if text.strip() else f'<div class="missing">{missing}</div>'
 
 
 def build_page(desk: Desk) -> gradio.Blocks:
@@ -120,7 +119,7 @@ def build_page(desk: Desk) -> gradio.Blocks:
                 desk.judge(pair, act, note)
             except (OSError, MedcotError) as error:
                 why = f"{GRADES} cannot be written ({error.strerror})" if isinstance(error, OSError) else error
-                raise gr.Error(f"Not kept: {why}", print_exception=False) from error
+                raise gr.Error(web.escape(f"Not kept: {why}"), print_exception=False) from error
         return view(desk.next_pair(pair))
 
     with gr.Blocks(title="Blind grading", analytics_enabled=False) as page:
@@ -161,8 +160,8 @@ def serve(run: Run, port: int = 0, open_browser: bool = False, grader: str = "gr
         desk = Desk(run, grader.strip())
     listener = web.listen(port, GradingError)
     progress = f"of {len(desk.pairs)} questions judged by {desk.grader}"
-    print(f"{len(desk.judged)} {progress}; judgements go to {run.path / GRADES}")
+    say(f"{len(desk.judged)} {progress}; judgements go to {run.path / GRADES}")
     if desk.stale:
-        print(f"not counted: {desk.stale} judgement(s) of answers that have changed since")
+        say(f"not counted: {desk.stale} judgement(s) of answers that have changed since")
     web.serve(build_page(desk), listener, "grading page", CSS, run.path, open_browser)
-    print(f"{len(desk.judged)} {progress}")
+    say(f"{len(desk.judged)} {progress}")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from medcot_utils.cli.console import console, say
 from medcot_utils.config import PROFILES
 from medcot_utils.machine.paths import expand_home
 
@@ -16,7 +16,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Run the series on Kaggle: one notebook that carries the project, pushed with Kaggle's own client.",
 )
-console = Console(markup=False, emoji=False)
 
 Folder = Annotated[
     Path, typer.Option("--folder", parser=expand_home, metavar="<path>", help="where kernel-metadata.json lies or is written")
@@ -56,29 +55,29 @@ def build(
     built = build_notebook(
         folder, profile, settings or [], kernel, continue_from or [], dataset or [], public, accelerator, keep_image
     )
-    console.print(f"{built.notebook}: {built.bytes / 1e3:.0f} kB, profile {built.profile}", highlight=False, soft_wrap=True)
+    say(f"{built.notebook}: {built.bytes / 1e3:.0f} kB, profile {built.profile}")
     for setting in built.added:
-        console.print(f"added: {setting}, since Kaggle ends a session after 12 hours", highlight=False, soft_wrap=True)
+        say(f"added: {setting}, since Kaggle ends a session after 12 hours")
     if built.left_out:
         names = ", ".join(built.left_out)
-        console.print(f"not carried, since they are none of the project's files (git add makes them so): {names}", soft_wrap=True)
+        say(f"not carried, since they are none of the project's files (git add makes them so): {names}")
     if built.dropped_image:
         dropped = f"docker_image {built.dropped_image} is dropped: it may name an old image, or one for the CPU"
-        console.print(f"{dropped}; --keep-image keeps it", highlight=False, soft_wrap=True)
+        say(f"{dropped}; --keep-image keeps it")
     _warn_of_image(built.metadata.docker_image)
     owner, _, _ = built.metadata.id.partition("/")
     if owner == PLACEHOLDER_OWNER:
-        console.print("its owner is set by medcot kaggle push; for `kaggle kernels push` give --id NAME/SLUG", soft_wrap=True)
+        say("its owner is set by medcot kaggle push; for `kaggle kernels push` give --id NAME/SLUG")
     if built.metadata.enable_gpu:
         _print_times("article" if built.profile == "auto" else built.profile, built.settings, built.metadata.machine_shape)
     for line in list_next_steps(built, folder):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line)
 
 
 def _warn_of_image(image: str | None) -> None:
     if image:
         warning = f"kernel-metadata.json fixes docker_image {image}: the session starts that one, which may be old or for the CPU"
-        console.print(f"{warning}; medcot kaggle build drops it", highlight=False, soft_wrap=True)
+        say(f"{warning}; medcot kaggle build drops it")
 
 
 def _print_times(profile: str, settings: list[str], accelerator: str) -> None:
@@ -90,14 +89,12 @@ def _print_times(profile: str, settings: list[str], accelerator: str) -> None:
 
     config = load_config(profile, settings)
     if accelerator != DEFAULT:
-        console.print(
-            f"no estimate of the time: published rates are known of {DEFAULT} alone, not of {accelerator}", soft_wrap=True
-        )
+        say(f"no estimate of the time: published rates are known of {DEFAULT} alone, not of {accelerator}")
     elif estimate := estimate_series(config, None, KAGGLE_T4S):
         console.print(times_table({profile: estimate}))
-        console.print(describe_sessions(estimate, config, on_kaggle=True), highlight=False, soft_wrap=True)
+        say(describe_sessions(estimate, config, on_kaggle=True))
     else:
-        console.print("no estimate of the time: the model's size is not known before it is downloaded", soft_wrap=True)
+        say("no estimate of the time: the model's size is not known before it is downloaded")
 
 
 @app.command()
@@ -108,7 +105,7 @@ def push(folder: Folder = Path()) -> None:
 
     _warn_of_image(read_metadata(folder).docker_image)
     pushed = client.push(folder)
-    console.print(f"pushed {pushed.kernel}, version {pushed.version}: {pushed.url}", highlight=False, soft_wrap=True)
+    say(f"pushed {pushed.kernel}, version {pushed.version}: {pushed.url}")
 
 
 @app.command()
@@ -118,7 +115,7 @@ def status(kernel: Kernel = None, folder: Folder = Path()) -> None:
     from medcot_utils.series.kaggle.metadata import read_metadata
 
     name = kernel or read_metadata(folder).id
-    console.print(f"{name}: {client.session_state(name)}", highlight=False, soft_wrap=True)
+    say(f"{name}: {client.session_state(name)}")
 
 
 @app.command()
@@ -137,5 +134,5 @@ def output(
     name = kernel or read_metadata(folder).id
     fetched = client.output(name, run_dir, everything)
     left = f"; not there: {', '.join(fetched.absent)}" if fetched.absent else ""
-    console.print(f"{run_dir}: {len(fetched.verified)} artifacts as the manifest records{left}", highlight=False, soft_wrap=True)
-    console.print(f"medcot status {run_dir}", highlight=False, soft_wrap=True)
+    say(f"{run_dir}: {len(fetched.verified)} artifacts as the manifest records{left}")
+    say(f"medcot status {run_dir}")

@@ -5,18 +5,17 @@ from __future__ import annotations
 import io
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from medcot_utils import __version__
 from medcot_utils.cli import push
 from medcot_utils.cli.chat import chat
+from medcot_utils.cli.console import PlainConsole, console, say
 from medcot_utils.cli.kaggle import app as kaggle_app
 from medcot_utils.cli.runs import RUNS, choose_run
 from medcot_utils.config import PROFILES
@@ -38,9 +37,6 @@ app = typer.Typer(
     help="Fine-tune a reasoning model on medical chain-of-thought data in seven notebooks, and judge the result.",
 )
 app.add_typer(kaggle_app, name="kaggle")
-console = Console(markup=False, emoji=False)
-# A line of text stays one line, in a log too.
-say = partial(console.print, highlight=False, soft_wrap=True)
 
 
 def _print_version(asked: bool) -> None:
@@ -121,7 +117,7 @@ def _run_notebooks(
     from medcot_utils.series import runner
 
     config, line = runner.plan_config(folder, profile, settings)
-    say(line)
+    say(*line.split("\n"))
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
@@ -185,7 +181,7 @@ def status(
 
 def _print_status(found: Status, run: Run) -> None:
     title = f"{run.path} (profile {found['profile']})"
-    steps = Table("step", "state", "seconds", "peak memory", title=title, title_justify="left")
+    steps = Table("step", Column("state", overflow="fold"), "seconds", "peak memory", title=title, title_justify="left")
     if used_a_gpu := any(step["peak_gpu_memory_mb"] for step in found["steps"]):
         steps.add_column("of the GPU")
     for step in found["steps"]:
@@ -203,7 +199,7 @@ def _print_status(found: Status, run: Run) -> None:
     if found["merged_verdict"] and compared:
         say(found["merged_verdict"])
     if found["metrics"] or compared:
-        say("\n".join(f"{what}: {path}" for what, path in _places(run)))
+        say(*(f"{what}: {path}" for what, path in _places(run)))
         say(f"to keep this result while you change settings, copy it: cp -r {run.path} {run.path}-first")
 
 
@@ -347,7 +343,5 @@ def main() -> None:
         typer.echo(f"medcot: {interruption}", err=True)
         raise SystemExit(EX_INTERRUPTED) from None
     except MedcotError as error:
-        Console(stderr=True, emoji=False).print(
-            f"medcot: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True
-        )
+        PlainConsole(stderr=True).print(f"medcot: {error}", style="bold red", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None

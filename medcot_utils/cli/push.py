@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from medcot_utils.cli.console import console, say
 from medcot_utils.cli.runs import choose_run
 from medcot_utils.machine.paths import expand_home
 
@@ -37,7 +37,7 @@ def push(
     from medcot_utils.run.directory import Run
     from medcot_utils.run.lock import hold
 
-    console, run = Console(markup=False, emoji=False), Run.open(choose_run(run_dir))
+    run = Run.open(choose_run(run_dir))
     private = None if public is None else not public
     changes = {
         "repo_id": repo_id,
@@ -50,11 +50,11 @@ def push(
     }
     settings = push.hub_settings(run, **changes)
     with hold(run.path, "medcot push"):  # what is sent must not be made again meanwhile
-        record = push.push_run(run, settings, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+        record = push.push_run(run, settings, say=say)
     table = Table("file", "bytes", "sha256", "sent", "read back", title="what the Hub lists and gives back", title_justify="left")
     for line in records.file_lines(record):
         table.add_row(line["file"], f"{line['bytes']:,}", line["sha256"], line["sent"], line["read back"])
     console.print(table)
     for entry in record["repositories"]:
         who = "private" if entry["private"] else "public"
-        console.print(f"pushed: {entry['url']} ({who}), tag {record['tag']}", highlight=False, markup=False, soft_wrap=True)
+        say(f"pushed: {entry['url']} ({who}), tag {record['tag']}")

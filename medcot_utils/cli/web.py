@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import socket
 import webbrowser
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medcot_utils.errors import MedcotError
+from medcot_utils.plain_text import say, show_controls
 
 if TYPE_CHECKING:
     import gradio
@@ -16,6 +18,11 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 # The browser itself refuses anything from elsewhere, even if a later gradio asks for it. Its templates need inline and eval.
 CONTENT_POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'"
+
+
+def escape(text: str) -> str:
+    """Return HTML that shows a text as it is. The marks of gradio's own templates ($, {, }) are escaped too."""
+    return html.escape(show_controls(text)).translate({ord(mark): f"&#{ord(mark)};" for mark in "${}"})
 
 
 def listen(port: int, error_class: type[MedcotError]) -> socket.socket:
@@ -42,7 +49,7 @@ def serve(page: gradio.Blocks, listener: socket.socket, what: str, css: str, kee
     headers = [("Content-Security-Policy", CONTENT_POLICY)]
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", headers=headers, timeout_graceful_shutdown=1))
     address = f"http://{HOST}:{listener.getsockname()[1]}/"
-    print(f"{what}: {address} (Ctrl-C ends it)", flush=True)
+    say(f"{what}: {address} (Ctrl-C ends it)", flush=True)
     if open_browser:
         webbrowser.open(address)
     try:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
+from medcot_utils.plain_text import say
+
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
@@ -83,7 +85,7 @@ def find_repeats(train: Dataset, questions: Sequence[AskedQuestion], settings: D
     ours = [normalize(text) for text in train_questions]
     theirs = [normalize(question["Question"]) for question in questions]
     if longer := sum(len(text) > MAX_COMPARED_CHARACTERS for text in [*theirs, *ours]):
-        print(
+        say(
             f"{longer} questions are longer than {MAX_COMPARED_CHARACTERS:,} characters (MAX_COMPARED_CHARACTERS): similarity "
             f"is that of their beginnings, and 8-word sequences are compared in full"
         )

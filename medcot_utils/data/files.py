@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medcot_utils.errors import MedcotError
+from medcot_utils.plain_text import say
 from medcot_utils.text_files import decode, parse_json
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _read_csv(path: Path, choose: ChooseColumns) -> Cells:
     text, encoding = _decode_any(path.read_bytes())
     delimiter, header = _find_delimiter(text, choose)
     if encoding != "UTF-8" or delimiter != ",":
-        print(f"{path.name}: read as {encoding}, with {_DELIMITERS[delimiter]} between the columns")
+        say(f"{path.name}: read as {encoding}, with {_DELIMITERS[delimiter]} between the columns")
     frame = pd.read_csv(
         io.StringIO(text),
         sep=delimiter,

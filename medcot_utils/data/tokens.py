@@ -10,6 +10,7 @@ from medcot_utils.config import DatasetSettings
 from medcot_utils.data.contamination import Repeat
 from medcot_utils.data.prompts import inference_prompt, training_text
 from medcot_utils.data.rows import DataError, Row, ValidationReport
+from medcot_utils.plain_text import say
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -108,7 +109,7 @@ def tokenize_rows(
         prefixes += ids[: len(prompt_ids)] == prompt_ids
         kept.append({"index": index, "input_ids": list(ids), "labels": list(labels)})
     if without_reasoning:
-        print(
+        say(
             f"{without_reasoning} of {len(rows)} rows are dropped: cut at model.max_seq_length ({max_seq_length} tokens), they "
             f"would hold the question and less than {_COT_CHARACTERS} characters of the reasoning"
         )

@@ -19,6 +19,7 @@ from medcot_utils.data.contamination import contaminated
 from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation.intervals import Estimate, format_interval
 from medcot_utils.models.records import by_sample
+from medcot_utils.plain_text import say
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import write_atomic
 
@@ -103,7 +104,7 @@ def read_grades(run: Run) -> list[Grade]:
         except ValueError:
             unreadable += 1
     if unreadable:
-        print(f"{run.display(path)}: {unreadable} line(s) set aside, cut off while being written or altered by hand")
+        say(f"{run.display(path)}: {unreadable} line(s) set aside, cut off while being written or altered by hand")
     return grades
 
 

@@ -28,6 +28,7 @@ from medcot_utils.evaluation.side_by_side import (
     read_run,
     show_question,
 )
+from medcot_utils.plain_text import show_controls
 
 if TYPE_CHECKING:
     from medcot_utils.data.tokens import DataReport
@@ -47,11 +48,13 @@ def build_report(*runs: Run) -> str:
     Several runs stand beside each other: each base that differs, each run's tuned model, what differs between the runs, and
     the tuned models compared on the questions that all runs scored. The template escapes model text. Raises RunError if an
     artifact that it reads is missing."""
-    from jinja2 import Environment, FileSystemLoader, select_autoescape
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True, default_for_string=True)
-    )
+    def show(value: object) -> str:
+        return value if isinstance(value, Markup) else show_controls(str(value))  # which the template escapes
+
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=show)
     shown = [read_run(run, name) for run, name in zip(runs, _names([run.path for run in runs]), strict=True)]
     columns = columns_of(shown)
     anchors = anchors_of(shown)

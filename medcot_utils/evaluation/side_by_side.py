@@ -12,6 +12,7 @@ from medcot_utils.data.words import split_words
 from medcot_utils.evaluation.merged_column import is_made
 from medcot_utils.evaluation.metrics import chrf, is_bullet_list
 from medcot_utils.models.records import by_sample
+from medcot_utils.plain_text import show_controls
 
 if TYPE_CHECKING:
     from medcot_utils.data.rows import Question
@@ -100,7 +101,8 @@ def anchors_of(shown: Sequence[ShownRun]) -> dict[Key, str]:
     taken: set[str] = set()
     for key in itertools.chain.from_iterable(one.questions for one in shown):
         if key not in anchors:
-            numbered = itertools.chain([key[0]], (f"{key[0]}-{n}" for n in itertools.count(2)))
+            name = show_controls(key[0])  # as the page shows it
+            numbered = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
             anchors[key] = next(anchor for anchor in numbered if anchor not in taken)
             taken.add(anchors[key])
     return anchors

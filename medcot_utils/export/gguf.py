@@ -28,6 +28,7 @@ from medcot_utils.machine.disk import GGUF_CONVERTED, GGUF_QUANTIZED
 from medcot_utils.machine.weight_files import weight_files
 from medcot_utils.models.generation import SAMPLED_TOP_K, complete
 from medcot_utils.models.tokenizer import load_tokenizer_from
+from medcot_utils.plain_text import say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,13 +129,13 @@ def save_gguf(run: Run) -> Path | None:
     Raises GgufError or DiskError, before a weight is read, if a program or disk room is missing."""
     kind, line = run.config.export.gguf, check_gguf(run.config)
     if kind is None:
-        print(line)
+        say(line)
         return None
     merged = run.require("merged")
     _require_llama(merged, run.config.model.name)
     if not run.is_fresh("gguf"):
         disk.require_room(disk.gguf_needs(run.config, run.path, run.read("plan")["total_parameters"]))
-        print(line)
+        say(line)
 
     def fill(folder: Path) -> None:
         file = folder / f"model.{kind}.gguf"
@@ -251,7 +252,7 @@ def verify_gguf(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     too; the rest is measured, not judged, because quantizing and llama.cpp's arithmetic change it. Raises GgufError if
     llama.cpp cannot load the file."""
     if run.config.export.gguf is None:
-        print(check_gguf(run.config))
+        say(check_gguf(run.config))
         return None
     return run.get_or_make("gguf_check", lambda: _check_gguf(run, model, tokenizer))
 

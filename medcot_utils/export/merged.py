@@ -18,6 +18,7 @@ from medcot_utils.models.generation import complete
 from medcot_utils.models.losses import RowLoss, row_losses
 from medcot_utils.models.merge_check import WeightCheck, compare_weights, find_weight_fault
 from medcot_utils.models.merging import MergeBase, load_base, merge, open_16bit_base
+from medcot_utils.plain_text import say
 from medcot_utils.run.files import sha256_of
 
 if TYPE_CHECKING:
@@ -61,9 +62,9 @@ def save_merged(engine: Engine, run: Run) -> Path:
         disk.require_room(wanted)
         for need in wanted:
             free = paths.disk_free_gib(need.folder)
-            print(f"{need.what} ({need.place}): {need.gib or 0:.2f} GiB needed, {free:.1f} GiB free")
+            say(f"{need.what} ({need.place}): {need.gib or 0:.2f} GiB needed, {free:.1f} GiB free")
         if paths.ends_with_the_session(paths.scratch_dir(run.path)) and config.hub.repo_id is None:
-            print("The merged model will lie on a disk that ends with this session: set hub.repo_id, and it is pushed to the Hub")
+            say("The merged model will lie on a disk that ends with this session: set hub.repo_id, and it is pushed to the Hub")
     return run.get_or_make(
         "merged",
         lambda: lambda folder: merge(config.model, adapter, folder, config.export.dtype, open_merge_base(engine, config)),

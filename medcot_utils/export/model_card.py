@@ -17,6 +17,7 @@ from medcot_utils.evaluation.merged_column import describe_merged, read_merged
 from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.export.merged import find_trained_pair
 from medcot_utils.models.embedded import PREFIX, describe_model, find_hub_address
+from medcot_utils.plain_text import escape_markdown
 from medcot_utils.run.sources import with_commits_used
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         addresses: {artifact: the repository it is pushed to}, for the lines that load it. Default: as the hub settings say.
         tag: the revision that those lines name."""
     from huggingface_hub import ModelCard, ModelCardData
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
 
     config = with_commits_used(run.config, run.manifest())
     measured, check, report = run.read("metrics"), run.read("export_check"), run.read("data_report")
@@ -68,9 +71,14 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         model_name=addresses.get(kind, next(iter(addresses.values()), f"{describe_model(config.model.name)}, tuned")),
         eval_results=_eval_results(config, measured, None if kind == "adapter" else merged, trained_name),
     )
-    card = ModelCard.from_template(
-        data,
-        template_path=str(Path(__file__).with_name("model_card.md.j2")),
+
+    def show(value: object) -> str:
+        return value if isinstance(value, Markup) else escape_markdown(str(value))
+
+    # Not by ModelCard.from_template, which escapes nothing.
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), finalize=show)
+    card = environment.get_template("model_card.md.j2").render(
+        card_data=Markup(data.to_yaml()),
         config=config,
         base=describe_model(config.model.name),
         licence=license_data.get("license_name", license_data["license"]),
@@ -101,7 +109,7 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         repeats=len({repeat["train_id"] for repeat in report["repeats"]}),
         repeats_dropped=report["repeats_dropped"],
     )
-    return str(card)
+    return str(ModelCard(card))
 
 
 def find_language(config: RunConfig, texts: Iterable[str]) -> str | None:

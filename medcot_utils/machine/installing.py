@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medcot_utils.errors import MedcotError
+from medcot_utils.plain_text import say
 
 HOME = Path(__file__).parents[2]  # the checkout, if this is one
 _ON_A_GPU, _ANYWHERE, _WITHOUT_DEPENDENCIES = "requirements.txt", "requirements-cpu.txt", "requirements-nodeps.txt"
@@ -208,7 +209,7 @@ def missing(lines: Iterable[str], gpu: bool = False) -> list[str]:
     return found
 
 
-def install(home: Path = HOME, say: Callable[[str], None] = print) -> dict[str, str]:
+def install(home: Path = HOME, say: Callable[[str], None] = say) -> dict[str, str]:
     """Install the pinned stack into this interpreter's environment, unless every pin is satisfied. Return {package: both
     versions, in words} of what was replaced after this process had loaded it.
 
@@ -314,7 +315,7 @@ def loaded_before() -> dict[str, str]:
     return differing
 
 
-def ensure(home: Path = HOME, say: Callable[[str], None] = print) -> None:
+def ensure(home: Path = HOME, say: Callable[[str], None] = say) -> None:
     """Make the pinned stack usable for a notebook opened by hand: install it on Kaggle or Colab, elsewhere look for it.
 
     Raises InstallError saying what is missing and what to do, RestartNeeded if the kernel must be restarted."""

@@ -18,6 +18,7 @@ from medcot_utils.models.batches import (
     multiplies_packed,
 )
 from medcot_utils.models.generation import generate_arguments, pad_left
+from medcot_utils.plain_text import say
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ def check_batches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, se
         return
     found = compare_batch(model, tokenizer, _make_prompts(), settings)
     if not found.agrees and multiplies_packed(model):
-        print(f"{found}: Unsloth's product of small batches with packed 4-bit weights is switched off ({PACKED_SWITCH}=0)")
+        say(f"{found}: Unsloth's product of small batches with packed 4-bit weights is switched off ({PACKED_SWITCH}=0)")
         switch_off_packed()
         found = compare_batch(model, tokenizer, _make_prompts(), settings)
     if not found.agrees:
@@ -73,7 +74,7 @@ def check_batches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, se
             f"{found}: answers written in batches would not be the model's own. Set model.engine=transformers, or "
             f"generation.batch_size=1, which is slow"
         )
-    print(found)
+    say(found)
 
 
 def _make_prompts() -> list[str]:

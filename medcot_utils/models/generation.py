@@ -15,6 +15,7 @@ from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.models.batches import check_context, choose_batch_size, choose_cache, count_new_tokens, describe_batches
 from medcot_utils.models.deal import Asked, Deal, HowToWrite
 from medcot_utils.models.records import AnswerRecord, make_forced, make_record
+from medcot_utils.plain_text import say, show_controls
 
 # A checkpoint's own generation_config.json is in force for every argument that is left out: a repetition penalty of 1.3 or
 # `top_k` 1 would change the answers of one model unseen. These are the values without any effect.
@@ -139,7 +140,7 @@ def answer_prompts(
     kept = {(record["id"], record["sample"], record["prompt"]): record for record in (journal.read() if journal else [])}
     made = {one.key: kept[one.key] for one in asked if one.key in kept}
     if made:
-        print(f"{len(made)} of {len(asked)} answers are kept from before")
+        say(f"{len(made)} of {len(asked)} answers are kept from before")
     if len(made) == len(asked):
         return [made[one.key] for one in asked]
     prompts = {one.prompt for one in asked}
@@ -154,7 +155,7 @@ def answer_prompts(
     # The longest prompts come first, so that a batch has little padding and the last to be taken is the quickest.
     batches = _chunks(sorted(asked, key=lambda one: len(one.prompt), reverse=True), settings.batch_size)
     missing = [left for batch in batches if (left := [one for one in batch if one.key not in made])]
-    print(describe_batches(settings, len(asked), 1 + (others.count_for(len(missing)) if others else 0)))
+    say(describe_batches(settings, len(asked), 1 + (others.count_for(len(missing)) if others else 0)))
     with tqdm(total=len(asked), initial=len(made), desc=label, unit="answer") as bar:
 
         def keep(records: list[AnswerRecord]) -> None:
@@ -228,7 +229,7 @@ class BatchWriter:
                 written = None
             if written is None:  # out of the except block: its traceback would keep the cache alive
                 self._size = len(part) // 2
-                print(f"out of memory: batches of {self._size} from here on")
+                say(f"out of memory: batches of {self._size} from here on")
                 torch.cuda.empty_cache()
                 parts = _chunks([*part, *itertools.chain(*parts)], self._size)
                 continue
@@ -324,7 +325,12 @@ def stream_answer(
 
     prompt = inference_prompt(question, newline_after_think)
     inputs = tokenizer([prompt], return_tensors="pt").to(model.device)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    class PlainStreamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(show_controls(text), stream_end)
+
+    streamer = PlainStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     torch.manual_seed(seed)
     began = time.perf_counter()
     with torch.inference_mode():

@@ -16,6 +16,7 @@ from medcot_utils.models.embedded import find_model_source
 from medcot_utils.models.placement import place_weights
 from medcot_utils.models.stored_names import find_stored_names
 from medcot_utils.models.tokenizer import load_tokenizer_from
+from medcot_utils.plain_text import say
 
 if TYPE_CHECKING:
     import torch
@@ -136,9 +137,9 @@ def _read_generation_config(folder: Path, config: PretrainedConfig, tokenizer: P
             fault = fault or " ".join(str(error).split())[:200]
             continue
         if repair:
-            print(f"the base's generation settings do not validate, and do_sample=true is added: {fault}")
+            say(f"the base's generation settings do not validate, and do_sample=true is added: {fault}")
         return found
-    print(f"the base's generation settings cannot be used, and only its special tokens are kept: {fault}")
+    say(f"the base's generation settings cannot be used, and only its special tokens are kept: {fault}")
     return GenerationConfig(bos_token_id=tokenizer.bos_token_id, **tokens)
 
 

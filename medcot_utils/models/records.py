@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast
 
 from medcot_utils.data.prompts import parse_completion
+from medcot_utils.plain_text import show_controls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,12 +86,12 @@ def show_text(record: AnswerRecord, characters: int = 400) -> str:
     """Return what a reader should see of an answer: the answer or, if the model gave none by itself, the end of what it wrote
     and then, labeled, the forced answer. `characters` of each at most."""
     if record["answer"]:
-        return f"[...] </think> {record['answer'][:characters]}"
+        return show_controls(f"[...] </think> {record['answer'][:characters]}")
     written = record["completion"].strip()
     shown = written if len(written) <= characters else f"[...] {written[-characters:]}"
     if (forced := record.get("forced")) and forced["closed_by"] != "itself":
         shown += f"\n[</think> written for it: {forced['closed_by']}] {forced['answer'][:characters]}"
-    return shown
+    return show_controls(shown)
 
 
 def thinking_is_cut(record: AnswerRecord) -> bool:

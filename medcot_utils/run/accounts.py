@@ -19,6 +19,7 @@ from typing_extensions import TypedDict  # pydantic refuses typing's own on Pyth
 
 from medcot_utils.config import PROFILES, RunConfig, load_config, setting_names, with_values
 from medcot_utils.machine import user_key
+from medcot_utils.plain_text import say
 from medcot_utils.run.files import to_json, write_atomic
 from medcot_utils.text_files import read_json
 
@@ -75,7 +76,7 @@ def _say_ignored(path: Path, stored: RunConfig, ignored: list[str], counting: Ru
     )
     if (path.absolute(), line) not in _said:  # a process opens its run several times
         _said.add((path.absolute(), line))
-        print(line, file=sys.stderr)
+        say(line, stream=sys.stderr)
 
 
 def _show(value: Any) -> str:

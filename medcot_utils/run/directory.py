@@ -13,6 +13,7 @@ import psutil
 from medcot_utils.machine import paths
 from medcot_utils.machine.durations import TimeEstimate, describe_end, describe_time
 from medcot_utils.machine.gpu import peak_gpu_memory_mb
+from medcot_utils.plain_text import say
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS
 from medcot_utils.run.changes import why_stale
 from medcot_utils.run.files import remove
@@ -41,7 +42,7 @@ class Run(StoredRun):
             self.record_step(step, state="running", started=time.time(), **here, error=None)
             if estimate := self.estimate(step):
                 # Times differ from run to run, what a notebook shows need not: so on another stream.
-                print(f"{step}: {describe_time(estimate)}, {describe_end(estimate, time.time())}", file=sys.stderr)
+                say(f"{step}: {describe_time(estimate)}, {describe_end(estimate, time.time())}", stream=sys.stderr)
         except BaseException:
             let_go(self.path)
             raise

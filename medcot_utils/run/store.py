@@ -21,6 +21,7 @@ from medcot_utils.config import ConfigError, RunConfig, config_from_dict, with_a
 from medcot_utils.machine import paths
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.names import refuse_links_out
+from medcot_utils.plain_text import say
 from medcot_utils.run.accounts import ACCOUNTS, settings_that_count, settings_to_store, sign_settings
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS, Artifact
 from medcot_utils.run.clock import SessionClock
@@ -246,7 +247,7 @@ class StoredRun:
                 digest, size = sha256_of(beside)
                 manifest, commits = self.manifest(), find_hub_commits(artifact, self.config)
                 for line in describe_moved(commits, manifest):
-                    print(line)
+                    say(line)
                 manifest["artifacts"][name] = {
                     "file": artifact.file,
                     "step": artifact.step,
@@ -282,7 +283,7 @@ class StoredRun:
     def get_or_make(self, name: str, make: Callable[[], Any]) -> Any:
         """Return the artifact as `read` does, after writing the result of `make()` unless it is fresh; then one line says so."""
         if self.is_fresh(name):
-            print(f"{ARTIFACTS[name].file}: made before from the same inputs, read from the run")
+            say(f"{ARTIFACTS[name].file}: made before from the same inputs, read from the run")
         else:
             self.write(name, make())
         return self.read(name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from medcot_utils.errors import PlatformError
 from medcot_utils.machine import paths
 from medcot_utils.machine.paths import default_run_dir, expand_home, platform_name
+from medcot_utils.plain_text import say
 
 _MINE = "MyDrive"
 
@@ -38,7 +39,7 @@ def _mount(folder: Path) -> None:
         raise PlatformError(f"the run directory {folder} is on Google Drive, and only Colab can mount that: give another RUN_DIR")
     if "PAPERMILL" in os.environ:
         raise PlatformError(f"the run directory {folder} is on Google Drive, which is not mounted. {by_hand}")
-    print("The run directory is on Google Drive: Colab now asks for your permission to mount it.")
+    say("The run directory is on Google Drive: Colab now asks for your permission to mount it.")
     try:
         from google.colab import drive
 

@@ -15,6 +15,7 @@ import nbformat
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine import redaction
+from medcot_utils.plain_text import say
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.series import diagram, results
 from medcot_utils.series import setup_cell as shared
@@ -120,7 +121,7 @@ def execute() -> None:
             client.extra_arguments = QUIET_KERNEL
             client.execute()
             nbformat.write(clean(notebook), path)
-            print(f"{name}: {describe_costs(Run.open(run_dir).manifest()['steps'][name])}", flush=True)
+            say(f"{name}: {describe_costs(Run.open(run_dir).manifest()['steps'][name])}", flush=True)
         results.write_results(Run.open(run_dir))
 
 
@@ -130,16 +131,16 @@ if __name__ == "__main__":
     elif sys.argv[1:] == ["check"]:
         if lines := check():
             sys.exit("\n".join(lines))
-        print("the committed notebooks are executed, in order and clean")
+        say("the committed notebooks are executed, in order and clean")
     elif sys.argv[1:] == ["results"]:
         for path in results.write_documents():
-            print(path.name)
+            say(path.name)
     elif sys.argv[1:] == ["diagrams"]:
         diagram.write_pipelines()
     elif sys.argv[1:2] == ["setup-cells"] and len(sys.argv) <= 3:
         try:
             for path in shared.write(new_repository=sys.argv[2] if len(sys.argv) == 3 else None):
-                print(path.name)
+                say(path.name)
         except MedcotError as error:
             sys.exit(f"medcot: {error}")
     else:

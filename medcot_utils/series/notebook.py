@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils.machine import installing
+from medcot_utils.plain_text import hide_formulas, say, show_controls
 
 if TYPE_CHECKING:
     import pandas as pd
     from IPython.core.interactiveshell import ExecutionResult
+    from pandas.io.formats.style import Styler
 
     from medcot_utils.run.directory import Run
 
@@ -39,7 +41,7 @@ def start(run_dir: str | int | Path) -> Path:
     from medcot_utils.series.kaggle import session
 
     if left := environment.forget_process_group():
-        print(environment.tell_forgotten(left))
+        say(environment.tell_forgotten(left))
     quiet_start()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -53,6 +55,7 @@ def start(run_dir: str | int | Path) -> Path:
 
     pd.set_option("display.max_colwidth", 90)
     _show_figures()
+    _show_tables()
     _let_go_after_an_error()
     folder = colab.run_dir_of(run_dir)
     if paths.platform_name() == "kaggle" and run_dir == "auto":
@@ -79,6 +82,23 @@ def _show_figures() -> None:
         select_figure_formats(shell, {"png"})
 
 
+def _show_tables() -> None:
+    # pandas escapes HTML alone: a reader's page takes dollar signs for formulas.
+    import pandas as pd
+    from IPython import get_ipython
+    from pandas.io.formats.style import Styler
+
+    if shell := get_ipython():
+        for kind in (pd.DataFrame, Styler):
+            shell.display_formatter.formatters["text/html"].for_type(kind, show_table)
+
+
+def show_table(table: pd.DataFrame | Styler) -> str | None:
+    """Return the HTML of a table whose texts are shown as they are; None if pandas is set to show none."""
+    page: str | None = table._repr_html_()
+    return page and hide_formulas(show_controls(page))
+
+
 def _let_go_after_an_error() -> None:
     # A notebook that stopped at an error may stand open for hours: meanwhile the run is free for others.
     from IPython import get_ipython
@@ -101,6 +121,15 @@ def table(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
     return pd.DataFrame({name: {key: str(value) for key, value in values.items()}})
 
 
+def wrap_texts(frame: pd.DataFrame, **formats: Any) -> Styler:
+    """Return a table for long texts: whole, with their line breaks, and escaped, its index and columns too.
+
+    Args: formats: of `Styler.format`, as in `precision=3`."""
+    styler = frame.style.format(escape="html", **formats)
+    styler = styler.format_index(escape="html", axis="index").format_index(escape="html", axis="columns")
+    return styler.set_properties(**{"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"})
+
+
 def finish(run: Run, step: str) -> pd.DataFrame:
     """Record the step as done and return a table of its artifacts; print its time and peak memory."""
     import pandas as pd
@@ -120,7 +149,7 @@ def finish(run: Run, step: str) -> pd.DataFrame:
         for name in run.makes(step)
     ]
     # Time differs from run to run, the table need not: so on another stream.
-    print(f"{step}: {describe_costs(entry)}", file=sys.stderr)
+    say(f"{step}: {describe_costs(entry)}", stream=sys.stderr)
     if used := gpu.describe_used_gpus():
-        print(used, file=sys.stderr)
+        say(used, stream=sys.stderr)
     return pd.DataFrame(lines).set_index("artifact")

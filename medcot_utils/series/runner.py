@@ -27,6 +27,7 @@ from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.durations import describe_end, describe_time
 from medcot_utils.machine.paths import HOME, PACKAGE, expand_home
 from medcot_utils.models.engine import quiet_start
+from medcot_utils.plain_text import say
 from medcot_utils.run.artifacts import ARTIFACTS, PROGRESS, STEPS
 from medcot_utils.run.changes import describe_changes
 from medcot_utils.run.clock import SESSION_STARTED, SessionClock, TimeBudgetReached
@@ -157,7 +158,7 @@ def run_series(
     last: int = len(NOTEBOOKS),
     force: bool = False,
     parameters: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
     report: Report = lambda name, cell, cells: None,
     show: Show = None,
 ) -> Run:

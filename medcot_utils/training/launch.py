@@ -21,6 +21,7 @@ from medcot_utils.machine.gpu import note_use
 from medcot_utils.machine.paths import HOME
 from medcot_utils.machine.processes import describe_exit, end_with_parent, read_last_line
 from medcot_utils.machine.redaction import redact
+from medcot_utils.plain_text import say
 from medcot_utils.run.artifacts import PROGRESS
 from medcot_utils.run.clock import TimeBudgetReached
 from medcot_utils.run.directory import Run
@@ -55,7 +56,7 @@ def train_in_processes(run: Run, num_processes: int) -> None:
         if _OUT_OF_MEMORY not in failure.message:
             raise TrainingError(redact(f"training in {num_processes} processes failed: {failure}"))
         checkpoint = last_good_checkpoint(output_dir)
-        print(f"out of memory: going on with the next smaller batch plan from {checkpoint.name if checkpoint else 'the start'}")
+        say(f"out of memory: going on with the next smaller batch plan from {checkpoint.name if checkpoint else 'the start'}")
 
 
 def check_gpus(num_processes: int) -> None:

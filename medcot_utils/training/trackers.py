@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from medcot_utils.config import TrackingSettings
 from medcot_utils.machine.redaction import redact
+from medcot_utils.plain_text import say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,7 +125,7 @@ class Wandb(_WandbInterface):
             if mode != "online":
                 raise
             why = describe_error(error)[:200]
-            print(f"tracking: W&B cannot be used online ({why}); this session is tracked offline, to be uploaded with wandb sync")
+            say(f"tracking: W&B cannot be used online ({why}); this session is tracked offline, to be uploaded with wandb sync")
             wandb.teardown()  # it holds the id as one in use
             mode = "offline"
             self._init(mode, home, tracked, settings, config)

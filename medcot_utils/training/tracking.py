@@ -21,6 +21,7 @@ from medcot_utils.config import RunConfig
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine import hardware, secrets, user_key
 from medcot_utils.machine.names import require_plain
+from medcot_utils.plain_text import say
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import to_json, write_atomic
 from medcot_utils.text_files import read_json
@@ -106,7 +107,7 @@ def _tracked_run(run: Run, choice: TrackerChoice) -> TrackedRun:
     mark = {"backend": choice.backend, "project": run.config.tracking.project, "fingerprint": run.fingerprint("adapter")}
     held = _stored(run)
     if held and choice.mode == "online" and not user_key.is_signed(_identity(held), held.get("signatures")):
-        print(f"tracking: {STATE} was not written by you (or by an earlier version): a new tracked run begins")
+        say(f"tracking: {STATE} was not written by you (or by an earlier version): a new tracked run begins")
         held = None
     if held is None or any(held.get(key) != value for key, value in mark.items()):
         held = mark | {"id": token_hex(4), "url": "", "folder": ""}
@@ -174,7 +175,7 @@ class Session:
             call(self.tracker)
         except Exception as error:  # noqa: BLE001 - whatever a tracker does, the training is worth more
             self.tracker = None
-            print(
+            say(
                 f"tracking ends here ({describe_error(error)[:300]}): the run continues without it, and its own log in "
                 f"{self.run.path.name}/ has everything"
             )

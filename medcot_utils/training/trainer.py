@@ -16,6 +16,7 @@ from medcot_utils.machine.gpu import available_gpu_memory, release_gpu_memory, r
 from medcot_utils.machine.heap import return_large_blocks
 from medcot_utils.models.engine import compute_dtype
 from medcot_utils.models.joined_rows import JoinedRows
+from medcot_utils.plain_text import say
 from medcot_utils.run.artifacts import PROGRESS
 from medcot_utils.run.clock import TimeBudgetReached
 from medcot_utils.training.batch_plan import BatchPlan, batch_plans, choose_plans
@@ -124,7 +125,7 @@ def train(
             _end_tracking(trainer)
             raise
         # Out of the except block: its traceback would keep the activations alive.
-        print(f"out of memory after step {trainer.state.global_step} with {plan}: going on from there with {smaller}")
+        say(f"out of memory after step {trainer.state.global_step} with {plan}: going on from there with {smaller}")
         _keep_finished_steps(trainer)
         del trainer
     raise TrainingError("no batch plan was given")
@@ -148,7 +149,7 @@ def _train_or_resume(trainer: SFTTrainer) -> None:
     if checkpoint:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if trainer.is_world_process_zero():
-            print(f"resuming after step {state.global_step} of {state.max_steps} ({checkpoint.name})")
+            say(f"resuming after step {state.global_step} of {state.max_steps} ({checkpoint.name})")
         if state.global_step >= state.max_steps:
             _restore_finished(trainer, checkpoint, state)
             return
@@ -242,7 +243,7 @@ def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
     several = trainer.args.world_size > 1
     trainer.add_callback(ProgressFile(Path(trainer.args.output_dir) / PROGRESS, with_log=several))
     if not several:
-        print(f"{rows} rows per optimizer step")
+        say(f"{rows} rows per optimizer step")
         trainer.add_callback(TqdmProgress())
         trainer.add_callback(LossFigure())
     return trainer

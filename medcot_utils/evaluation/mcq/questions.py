@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 from medcot_utils.data.files import as_text, check_size, is_whole
 from medcot_utils.errors import MedcotError, quote
+from medcot_utils.plain_text import say
 from medcot_utils.run.artifacts import SHIPPED_MCQ
 from medcot_utils.text_files import decode, parse_json
 
@@ -99,7 +100,7 @@ def read_questions(path: str, name: str | None = None, split: str | None = None,
     if not questions:
         raise McqError(f"{path}: no usable question among {len(rows)} rows")
     if left_out:
-        print(f"{path}: {left_out} of {len(rows)} rows left out: an empty option, two of one text, or no option as answer")
+        say(f"{path}: {left_out} of {len(rows)} rows left out: an empty option, two of one text, or no option as answer")
     return list(questions.values())
 
 

@@ -31,6 +31,7 @@ from medcot_utils.export.hub.records import (
 from medcot_utils.export.hub.requests import HubClient, HubError, Listing, download
 from medcot_utils.machine.environment import check_proxies
 from medcot_utils.machine.secrets import remember, require_secret
+from medcot_utils.plain_text import say
 from medcot_utils.run.directory import Run
 
 if TYPE_CHECKING:
@@ -55,19 +56,19 @@ def check_hub(config: RunConfig, token: str | None = None) -> str:
     if settings.repo_id is None:
         return "nothing will be pushed to the Hub: hub.repo_id is not set"
     require_valid(settings.addresses(settings.artifacts, settings.repo_id).values())
-    user = writing_user(_connect(token, config.secrets, settings, print), settings.repo_id)
+    user = writing_user(_connect(token, config.secrets, settings, say), settings.repo_id)
     return f"notebook 07 will push to {settings.repo_id} ({'private' if settings.private else 'public'}) as {user}"
 
 
 def publish(run: Run, token: str | None = None) -> PushRecord | None:
     """Push if hub.repo_id is set, else say in one line that nothing was pushed: for notebook 07."""
     if run.config.hub.repo_id is None:
-        print("not pushed: hub.repo_id is not set (later: medcot push RUN_DIR --repo-id user/name)")
+        say("not pushed: hub.repo_id is not set (later: medcot push RUN_DIR --repo-id user/name)")
         return None
     return push_run(run, run.config.hub, token)
 
 
-def push_run(run: Run, settings: HubSettings, token: str | None = None, say: Callable[[str], None] = print) -> PushRecord:
+def push_run(run: Run, settings: HubSettings, token: str | None = None, say: Callable[[str], None] = say) -> PushRecord:
     """Push the run's artifacts, compare every file there with the run, and tag what agrees.
 
     Size and digest are compared as the Hub lists them, then the bytes of a download: all of a small file, both ends of a large

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from medcot_utils.machine.environment import check_proxies
 from medcot_utils.machine.names import resolve_below
+from medcot_utils.plain_text import say
 from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import sha256_of, write_atomic
@@ -186,7 +187,7 @@ def output(kernel: str, run_dir: Path, everything: bool = False) -> Fetched:
             why = "; ".join(refused) or f"has its session ended? medcot kaggle status {kernel}"
             raise KaggleError(f"the output of {kernel} holds no run: {why}")
         for line in refused:
-            print(line)
+            say(line)
         copy_run(found[0], run_dir)
     finally:
         shutil.rmtree(download)

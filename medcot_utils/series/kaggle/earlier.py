@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.names import OutsideError, refuse_links_out, require_inside, resolve_below
+from medcot_utils.plain_text import say
 from medcot_utils.text_files import MAX_RECORD_BYTES, decode, parse_json, read_at_most, read_json
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class EarlierRun:
         return max((entry["made"] for entry in self.manifest["artifacts"].values()), default="")
 
 
-def find_earlier(inputs: Path, say: Callable[[str], None] = print) -> list[EarlierRun]:
+def find_earlier(inputs: Path, say: Callable[[str], None] = say) -> list[EarlierRun]:
     """Return every run below `inputs`, in order of path. One whose manifest cannot be read, or whose names or links lead out
     of it, is left alone, with a line."""
     found = []
@@ -110,7 +111,7 @@ def _earlier(source: Path, folder: Path, manifest: Any, config: Any) -> EarlierR
     return EarlierRun(source, folder, manifest, config.get("profile"), model)
 
 
-def copy_run(earlier: EarlierRun, run_dir: Path, say: Callable[[str], None] = print) -> None:
+def copy_run(earlier: EarlierRun, run_dir: Path, say: Callable[[str], None] = say) -> None:
     """Copy an earlier run whole to `run_dir`, written beside and renamed. Its merged model stays behind if it does not fit."""
     beside = run_dir.with_name(f".{run_dir.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)

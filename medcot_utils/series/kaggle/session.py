@@ -15,6 +15,7 @@ from typing import Any
 
 from medcot_utils.errors import EX_PAUSED, MedcotError
 from medcot_utils.machine.installing import HOME
+from medcot_utils.plain_text import say
 from medcot_utils.series.kaggle.earlier import RUN_NAME, copy_run, find_earlier, unzip
 
 # Smaller files go into the zip, except what people look for by itself.
@@ -34,7 +35,7 @@ def read_secrets(profile: str, settings: Iterable[str] = ()) -> None:
 
     names = load_config(profile, settings).secrets
     for service, place in secrets.secrets_found(names).items():  # first: handed on, all would be found in the environment
-        print(f"{service}: {place}")
+        say(f"{service}: {place}")
     secrets.hand_on_secrets(names)
 
 
@@ -52,7 +53,7 @@ def resume_earlier_run(
     profile: str | None = None,
     settings: Iterable[str] = (),
     sources: Iterable[str] = (),
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
 ) -> None:
     """Copy the furthest run among the session's inputs to `run_dir`, unless a run is there already. If a profile is named, the
     run must be of that profile and its model.
@@ -112,7 +113,8 @@ def run_medcot(run_dir: Path, profile: str, settings: Iterable[str]) -> int:
     ) as started:
         try:
             for line in started.stdout:
-                print(redact(line), end="", flush=True)
+                sys.stdout.write(redact(line))
+                sys.stdout.flush()
         finally:
             if started.poll() is None and sys.exc_info()[0] is not None:  # the cell was stopped by hand
                 started.terminate()
@@ -136,7 +138,9 @@ def show_report(run_dir: Path) -> Any:
     from html import escape
 
     text = escape(page.read_text(encoding="utf-8"), quote=True)
-    return HTML(f'<div><iframe title="Report of the run" style="width:100%;height:900px" srcdoc="{text}"></iframe></div>')
+    # Sandboxed: its own script filters its questions, and reaches nothing of the page around it.
+    frame = '<iframe title="Report of the run" sandbox="allow-scripts" style="width:100%;height:900px"'
+    return HTML(f'<div>{frame} srcdoc="{text}"></iframe></div>')
 
 
 def leave_output(run_dir: Path) -> Path | None:
@@ -164,7 +168,7 @@ def leave_output(run_dir: Path) -> Path | None:
         if not any(folder.iterdir()):
             folder.rmdir()
     left = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file()) / 1e6
-    print(f"{final.name}: {len(packed)} files, {final.stat().st_size / 1e6:.1f} MB; beside it in {run_dir.name}/: {left:.1f} MB")
+    say(f"{final.name}: {len(packed)} files, {final.stat().st_size / 1e6:.1f} MB; beside it in {run_dir.name}/: {left:.1f} MB")
     return final
 
 
@@ -179,9 +183,9 @@ def end(code: int, kernel: str, profile: str, settings: Iterable[str] = ()) -> N
     """Print what the series' exit code means. Raises SessionError if it failed, so that the session counts as failed."""
     again = continue_command(kernel, profile, settings)
     if code == 0:
-        print(f"The series is complete. To fetch the run: medcot kaggle output {kernel}")
+        say(f"The series is complete. To fetch the run: medcot kaggle output {kernel}")
     elif code == EX_PAUSED:
-        print(f"Paused in good time, nothing failed. To resume it in another session, from a checkout: {again}")
+        say(f"Paused in good time, nothing failed. To resume it in another session, from a checkout: {again}")
     else:
         raise SessionError(
             f"the series ended with exit code {code}; its last lines above say why. What was made is in the output. After fixing "

@@ -292,6 +292,25 @@ def test_a_streamed_answer_is_printed_and_is_the_batched_one(loaded, capsys):
     }
 
 
+def test_a_streamed_answer_cannot_command_the_terminal(loaded, capsys, monkeypatch):
+    import torch
+
+    model, tokenizer = loaded
+    ids = tokenizer("\x1b[2J mitral\n\x9b valve", return_tensors="pt")["input_ids"]
+
+    def generate(input_ids, streamer, **_):
+        streamer.put(input_ids)
+        for token in ids[0]:
+            streamer.put(token[None])
+        streamer.end()
+        return torch.cat([input_ids, ids], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    stream_answer(model, tokenizer, "Which valve?", settings(), True, 1)
+    assert r"\x1b[2J mitral" in (said := capsys.readouterr().out) and r"\x9b valve" in said
+    assert not {"\x1b", "\x9b"} & set(said)
+
+
 def test_the_padding_side_is_restored_even_after_an_error(loaded):
     _, tokenizer = loaded
     for side in ("right", "left"):

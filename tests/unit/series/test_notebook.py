@@ -6,6 +6,7 @@ import ast
 from types import SimpleNamespace
 
 import nbformat
+import pandas as pd
 import pytest
 from computed_once import statistics_computed_once, undrawn_figures
 from made_up_runs import QUESTIONS, fill
@@ -14,7 +15,7 @@ from medcot_utils import evaluation, models, training
 from medcot_utils.config import load_config
 from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.run.directory import Run
-from medcot_utils.series.notebook import table
+from medcot_utils.series.notebook import show_table, table, wrap_texts
 from medcot_utils.series.runner import notebooks_dir
 
 __all__ = ["statistics_computed_once", "undrawn_figures"]
@@ -85,6 +86,40 @@ def test_notebook_06_records_the_metrics_before_it_shows_any():
         index for index, source in enumerate(sources) if 'run.write("metrics"' in source or "run.write('metrics'" in source
     )
     assert not [source for source in sources[:recorded] if "_table(" in source or "figure" in source or "Markdown" in source]
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+SCRIPT = "<script>ran()</script> BP <90, $5 or \x1b[2J"
+
+
+@pytest.mark.parametrize("make", [lambda frame: frame, wrap_texts, lambda frame: wrap_texts(frame, precision=3, na_rep="none")])
+def test_a_tables_texts_are_shown_as_they_are(make):
+    import html
+
+    frame = pd.DataFrame({SCRIPT: [SCRIPT, "b"]}, index=[f"{SCRIPT} too", "c"])
+    page = show_table(make(frame))
+    assert "<script" not in page and "\x1b" not in page
+    seen = html.unescape(page.replace("<span>&#36;</span>", "$").replace("<span>&#92;</span>", "\\"))
+    assert seen.count(SCRIPT.replace("\x1b", r"\x1b")) == 3, "in the cell, the column's head and the index"
+
+
+def test_an_ordinary_table_is_shown_as_pandas_writes_it():
+    frame = table({"rows": "BP <90 & more", "loss": "1.77 [1.70, 1.84]"})
+    assert show_table(frame) == frame._repr_html_()
+
+
+def test_a_notebooks_start_lets_every_table_be_shown_so(monkeypatch):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from medcot_utils.series import notebook
+
+    shell = InteractiveShell.instance()
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    notebook._show_tables()
+    formatted, _ = shell.display_formatter.format(pd.DataFrame({"a": ["$5"]}))
+    assert "<span>&#36;</span>5" in formatted["text/html"]
+    InteractiveShell.clear_instance()
 
 
 # --- 05 --------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -244,6 +245,8 @@ def test_a_pause_says_how_to_resume_and_a_failure_fails(capsys):
 def test_the_report_is_shown_in_a_frame_of_its_own(finished):
     frame = session.show_report(finished.path)
     assert "<iframe" in frame.data and "report first" in frame.data
+    # Its script runs, and is of another origin than the page around it.
+    assert re.findall('sandbox="(.*?)"', frame.data) == ["allow-scripts"]
     (finished.path / "report.html").unlink()
     assert session.show_report(finished.path) == "no report yet: notebook 06 makes it"
 
