@@ -42,6 +42,8 @@ def build_page(chat: Chat, base_too: bool) -> gradio.Blocks:
     def ask(question: str, with_base: bool) -> Iterator[list[list]]:
         columns: dict[Who, list] = {"base": [], "tuned": []}
         try:
+            if len(question) > web.MOST_CHARACTERS:  # the box's own limit is the browser's
+                raise ChatError(f"the question is too long: at most {web.MOST_CHARACTERS:,} characters")
             for who in choose_sides(with_base):
                 for answer in chat.stream(question, who):
                     columns[who] = build_column(question, answer)
@@ -55,7 +57,7 @@ def build_page(chat: Chat, base_too: bool) -> gradio.Blocks:
             how = {"render_markdown": False, "height": 460, "sanitize_html": True, "buttons": []}
             base = gr.Chatbot(label="base model", visible=base_too, **how)
             tuned = gr.Chatbot(label="tuned model", **how)
-        question = gr.Textbox(label="Question", lines=3, placeholder="a clinical question", max_length=20_000)
+        question = gr.Textbox(label="Question", lines=3, placeholder="a clinical question", max_length=web.MOST_CHARACTERS)
         with gr.Row():
             send, stop = gr.Button("Ask", variant="primary"), gr.Button("Stop")
         both = gr.Checkbox(label="The base model too", value=base_too)

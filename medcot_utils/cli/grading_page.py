@@ -57,9 +57,12 @@ class Desk:
     def judge(self, pair: Pair, choice: str, note: str) -> None:
         """Record a judgement; `choice` is one of CHOICES.
 
-        Raises OSError if it cannot be written, and GradingError if the answers were made again meanwhile."""
+        Raises OSError if it cannot be written, and GradingError if the note is too long or the answers were made again
+        meanwhile."""
         if self._answers() != self._judged:
             raise GradingError("the answers were made again since this page was started: start medcot grade again")
+        if len(note) > web.MOST_CHARACTERS:  # the box's own limit is the browser's
+            raise GradingError(f"the note is too long: at most {web.MOST_CHARACTERS:,} characters")
         now = datetime.now(UTC).replace(microsecond=0)
         verdict = dict(zip("ab", pair.shown, strict=True)).get(choice, choice)
         kept = {"note": note.strip(), "shown_as_a": pair.shown[0], "grader": self.grader, "at": now, "answers": pair.digest}
@@ -135,7 +138,7 @@ def build_page(desk: Desk) -> gradio.Blocks:
                             thoughts.append(gr.HTML())
                         folds.append(fold)
             show, expected = gr.Button("Show the reference response", size="sm"), gr.HTML()
-            note = gr.Textbox(label="Note", placeholder="optional", lines=2)
+            note = gr.Textbox(label="Note", placeholder="optional", lines=2, max_length=web.MOST_CHARACTERS)
             with gr.Row():
                 buttons = {act: gr.Button(text, variant="primary", min_width=120) for act, text in CHOICES.items()}
             buttons["skip"] = gr.Button("Skip for now")

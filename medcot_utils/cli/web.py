@@ -1,11 +1,20 @@
-"""Serve a page on 127.0.0.1 only, with nothing loaded from elsewhere: the grading page and the chat page."""
+"""Serve a page to this user on 127.0.0.1 only, with nothing loaded from elsewhere: the grading page and the chat page.
+
+Whoever is on the machine can reach its ports, and so can any website that is open in a browser there. So each request needs
+the token that stands in the address, and names this machine and the page itself."""
 
 from __future__ import annotations
 
+import contextlib
+import hmac
 import html
 import os
+import re
+import secrets
 import socket
+import tempfile
 import webbrowser
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +23,66 @@ from medcot_utils.plain_text import say, show_controls
 
 if TYPE_CHECKING:
     import gradio
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HOST = "127.0.0.1"
+MOST_CHARACTERS = 20_000  # of a text that is typed on a page
+_MOST_BYTES = 1 << 20  # of a request: such a text takes a quarter of it if each character is escaped
 # The browser itself refuses anything from elsewhere, even if a later gradio asks for it. Its templates need inline and eval.
-CONTENT_POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'"
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'",
+    "Referrer-Policy": "same-origin",  # the address holds the token
+}
+# What the buttons send: no uploads, and nothing else of what gradio offers.
+_POSTS = re.compile(r"gradio_api/(queue/join|run/\w+|call/\w+|cancel|reset)/?")
+
+
+class Guard:
+    """Let those requests through to the page that are its user's own, and answer all others with why not."""
+
+    def __init__(self, app: ASGIApp, token: str):
+        self.app, self.token = app, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request. A body that is too long is an error (413) where the page reads it."""
+        from starlette.responses import PlainTextResponse
+
+        if scope["type"] == "http" and (refused := self._refuse(scope)):
+            await PlainTextResponse(f"{refused}\n", 403)(scope, receive, send)
+        else:
+            await self.app(scope, _bounded(receive), send)
+
+    def _refuse(self, scope: Scope) -> str | None:
+        from starlette.datastructures import Headers
+
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        token, _, inside = scope["path"].removeprefix("/").partition("/")
+        if not re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d+)?", host):
+            return "this page answers to 127.0.0.1 and localhost alone"  # another name could be anyone's (DNS rebinding)
+        if origin is not None and origin != f"http://{host}":
+            return "this page takes nothing from other pages"
+        if not hmac.compare_digest(token.encode(), self.token.encode()):
+            return "this page needs the whole address that medcot printed when it was started last"
+        if scope["method"] not in ("GET", "HEAD") and not (scope["method"] == "POST" and _POSTS.fullmatch(inside)):
+            return "this page takes questions and judgements alone"
+        return None
+
+
+def _bounded(receive: Receive) -> Receive:
+    from starlette.exceptions import HTTPException
+
+    read = 0
+
+    async def receive_bounded() -> Message:
+        nonlocal read
+        message = await receive()
+        read += len(message.get("body", b""))
+        if read > _MOST_BYTES:
+            raise HTTPException(413)
+        return message
+
+    return receive_bounded
 
 
 def escape(text: str) -> str:
@@ -35,24 +100,35 @@ def listen(port: int, error_class: type[MedcotError]) -> socket.socket:
 
 
 def serve(page: gradio.Blocks, listener: socket.socket, what: str, css: str, keep_out: Path, open_browser: bool) -> None:
-    """Serve a page until interrupted, and print its address. No file below `keep_out` can be fetched through it."""
+    """Serve a page until interrupted, and print its address, which is all that is needed to use it. No file below `keep_out`
+    can be fetched through it."""
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
 
     # Mounted, not launched: launch() takes host, sharing and proxies from the environment, and asks its own address there.
+    token = secrets.token_hex()
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     hidden = {"footer_links": [], "run_history": False, "blocked_paths": [str(keep_out.absolute())], "enable_monitoring": False}
     plain = {"ssr_mode": False, "mcp_server": False, "theme": theme, "css": css}
-    app = gr.mount_gradio_app(FastAPI(), page, "/", **hidden, **plain)
-    # An open page holds a connection forever: do not wait for it.
-    headers = [("Content-Security-Policy", CONTENT_POLICY)]
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", headers=headers, timeout_graceful_shutdown=1))
-    address = f"http://{HOST}:{listener.getsockname()[1]}/"
-    say(f"{what}: {address} (Ctrl-C ends it)", flush=True)
-    if open_browser:
-        webbrowser.open(address)
-    try:
-        server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        return
+    app = Guard(gr.mount_gradio_app(FastAPI(), page, f"/{token}", **hidden, **plain), token)
+    # h11 bounds the headers. An open page holds a connection forever: do not wait for it.
+    how = {"http": "h11", "ws": "none", "log_level": "warning", "timeout_graceful_shutdown": 1}
+    server = uvicorn.Server(uvicorn.Config(app, headers=[*_HEADERS.items()], **how))
+    address = f"http://{HOST}:{listener.getsockname()[1]}/{token}/"
+    say(f"{what}: {address} (for you alone; Ctrl-C ends it)", flush=True)
+    with _shown_in_browser(address) if open_browser else contextlib.nullcontext():
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:
+            return
+
+
+@contextlib.contextmanager
+def _shown_in_browser(address: str) -> Iterator[None]:
+    """Open an address in the browser, by way of a file for this user alone: everyone can read the browser's command line."""
+    with tempfile.NamedTemporaryFile("w", prefix="medcot-", suffix=".html") as door:
+        door.write(f'<meta http-equiv="refresh" content="0; url={address}">')
+        door.flush()
+        webbrowser.open(Path(door.name).as_uri())
+        yield

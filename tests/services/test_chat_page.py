@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 from browsers import needs_chromium
-from test_grading_page import Browser
+from test_grading_page import Browser, ask
 
 from medcot_utils.config import load_config
 from medcot_utils.models.chat import WARNING
@@ -55,7 +55,7 @@ def serving(run, *arguments):
             assert line, said
             said += line
         assert WARNING in said
-        yield re.search(r"http://127\.0\.0\.1:\d+/", said)[0]
+        yield re.search(r"http://127\.0\.0\.1:\d+/(?:[0-9a-f]{64}/)?", said)[0]
     finally:
         process.kill()
         process.communicate()
@@ -78,6 +78,15 @@ def test_the_page_streams_both_models_with_folded_thinking(untrained):
         assert base == [] and len(tuned) == 3
         with pytest.raises(Exception, match="the question is empty"):
             Client(address, verbose=False).predict("  ", False, api_name="/ask")
+        with pytest.raises(Exception, match="the question is too long: at most 20,000 characters"):
+            Client(address, verbose=False).predict("why " * 5_001, False, api_name="/ask")
+        # Another user of the machine, a website that is open in a browser here, and a file.
+        question = b'{"data": ["Why?", false], "fn_index": 1, "session_hash": "x"}'
+        joined, bare = "gradio_api/queue/join", address[: address.index("/", 7) + 1]
+        for where, headers in ((bare, {}), (address, {"Origin": "http://evil.example"}), (address, {"Host": "evil.example"})):
+            assert ask(where, "config", **headers)[0] == 403
+            assert ask(where, joined, question, **{"Content-Type": "application/json"}, **headers)[0] == 403
+        assert ask(address, "gradio_api/upload", b"")[0] == 403
         taken = [
             sys.executable,
             "-m",
@@ -86,7 +95,7 @@ def test_the_page_streams_both_models_with_folded_thinking(untrained):
             str(untrained.path),
             "--page",
             "--port",
-            address.split(":")[2][:-1],
+            address.split(":")[2].partition("/")[0],
         ]
         done = subprocess.run(taken, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 1 and re.match(
@@ -114,6 +123,7 @@ def test_a_browser_asks_and_shows_what_comes_as_plain_text(untrained, tmp_path):
         assert browser.js("document.querySelectorAll('img[src*=evil], .message strong').length") == 0
         assert browser.js("document.title") == "medcot chat"
         browser.screenshot(tmp_path / "chat.png")
-        assert [url for url in browser.requested if not url.startswith((address, "data:", "blob:"))] == []
+        own = address[: address.index("/", 7) + 1]
+        assert [url for url in browser.requested if not url.startswith((own, "data:", "blob:"))] == []
         policy = urllib.request.urlopen(address, timeout=30).headers["Content-Security-Policy"]
         assert policy.startswith("default-src 'self' ") and "http" not in policy

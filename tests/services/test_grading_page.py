@@ -1,8 +1,10 @@
-"""The grading page for real: its own process, the gradio client's clicks, a headless Chromium, SIGKILL, and no way out."""
+"""The grading page for real: its own process, the gradio client's clicks, a headless Chromium, SIGKILL, no way out, and no way
+in for anyone else."""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -14,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import pytest
 from browsers import CHROMIUM, needs_chromium
@@ -41,7 +44,7 @@ def hook(event, arguments):
 sys.addaudithook(hook)
 from medcot_utils.cli.grading_page import serve
 from medcot_utils.run.directory import Run
-serve(Run.open(sys.argv[1]), int(sys.argv[4]), grader=sys.argv[3])
+serve(Run.open(sys.argv[1]), int(sys.argv[4]), grader=sys.argv[3], open_browser=bool(sys.argv[5:]))
 """
 
 
@@ -63,13 +66,15 @@ def fill(path, seed=42, base=FIRST, tuned=SECOND):
 
 
 @contextlib.contextmanager
-def serving(run, grader="grader", port=0):
+def serving(run, grader="grader", port=0, browser=None):
     """The page's server as a process: its address, what it printed, and every address its sockets touched."""
     seen, errors = run.path.parent / "sockets.txt", run.path.parent / "stderr.txt"
     environment = {**os.environ, "GRADIO_SHARE": "True", "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_ANALYTICS_ENABLED": "True"}
+    environment["BROWSER"] = browser or ""
+    command = [sys.executable, "-W", "error::UserWarning", "-c", SERVER]
     with errors.open("a") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-W", "error::UserWarning", "-c", SERVER, str(run.path), str(seen), grader, str(port)],
+            [*command, str(run.path), str(seen), grader, str(port), *(["open"] if browser else [])],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -81,8 +86,8 @@ def serving(run, grader="grader", port=0):
             line = process.stdout.readline()
             assert line, errors.read_text()
             said += line
-        address = re.search(r"http://127\.0\.0\.1:\d+/", said)[0]
-        yield SimpleNamespace(process=process, address=address, said=said)
+        address = re.search(r"http://127\.0\.0\.1:(\d+)/(?:[0-9a-f]{64}/)?", said)
+        yield SimpleNamespace(process=process, address=address[0], port=int(address[1]), said=said)
         touched = seen.read_text().splitlines()
         assert "socket.bind 127.0.0.1" in touched
         assert [line for line in touched if line.split()[-1] != "127.0.0.1"] == []
@@ -186,6 +191,88 @@ def test_a_kill_between_two_clicks_loses_nothing(tmp_path):
         (run.path / "aside").rename(run.path / GRADES)
         click("a", third[0], "")
     assert [grade.id for grade in read_grades(run)] == ["q0", "q1", "q2"]
+
+
+# --- others on the machine, and other websites -----------------------------------------------------------------------
+
+
+def ask(address, path, body=None, **headers):
+    """(status, text) of one request by hand, with whatever headers."""
+    found = urlsplit(address)
+    connection = http.client.HTTPConnection(found.hostname, found.port, timeout=30)
+    connection.request("GET" if body is None else "POST", found.path + path, body, headers)
+    with contextlib.closing(connection), connection.getresponse() as answer:
+        return answer.status, answer.read().decode()
+
+
+def test_nobody_else_can_grade_or_read(tmp_path):
+    run = fill(tmp_path / "run")
+    first = read_pairs(run)[0]
+    click = json.dumps({"data": [first.token, "not mine"]}).encode()
+    as_json = {"Content-Type": "application/json"}
+    with serving(run) as server:
+        here = f"127.0.0.1:{server.port}"
+        # Another user of the machine knows the port, and not the token: neither none nor another one will do.
+        for known in (f"http://{here}/", f"http://{here}/{'0' * 64}/"):
+            for path in ("", "config", "gradio_api/info", "theme.css", "gradio_api/queue/data?session_hash=x"):
+                status, text = ask(known, path)
+                assert status == 403 and "the whole address that medcot printed" in text
+            assert ask(known, "gradio_api/run/tie", click, **as_json)[0] == 403
+        # A website, open in a browser here, whose name resolves to this machine (DNS rebinding), or which only sends.
+        for headers in (
+            {"Host": "evil.example"},
+            {"Host": f"evil.example:{server.port}"},
+            {"Host": f"127.0.0.1.evil.example:{server.port}"},
+            {"Origin": "http://evil.example"},
+            {"Origin": "http://localhost:1"},  # a page of another user's server on this machine
+            {"Origin": f"https://{here}"},
+            {"Origin": "null"},
+        ):
+            assert ask(server.address, "config", **headers)[0] == 403, headers
+            assert ask(server.address, "gradio_api/run/tie", click, **as_json, **headers)[0] == 403, headers
+        assert read_grades(run) == []
+        # The page itself, and the same one through a tunnel.
+        for headers in ({}, {"Origin": f"http://{here}"}, {"Host": "localhost:8000", "Origin": "http://localhost:8000"}):
+            status, text = ask(server.address, "gradio_api/run/tie", click, **as_json, **headers)
+            assert status == 200, text
+        assert [grade.note for grade in read_grades(run)] == ["not mine"] * 3
+
+
+def test_nothing_can_be_uploaded_and_sizes_have_bounds(tmp_path):
+    run = fill(tmp_path / "run")
+    token = read_pairs(run)[0].token
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nhello\r\n--x--\r\n'
+
+    def tie(note):
+        body = json.dumps({"data": [token, note]}).encode()
+        return ask(server.address, "gradio_api/run/tie", body, **{"Content-Type": "application/json"})
+
+    with serving(run) as server:
+        status, text = ask(server.address, "gradio_api/upload", form, **{"Content-Type": "multipart/form-data; boundary=x"})
+        assert status == 403 and "takes questions and judgements alone" in text
+        assert ask(server.address, "gradio_api/component_server", b"{}")[0] == 403
+        assert tie("x" * (1 << 20))[0] == 413
+        status, text = tie("x" * 20_001)
+        assert status != 200 and "Not kept: the note is too long: at most 20,000 characters" in text
+        assert read_grades(run) == []
+        assert tie("é" * 20_000)[0] == 200
+        assert [len(grade.note) for grade in read_grades(run)] == [20_000]
+
+
+def test_the_browsers_command_line_does_not_hold_the_address(tmp_path):
+    """Every user of the machine can read it; the file that it names, only this one."""
+    browser = tmp_path / "browser"
+    browser.write_text('#!/bin/sh\necho "$1" > "$0.line"\nf="${1#file://}"\ncp -p "$f" "$0.page"\n')
+    browser.chmod(0o755)
+    with serving(fill(tmp_path / "run"), browser=f"{browser} %s") as server:
+        for _ in range(100):
+            if (tmp_path / "browser.page").exists():
+                break
+            time.sleep(0.1)
+        token = urlsplit(server.address).path.strip("/")
+        assert token and token not in (tmp_path / "browser.line").read_text()
+        page = tmp_path / "browser.page"
+        assert f"url={server.address}" in page.read_text() and page.stat().st_mode & 0o077 == 0
 
 
 # --- blindness -------------------------------------------------------------------------------------------------------
@@ -357,15 +444,21 @@ def test_a_browser_shows_the_texts_verbatim_and_keeps_the_clicks(tmp_path):
             assert [g.verdict for g in read_grades(run)][1:] == [pairs[0].shown[0], "tie", "both_wrong"]
 
             server.process.kill()
-        with serving(run, port=int(server.address.strip("/").rpartition(":")[2])):
-            browser.press("A better")  # on the page that was open all along
+        with serving(run, port=server.port) as server:
+            browser.press("A better")  # on the page that was open all along: its address is no longer good
+            time.sleep(1)
+            assert len(read_grades(run)) == 4
+            browser.call("Page.navigate", url=server.address)
+            browser.until("document.body && document.body.innerText.includes('Question 4 of 4, 3 of 4')")
+            browser.press("A better")
             browser.until("document.body.innerText.includes('4 of 4 judged. That was the last one')")
             assert [(g.id, g.verdict) for g in read_grades(run)][4:] == [("article", pairs[-1].shown[0])]
             browser.screenshot(tmp_path / "done.png")
             policy = urllib.request.urlopen(server.address, timeout=30).headers["Content-Security-Policy"]
 
         assert len(browser.requested) > 10
-        assert [url for url in browser.requested if not url.startswith((server.address, "data:", "blob:"))] == []
+        own = f"http://127.0.0.1:{server.port}/"
+        assert [url for url in browser.requested if not url.startswith((own, "data:", "blob:"))] == []
         # Were anything to ask, the browser would refuse: also an address of this machine that is not the page's own.
         browser.js("document.body.append(Object.assign(new Image(), {src: 'http://127.0.0.1:9/c.png', id: 'out'}))")
         browser.until("document.getElementById('out').complete")
