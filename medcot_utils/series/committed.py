@@ -1,6 +1,6 @@
 """The committed notebooks: executed in order by the embedded default, cleaned of outputs that vary, and checked.
 
-python -m medcot_utils.series.committed execute | check | results | diagrams | setup-cells [owner/name]"""
+python -m medcot_utils.series.committed execute | check | results | diagrams | engine-calls | setup-cells [owner/name]"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from medcot_utils.errors import MedcotError
 from medcot_utils.machine import redaction
 from medcot_utils.plain_text import say
 from medcot_utils.run.artifacts import STEPS
-from medcot_utils.series import diagram, results
+from medcot_utils.series import diagram, engine_calls, results
 from medcot_utils.series import setup_cell as shared
 from medcot_utils.series.runner import QUIET_KERNEL, notebooks_dir
 
@@ -98,7 +98,7 @@ def check() -> list[str]:
     lines = [f"{path.name}: {fault}" for path in paths for fault in faults(path)]
     if len({read_setup_cell(path) for path in paths}) > 1:
         lines.append("the setup cell is not the same text in all seven notebooks")
-    return lines + diagram.faults(paths) + shared.faults() + results.faults()
+    return lines + diagram.faults(paths) + engine_calls.faults() + shared.faults() + results.faults()
 
 
 def execute() -> None:
@@ -137,6 +137,8 @@ if __name__ == "__main__":
             say(path.name)
     elif sys.argv[1:] == ["diagrams"]:
         diagram.write_pipelines()
+    elif sys.argv[1:] == ["engine-calls"]:
+        engine_calls.write_calls()
     elif sys.argv[1:2] == ["setup-cells"] and len(sys.argv) <= 3:
         try:
             for path in shared.write(new_repository=sys.argv[2] if len(sys.argv) == 3 else None):

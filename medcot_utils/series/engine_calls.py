@@ -1,0 +1,94 @@
+"""Show what both engines call, as Markdown cut from their source: notebooks 02 and 04 name no engine in their code."""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+import nbformat
+
+from medcot_utils.machine.paths import HOME
+from medcot_utils.series.runner import notebooks_dir
+
+_MODELS = HOME / "medcot_utils" / "models"
+_BEGINNING = "As the engines call it, with `settings` for "  # how a written cell begins
+# (notebook, heading of the section, whose settings are passed, [(title, [(file, function, what is called)])])
+_SHOWN = (
+    (
+        "02_baseline_inference",
+        "## 2.2",
+        "model",
+        [
+            ("Unsloth", [("unsloth_engine.py", "load", "FastLanguageModel.from_pretrained")]),
+            (
+                "transformers and bitsandbytes",
+                [
+                    ("dequantized.py", "four_bit_config", "BitsAndBytesConfig"),
+                    ("transformers_engine.py", "load", "AutoModelForCausalLM.from_pretrained"),
+                ],
+            ),
+        ],
+    ),
+    (
+        "04_lora_config",
+        "## 4.2",
+        "lora",
+        [
+            ("Unsloth", [("unsloth_engine.py", "add_lora", "FastLanguageModel.get_peft_model")]),
+            ("PEFT", [("transformers_engine.py", "add_lora", "get_peft_model")]),
+        ],
+    ),
+)
+
+
+def cut_call(file: str, function: str, called: str) -> str:
+    """Return the source of the first call of `called` in a function of the room models, with its comments.
+
+    Raises LookupError if there is none: then the table above is out of date."""
+    source = (_MODELS / file).read_text(encoding="utf-8")
+    body = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == function)
+    for node in ast.walk(body):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == called:
+            first, *rest = (ast.get_source_segment(source, node) or "").splitlines()
+            return "\n".join([first, textwrap.dedent("\n".join(rest))]) if rest else first
+    raise LookupError(f"{file}: {function} does not call {called}")
+
+
+def describe_calls(section: str, groups: Iterable[tuple[str, list[tuple[str, str, str]]]]) -> str:
+    """Return one Markdown cell with a block of code for each engine."""
+    parts = [f"{_BEGINNING}`config.{section}`:"]
+    for title, calls in groups:
+        code = "\n".join(cut_call(*call) for call in calls)
+        parts.append(f"**{title}**\n\n```python\n{code}\n```")
+    return "\n\n".join(parts)
+
+
+def faults(folder: Path | None = None) -> list[str]:
+    """Return one line for each notebook whose cell is not what the engines call now."""
+    return [
+        f"{name}.ipynb: the engines' calls in {heading} are not theirs: python -m medcot_utils.series.committed engine-calls"
+        for name, heading, section, groups in _SHOWN
+        if describe_calls(section, groups) not in [cell.source for cell in _read(name, folder).cells]
+    ]
+
+
+def write_calls(folder: Path | None = None) -> None:
+    """Write each cell after the heading of its section, in place of an older one."""
+    for name, heading, section, groups in _SHOWN:
+        notebook = _read(name, folder)
+        cells = [cell for cell in notebook.cells if not cell.source.startswith(_BEGINNING)]
+        place = next(index for index, cell in enumerate(cells) if cell.source.startswith(heading)) + 1
+        cell = nbformat.v4.new_markdown_cell(describe_calls(section, groups))
+        cell["id"] = f"engine-calls-{section}"
+        notebook.cells = [*cells[:place], cell, *cells[place:]]
+        nbformat.write(notebook, _path(name, folder))
+
+
+def _path(name: str, folder: Path | None) -> Path:
+    return (folder or notebooks_dir()) / f"{name}.ipynb"
+
+
+def _read(name: str, folder: Path | None) -> nbformat.NotebookNode:
+    return nbformat.read(_path(name, folder), as_version=4)

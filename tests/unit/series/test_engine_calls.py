@@ -1,0 +1,39 @@
+"""The engines' calls that notebooks 02 and 04 show: cut from the source, and the committed cells are what it is now."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+
+import nbformat
+import pytest
+
+from medcot_utils.series import engine_calls
+from medcot_utils.series.engine_calls import cut_call
+from medcot_utils.series.runner import notebooks_dir
+
+
+def test_a_call_is_cut_out_whole_and_is_code():
+    call = cut_call("transformers_engine.py", "add_lora", "get_peft_model")
+    assert call.startswith("get_peft_model(\n    model,\n    LoraConfig(\n        r=settings.r,") and call.endswith("\n)")
+    ast.parse(call)
+    with pytest.raises(LookupError, match=r"unsloth_engine\.py: load does not call LoraConfig"):
+        cut_call("unsloth_engine.py", "load", "LoraConfig")
+
+
+def test_the_committed_notebooks_show_what_the_engines_call(tmp_path, monkeypatch):
+    assert engine_calls.faults() == []
+    models = shutil.copytree(engine_calls._MODELS, tmp_path / "models")
+    file = models / "unsloth_engine.py"
+    file.write_text(file.read_text().replace("loftq_config=None", "loftq_config={}"))
+    monkeypatch.setattr(engine_calls, "_MODELS", models)
+    assert [fault.split(":")[0] for fault in engine_calls.faults()] == ["04_lora_config.ipynb"]
+
+
+def test_a_cell_is_replaced_and_not_added(tmp_path):
+    folder = shutil.copytree(notebooks_dir(), tmp_path / "notebooks")
+    engine_calls.write_calls(folder)
+    for name in ("02_baseline_inference", "04_lora_config"):
+        cells = nbformat.read(folder / f"{name}.ipynb", as_version=4).cells
+        assert sum(cell.source.startswith(engine_calls._BEGINNING) for cell in cells) == 1
+    assert engine_calls.faults(folder) == []
