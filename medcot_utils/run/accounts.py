@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,17 +52,23 @@ def _defaults(config: RunConfig) -> dict[str, Any]:
 def settings_that_count(path: Path, values: Any, stored: RunConfig) -> RunConfig:
     """Return the configuration of the run in `path` as far as it counts for this user; `values` is what its config.json holds.
 
-    If a setting about accounts does not count, one line on stderr names it, and W&B is offline: online it would write to
-    another place than the run was meant for. Raises PlatformError for a key of this user that is too short."""
-    defaults = _defaults(stored)
-    others = [name for name, value in defaults.items() if name != _MODE and stored.get(name) != value]
-    signed = _signed_settings(path, values) if others else frozenset()
-    if not (ignored := [name for name in others if name not in signed]):
-        return stored
-    offline = {} if _MODE in signed else {_MODE: "offline"}
-    counting = with_values(stored, {name: defaults[name] for name in ignored} | offline)
-    _say_ignored(path, stored, ignored, counting)
+    One line on stderr names what does not count. Raises PlatformError for a key of this user that is too short."""
+    counting, ignored = _set_back(stored, _signed_settings(path, values))
+    if ignored:
+        _say_ignored(path, stored, ignored, counting)
     return counting
+
+
+def _set_back(stored: RunConfig, signed: Collection[str]) -> tuple[RunConfig, list[str]]:
+    """Return the configuration with the profile's values of settings about accounts that are not signed, and their names.
+
+    If there are any, W&B is offline: online it would write to another place than the run was meant for."""
+    defaults = _defaults(stored)
+    ignored = [name for name, value in defaults.items() if stored.get(name) != value and name not in {*signed, _MODE}]
+    if not ignored:
+        return stored, []
+    offline = {} if _MODE in signed else {_MODE: "offline"}
+    return with_values(stored, {name: defaults[name] for name in ignored} | offline), ignored
 
 
 def _say_ignored(path: Path, stored: RunConfig, ignored: list[str], counting: RunConfig) -> None:
@@ -85,6 +92,11 @@ def _show(value: Any) -> str:
     if isinstance(value, str) and re.fullmatch(r"(?!null$)[\w./-]+", value, re.ASCII | re.IGNORECASE):
         text = value
     return text if len(text) <= _LONGEST_SHOWN else "..."
+
+
+def settle(config: RunConfig, there: Run | None) -> RunConfig:
+    """Return a call's configuration as it will count once it is in `there`, the run in the same place."""
+    return _set_back(*settings_to_store(config, there))[0]
 
 
 def settings_to_store(config: RunConfig, there: Run | None) -> tuple[RunConfig, list[str]]:

@@ -28,6 +28,7 @@ from medcot_utils.machine.durations import describe_end, describe_time
 from medcot_utils.machine.paths import HOME, PACKAGE, expand_home
 from medcot_utils.models.engine import quiet_start
 from medcot_utils.plain_text import say
+from medcot_utils.run.accounts import settle
 from medcot_utils.run.artifacts import ARTIFACTS, PROGRESS, STEPS
 from medcot_utils.run.changes import describe_changes
 from medcot_utils.run.clock import SESSION_STARTED, SessionClock, TimeBudgetReached
@@ -102,7 +103,7 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
         config = load_config(name, overrides)
     there = Run.open_if_readable(run_dir)  # None for a new run, or for one that --force is to make readable again
     stored = there.config if there else None
-    config = with_absolute_paths(config, stored)
+    config = settle(with_absolute_paths(config, stored), there)
     counts = [check.line for check in preflight(config, run_dir, online=False) if check.name in ("data", "questions")]
     changes = describe_changes(stored.leaves(setting_names()), config.leaves(setting_names())) if stored else []
     return config, "\n".join([line, *counts, *(f"changed: {change}" for change in changes)])

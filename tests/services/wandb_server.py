@@ -15,6 +15,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -43,9 +45,23 @@ def _ask(address: str, body: dict, token: str = "") -> dict:
         return json.load(answer)
 
 
+@dataclass(frozen=True)
+class WandbServer:
+    """Where it answers, a key that it takes, and its database."""
+
+    address: str
+    key: str
+    database: Path
+
+    def held(self, query: str, *values: str) -> list[tuple]:
+        """The rows of the database that a query finds."""
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            return connection.execute(query, values).fetchall()
+
+
 @pytest.fixture(scope="module")
-def wandb_server(tmp_path_factory):
-    """(address, key, the server's database) of a running openwandb."""
+def wandb_server(tmp_path_factory) -> Iterator[WandbServer]:
+    """A running openwandb."""
     packages, home = _installed(), tmp_path_factory.mktemp("openwandb")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -64,12 +80,7 @@ def wandb_server(tmp_path_factory):
             time.sleep(0.2)
         login = _ask(f"{address}/api/v2/auth/login", {"username": "admin", "password": "admin123"})
         key = _ask(f"{address}/api/v2/settings/api-keys", {"name": "test"}, login["token"])["api_key"]["key"]
-        yield address, key, home / "openwandb.db"
+        yield WandbServer(address, key, home / "openwandb.db")
     finally:
         process.terminate()
         process.wait(30)
-
-
-def held(database, query, *values):
-    with contextlib.closing(sqlite3.connect(database)) as connection:
-        return connection.execute(query, values).fetchall()

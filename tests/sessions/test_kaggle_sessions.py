@@ -19,7 +19,6 @@ import hub_server
 import nbformat
 import pytest
 from kaggle_server import KaggleServer
-from wandb_server import held
 
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS
 from medcot_utils.run.directory import Run
@@ -209,30 +208,29 @@ def test_a_second_session_resumes_what_the_first_one_left(step, received, run_be
 @pytest.fixture
 def accounts(wandb_server, monkeypatch):
     """A Hub on which the session's token is ann's, and what sends the sessions there and to W&B."""
-    address, key, _ = wandb_server
     monkeypatch.setitem(hub_server.USERS, SECRET, ("ann", "write"))
     with hub_server.Hub() as hub:
-        variables = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "WANDB_BASE_URL": address, "WANDB_API_KEY": key}
-        yield hub, variables | {"HF_HUB_OFFLINE": "0"}
+        variables = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "WANDB_BASE_URL": wandb_server.address}
+        yield hub, variables | {"WANDB_API_KEY": wandb_server.key, "HF_HUB_OFFLINE": "0"}
 
 
-def tracked(database):
+def tracked(server):
     """What W&B holds: {id of a run: (project, its steps with a loss)}."""
-    runs = held(database, "select run_id, name from runs join projects on projects.id = project_id")
+    runs = server.held("select run_id, name from runs join projects on projects.id = project_id")
     steps = "select distinct step from metrics where run_id = ? and key = 'train/loss' order by step"
-    return {run: (project, [step for (step,) in held(database, steps, run)]) for run, project in runs}
+    return {run: (project, [step for (step,) in server.held(steps, run)]) for run, project in runs}
 
 
 @pytest.mark.timeout(1200)
 def test_a_second_session_tracks_and_pushes_as_the_first(received, run_before, accounts, wandb_server, tmp_path):
-    (hub, variables), before = accounts, tracked(wandb_server[2])
+    (hub, variables), before = accounts, tracked(wandb_server)
     settings = ["tracking.backend=wandb", "tracking.project=hearts", "hub.repo_id=ann/hearts"]
     mount(run_before("05_training"), tmp_path / "first", "earlier")
     text = received("ann/one-run", "smoke", [*settings, "training.max_hours=0.000001"])
     first, cells = session(sys.executable, text, tmp_path / "first", **variables)
     assert first.returncode == 0, first.stderr[-2000:]
     assert "medcot: paused. 05_training: stopped after step 1 of 6" in said(cells)
-    (mine,) = set(tracked(wandb_server[2])) - set(before)
+    (mine,) = set(tracked(wandb_server)) - set(before)
     assert hub.repos == {}
 
     # The next session's notebook is built by the command that this one printed, and so gives the same settings.
@@ -247,7 +245,7 @@ def test_a_second_session_tracks_and_pushes_as_the_first(received, run_before, a
     run = assert_complete(tmp_path / "second")
     assert "resuming after step 1 of 6 (checkpoint-1)" in (run.path / "notebooks" / "05_training.ipynb").read_text()
 
-    now = tracked(wandb_server[2])
+    now = tracked(wandb_server)
     assert set(now) - set(before) == {mine} and now[mine] == ("hearts", [1, 2, 3, 4, 5, 6]), "one tracked run"
     assert hub.repos["model", "ann/hearts"]["private"] and hub.repos["model", "ann/hearts"]["tags"]
     assert "because you did not set" not in said(cells)
@@ -255,7 +253,7 @@ def test_a_second_session_tracks_and_pushes_as_the_first(received, run_before, a
 
 @pytest.mark.timeout(1200)
 def test_a_strangers_run_is_trained_on_and_nothing_sent(received, run_before, accounts, wandb_server, tmp_path):
-    (hub, variables), before = accounts, tracked(wandb_server[2])
+    (hub, variables), before = accounts, tracked(wandb_server)
     run_dir = run_before("05_training")
     values = json.loads((run_dir / "config.json").read_text())
     values["hub"] |= {"repo_id": "ann/hearts", "private": False}
@@ -271,7 +269,7 @@ def test_a_strangers_run_is_trained_on_and_nothing_sent(received, run_before, ac
     assert run.manifest()["steps"]["05_training"]["state"] == "done"
     named = "hub.repo_id, hub.private, tracking.project, tracking.entity, secrets.huggingface, secrets.wandb"
     assert f"ignored {named}, because you did not set them" in said(cells) and "--set hub.repo_id=ann/hearts" in said(cells)
-    assert tracked(wandb_server[2]) == before and hub.requests == []
+    assert tracked(wandb_server) == before and hub.requests == []
 
 
 def test_a_failed_series_fails_the_session_and_keeps_its_results(received, tmp_path):

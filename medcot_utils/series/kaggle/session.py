@@ -165,7 +165,9 @@ def leave_output(run_dir: Path) -> Path | None:
     for path in packed:
         path.unlink()
     for folder in sorted((path for path in run_dir.rglob("*") if path.is_dir()), reverse=True):
-        if not any(folder.iterdir()):
+        if folder.is_symlink():  # W&B leaves one to its latest run, which by now may be gone
+            folder.unlink()
+        elif not any(folder.iterdir()):
             folder.rmdir()
     left = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file()) / 1e6
     say(f"{final.name}: {len(packed)} files, {final.stat().st_size / 1e6:.1f} MB; beside it in {run_dir.name}/: {left:.1f} MB")

@@ -84,8 +84,9 @@ def test_a_foreign_run_is_tracked_nowhere_else(foreign, monkeypatch):
     assert (config.tracking.entity, config.tracking.project) == (None, "medcot")
 
 
-def test_medcot_run_takes_no_orders_of_a_foreign_run(foreign, capsys):
+def test_medcot_run_takes_no_orders_of_a_foreign_run(foreign, monkeypatch, capsys):
     path = foreign()
+    monkeypatch.setenv("BANK_PIN", KEY)
     config, said = runner.plan_config(path, None, ["training.max_steps=3"])
     run = Run.create(path, config)  # as `run_series` does, and notebook 01 in its kernel
     run = Run.create(path, load_config("smoke", overrides_of(run.config)))
@@ -198,6 +199,14 @@ def test_own_runs_move_between_sessions_with_the_same_token(run_factory, monkeyp
     assert Run.open(run.path).config.hub.repo_id == "ann/cot"
     monkeypatch.delenv("HF_TOKEN")
     assert Run.open(run.path).config.hub.repo_id is None
+
+
+@pytest.mark.parametrize("profile", [None, "smoke"])
+def test_a_call_says_of_a_foreign_run_only_what_it_changes(profile, foreign):
+    path = foreign("hub.repo_id=mallory/cot")
+    config, said = runner.plan_config(path, profile, ["training.max_steps=3"])
+    assert [line for line in said.splitlines() if line.startswith("changed")] == ["changed: training.max_steps 6 -> 3"]
+    assert config.tracking.mode == Run.create(path, config).config.tracking.mode == "offline"
 
 
 @pytest.mark.usefixtures("never_run")

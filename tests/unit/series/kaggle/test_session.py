@@ -66,6 +66,17 @@ def test_small_files_are_zipped_beside_adapter_and_report(finished):
     ]
 
 
+def test_a_link_to_a_folder_that_is_packed_goes_with_it(finished, kaggle):
+    wandb = finished.path / "tracking" / "wandb"
+    (wandb / "run-1").mkdir(parents=True)
+    (wandb / "run-1" / "log").write_text("tracked")
+    (wandb / "latest-run").symlink_to("run-1")  # as W&B makes it: sorted before what it names
+    session.leave_output(finished.path)
+    assert not (finished.path / "tracking").exists()
+    session.unpack_own(finished.path)
+    assert (wandb / "run-1" / "log").read_text() == "tracked"
+
+
 @pytest.mark.parametrize("cell", ["resume_earlier_run", "leave_output"])
 def test_a_cell_run_a_second_time_finds_the_run_whole(cell, finished, kaggle):
     before = contents(finished.path)
