@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 
+import nbformat
 import pytest
 
 from medcot_utils.config import load_config
 from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused
+from medcot_utils.machine.paths import HOME
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.run.directory import Run
 from medcot_utils.run.store import CONFIG
@@ -228,6 +231,40 @@ def test_many_reasons_are_counted(done, notebooks):
     run_series(done.path, load_config("smoke", [f"training.{name}" for name in names]), say=said.append)
     line = next(line for line in said if line.startswith(f"{TRAINING}: done again"))
     assert line.endswith(", and 2 more") and line.count(" -> ") == 5
+
+
+# --- a working folder that is somebody else's ------------------------------------------------------------------------------
+
+CELL = """
+import importlib.util, subprocess, sys
+subprocess.run([sys.executable, "-c", "import planted"], capture_output=True)
+if importlib.util.find_spec("planted"):
+    import planted
+"""
+
+
+def test_modules_in_the_working_folder_are_not_loaded(tmp_path, monkeypatch, smoke_config):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
+    for step in STEPS:
+        nbformat.write(notebook, tmp_path / f"{step}.ipynb")
+    monkeypatch.setenv("MEDCOT_NOTEBOOKS", str(tmp_path))
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    monkeypatch.chdir(data)
+    with pytest.raises(SeriesError, match="01_setup ended without recording its results"):
+        run_series(data / "run", smoke_config, last=1)
+    assert not (tmp_path / "ran").exists() and os.environ["MEDCOT_HOME"] == str(HOME)
+
+
+def test_notebooks_in_the_working_folder_are_not_run(tmp_path, monkeypatch):
+    for step in STEPS:
+        (tmp_path / f"{step}.ipynb").write_text("{}")
+    monkeypatch.setattr(runner, "HOME", tmp_path / "nowhere")
+    monkeypatch.setattr(runner, "PACKAGE", tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SeriesError, match="the notebooks are not beside the package or in it"):
+        runner.notebooks_dir()
 
 
 # --- Ctrl-C --------------------------------------------------------------------------------------------------------------
