@@ -27,13 +27,13 @@ _MOST_LINES, _MOST_PARAMETER_LINES = 20, 8
 
 def clean(notebook: Any) -> Any:
     """Clean a notebook in place, and return it: streams merged, progress bars in their last state, no widgets, no
-    timestamps, nothing of the machine."""
+    timestamps, no secrets, nothing of the machine."""
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info") if key in notebook.metadata}
     notebook.metadata["language_info"] = {"name": "python"}
     for cell in notebook.cells:
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
         if cell.cell_type == "code":
-            cell.outputs = _merged_streams(cell.outputs)
+            cell.outputs = redaction.clear_outputs(_merged_streams(cell.outputs))
             for output in cell.outputs:
                 if output.output_type in ("display_data", "execute_result"):
                     output.metadata = {}

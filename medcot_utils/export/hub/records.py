@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.export.hub.requests import HubError, HubRefusal
+from medcot_utils.machine.redaction import redact
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import to_json, write_atomic
 from medcot_utils.text_files import read_json
@@ -105,7 +106,7 @@ def failure_recorded(run: Run, record: PushRecord) -> Iterator[None]:
             there = f"Already on the Hub, and kept: {'; '.join(lies)}" if lies else "This push has committed nothing"
             again = f"A second `medcot push` sends only what is missing; {RECORD} in the run says what was sent"
             told = f"not pushed: {error}. {there}. {again}"
-        save_record(run, record | {"state": "failed", "error": told})
+        save_record(run, record | {"state": "failed", "error": redact(told)})
         if isinstance(error, HubRefusal):
             raise HubError(told) from None
         raise

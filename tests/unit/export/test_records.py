@@ -100,11 +100,12 @@ REFUSED = "not pushed: listing doctor/cot: 500. Already on the Hub, and kept: do
     ("raised", "expected", "told"),
     [
         (HubRefusal("listing doctor/cot: 500"), HubError, REFUSED),
-        (MedcotError("one line"), MedcotError, "one line"),
+        (MedcotError("one line of a-secret-key"), MedcotError, "one line of **********"),
         (KeyError("secret"), KeyError, "KeyError while listing doctor/cot"),
     ],
 )
-def test_a_failed_push_leaves_a_record_with_its_error(run, raised, expected, told):
+def test_a_failed_push_leaves_a_record_with_its_error(run, raised, expected, told, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "a-secret-key")
     if expected is KeyError:
         raised.add_note("while listing doctor/cot")
     with pytest.raises(expected), failure_recorded(run, begun()):

@@ -172,6 +172,12 @@ def test_cleaning_keeps_a_figure_and_drops_an_empty_stream():
     assert kept[1].data == figure.data and kept[1].metadata == {}
 
 
+def test_cleaning_takes_out_secrets(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "no-prefix-of-its-own")
+    printed = [new_output("stream", name="stdout", text=text) for text in ("401 for no-prefix-", "of-its-own\n")]
+    assert cleaned(*printed).outputs[0].text == "401 for **********\n"
+
+
 # --- what is committed ---------------------------------------------------------------------------------------------
 
 
