@@ -14,7 +14,7 @@ ifneq ($(filter kaggle,$(MAKECMDGOALS)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick nbval lint notebooks results families kaggle badges pins chromium clean
+.PHONY: help demo test quick nbval lint notebooks results families kaggle badges pins audit chromium clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -84,6 +84,10 @@ badges: $(INSTALLED) ## REPO=owner/name: where the project lies on GitHub; badge
 
 pins: $(INSTALLED) ## [FILE=requirements-cpu.txt] [ONLY="rich typer"] [WRITE=1]: show which pins could move, or move them
 	$(BIN)/python .ci/pins.py "$(FILE)" $(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write)
+
+audit: $(INSTALLED) ## compare the pins, and all that they bring, with PyPI's advisories, and write .ci/advisories.md
+	test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit==2.10.1; }
+	$(BIN)/python .ci/audit.py build/audit/bin/pip-audit
 
 chromium: ## install the browser that the tests of report, grading and chat page need (Debian, as root), if there is none
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \

@@ -93,8 +93,9 @@ def _load_from_hub(settings: DatasetSettings) -> Dataset:
         if settings.sha256:
             files = load_dataset_builder(**given).config.data_files
             _check_digest(settings, [url for split in (files or {}).values() for url in split])
-        return load_dataset(**given, split="train")
-    except (OSError, ValueError, DatasetsError) as error:  # not there, no such subset, no connection, rows of mixed types
+        return load_dataset(**given, split="train", trust_remote_code=False)
+    # Not there, no such subset, no connection, rows of mixed types; RuntimeError: a data set that needs code of its own.
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         pinned = f" at revision {settings.revision}" if settings.revision else ""
         raise DataError(
             f"data set {settings.name}{pinned} could not be loaded from the Hub: {' '.join(str(error).split())}. Check "

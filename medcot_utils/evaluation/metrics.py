@@ -217,6 +217,6 @@ def embedder(name: str) -> SentenceTransformer:
     except ImportError as error:
         raise MetricError("evaluation.embedding_model needs a library more: pip install sentence-transformers") from error
     try:
-        return SentenceTransformer(name)
+        return SentenceTransformer(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise MetricError(f"evaluation.embedding_model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -369,7 +369,8 @@ def _compare_greedy(run: Run, file: Path, model: PreTrainedModel, tokenizer: Pre
         theirs, ours = (tokenizer(side, add_special_tokens=False)["input_ids"] for side in texts)
         found.append(_agreement(said["loader"], ours, theirs, [one["prompt_tokens"] for one in said["answers"]] == lengths))
     if small:
-        reloaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32").eval()
+        named = {"gguf_file": file.name, "trust_remote_code": False}
+        reloaded = AutoModelForCausalLM.from_pretrained(file.parent, **named, dtype="float32").eval()
         reloaded.set_attn_implementation(model.config.get_text_config()._attn_implementation)  # one rounding for both
         theirs = [complete(reloaded, tokenizer, [prompt], settings)[0] for prompt in prompts]
         found.append(_agreement("transformers", expected, theirs, True))

@@ -7,11 +7,14 @@ import os
 import platform
 import re
 import shutil
+import stat
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
 
+from medcot_utils.errors import PlatformError
 from medcot_utils.machine.installing import HOME
 
 PACKAGE = HOME / "medcot_utils"
@@ -58,6 +61,70 @@ def default_run_dir() -> Path:
     return root / "runs" / "notebooks"
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, for this user alone (mode 0700). One that is there stays as it is.
+
+    A Kaggle or Colab session has one user, and its output is collected by others: there the modes are the usual ones."""
+    mode = 0o700 if platform_name() == "local" else 0o777
+    for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+        missing.mkdir(mode=mode, exist_ok=True)
+
+
+def require_private(folder: Path, variable: str, may_be_shared: bool = False) -> None:
+    """Raise PlatformError, naming the variable that chooses another folder, if a folder was made by another user than this one
+    or root, or others may write to it: a model found there could be theirs. One that does not exist is nobody's, and a Kaggle
+    or Colab session has one user.
+
+    Args:
+        may_be_shared: it may be as /tmp is, writable by all with the sticky bit, since what lies in it is checked itself."""
+    if platform_name() != "local":
+        return
+    try:
+        owners, found = {folder.lstat().st_uid}, folder.stat()
+    except OSError:
+        return  # whether it can be made is for `require_writable`
+    if others := (owners | {found.st_uid}) - {0, os.geteuid()}:
+        fault, remedy = f"belongs to another user, {_user_name(others.pop())}", ""
+    elif _others_may_write(found) and not (may_be_shared and found.st_mode & stat.S_ISVTX) and _keeps_modes(folder):
+        fault, remedy = "can be written by other users", f"if you trust what it holds, chmod go-w {folder}; else "
+    else:
+        return
+    raise PlatformError(
+        f"{folder} {fault}, who could have put a model there: {remedy}set {variable} to a folder that is yours alone"
+    )
+
+
+def _others_may_write(found: os.stat_result) -> bool:
+    """Return whether a mode lets others write. The group that many systems give each user, named like the user, is no other."""
+    import grp  # here, because Windows is told in one line that it will not do
+
+    if found.st_mode & stat.S_IWOTH or not found.st_mode & stat.S_IWGRP:
+        return bool(found.st_mode & stat.S_IWOTH)
+    try:
+        group = grp.getgrgid(found.st_gid)
+    except KeyError:
+        return True
+    return group.gr_name != _user_name(os.geteuid()) or bool(group.gr_mem)
+
+
+def _user_name(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _keeps_modes(folder: Path) -> bool:
+    """Return whether the file system knows users. One that does not, as on a memory stick, shows one mode for everything."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            return not _others_may_write(Path(made).stat())
+    except OSError:
+        return True
+
+
 def disk_of(folder: Path) -> tuple[int, Path]:
     """Return the device number and the nearest existing folder of where `folder` is or would be made."""
     folder = folder.absolute()
@@ -85,7 +152,7 @@ def scratch_dir(run_dir: Path) -> Path:
     output folder, which holds 20 GB; on Colab's own disk for a run on Google Drive; else the run directory itself.
 
     It is the same folder through whatever links the run is reached. It may be gone in the next session; its artifacts are then
-    made again."""
+    made again. Raises PlatformError as `require_private` does."""
     scratch = os.environ.get("MEDCOT_SCRATCH", _scratch_of_the_session(run_dir))
     if not scratch:
         return run_dir
@@ -93,7 +160,10 @@ def scratch_dir(run_dir: Path) -> Path:
     ways = (run_dir.resolve(), run_dir.absolute())
     names = [f"{way.name}-{hashlib.sha256(str(way).encode()).hexdigest()[:8]}" for way in ways]
     places = [expand_home(scratch) / "medcot" / name for name in names]
-    return next((place for place in places if place.exists()), places[0])
+    chosen = next((place for place in places if place.exists()), places[0])
+    for folder in (chosen.parents[1], chosen.parent, chosen):
+        require_private(folder, "MEDCOT_SCRATCH", may_be_shared=folder != chosen)
+    return chosen
 
 
 def _scratch_of_the_session(run_dir: Path) -> Path | None:
@@ -146,7 +216,11 @@ def folder_gib(folder: Path) -> float:
 
 
 def cache_dir() -> Path:
-    """Return where converted models are kept between runs: MEDCOT_CACHE, else the user's cache folder."""
+    """Return where converted models are kept between runs: MEDCOT_CACHE, else the user's cache folder.
+
+    Raises PlatformError as `require_private` does."""
     import platformdirs
 
-    return expand_home(os.environ.get("MEDCOT_CACHE") or platformdirs.user_cache_dir("medcot"))
+    folder = expand_home(os.environ.get("MEDCOT_CACHE") or platformdirs.user_cache_dir("medcot"))
+    require_private(folder, "MEDCOT_CACHE", may_be_shared=True)
+    return folder

@@ -6,14 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from medcot_utils.config import ModelSettings, RunConfig
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.data.rows import choose_questions, load_rows, split_rows, validate_rows
+from medcot_utils.errors import quote
 from medcot_utils.machine.weight_files import INDEX, SINGLE
 from medcot_utils.models.batches import check_context
 from medcot_utils.models.embedded import PREFIX, find_model_source
-from medcot_utils.models.tokenizer import ModelError, load_tokenizer_from
+from medcot_utils.models.tokenizer import NO_CODE, ModelError, load_tokenizer_from
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class _Found:
 
     config: Path
     files: list[str]
+    tokenizer: Path | None = None  # its tokenizer_config.json, if it lies on the Hub
 
 
 def is_at_hand(settings: ModelSettings) -> bool:
@@ -34,7 +37,7 @@ def check_model(settings: ModelSettings) -> str:
 
     Raises:
         ModelError: for a folder that is missing or holds no model, weights that are quantized already or no safetensors, and a
-            tokenizer as `prepare_tokenizer` refuses it."""
+            tokenizer as `load_tokenizer_from` refuses it, and a model whose code is not in transformers."""
     name, folder = settings.name, Path(settings.name)
     if name.startswith(PREFIX):
         return f"{name}: made on this machine"
@@ -43,6 +46,7 @@ def check_model(settings: ModelSettings) -> str:
     if found is None:
         return f"{name}: the Hub cannot be asked, not looked at"
     config = json.loads(found.config.read_text(encoding="utf-8"))
+    _require_known_code(name, config)
     architecture = (config.get("architectures") or ["a model of no architecture"])[0]
     if quantization := config.get("quantization_config"):
         raise ModelError(
@@ -59,7 +63,21 @@ def check_model(settings: ModelSettings) -> str:
         )
     if local:
         load_tokenizer_from(folder)
+    elif found.tokenizer and "auto_map" in json.loads(found.tokenizer.read_text(encoding="utf-8")):
+        load_tokenizer_from(name, settings.revision)  # downloaded for its code alone: it may do without
     return f"{name}: {architecture}"
+
+
+def _require_known_code(name: str, config: dict[str, Any]) -> None:
+    """Raise ModelError if transformers does not know the model's kind, so that code of its own would have to run."""
+    import transformers
+
+    if (kind := config.get("model_type")) not in transformers.CONFIG_MAPPING:
+        asks = ", and asks for code of its own (auto_map)" if "auto_map" in config else ""
+        raise ModelError(
+            f"model.name {name}: transformers {transformers.__version__} does not know its model_type {quote(kind)} "
+            f"(config.json){asks}: {NO_CODE}"
+        )
 
 
 def _look_into(folder: Path) -> _Found:
@@ -76,14 +94,16 @@ def _look_up(settings: ModelSettings) -> _Found | None:
 
     try:
         info = HfApi().model_info(settings.name, revision=settings.revision, timeout=10)
-        config = hf_hub_download(settings.name, "config.json", revision=settings.revision)
+        names = [file.rfilename for file in info.siblings or []]
+        wanted = ["config.json", *{"tokenizer_config.json"}.intersection(names)]
+        paths = [Path(hf_hub_download(settings.name, file, revision=settings.revision)) for file in wanted]
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
         return None
     except Exception as error:
         if type(error).__module__.partition(".")[0] in ("httpx", "requests"):
             return None
         raise
-    return _Found(Path(config), [file.rfilename for file in info.siblings or []])
+    return _Found(paths[0], names, *paths[1:])
 
 
 def check_answers(config: RunConfig, mcq_prompts: Sequence[str] = ()) -> str:
@@ -104,7 +124,7 @@ def check_answers(config: RunConfig, mcq_prompts: Sequence[str] = ()) -> str:
     _, held_out = split_rows(validate_rows(load_rows(config.dataset))[0], config.dataset, config.seed)
     questions = choose_questions(held_out, config.evaluation.num_questions)
     prompts = [inference_prompt(question["Question"], config.prompt.newline_after_think) for question in questions]
-    context, settings = AutoConfig.from_pretrained(source), config.evaluation
+    context, settings = AutoConfig.from_pretrained(source, trust_remote_code=False), config.evaluation
     if mcq_prompts:
         check_context(context, tokenizer, mcq_prompts, settings.mcq_max_new_tokens, 0, "evaluation.mcq_max_new_tokens")
     return check_context(context, tokenizer, prompts, config.generation.max_new_tokens, settings.answer_tokens or 0)

@@ -102,7 +102,7 @@ def _find_4bit_weights(config: PretrainedConfig, dtype: torch.dtype) -> dict[str
     from transformers.quantizers import AutoHfQuantizer
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     AutoHfQuantizer.from_config(four_bit_config(dtype)).preprocess_model(model, device_map=None)
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit))
     return {f"{name}.weight": layer.weight for name, layer in layers}

@@ -55,13 +55,15 @@ def is_made(name: str) -> bool:
 
 def _cached(folder_name: str, make: Callable[[Path], None]) -> Path:
     final = paths.cache_dir() / folder_name
+    paths.require_private(final, "MEDCOT_CACHE")
     if not final.exists():
         environment.require_writable(final.parent, "MEDCOT_CACHE", "the embedded model")
-        final.parent.mkdir(parents=True, exist_ok=True)
+        paths.make_private(final.parent)
         paths.remove_leftovers(final.parent)
         beside = paths.place_beside(final)
         shutil.rmtree(beside, ignore_errors=True)
         try:
+            paths.make_private(beside)
             make(beside)
             beside.replace(final)
         except OSError:
@@ -83,8 +85,9 @@ def _make_smollm2(folder: Path) -> None:
     source = spec.submodule_search_locations[0]
 
     with _gguf_read_once():
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE)
-        converted = AutoModelForCausalLM.from_pretrained(source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32)
+        named = {"gguf_file": _SMOLLM2_FILE, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(source, **named)
+        converted = AutoModelForCausalLM.from_pretrained(source, **named, dtype=torch.float32)
     # The conversion takes eos for <|im_start|> and leaves pad unset; the model's own configuration says otherwise.
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
     _prepend_bos(tokenizer)

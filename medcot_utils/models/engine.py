@@ -9,7 +9,9 @@ import importlib.util
 import logging
 import math
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, cast
 
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
@@ -74,8 +76,11 @@ def quiet_start(seed: int = 3407) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # bitsandbytes offers an optional CPU kernel from a hub at every import; its own kernel is used and is fast enough.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # With the package `kernels` installed, bitsandbytes loads compiled code from a hub at its import, and transformers for some
+    # models. Theirs is fast enough. Whoever wants it says so by transformers' own variable.
+    if os.environ.setdefault("USE_HUB_KERNELS", "0").upper() not in ("1", "ON", "YES", "TRUE"):
+        sys.modules.setdefault("kernels", cast(ModuleType, None))  # an import of it fails, as if it were not installed
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every import that it would have liked to
 
 
 def get_local_rank() -> int:

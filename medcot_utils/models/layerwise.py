@@ -101,9 +101,9 @@ def _open_model(folder: Path, kind: torch.dtype, device: Device) -> tuple[PreTra
     from accelerate.utils import set_module_tensor_to_device
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=kind)
+        model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=False)
     weights = _weights_by_own_name(model, config, folder, device)
     prefix = _layers_name(model)
     for name in weights:

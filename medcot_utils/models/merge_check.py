@@ -121,7 +121,7 @@ def _read_peft_changes(folder: Path, adapter: Path, base: Slices) -> dict[str, C
     config, settings = read_config(folder), PeftConfig.from_pretrained(str(adapter))
     settings.base_model_name_or_path = None  # PEFT would warn that the embedded model's name is not its folder's
     with torch.device("meta"):
-        tuned = get_peft_model(AutoModelForCausalLM.from_config(config), settings)
+        tuned = get_peft_model(AutoModelForCausalLM.from_config(config, trust_remote_code=False), settings)
     weights = {name: weight.float() for name, weight in load_peft_weights(str(adapter), device="cpu").items()}
     own = {name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."): weights[name] for name in weights}
     tuned.load_state_dict(own, strict=False, assign=True)

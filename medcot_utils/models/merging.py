@@ -44,7 +44,8 @@ def load_unquantized(source: str | Path, dtype: str, revision: str | None = None
     from transformers import AutoModelForCausalLM
 
     placed = place_weights(source, dtype, revision)
-    model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=getattr(torch, dtype), **placed)
+    named = {"revision": revision, "dtype": getattr(torch, dtype)}
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **named, **placed)
     if adapter is not None:  # PEFT places the weights again
         model = PeftModel.from_pretrained(model, str(adapter), **placed)
     return model, load_tokenizer_from(source, revision)
@@ -147,7 +148,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     """Return a model's configuration, without the note of a copy that its weights are quantized."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

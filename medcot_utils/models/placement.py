@@ -17,8 +17,9 @@ def count_weight_bytes(source: str | Path, dtype: str, revision: str | None = No
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, revision=revision))
+        shapes = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return getattr(torch, dtype).itemsize * sum(parameter.numel() for parameter in shapes.parameters())
 
 

@@ -22,7 +22,7 @@ def find_stored_names(config: PretrainedConfig, own: Collection[str], stored: Co
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     steps, weights = get_model_conversion_mapping(model), model.state_dict()
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]

@@ -15,6 +15,7 @@ from medcot_utils.errors import MedcotError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NO_CODE = "medcot runs no code that comes with a model. Name a model whose code is in transformers"
 THINK_TAGS = ("<think>", "</think>")
 
 
@@ -23,11 +24,18 @@ class ModelError(MedcotError):
 
 
 def load_tokenizer_from(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model source, made ready by `prepare_tokenizer`. Raises ModelError as that does."""
+    """Return the tokenizer of a model source, made ready by `prepare_tokenizer`. Raises ModelError as that does, and for one
+    that needs code of its own."""
     from transformers import AutoConfig, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    rows = AutoConfig.from_pretrained(source, revision=revision).get_text_config().vocab_size
+    named = {"revision": revision, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **named)
+        rows = AutoConfig.from_pretrained(source, **named).get_text_config().vocab_size
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ModelError(f"{source} needs code of its own (auto_map in a .json file of its folder): {NO_CODE}") from error
     return prepare_tokenizer(tokenizer, rows)
 
 

@@ -46,6 +46,7 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
     model = AutoModelForCausalLM.from_pretrained(
         source,
         revision=settings.revision,
+        trust_remote_code=False,
         dtype=dtype,
         quantization_config=quantization,
         device_map={"": get_local_rank()} if torch.cuda.is_available() else None,

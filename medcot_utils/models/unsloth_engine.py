@@ -49,6 +49,7 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
         dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
         load_in_4bit=settings.load_in_4bit,
         use_exact_model_name=True,
+        trust_remote_code=False,
         device_map={"": get_local_rank()},
     )
     if adapter is not None:

@@ -100,7 +100,7 @@ class StoredRun:
         Raises RunError if it cannot be made or read, holds something else, or holds a run of another profile or model, or one
         whose results come from other data or another revision (unless `force`, which redoes in place what differs)."""
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            paths.make_private(path)
             there = {file.name for file in path.iterdir()} - {LOCK, HOLDER, ACCOUNTS}
         except OSError as error:
             raise cannot_be_written(path, error) from error
@@ -236,7 +236,7 @@ class StoredRun:
     def _write(self, name: str, value: Any) -> Path:
         artifact, final = ARTIFACTS[name], self.place(name)
         fingerprint = self.fingerprint(name)
-        final.parent.mkdir(parents=True, exist_ok=True)
+        paths.make_private(final.parent)
         beside = paths.place_beside(final)
         remove(beside)
         try:
@@ -318,7 +318,7 @@ class StoredRun:
         folder, earlier = (self.path / "checkpoints" / self.fingerprint(name, recorded)[:12] for recorded in (None, {}))
         if earlier.is_dir() and not folder.is_dir():  # begun by a version that did not look at the model's files
             return earlier
-        folder.mkdir(parents=True, exist_ok=True)
+        paths.make_private(folder)
         return folder
 
     def display(self, path: Path) -> str:

@@ -90,7 +90,7 @@ def _check_machine(config: RunConfig, run_dir: Path) -> str:
 
 def check_environment(config: RunConfig, run_dir: Path) -> None:
     """Check what surrounds a run. Raises PlatformError for a local folder that is not there, a proxy that the Hub's client
-    cannot use, or a cache or scratch folder that cannot be written."""
+    cannot use, or a cache or scratch folder that cannot be written or that others could have filled."""
     from medcot_utils.models import embedded
 
     environment.check_local_paths(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tarfile
 import tomllib
@@ -73,3 +74,27 @@ def test_the_extra_cpu_holds_every_pin(wheel):
     extra = {line.partition(";")[0] for line in metadata.get_all("Requires-Dist") if 'extra == "cpu"' in line}
     lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements-cpu.txt").read_text(encoding="utf-8").splitlines())
     assert extra == {line for line in lines if line}
+
+
+# What loads a model, a tokenizer or a data set of others. PEFT and GenerationConfig have no such argument; a data set's builder
+# has none since datasets 4.
+LOADERS = re.compile(
+    r"(Auto(Model\w*|Config|Tokenizer)|FastLanguageModel)\.from_(pretrained|config)|load_dataset|SentenceTransformer|harness|HFLM"
+)
+
+
+def test_every_loader_is_told_to_run_no_code_of_others():
+    """Where arguments come from a dictionary (`**how`), the function that makes it says so."""
+    calls, silent = 0, []
+    for path in sorted((ROOT / "medcot_utils").rglob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            told = "'trust_remote_code': False" in ast.unparse(function)
+            for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+                if LOADERS.fullmatch(ast.unparse(call.func)):
+                    calls += 1
+                    by_name = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                    if by_name.get("trust_remote_code") != "False" and not (None in by_name and told):
+                        silent.append(f"{path.name}:{call.lineno}")
+    assert silent == [] and calls > 15

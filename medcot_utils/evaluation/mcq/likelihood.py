@@ -73,7 +73,8 @@ def make_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bat
         from medcot_utils.evaluation.mcq.joined_harness import JoinedHarness
 
         harness = JoinedHarness if can_join(model) else HFLM
-        return harness(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+        how = {"batch_size": batch_size, "softmax_dtype": "float32", "trust_remote_code": False}
+        return harness(pretrained=model, tokenizer=tokenizer, **how)
 
 
 def fits(harness: HFLM, row: OptionRow) -> bool:

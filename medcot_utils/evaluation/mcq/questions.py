@@ -141,7 +141,7 @@ def _download(path: str, name: str | None, split: str | None) -> Sequence[Row]:
 
     try:
         with quiet():  # the Hub's client logs every retry
-            return load_dataset(path, name, split=split)
+            return load_dataset(path, name, split=split, trust_remote_code=False)
     # No network or no such data set; a loading script; no such split; rows of mixed types.
     except (OSError, RuntimeError, ValueError, DatasetsError) as error:
         reason = str(error).partition("\n")[0]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from medcot_utils.machine.environment import check_proxies
 from medcot_utils.machine.names import resolve_below
+from medcot_utils.machine.paths import make_private
 from medcot_utils.plain_text import say
 from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.run.directory import Run
@@ -166,7 +167,7 @@ def output(kernel: str, run_dir: Path, everything: bool = False) -> Fetched:
     if run_dir.exists() and any(run_dir.iterdir()):
         raise KaggleError(f"{run_dir} is not empty: give another folder with --run-dir")
     api = client()
-    run_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
+    make_private(run_dir.absolute().parent)
     download = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.absolute().parent))
     try:
         archive = download / f"{RUN_NAME}.zip"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.names import OutsideError, refuse_links_out, require_inside, resolve_below
+from medcot_utils.machine.paths import make_private
 from medcot_utils.plain_text import say
 from medcot_utils.text_files import MAX_RECORD_BYTES, decode, parse_json, read_at_most, read_json
 
@@ -115,7 +116,7 @@ def copy_run(earlier: EarlierRun, run_dir: Path, say: Callable[[str], None] = sa
     """Copy an earlier run whole to `run_dir`, written beside and renamed. Its merged model stays behind if it does not fit."""
     beside = run_dir.with_name(f".{run_dir.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    make_private(beside)
     files = _files_of(earlier.folder)
     if sum(path.stat().st_size for path in files.values()) + _ROOM_BYTES > shutil.disk_usage(beside).free:
         files = {inside: path for inside, path in files.items() if inside.parts[0] != "merged"}

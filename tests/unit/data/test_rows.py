@@ -66,6 +66,15 @@ def test_shipped_cases_load_with_ids_specialties_and_splits():
     assert set(rows.column_names) == {*TEXT_COLUMNS, "id", "specialty", "split"}
 
 
+def test_a_data_set_that_needs_its_own_code_is_one_line(tmp_path):
+    script = tmp_path / "evil" / "evil.py"
+    script.parent.mkdir()
+    script.write_text(f"open({str(tmp_path / 'was here')!r}, 'w')")
+    with pytest.raises(DataError, match=r"could not be loaded from the Hub: Dataset scripts are no longer supported.*evil\.py"):
+        load_rows(settings(None, f"dataset.name={json.dumps(str(script.parent))}", "dataset.subset=null"))
+    assert not (tmp_path / "was here").exists()
+
+
 def test_columns_are_mapped_by_name_and_others_left_out(tmp_path):
     mine = [{"Frage": "q", "Gedanken": "c", "Antwort": "a", "Question": "not this", "id": 7, "note": 1.5}]
     names = [f"dataset.columns.{key}={name}" for key, name in [("question", "Frage"), ("complex_cot", "Gedanken")]]

@@ -15,6 +15,8 @@ from medcot_utils.series.runner import plan_config
 
 pytestmark = pytest.mark.model
 
+EVIL = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -37,10 +39,12 @@ def settings(folder):
     return [f"model.name={json.dumps(str(folder))}"]
 
 
+def change(file, **entries):
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
 def quantize(folder):
-    file = folder / "config.json"
-    quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    file.write_text(json.dumps(json.loads(file.read_text()) | quantized))
+    change(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
 
 
 def leave_only_bin(folder):
@@ -49,8 +53,15 @@ def leave_only_bin(folder):
 
 
 def forget_eos(folder):
-    file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": None}))
+    change(folder / "tokenizer_config.json", eos_token=None)
+
+
+def need_own_code(folder):
+    change(folder / "config.json", model_type="evil", auto_map=EVIL)
+
+
+def be_of_another_kind(folder):
+    change(folder / "config.json", model_type="llama9")
 
 
 def remove_all(folder):
@@ -65,6 +76,8 @@ FAULTS = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no safetensors (no weights at all)"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "no folder": (remove_all, "no such folder on this machine"),
+    "own code": (need_own_code, "model_type 'evil' (config.json), and asks for code of its own (auto_map): medcot runs no code"),
+    "another kind": (be_of_another_kind, "does not know its model_type 'llama9' (config.json): medcot runs no code"),
     "no EOS": (forget_eos, "its tokenizer names no EOS token"),
 }
 
@@ -93,3 +106,10 @@ def test_a_hub_out_of_reach_hides_nothing_else(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = check_model(load_config("smoke", ["model.name=somebody/model"]).model)
     assert line == "somebody/model: the Hub cannot be asked, not looked at"
+
+
+def test_code_beside_a_known_kind_is_left_alone(model):
+    """As many published models have it: transformers' own code is taken, and theirs is not even read."""
+    change(model / "config.json", auto_map=EVIL)
+    change(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
+    assert check_model(load_config("smoke", settings(model)).model) == f"{model}: Qwen2ForCausalLM"

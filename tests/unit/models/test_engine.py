@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
+import subprocess
+import sys
 import types
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +45,29 @@ def token_ids(model, columns=24):
     return torch.randint(5, model.config.vocab_size, (2, columns), generator=generator)
 
 
+# --- code of others ---------------------------------------------------------------------------------------------------
+
+# The processor says that it has AVX512-BF16: then bitsandbytes looks for the package `kernels` at its import.
+IMPORTS = """
+import ctypes
+own = ctypes.CDLL.__getattr__
+ctypes.CDLL.__getattr__ = lambda self, name: (lambda: True) if name == "has_avx512bf16_cpu" else own(self, name)
+from medcot_utils.models.engine import quiet_start
+quiet_start()
+import bitsandbytes
+"""
+
+
+@pytest.mark.parametrize("asked", [None, "1"])
+def test_bitsandbytes_fetches_no_code_unless_asked(tmp_path, asked):
+    (tmp_path / "kernels.py").write_text(f"open({str(tmp_path / 'fetched')!r}, 'w')")
+    environment = {name: value for name, value in os.environ.items() if name != "USE_HUB_KERNELS"}
+    environment |= {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[3]}"} | ({"USE_HUB_KERNELS": asked} if asked else {})
+    done = subprocess.run([sys.executable, "-c", IMPORTS], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "fetched").exists() is bool(asked)
+
+
 # --- the embedded model --------------------------------------------------------------------------------------------
 
 
@@ -49,7 +76,7 @@ def test_a_cached_model_is_made_once(own_cache):
 
     def make(folder):
         calls.append(folder)
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "weights").write_text("w")
 
     first, second = embedded._cached("thing", make), embedded._cached("thing", make)
@@ -61,20 +88,20 @@ def test_a_cached_model_is_made_once(own_cache):
 
 def test_a_maker_that_raises_leaves_nothing_and_is_called_again(own_cache):
     def fail(folder):
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "half").write_text("half")
         raise RuntimeError("killed in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):
         embedded._cached("thing", fail)
     assert list(own_cache.iterdir()) == []
-    made = embedded._cached("thing", lambda folder: folder.mkdir())
+    made = embedded._cached("thing", lambda folder: folder.mkdir(exist_ok=True))
     assert made.is_dir() and list(made.iterdir()) == []
 
 
 def test_what_another_process_made_meanwhile_is_taken(own_cache):
     def make(folder):
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (own_cache / "thing").mkdir()
         (own_cache / "thing" / "theirs").write_text("first")
 

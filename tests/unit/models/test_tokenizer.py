@@ -12,6 +12,7 @@ from medcot_utils.config import load_config
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.models import engine
 from medcot_utils.models.records import make_record
+from medcot_utils.models.tokenizer import ModelError, load_tokenizer_from
 
 pytestmark = pytest.mark.model
 
@@ -92,3 +93,16 @@ def test_a_familys_tokenizer_ends_prompts_in_think(family, tmp_path):
     # Those that write a space before each text write one behind a control token too.
     assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "").endswith("Response:\n<think>\n")
     assert tokenizer.pad_token_id is not None
+
+
+def test_code_beside_a_tokenizer_is_not_run_even_after_a_yes(load, backend, tmp_path, monkeypatch):
+    """transformers asks at the terminal, or in the notebook, whether to run it, if nobody has told it no."""
+    load(backend())
+    asked = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(asked))
+    code = f"from transformers import LlamaConfig as Config\nopen({str(tmp_path / 'was here')!r}, 'w')\n"
+    (tmp_path / "evil.py").write_text(code)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ModelError, match=rf"{tmp_path} needs code of its own \(auto_map .*\): medcot runs no code"):
+        load_tokenizer_from(tmp_path)
+    assert not (tmp_path / "was here").exists()

@@ -84,6 +84,17 @@ def test_a_made_run_opens_with_the_same_configuration(run_factory):
     assert Run.open(made.path).manifest() == {"format": 1, "steps": {}, "artifacts": {}}
 
 
+def test_a_new_run_can_be_read_by_its_user_alone(tmp_path, smoke_config, write_all):
+    before = os.umask(0)
+    try:
+        run = Run.create(tmp_path / "runs" / "mine", smoke_config)
+        write_all(run)
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (run.path.parent, run.path)] == [0o700, 0o700]
+    assert (run.path / CONFIG).stat().st_mode & 0o444 == 0o444, "the folder alone keeps others out"
+
+
 def test_resuming_a_run_keeps_artifacts_and_takes_new_settings(run_factory, write_all):
     write_all(run_factory())
     again = run_factory("evaluation.n_resamples=600")
