@@ -30,20 +30,12 @@ def byte_level(folder: Path) -> str | None:
 
 
 def begins_with_bos(folder: Path) -> bool:
-    """Return True if the tokenizer puts its BOS before a text."""
+    """Return True if the tokenizer puts its BOS before a text. One that needs code of its own is an error here, before the
+    converter, which would run it."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-
-def refuse_code() -> None:
-    """Keep the converter, which trusts every folder that it is given, from running code that came with a model."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    for kind in (AutoConfig, AutoTokenizer):
-        own = kind.from_pretrained
-        kind.from_pretrained = lambda *given, own=own, **named: own(*given, **(named | {"trust_remote_code": False}))
 
 
 def convert(merged: str, outfile: str, kind: str, name: str) -> None:
@@ -53,7 +45,6 @@ def convert(merged: str, outfile: str, kind: str, name: str) -> None:
     from conversion.llama import LlamaModel
     from gguf import GGUFWriter
 
-    refuse_code()
     folder = Path(merged)
     cut, with_bos = byte_level(folder), begins_with_bos(folder)
     by_hash, as_sentencepiece, set_vocab = TextModel.get_vocab_base_pre, LlamaModel._set_vocab_llama_hf, LlamaModel.set_vocab

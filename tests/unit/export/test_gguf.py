@@ -262,24 +262,6 @@ def test_a_quantized_file_is_smaller_and_its_distance_measured(exported):
 
 
 @pytest.mark.model
-def test_code_in_the_merged_folder_is_not_run_by_the_converter(exported, tmp_path, monkeypatch):
-    """A run of someone else can hold it, and llama.cpp's converter trusts every folder that it is given."""
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    run, ran = exported("export.gguf=f16"), tmp_path / "was here"
-
-    def plant(folder):
-        shutil.copytree(run.require("merged"), folder, dirs_exist_ok=True)
-        code = f"from transformers import PreTrainedTokenizerFast as Tokenizer\nopen({str(ran)!r}, 'w')\n"
-        (folder / "evil.py").write_text(code)
-        file = folder / "tokenizer_config.json"
-        asked = {"auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]}}
-        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | asked), encoding="utf-8")
-
-    run.write("merged", plant)
-    assert (save_gguf(run) / "model.f16.gguf").exists() and not ran.exists()
-
-
-@pytest.mark.model
 def test_too_little_disk_is_told_before_the_converter_runs(exported, monkeypatch):
     run = exported("export.gguf=f16")
     monkeypatch.setattr(paths, "disk_free_gib", lambda folder: 0.0)
