@@ -123,10 +123,8 @@ def clear_outputs(outputs: Sequence[Any], is_running: bool = False) -> list[Any]
 
 def _clear_output(output: Any) -> Any:
     # Only what a cell says. The words of the notebook format stay, also if one of them is somebody's password.
-    said = {name: output[name] for name in ("ename", "evalue", "metadata") if name in output}
+    said = {name: output[name] for name in ("ename", "evalue", "traceback", "metadata") if name in output}
     made = {name: _clear_value(value) for name, value in said.items()}
-    if "traceback" in output:
-        made["traceback"] = clear(output.traceback)
     if "data" in output:
         made["data"] = type(output.data)({kind: _clear_value(value) for kind, value in output.data.items()})
     return type(output)(output | made)
@@ -135,8 +133,8 @@ def _clear_output(output: Any) -> Any:
 def _clear_value(value: Any) -> Any:
     if isinstance(value, str):
         return redact(value)
-    if isinstance(value, list):
-        return [_clear_value(part) for part in value]
+    if isinstance(value, list):  # of texts: the lines of one
+        return clear(value) if all(isinstance(part, str) for part in value) else [_clear_value(part) for part in value]
     if isinstance(value, dict):
         return type(value)({_clear_value(key): _clear_value(part) for key, part in value.items()})
     return value
