@@ -215,10 +215,10 @@ def accounts(wandb_server, monkeypatch):
 
 
 def tracked(server):
-    """What W&B holds: {id of a run: (project, its steps with a loss)}."""
+    """What W&B holds: {id of a run: (project, how many of its steps have a loss)}."""
     runs = server.held("select run_id, name from runs join projects on projects.id = project_id")
-    steps = "select distinct step from metrics where run_id = ? and key = 'train/loss' order by step"
-    return {run: (project, [step for (step,) in server.held(steps, run)]) for run, project in runs}
+    steps = "select distinct step from metrics where run_id = ? and key = 'train/loss'"
+    return {run: (project, len(server.held(steps, run))) for run, project in runs}
 
 
 @pytest.mark.timeout(1200)
@@ -246,7 +246,7 @@ def test_a_second_session_tracks_and_pushes_as_the_first(received, run_before, a
     assert "resuming after step 1 of 6 (checkpoint-1)" in (run.path / "notebooks" / "05_training.ipynb").read_text()
 
     now = tracked(wandb_server)
-    assert set(now) - set(before) == {mine} and now[mine] == ("hearts", [1, 2, 3, 4, 5, 6]), "one tracked run"
+    assert set(now) - set(before) == {mine} and now[mine] == ("hearts", 6), "one tracked run"
     assert hub.repos["model", "ann/hearts"]["private"] and hub.repos["model", "ann/hearts"]["tags"]
     assert "because you did not set" not in said(cells)
 
@@ -265,11 +265,11 @@ def test_a_strangers_run_is_trained_on_and_nothing_sent(received, run_before, ac
     done, cells = session(sys.executable, text, tmp_path / "kaggle", **variables, BANK_PIN="the number of my account")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "4 notebooks are done there" in said(cells) and "The series is complete" in said(cells)
+    assert tracked(wandb_server) == before and hub.requests == []
     run = assert_complete(tmp_path / "kaggle")
     assert run.manifest()["steps"]["05_training"]["state"] == "done"
     named = "hub.repo_id, hub.private, tracking.project, tracking.entity, secrets.huggingface, secrets.wandb"
     assert f"ignored {named}, because you did not set them" in said(cells) and "--set hub.repo_id=ann/hearts" in said(cells)
-    assert tracked(wandb_server) == before and hub.requests == []
 
 
 def test_a_failed_series_fails_the_session_and_keeps_its_results(received, tmp_path):
