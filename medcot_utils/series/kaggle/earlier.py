@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.names import OutsideError, refuse_links_out, require_inside, resolve_below
-from medcot_utils.machine.paths import make_private
 from medcot_utils.plain_text import say
 from medcot_utils.text_files import MAX_RECORD_BYTES, decode, parse_json, read_at_most, read_json
 
@@ -114,6 +113,8 @@ def _earlier(source: Path, folder: Path, manifest: Any, config: Any) -> EarlierR
 
 def copy_run(earlier: EarlierRun, run_dir: Path, say: Callable[[str], None] = say) -> None:
     """Copy an earlier run whole to `run_dir`, written beside and renamed. Its merged model stays behind if it does not fit."""
+    from medcot_utils.machine.paths import make_private  # not yet there when a session imports this module
+
     beside = run_dir.with_name(f".{run_dir.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     make_private(beside)

@@ -15,7 +15,6 @@ from typing import Any
 
 from medcot_utils.errors import EX_PAUSED, MedcotError
 from medcot_utils.machine.installing import HOME
-from medcot_utils.machine.paths import make_private
 from medcot_utils.plain_text import say
 from medcot_utils.series.kaggle.earlier import RUN_NAME, copy_run, find_earlier, unzip
 
@@ -97,7 +96,7 @@ def unpack_own(run_dir: Path) -> None:
     """Put the files of `leave_output`'s zip back into `run_dir`, for cells that are run a second time."""
     archive = run_dir.with_suffix(".zip")
     if archive.exists():
-        make_private(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
         unzip(archive, run_dir, Path(RUN_NAME))
         archive.unlink()
 
