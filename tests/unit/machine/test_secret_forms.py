@@ -14,7 +14,7 @@ from medcot_utils.machine.secret_forms import begun_at_end, find_known
 from medcot_utils.token_shapes import cover
 
 TOKEN = "hf_" + "aB3xQ9" * 6
-ODD = "pass&wörd/<1> +\"2'\\"
+ODD = "~?>pass&wörd/<1> +\"2'\\"
 
 FORMS = {
     "as it is": lambda secret: secret,
