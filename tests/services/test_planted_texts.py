@@ -132,9 +132,7 @@ def test_chat_streams_a_text_in_pieces_and_obeys_none(name, capfd):
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_the_report_shows_every_text_as_it_was_typed(runs, browser, medcot, tmp_path, name):
     run, file = runs[name].path, tmp_path / "report.html"
-    assert medcot("report", run, run, "--out", file).endswith(
-        " MB)\n"
-    )  # each run, beside the other
+    assert medcot("report", run, run, "--out", file).endswith(" MB)\n")  # each run, beside the other
     seen = look_at(browser, tmp_path, file.read_text(encoding="utf-8"), name)
     require_as_typed(seen["text"], [shown(name)], at_least=120)
 
