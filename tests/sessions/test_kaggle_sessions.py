@@ -77,7 +77,7 @@ def session(python, text, place, **variables):
     """Run the text in `place` with Kaggle's environment around it, as Kaggle does, with papermill: (process, executed cells).
 
     Its home folder ends with it, and so would a key of the user's."""
-    for name in ("working", "input", "elsewhere"):
+    for name in ("working", "input", "elsewhere", "home"):
         (place / name).mkdir(parents=True, exist_ok=True)
     (place / "received.ipynb").write_text(text)
     dropped = ("PYTHONPATH", "VIRTUAL_ENV", "MEDCOT_NOTEBOOKS", "MEDCOT_RUN_DIR", "MEDCOT_KEY")
