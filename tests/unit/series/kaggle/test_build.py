@@ -45,7 +45,7 @@ def test_the_built_notebook_carries_the_project_and_stays_small(tmp_path):
     assert {"requirements.txt", "requirements-cpu.txt", "requirements-nodeps.txt", "pyproject.toml"} <= set(files)
     assert files["medcot_utils/run/directory.py"] == (ROOT / "medcot_utils" / "run" / "directory.py").read_bytes()
     assert not any("__pycache__" in name for name in files)
-    assert built.bytes == built.notebook.stat().st_size < 450_000, "Kaggle takes less than 1 MB"
+    assert built.bytes == built.notebook.stat().st_size < 500_000, "Kaggle takes less than 1 MB"
 
 
 def test_carried_notebooks_keep_cells_and_tags_without_outputs(tmp_path):
