@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from tiny_families import FAMILIES
@@ -10,6 +11,7 @@ from tiny_families import FAMILIES
 from medcot_utils.config import load_config
 from medcot_utils.errors import MedcotError
 from medcot_utils.models.checks import check_model
+from medcot_utils.models.tokenizer import ModelError
 from medcot_utils.series.preflight import preflight
 from medcot_utils.series.runner import plan_config
 
@@ -113,3 +115,23 @@ def test_code_beside_a_known_kind_is_left_alone(model):
     change(model / "config.json", auto_map=EVIL)
     change(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
     assert check_model(load_config("smoke", settings(model)).model) == f"{model}: Qwen2ForCausalLM"
+
+
+@pytest.mark.parametrize("needs_code", [True, False])
+def test_a_model_on_the_hub_is_asked_for_code_before_its_weights(model, monkeypatch, needs_code):
+    if needs_code:
+        need_own_code(model)
+    else:
+        change(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
+    siblings = [SimpleNamespace(rfilename=file.name) for file in model.iterdir()]
+    fetched = []
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, name, **_: SimpleNamespace(siblings=siblings))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, revision: fetched.append(file) or str(model / file))
+    monkeypatch.setattr("medcot_utils.models.checks.load_tokenizer_from", lambda *given: fetched.append(given))
+    hub = load_config("smoke", ["model.name=somebody/model"]).model
+    if needs_code:
+        with pytest.raises(ModelError, match=r"^model\.name somebody/model: .* model_type 'evil' .*medcot runs no code"):
+            check_model(hub)
+    else:
+        assert check_model(hub) == "somebody/model: Qwen2ForCausalLM"
+    assert fetched == ["config.json", "tokenizer_config.json", *([] if needs_code else [("somebody/model", None)])]
