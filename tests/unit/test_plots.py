@@ -51,11 +51,11 @@ def test_the_comparison_figure_shows_what_was_measured(metrics, empty_panels, ba
 
 @pytest.mark.filterwarnings("error")
 def test_a_title_or_label_with_dollar_signs_is_no_formula():
-    planted = LOSS | {side: LOSS[side] | {"n": r"$\frac{$ and $"} for side in ("base", "tuned")}
-    figure = comparison_figure({"metrics": {"mcq_accuracy": planted}, "n_questions": r"$\frac{$ or $"})
+    planted = LOSS | {side: LOSS[side] | {"n": r"$\frac{$"} for side in ("base", "tuned")}
+    figure = comparison_figure({"metrics": {"mcq_accuracy": planted}, "n_questions": r"$\frac{$"})
     assert to_data_uri(figure).startswith("data:image/png;base64,"), "a broken formula would end it"
     written = [axes.get_title() for axes in figure.axes]
-    assert any(r"$\frac{$ or $ questions" in title for title in written)
+    assert any(r"$\frac{$ questions" in title for title in written)
 
 
 def bars(axes):
