@@ -210,3 +210,14 @@ def test_every_test_is_collected_by_a_make_target():
     assert len(with_tests) > 10
     uncollected = [path for path in with_tests if path.relative_to(ROOT).parts[0] != "tests" or not path.name.startswith("test_")]
     assert uncollected == []
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_notebook_styles_no_table_and_remarks_on_its_outputs(name):
+    cells = nbformat.read(notebooks_dir() / f"{name}.ipynb", as_version=4).cells
+    assert not [cell.source for cell in cells if cell.cell_type == "code" and ".style" in cell.source], "wrap_texts escapes"
+    remarks = [cell for cell in cells if cell.cell_type == "markdown" and "**Notice:**" in cell.source]
+    assert len(remarks) >= 2
+    for index, cell in enumerate(cells):
+        if cell.source.startswith("**Notice:**"):
+            assert cells[index - 1].get("outputs") or cells[index - 1].source.startswith("*"), cell.source
