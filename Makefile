@@ -35,8 +35,8 @@ demo: $(INSTALLED) ## install, then run the seven notebooks on the embedded defa
 .PHONY: suite sessions campaign platforms
 # Two workers take whole files, in the order that tests/conftest.py gives them: the slowest first.
 PYTEST := $(BIN)/python -m pytest -p no:nbval -n 2 --dist loadfile --no-loadscope-reorder
-LIGHT := not (model or embedded or series or pip or server or browser or gpu)
-quick: lint ## lint, then every test that loads no model and starts no notebook, pip, server or browser (2 minutes)
+LIGHT := not (model or embedded or series or simulation or pip or server or browser or gpu)
+quick: lint ## lint, then every test that loads no model, repeats no comparison hundreds of times, and starts no notebook, pip, server or browser
 	$(PYTEST) tests/unit -m "$(LIGHT)"
 
 test: suite nbval ## all tests, then the committed notebooks (25 minutes); whole sessions are `make sessions`

@@ -248,6 +248,7 @@ def test_what_a_run_says_is_not_broken_into_lines(medcot_here, monkeypatch, tmp_
     assert bar in medcot_here("run", "--profile", "smoke", "--run-dir", tmp_path / "run").stdout.splitlines()
 
 
+@pytest.mark.series
 def test_a_notebook_before_its_predecessor_names_the_one_to_run(tmp_path):
     line = the_one_line(medcot("run", "--profile", "smoke", "--run-dir", tmp_path / "run", "--from", "5"))
     assert "05_training failed" in line and "run notebook 03_dataset_prep first" in line

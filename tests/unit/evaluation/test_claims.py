@@ -135,6 +135,7 @@ def test_no_claim_holds_for_a_model_compared_with_itself(closed, forced):
     )
 
 
+@pytest.mark.simulation
 def test_claims_about_two_draws_hold_as_rarely_as_the_level_says():
     # A 95 % interval lies below zero by chance in 2 or 3 of 100, and above it as often; exact tests, claims of two metrics and
     # those of what most answers are err less. Of 200 pairs 5 are expected; 14 or more come up once in 1,000 such tests.

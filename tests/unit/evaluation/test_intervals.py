@@ -79,6 +79,7 @@ _TOKENS = np.arange(50, 300)
 LOSS = float((_TOKENS * (2 - _TOKENS / 200)).sum() / _TOKENS.sum())
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize(
     ("draw", "truth"),
     [
@@ -100,6 +101,7 @@ def test_a_95_percent_interval_covers_about_95_times_in_100(draw, truth):
     assert 0.93 <= hits / simulations <= 0.97
 
 
+@pytest.mark.simulation
 def test_skewed_lengths_are_covered_as_notebook_06_says():
     generator, settings = np.random.default_rng(1), SETTINGS.model_copy(update={"n_resamples": 1000})
     hits = 0

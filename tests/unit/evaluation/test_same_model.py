@@ -90,6 +90,7 @@ def sampled(generator, question, length, close, lists, like):
     }
 
 
+@pytest.mark.simulation
 def test_200_comparisons_of_a_model_with_itself_show_few_differences(same_model):
     # 10 of 200 are expected at 95 %; 19 or more come up once in 150 metrics. Shares are judged more strictly.
     asked = questions()
