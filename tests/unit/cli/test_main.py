@@ -239,7 +239,7 @@ def test_what_a_run_says_is_not_broken_into_lines(medcot_here, monkeypatch, tmp_
     # As a log without a terminal has it, where a console is 80 columns wide.
     bar = "05_training: 5.5 Training, training:  80%|████████  | 24/30 [04:04<01:06, 11.16s/step, loss=3.216], until about 13:46"
 
-    def say_and_end(*_, say, report):
+    def say_and_end(*_, say, report, show):
         say(bar)
         raise SeriesInterrupted("ended")
 

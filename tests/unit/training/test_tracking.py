@@ -7,7 +7,7 @@ import json
 import pytest
 
 from medcot_utils.config import load_config
-from medcot_utils.errors import PlatformError
+from medcot_utils.errors import PlatformError, quote
 from medcot_utils.training import tracking
 from medcot_utils.training.tracking import TrackingError, check_tracker, choose_tracker
 
@@ -134,8 +134,8 @@ def test_a_tracked_run_named_out_of_the_run_is_refused(tracked, tmp_path, capsys
     run = tracked(**{key: name})
     tracking.Session(run).close()
     assert not list(tmp_path.rglob("*escaped*"))
-    assert f"tracking ends here (OutsideError: run/tracking.json, {key}: {name!r} " in capsys.readouterr().out
-    assert tracking.describe_tracking(run).startswith(f"not tracked: run/tracking.json, {key}: {name!r} ")
+    assert f"tracking ends here (OutsideError: run/tracking.json, {key}: {quote(name)} " in capsys.readouterr().out
+    assert tracking.describe_tracking(run).startswith(f"not tracked: run/tracking.json, {key}: {quote(name)} ")
 
 
 def test_a_tracked_run_of_its_own_name_goes_on(tracked, tmp_path, capsys):
