@@ -34,7 +34,7 @@ def test_a_token_is_named_by_its_look_and_hidden(look, token):
         "sk-toggleable__content-arrow sk-estimator-doc-link",  # what scikit-learn writes
         "disk-0123456789abcdef0123 task-abcdefghijklmnopqrstuvw",
         "the revision 736e4a6391593d33a1f019f23bc23f91cf56b830",
-        "/home/ann/wandb/artifacts/736e4a6391593d33a1f019f23bc23f91cf56b830/rows.jsonl",
+        "runs/ann/wandb/artifacts/736e4a6391593d33a1f019f23bc23f91cf56b830/rows.jsonl",
         f"{AWS_SECRET} alone",
         "MAKIAIOSFODNN7EXAMPLE AKIAIOSFODNN7EXAMPLES",
         "ghp_short github_pattern_matching_is_a_long_name",
