@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +24,7 @@ from medcot_utils.errors import EX_INTERRUPTED, EX_PAUSED, MedcotError, SeriesIn
 from medcot_utils.machine import installing
 from medcot_utils.machine.guarded_streams import guard_streams
 from medcot_utils.machine.paths import expand_home
+from medcot_utils.plain_text import one_line
 
 if TYPE_CHECKING:
     from medcot_utils.run.directory import Run
@@ -121,7 +123,7 @@ def _run_notebooks(
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
-        BarColumn(),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TextColumn("cells"),
         TimeElapsedColumn(),
@@ -143,7 +145,7 @@ def _run_notebooks(
             parameters,
             say=say,
             report=count,
-            show=(lambda line: progress.update(task, description=line)) if console.is_terminal else None,
+            show=(lambda line: progress.update(task, description=one_line(line))) if console.is_terminal else None,
         )
     _print_status(runner.status(finished), finished)
 
@@ -200,7 +202,8 @@ def _print_status(found: Status, run: Run) -> None:
         say(found["merged_verdict"])
     if found["metrics"] or compared:
         say(*(f"{what}: {path}" for what, path in _places(run)))
-        say(f"to keep this result while you change settings, copy it: cp -r {run.path} {run.path}-first")
+        copy = shlex.join(["cp", "-r", str(run.path), f"{run.path}-first"])
+        say(f"to keep this result while you change settings, copy it: {copy}")
 
 
 def _places(run: Run) -> list[tuple[str, Path]]:
