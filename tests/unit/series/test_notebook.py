@@ -14,6 +14,7 @@ from made_up_runs import QUESTIONS, fill
 from medcot_utils import evaluation, models, training
 from medcot_utils.config import load_config
 from medcot_utils.evaluation.metrics import METRICS
+from medcot_utils.plain_text import say
 from medcot_utils.run.directory import Run
 from medcot_utils.series.notebook import show_table, table, wrap_texts
 from medcot_utils.series.runner import notebooks_dir
@@ -56,7 +57,7 @@ def compared_in_06(tmp_path, apart, others, questions):
             run.write(name, [])
     (run.path / "metrics.json").unlink()
     names = {"run": run, "config": run.config, "evaluation": evaluation, "models": models, "SHOW": 3, "seed": run.config.seed}
-    names |= {"questions": run.read("questions"), "tuned": run.read("tuned_answers"), "n_samples": 1}
+    names |= {"say": say, "questions": run.read("questions"), "tuned": run.read("tuned_answers"), "n_samples": 1}
     names["tuned_mcq"] = [record | {"question": f"Which {record['id']}?"} for record in run.read("tuned_mcq")]
     return run, execute(cells_from("06_comparison", "## 6.3"), names)
 
@@ -142,6 +143,7 @@ def test_notebook_05_saves_and_shows_whatever_was_logged(tmp_path, log):
         "run": run,
         "config": run.config,
         "table": table,
+        "say": say,
         "training": SimpleNamespace(**done, train=lambda *given: trainer),
         "models": SimpleNamespace(row_losses=lambda *given: [loss[0] | {"model": "tuned"}]),
         "export": SimpleNamespace(save_adapter=lambda model, tokenizer, config, folder: (folder / "weights").write_text("x")),

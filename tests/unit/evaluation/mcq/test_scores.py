@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from pathlib import Path
@@ -164,7 +165,7 @@ def test_the_published_file_names_a_source_for_every_score():
 
 
 def test_notebook_06_quotes_how_each_published_score_was_scored():
-    notebook = (Path(__file__).parents[4] / "notebooks" / "06_comparison.ipynb").read_text(encoding="utf-8")
+    notebook = html.unescape((Path(__file__).parents[4] / "notebooks" / "06_comparison.ipynb").read_text(encoding="utf-8"))
     data = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     for name in {entry["source"] for entry in data["scores"]}:
         assert data["sources"][name]["scoring"] in notebook
