@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,9 @@ def profile_step(trainer, folder: Path) -> dict[str, float]:
     trainer.add_callback(profiler)
     trainer.train()
     averages = profiler.profile.key_averages()
-    kernels = [event for event in averages if event.device_type == torch.autograd.DeviceType.CUDA]
+    # Ranges that a library names, such as the optimizer's step, hold the kernels within them once more.
+    on_gpu = [event for event in averages if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in on_gpu if not event.is_user_annotation]
     kinds = {
         "matrix products": ("nvjet", "gemm", "cutlass", "cublas"),
         "attention": ("attention", "sdpa", "flash", "fmha"),
@@ -267,6 +270,8 @@ def main() -> None:
     if torch.cuda.is_available():
         result["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
         result["peak_allocated_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    if packed := sys.modules.get("unsloth.utils.hf_packed_attention"):
+        result["joined_rows_attention"] = dict(packed.HF_PACKED_ATTENTION_STATS)
     if trainer.is_world_process_zero():
         if options.profile:
             result["profile_seconds_per_step"] = profile_step(trainer, Path(options.out).parent)

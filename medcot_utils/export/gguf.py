@@ -26,7 +26,8 @@ from medcot_utils.export.merged import greedy_settings
 from medcot_utils.machine import disk
 from medcot_utils.machine.disk import GGUF_CONVERTED, GGUF_QUANTIZED
 from medcot_utils.machine.weight_files import weight_files
-from medcot_utils.models.generation import SAMPLED_TOP_K, complete
+from medcot_utils.models.deal import SAMPLED_TOP_K
+from medcot_utils.models.generation import complete
 from medcot_utils.models.tokenizer import load_tokenizer_from
 from medcot_utils.plain_text import say
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from medcot_utils.config import GenerationSettings
@@ -16,13 +16,18 @@ from medcot_utils.models.records import ASK_LETTER, CLOSING
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_BATCH = 64  # more gains little on a GPU: the step is then bound by arithmetic
+    from medcot_utils.models.deal import Asked
+
+# An 8B model on an H100: 128 answers at once make 1.7 times the tokens of 64, 192 make 2.1 times, and 384 about as many.
+MAX_BATCH = 192
+ENOUGH = 64  # answers at once for which 16-bit weights must leave room, so that they are worth their memory
 CPU_BATCH = 8
+READ_AT_ONCE = 16  # prompts, where rows come and go
 # On compute capability 7.5 Unsloth 2026.10.9 multiplies so many rows with packed 4-bit weights (`_BNB_GEMM_4BIT_MAX_ROWS` of its
 # kernels/utils.py). From the next row on it unpacks all weights at each step: 30 GB are moved, about 115 ms on a T4.
 PACKED_ROWS, PACKED_CAPABILITY, PACKED_SWITCH = 16, (7, 5), "UNSLOTH_BNB_GEMM_4BIT"
-# Compiling takes about a minute; a step of 64 answers in 4 bits about 40 ms more than a compiled one (benchmarks/).
-STEPS_WORTH_COMPILING = 1000
+# Compiling takes about 10 s; a step that is not compiled about 30 ms more than one that is (benchmarks/).
+STEPS_WORTH_COMPILING = 300
 
 
 class GenerationError(MedcotError):
@@ -85,19 +90,30 @@ def choose_cache(
 
     Raises:
         GenerationError: for a static cache in a process that unsloth has patched."""
-    patched = "unsloth" in sys.modules
-    if settings.cache_implementation == "static" and patched:
-        raise GenerationError(
-            "generation.cache_implementation static: Unsloth's patches allow no static cache. Set model.engine=transformers, "
-            "or leave the cache to auto"
-        )
-    if settings.cache_implementation != "auto":
-        return settings.cache_implementation
-    steps = -(-answers // MAX_BATCH) * new_tokens
-    if patched or steps < STEPS_WORTH_COMPILING or math.isinf(free := available_gpu_memory()):
+    from medcot_utils.models.slots import fits_slots
+
+    if settings.cache_implementation == "dynamic":
         return "dynamic"
-    weights, row = 2 * model.num_parameters(), _cache_bytes(model, prompt_tokens + new_tokens)
-    return "static" if free > 1.3 * weights + 1.5 * row * min(answers, MAX_BATCH) else "dynamic"
+    patched = "unsloth" in sys.modules
+    if settings.cache_implementation == "static":
+        why = "not every layer of this model attends to all tokens before, or its positions depend on the longest row."
+        if patched:
+            why = "Unsloth's patches allow no static cache. Set model.engine=transformers, or"
+        if patched or not fits_slots(model):
+            raise GenerationError(f"generation.cache_implementation static: {why} leave the cache to auto")
+        return "static"
+    too_few = -(-answers // MAX_BATCH) * new_tokens < STEPS_WORTH_COMPILING
+    return "dynamic" if patched or too_few or math.isinf(available_gpu_memory()) or not fits_slots(model) else "static"
+
+
+def has_room_for_16_bits(model: PreTrainedModel, answers: int, prompt_tokens: int, new_tokens: int) -> bool:
+    """Return whether 4-bit weights should be unpacked once for all steps: on a CPU, or where the GPU has room for them.
+
+    The arguments are those of `choose_cache`."""
+    from medcot_utils.models.slots import slot_bytes
+
+    weights, row = 2 * model.num_parameters(), slot_bytes(model, prompt_tokens + new_tokens)
+    return available_gpu_memory() > 1.3 * weights + 1.5 * row * min(answers, ENOUGH)
 
 
 def choose_batch_size(
@@ -108,15 +124,27 @@ def choose_batch_size(
     A T4 makes no more than 16 under Unsloth (`PACKED_ROWS`).
 
     `settings.cache_implementation` is decided already, and the model converted for it (see `convert_for_static_cache`)."""
+    from medcot_utils.models.slots import slot_bytes
+
     if settings.batch_size != "auto":
-        return settings.batch_size
+        return min(settings.batch_size, answers)
     # A cache that grows is copied when it does. One of fixed size exists once.
     copies = 1.2 if settings.cache_implementation == "static" else 2.5
-    row, free = _cache_bytes(model, prompt_tokens + new_tokens), available_gpu_memory()
+    row, free = slot_bytes(model, prompt_tokens + new_tokens), available_gpu_memory()
     fits = CPU_BATCH if math.isinf(free) else int(free / (row * copies))
     most = PACKED_ROWS if multiplies_packed(model) else MAX_BATCH
     batches = -(-answers // max(1, min(most, fits, answers)))
     return -(-answers // batches)
+
+
+def count_read_at_once(at_once: int) -> int:
+    """Return how many prompts are read together where so many answers are made at once: when a quarter of them is done."""
+    return max(1, min(READ_AT_ONCE, at_once // 4))
+
+
+def split(asked: Sequence[Asked], size: int) -> list[list[Asked]]:
+    """Return what is asked in parts of `size`, the last one perhaps smaller."""
+    return [list(asked[start : start + size]) for start in range(0, len(asked), size)]
 
 
 def multiplies_packed(model: PreTrainedModel) -> bool:
@@ -128,20 +156,13 @@ def multiplies_packed(model: PreTrainedModel) -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == PACKED_CAPABILITY
 
 
-def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Return the bytes of one answer's keys and values, in 16 bits."""
-    size = model.config.get_text_config()
-    head = getattr(size, "head_dim", None) or size.hidden_size // size.num_attention_heads
-    heads = getattr(size, "num_key_value_heads", None) or size.num_attention_heads
-    return 4 * size.num_hidden_layers * heads * head * tokens
-
-
 def describe_batches(settings: GenerationSettings, answers: int, gpus: int = 1) -> str:
     """Return one line that says how many answers are made at once, how, and on how many GPUs if on several."""
     import torch
 
-    how = "a cache that grows"
+    how = f"in batches of {settings.batch_size}: a cache that grows"
     if settings.cache_implementation == "static":
-        how = "a static cache" + (", compiled steps" if torch.cuda.is_available() else "")
+        how = f"{settings.batch_size} at once: a cache of fixed size"
+        how += ", compiled steps" if torch.cuda.is_available() else ""
     shared = f", dealt out to {gpus} GPUs" if gpus > 1 else ""
-    return f"{answers} answers in batches of {settings.batch_size}: {how}{shared}"
+    return f"{answers} answers {how}{shared}"

@@ -11,6 +11,8 @@ from medcot_utils.config import GenerationSettings
 from medcot_utils.models.records import AnswerRecord
 from medcot_utils.run.clock import TimeBudgetReached
 
+SAMPLED_TOP_K = 50  # transformers' own default: what a checkpoint that sets nothing samples from
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -30,18 +32,32 @@ class Asked:
 
 @dataclass(frozen=True)
 class HowToWrite:
-    """Hold how the batches of one call are written; `settings` has their size and cache decided."""
+    """Hold how the answers of one call are written; `settings` has batch size and cache decided."""
 
     settings: GenerationSettings
     answer_tokens: int | None  # as in `answer_prompts`
-    longest: int  # tokens of the longest prompt of any batch
+    letters: str = ""  # all that answers choose from
+    # Of a cache of fixed size:
+    new_tokens: int = 0  # the most that an answer may get
+    longest: int = 0  # tokens of the longest prompt
+    prefix: tuple[int, ...] = ()  # token ids that all prompts begin with
+    sampled: bool = False  # whether there are answers with a seed
+    in_16_bits: bool = False  # whether 4-bit weights are unpacked once, for all steps
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Answers that are asked together; those of an earlier call, which are kept already, among them."""
+
+    asked: list[Asked]
+    missing: list[Asked]
 
 
 class Deal:
     """Deal the batches of one call out to whoever is free, this process or another one, and keep their records at once."""
 
     def __init__(
-        self, batches: Sequence[list[Asked]], keep: Callable[[list[AnswerRecord]], None], require_time: Callable[[], None]
+        self, batches: Sequence[Batch], keep: Callable[[list[AnswerRecord]], None], require_time: Callable[[], None]
     ) -> None:
         """Make the deal of one call. Neither function is called twice at a time.
 
@@ -56,7 +72,7 @@ class Deal:
         """Return how many batches nobody has taken."""
         return len(self._waiting)
 
-    def take(self) -> list[Asked] | None:
+    def take(self) -> Batch | None:
         """Return the next batch, None if there is none or no time is left for one."""
         with self._lock:
             if not self._waiting:

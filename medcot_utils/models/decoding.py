@@ -4,7 +4,7 @@ Both are transformers' own hooks of one `model.generate` call, so they work for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,24 +24,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Hold how a token is sampled: the distribution is that of `do_sample` with the same settings."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+
+    def draw(self, scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Return a token for each row of scores (rows, vocabulary), by a random number from 0 to 1 for each (rows, 1).
+
+        It is the token whose share of the cumulative distribution the number falls into (inverse transform sampling). The
+        `top_k` tokens are taken first, so that `top_p` need not sort the whole vocabulary."""
+        highest, tokens = scores.topk(min(self.top_k, scores.shape[-1]))
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(self.temperature), TopPLogitsWarper(self.top_p)])
+        shares = warpers(tokens, highest).double().softmax(dim=-1).cumsum(dim=-1)
+        places = torch.searchsorted(shares, numbers * shares[:, -1:], right=True)  # the shares' sum may be off 1 by rounding
+        return tokens.gather(1, places).squeeze(1)
+
+
+def draw_numbers(seed: int, steps: int) -> torch.Tensor:
+    """Return the random numbers of a sampled row (steps,), one a step, from 0 to 1.
+
+    They come from a generator of its own on the CPU: a row's answer depends neither on the rows beside it nor on the device (up
+    to rounding)."""
+    return torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
 class RowSampler(LogitsProcessor):
-    """Sample the rows that have a seed, and leave the others, which are greedy, as they are.
+    """Sample the rows that have a seed, and leave the others, which are greedy, as they are."""
 
-    A row takes one random number a step, from a generator of its own on the CPU: its answer depends neither on the rows that
-    share its batch nor on the device (up to rounding). The distribution is that of `do_sample` with the same settings; the
-    token is the one whose share of the cumulative distribution the number falls into (inverse transform sampling). The `top_k`
-    tokens are taken first, so that `top_p` need not sort the whole vocabulary at every step."""
-
-    def __init__(
-        self, seeds: Sequence[int | None], temperature: float, top_k: int, top_p: float, steps: int, device: torch.device
-    ) -> None:
+    def __init__(self, seeds: Sequence[int | None], sampling: Sampling, steps: int, device: torch.device) -> None:
         """Args: seeds: one per row of the batch, None for a greedy one. steps: the most tokens that a row may get."""
-        sampled = [row for row, seed in enumerate(seeds) if seed is not None]
-        numbers = [torch.rand(steps, dtype=torch.float64, generator=_generator(seeds[row])) for row in sampled]
-        self._rows = torch.tensor(sampled, device=device)
-        self._numbers = torch.stack(numbers).to(device)  # (sampled rows, steps)
-        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)])
-        self._top_k, self._step = top_k, 0
+        sampled = {row: draw_numbers(seed, steps) for row, seed in enumerate(seeds) if seed is not None}
+        self._rows = torch.tensor(list(sampled), device=device)
+        self._numbers = torch.stack(list(sampled.values())).to(device)  # (sampled rows, steps)
+        self._sampling, self._step = sampling, 0
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch alone."""
@@ -52,20 +71,11 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Return the scores (rows, vocabulary) with the sampled token of each sampled row as its highest."""
-        if not len(self._rows):
-            return scores
-        highest, tokens = scores[self._rows].topk(min(self._top_k, scores.shape[-1]))
-        warped = self._warpers(input_ids[self._rows], highest)
-        shares = warped.double().softmax(dim=-1).cumsum(dim=-1)
-        numbers = self._numbers[:, self._step, None] * shares[:, -1:]  # the shares' sum may be off 1 by rounding
-        self._step += 1
-        chosen = tokens.gather(1, torch.searchsorted(shares, numbers, right=True))
-        scores[self._rows, chosen.squeeze(1)] = torch.inf
+        if len(self._rows):
+            drawn = self._sampling.draw(scores[self._rows], self._numbers[:, self._step, None])
+            scores[self._rows, drawn] = torch.inf
+            self._step += 1
         return scores
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    return torch.Generator().manual_seed(seed or 0)
 
 
 @dataclass
@@ -81,33 +91,73 @@ class WrittenRow:
     to_write: list[int] = field(default_factory=list)  # what is left of the closing, last token first
 
 
-class ForcedClosing(LogitsProcessor):
-    """Close the thinking of rows that did not: at their budget, or in the place of an EOS. Then let them write an answer.
+class RowRules:
+    """Say after each token of a row how it goes on: when it is done, and where its thinking is closed for it.
 
-    This is budget forcing (s1, Muennighoff et al. 2025). The rows' text is kept on the host and decoded once, where a row's own
-    text ends: a step costs one argmax and one short copy. Without answer tokens nothing is written for a row, and `closed_by`
-    tells how its thinking ended; or, of a multiple choice, `Answer:` is, and the likeliest letter after it is read."""
+    Closing is budget forcing (s1, Muennighoff et al. 2025). A row's text is decoded once, where its own text ends. Without
+    answer tokens nothing is written for a row, and `closed_by` tells how its thinking ended; or, of a multiple choice, `Answer:`
+    is, and the likeliest letter after it is read."""
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        rows: int,
-        max_new_tokens: int,
-        answer_tokens: int,
-        letters: Sequence[str] | None = None,
+        self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, answer_tokens: int | None, letters: str = ""
     ) -> None:
-        """Make the processor of one batch.
+        """Make the rules of one call.
 
         Args:
             max_new_tokens: the budget of a row's own text.
-            answer_tokens: that of the answer after a forced closing.
-            letters: of each row, those to choose from, "" for no choice. Without answer tokens only. They are not read if one
-                of them is more tokens than one."""
-        self._letter_tokens = letter_tokens(tokenizer, "".join(letters or ()))
-        self.rows = [WrittenRow(letters=letters[row] if self._letter_tokens else "") for row in range(rows)]
-        self._batch = self.rows
+            answer_tokens: that of the answer after a forced closing; None: no closing.
+            letters: all that rows choose from, "" for none. Without answer tokens only. They are not read if one of them is more
+                tokens than one."""
+        self.letter_tokens = letter_tokens(tokenizer, letters)
         self._tokenizer, self._max_new_tokens, self._answer_tokens = tokenizer, max_new_tokens, answer_tokens
-        self._closing = closing_tokens(tokenizer, asks_letter=bool(self._letter_tokens))
+        self._closing = closing_tokens(tokenizer, asks_letter=bool(self.letter_tokens))
+
+    @property
+    def most_forced(self) -> int:
+        """Return the most tokens that are written for a row."""
+        return len(self._closing)
+
+    def begin_row(self, letters: str) -> WrittenRow:
+        """Return a row that has written nothing. Args: letters: those that it chooses from."""
+        return WrittenRow(letters=letters if self.letter_tokens else "")
+
+    def follow(self, row: WrittenRow, token: int, score: Callable[[int], float]) -> int | None:
+        """Keep the token that a row would write next. Return the one that it is to write instead, None if its own.
+
+        Args: score: of a token, at this step."""
+        ended = token == self._tokenizer.eos_token_id
+        if row.to_write:
+            return row.to_write.pop()
+        if row.letters and row.closed_by is not None:
+            row.letter = max(row.letters, key=lambda letter: score(self.letter_tokens[letter]))
+            row.done = True
+            return None
+        if row.closed_by is not None:
+            row.answer.append(token)
+            row.done = ended or len(row.answer) == self._answer_tokens
+            return None
+        row.own.append(token)
+        if not ended and len(row.own) < self._max_new_tokens:
+            return None
+        if self._answer_tokens is None:
+            row.done = True
+            return None
+        text = self._tokenizer.decode(row.own[:-1] if ended else row.own, skip_special_tokens=True)
+        row.closed_by = "itself" if END_OF_THINKING in text else "end" if ended else "budget"
+        row.done = row.closed_by == "itself" or not (self._answer_tokens or row.letters)
+        if row.done:
+            return None
+        row.to_write = self._closing[::-1]
+        return row.to_write.pop() if ended else None
+
+
+class ForcedClosing(LogitsProcessor):
+    """Have the rows of one `generate` call follow `RowRules`. A step costs one argmax and one short copy."""
+
+    def __init__(self, rules: RowRules, letters: Sequence[str]) -> None:
+        """Args: letters: of each row, those to choose from."""
+        self._rules, self.rows = rules, [rules.begin_row(its) for its in letters]
+        self._batch = self.rows
 
     @property
     def done(self) -> list[bool]:
@@ -123,37 +173,14 @@ class ForcedClosing(LogitsProcessor):
         tokens = scores.argmax(dim=-1).tolist()
         forced = {}
         for index, row in enumerate(self._batch):
-            instead = None if row.done else self._follow(row, tokens[index], scores[index])
+            its = scores[index]
+            instead = None if row.done else self._rules.follow(row, tokens[index], lambda token, its=its: float(its[token]))
             if instead is not None:
                 forced[index] = instead
         if forced:
             scores[list(forced)] = -torch.inf
             scores[list(forced), list(forced.values())] = 0
         return scores
-
-    def _follow(self, row: WrittenRow, token: int, scores: torch.FloatTensor) -> int | None:
-        """Keep the token that a row would write next. Return the one that it is to write instead, None if its own."""
-        ended = token == self._tokenizer.eos_token_id
-        if row.to_write:
-            return row.to_write.pop()
-        if row.letters and row.closed_by is not None:
-            row.letter = max(row.letters, key=lambda letter: float(scores[self._letter_tokens[letter]]))
-            row.done = True
-            return None
-        if row.closed_by is not None:
-            row.answer.append(token)
-            row.done = ended or len(row.answer) == self._answer_tokens
-            return None
-        row.own.append(token)
-        if not ended and len(row.own) < self._max_new_tokens:
-            return None
-        text = self._tokenizer.decode(row.own[:-1] if ended else row.own, skip_special_tokens=True)
-        row.closed_by = "itself" if END_OF_THINKING in text else "end" if ended else "budget"
-        row.done = row.closed_by == "itself" or not (self._answer_tokens or row.letters)
-        if row.done:
-            return None
-        row.to_write = self._closing[::-1]
-        return row.to_write.pop() if ended else None
 
 
 def letter_tokens(tokenizer: PreTrainedTokenizerBase, letters: str) -> dict[str, int]:

@@ -6,15 +6,26 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils.config import GenerationSettings
 from medcot_utils.data.prompts import inference_prompt
-from medcot_utils.models.batches import check_context, choose_batch_size, choose_cache, count_new_tokens, describe_batches
-from medcot_utils.models.deal import Asked, Deal, HowToWrite
-from medcot_utils.models.records import AnswerRecord, make_forced, make_record
+from medcot_utils.models.batches import (
+    check_context,
+    choose_batch_size,
+    choose_cache,
+    count_new_tokens,
+    count_read_at_once,
+    describe_batches,
+    has_room_for_16_bits,
+    split,
+)
+from medcot_utils.models.deal import SAMPLED_TOP_K, Asked, Batch, Deal, HowToWrite
+from medcot_utils.models.prefix import count_shared
+from medcot_utils.models.records import AnswerRecord, make_record, record_answer
 from medcot_utils.plain_text import say, show_controls
 
 # A checkpoint's own generation_config.json is in force for every argument that is left out: a repetition penalty of 1.3 or
@@ -37,7 +48,6 @@ NEUTRAL_ARGUMENTS: dict[str, Any] = {
     **dict.fromkeys(("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit")),
     **dict.fromkeys(("cache_implementation", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")),
 }
-SAMPLED_TOP_K = 50  # transformers' own default: what a checkpoint that sets nothing samples from
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +56,7 @@ if TYPE_CHECKING:
     from medcot_utils.data.rows import AskedQuestion
     from medcot_utils.models.decoding import WrittenRow
     from medcot_utils.models.other_gpus import OtherGpus
+    from medcot_utils.models.slot_writer import SlotWriter
     from medcot_utils.run.journal import Journal
 
 
@@ -146,16 +157,16 @@ def answer_prompts(
     prompts = {one.prompt for one in asked}
     if answer_tokens:
         check_context(model.config, tokenizer, prompts, settings.max_new_tokens, answer_tokens)
-    longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
-    asks_letter = answer_tokens == 0 and any(one.letters for one in asked)
-    size = len(asked), longest, count_new_tokens(tokenizer, settings.max_new_tokens, answer_tokens, asks_letter)
-    settings = settings.model_copy(update={"do_sample": False, "cache_implementation": choose_cache(model, settings, *size)})
-    model = convert_to_write(model, settings)
-    settings = settings.model_copy(update={"batch_size": choose_batch_size(model, settings, *size)})
+    how = _decide(model, tokenizer, asked, settings, answer_tokens)
+    model = convert_to_write(model, how)
+    at_once = choose_batch_size(model, how.settings, len(asked), how.longest, how.new_tokens)
+    how = replace(how, settings=how.settings.model_copy(update={"batch_size": at_once}))
     # The longest prompts come first, so that a batch has little padding and the last to be taken is the quickest.
-    batches = _chunks(sorted(asked, key=lambda one: len(one.prompt), reverse=True), settings.batch_size)
-    missing = [left for batch in batches if (left := [one for one in batch if one.key not in made])]
-    say(describe_batches(settings, len(asked), 1 + (others.count_for(len(missing)) if others else 0)))
+    together = at_once if how.settings.cache_implementation == "dynamic" else count_read_at_once(at_once)
+    parts = split(sorted(asked, key=lambda one: len(one.prompt), reverse=True), together)
+    batches = [Batch(part, left) for part in parts if (left := [one for one in part if one.key not in made])]
+    elsewhere = others.count_for(-(-(len(asked) - len(made)) // at_once)) if others else 0
+    say(describe_batches(how.settings, len(asked), 1 + elsewhere))
     with tqdm(total=len(asked), initial=len(made), desc=label, unit="answer") as bar:
 
         def keep(records: list[AnswerRecord]) -> None:
@@ -168,24 +179,57 @@ def answer_prompts(
             if journal:
                 journal.require_time(label, len(made), len(asked))
 
-        deal, how = Deal(missing, keep, require_time), HowToWrite(settings, answer_tokens, longest)
-        writer = BatchWriter(model, tokenizer, how)
-        with others.taking_part(deal, how) if others else nullcontext():
-            while batch := deal.take():
-                for records in writer.write(batch):
-                    deal.keep(records)
+        deal = Deal(batches, keep, require_time)
+        with others.taking_part(deal, how, elsewhere) if others else nullcontext():
+            for records in make_writer(model, tokenizer, how).write(deal.take):
+                deal.keep(records)
         if deal.error:
             raise deal.error
     return [made[one.key] for one in asked]
 
 
-def convert_to_write(model: PreTrainedModel, settings: GenerationSettings) -> PreTrainedModel:
-    """Return the model as it writes fastest with the chosen cache. The given one may be used up."""
-    if settings.cache_implementation != "static" and not _can_merge_here(model):
-        return model
-    from medcot_utils.models.static_cache import convert_for_static_cache
+def _decide(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Asked],
+    settings: GenerationSettings,
+    answer_tokens: int | None,
+) -> HowToWrite:
+    """Decide how answers are written, but for how many at once: by all that are asked, so the same whatever is made already."""
+    ids = [tokenizer(prompt)["input_ids"] for prompt in {one.prompt for one in asked}]
+    letters = "".join(sorted(set("".join(one.letters for one in asked)))) if answer_tokens == 0 else ""
+    new_tokens = count_new_tokens(tokenizer, settings.max_new_tokens, answer_tokens, bool(letters))
+    size = len(asked), max(map(len, ids)), new_tokens
+    settings = settings.model_copy(update={"do_sample": False, "cache_implementation": choose_cache(model, settings, *size)})
+    in_16_bits = settings.cache_implementation == "static" and has_room_for_16_bits(model, *size)
+    return HowToWrite(
+        settings,
+        answer_tokens,
+        letters,
+        new_tokens=new_tokens,
+        longest=size[1],
+        prefix=tuple(ids[0][: count_shared(ids)]),
+        sampled=any(one.seed is not None for one in asked),
+        in_16_bits=in_16_bits,
+    )
 
-    return convert_for_static_cache(model)
+
+def make_writer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: HowToWrite) -> BatchWriter | SlotWriter:
+    """Return what writes answers as decided. Args: model: as `convert_to_write` gives it."""
+    if how.settings.cache_implementation == "dynamic":
+        return BatchWriter(model, tokenizer, how)
+    from medcot_utils.models.slot_writer import SlotWriter
+
+    return SlotWriter(model, tokenizer, how)
+
+
+def convert_to_write(model: PreTrainedModel, how: HowToWrite) -> PreTrainedModel:
+    """Return the model as it writes fastest with the chosen cache. The given one may be used up."""
+    from medcot_utils.models.static_cache import convert_for_static_cache, dequantize
+
+    if how.settings.cache_implementation == "static":
+        return dequantize(model) if how.in_16_bits else model.eval()
+    return convert_for_static_cache(model) if _can_merge_here(model) else model
 
 
 def _can_merge_here(model: PreTrainedModel) -> bool:
@@ -196,15 +240,6 @@ def _can_merge_here(model: PreTrainedModel) -> bool:
     return base.device.type == "cpu" and base.dtype == torch.float32 and not getattr(base, "is_quantized", False)
 
 
-def _record(tokenizer: PreTrainedTokenizerBase, asked: Asked, written: WrittenRow, seconds: float) -> AnswerRecord:
-    record = make_record(tokenizer, asked.prompt, written.own, seconds)
-    if written.closed_by is not None:
-        record["forced"] = make_forced(tokenizer, record, written.closed_by, written.answer)
-    if written.letter is not None:
-        record["letter"] = written.letter
-    return {"id": asked.id, "sample": asked.sample, **record}
-
-
 class BatchWriter:
     """Write batches with one model, in ever smaller parts once one runs out of memory."""
 
@@ -213,16 +248,20 @@ class BatchWriter:
         self._model, self._tokenizer, self.how = model, tokenizer, how
         self._size = how.settings.batch_size
 
-    def write(self, batch: list[Asked]) -> Iterator[list[AnswerRecord]]:
-        """Yield the records of a batch, in parts if it, or one before it, did not fit the memory."""
+    def write(self, take: Callable[[], Batch | None]) -> Iterator[list[AnswerRecord]]:
+        """Yield the records of each batch that `take` gives, until it gives None; in parts if one did not fit the memory."""
+        while batch := take():
+            yield from self._write(batch.missing)
+
+    def _write(self, batch: list[Asked]) -> Iterator[list[AnswerRecord]]:
         import torch
         from accelerate.utils.memory import should_reduce_batch_size
 
-        parts = _chunks(batch, self._size)
+        parts = split(batch, self._size)
         while parts:
             part, began = parts.pop(0), time.perf_counter()
             try:
-                written = _write_batch(self._model, self._tokenizer, part, self.how, self._size)
+                written = _write_batch(self._model, self._tokenizer, part, self.how)
             except RuntimeError as error:
                 if len(part) == 1 or not should_reduce_batch_size(error):
                     raise
@@ -231,52 +270,43 @@ class BatchWriter:
                 self._size = len(part) // 2
                 say(f"out of memory: batches of {self._size} from here on")
                 torch.cuda.empty_cache()
-                parts = _chunks([*part, *itertools.chain(*parts)], self._size)
+                parts = split([*part, *itertools.chain(*parts)], self._size)
                 continue
             seconds = (time.perf_counter() - began) / len(part)
-            yield [_record(self._tokenizer, one, row, seconds) for one, row in zip(part, written, strict=True)]
-
-
-def _chunks(asked: list[Asked], size: int) -> list[list[Asked]]:
-    return [asked[start : start + size] for start in range(0, len(asked), size)]
+            yield [record_answer(self._tokenizer, one, row, seconds) for one, row in zip(part, written, strict=True)]
 
 
 def _write_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: Sequence[Asked],
-    how: HowToWrite,
-    size: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Asked], how: HowToWrite
 ) -> list[WrittenRow]:
-    """Return what is written for each row, all in one call of `generate`. `size`: the rows of a static cache."""
+    """Return what is written for each row, all in one call of `generate`."""
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
-    from medcot_utils.models.decoding import ForcedClosing, RowSampler, StopDoneRows, WrittenRow
+    from medcot_utils.models.decoding import ForcedClosing, RowRules, RowSampler, Sampling, StopDoneRows, WrittenRow
 
     settings, answer_tokens = how.settings, how.answer_tokens
-    # A static cache is compiled for one shape, for all batches: this one is filled up with its last row.
-    rows = [*batch, *[batch[-1]] * (size - len(batch))] if settings.cache_implementation == "static" else batch
-    letters = [one.letters for one in rows] if answer_tokens == 0 else [""]
+    letters = [one.letters if how.letters else "" for one in batch]
     steps = count_new_tokens(tokenizer, settings.max_new_tokens, answer_tokens, any(letters))
     processors, criteria, closing = LogitsProcessorList(), StoppingCriteriaList(), None
-    seeds = [one.seed for one in rows]
+    seeds = [one.seed for one in batch]
     if any(seed is not None for seed in seeds):
-        sampling = settings.temperature, SAMPLED_TOP_K, settings.top_p
-        processors.append(RowSampler(seeds, *sampling, steps, model.device))
+        sampling = Sampling(settings.temperature, SAMPLED_TOP_K, settings.top_p)
+        processors.append(RowSampler(seeds, sampling, steps, model.device))
     if answer_tokens is not None:
-        closing = ForcedClosing(tokenizer, len(rows), settings.max_new_tokens, answer_tokens, letters if any(letters) else None)
+        rules = RowRules(tokenizer, settings.max_new_tokens, answer_tokens, "".join(letters))
+        closing = ForcedClosing(rules, letters)
         processors.append(closing)
         criteria.append(StopDoneRows(closing))
     hooks = {"max_new_tokens": steps, "logits_processor": processors, "stopping_criteria": criteria}
-    prompts = [one.prompt for one in rows]
-    if closing and model.device.type == "cpu" and settings.cache_implementation != "static":
+    prompts = [one.prompt for one in batch]
+    if closing and model.device.type == "cpu":
         from medcot_utils.models.growing_cache import generate_in_turns
 
         inputs = pad_left(tokenizer, prompts)
         generate_in_turns(model, inputs, closing, generate_arguments(settings, tokenizer) | hooks)
         return closing.rows
-    written = complete(model, tokenizer, prompts, settings, how.longest, **hooks)
-    return (closing.rows if closing else [WrittenRow(own) for own in written])[: len(batch)]
+    written = complete(model, tokenizer, prompts, settings, **hooks)
+    return closing.rows if closing else [WrittenRow(own) for own in written]
 
 
 def complete(
@@ -284,29 +314,23 @@ def complete(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     settings: GenerationSettings,
-    longest: int | None = None,
     **arguments: Any,
 ) -> list[list[int]]:
-    """Return the token ids after each prompt, all answered in one batch. `arguments` of `generate` replace those of settings.
-
-    A static cache is compiled for one shape: it needs `longest`, the tokens of the longest prompt of any batch."""
+    """Return the token ids after each prompt, all answered in one batch. `arguments` of `generate` replace those of settings."""
     import torch
 
     arguments = generate_arguments(settings, tokenizer) | arguments
-    length = None
-    if settings.cache_implementation == "static":
-        arguments["cache_implementation"], length = "static", longest
-    batch = pad_left(tokenizer, list(prompts), length).to(model.device)
+    batch = pad_left(tokenizer, list(prompts)).to(model.device)
     with torch.inference_mode():
         sequences = model.generate(**batch, **arguments)
     return sequences[:, batch["input_ids"].shape[1] :].tolist()
 
 
-def pad_left(tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int | None = None) -> BatchEncoding:
-    """Return prompts as one batch (rows, tokens), padded on the left to the longest, or to `length` tokens."""
+def pad_left(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> BatchEncoding:
+    """Return prompts as one batch (rows, tokens), padded on the left to the longest."""
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
-        return tokenizer(prompts, return_tensors="pt", padding="max_length" if length else True, max_length=length)
+        return tokenizer(prompts, return_tensors="pt", padding=True)
     finally:
         tokenizer.padding_side = side  # training pads on the right
 

@@ -25,12 +25,13 @@ from medcot_utils.machine.hardware import name_other_gpus
 from medcot_utils.machine.processes import describe_exit, end_with_parent, read_last_line
 from medcot_utils.machine.redaction import redact
 from medcot_utils.models.batches import GenerationError
-from medcot_utils.models.deal import Deal, HowToWrite
-from medcot_utils.models.generation import BatchWriter, convert_to_write
+from medcot_utils.models.deal import Batch, Deal, HowToWrite
+from medcot_utils.models.generation import convert_to_write, make_writer
 
 if TYPE_CHECKING:
     from medcot_utils.models.engine import Engine
 
+_TAKE, _DONE = "take", "done"  # what a process sends beside records, to ask for a batch, and when it has none left
 _POLL_SECONDS = 0.2
 _END_SECONDS = 10
 
@@ -47,13 +48,13 @@ class OtherGpus:
         self._workers: list[_Worker] = []
         self._logs: tempfile.TemporaryDirectory[str] | None = None
 
-    def count_for(self, batches: int) -> int:
-        """Return how many other GPUs so many batches occupy: all of the first one's kind, if there are as many batches."""
-        return max(0, min(len(name_other_gpus()), batches - 1))
+    def count_for(self, loads: int) -> int:
+        """Return how many other GPUs have work: all of the first one's kind, if there are as many times what one does at once."""
+        return max(0, min(len(name_other_gpus()), loads - 1))
 
     @contextlib.contextmanager
-    def taking_part(self, deal: Deal, how: HowToWrite) -> Iterator[None]:
-        """Have the other GPUs take batches too, and at the end wait for what they have taken.
+    def taking_part(self, deal: Deal, how: HowToWrite, count: int) -> Iterator[None]:
+        """Have so many other GPUs take batches too, and at the end wait for what they have taken.
 
         A process that fails or is killed stops the deal with its message, and all processes end."""
         over = threading.Event()
@@ -64,7 +65,6 @@ class OtherGpus:
             except Exception as error:  # noqa: BLE001 - raised by the notebook's own thread
                 deal.stop(error)
 
-        count = self.count_for(len(deal))
         threads = [threading.Thread(target=work, args=[worker], daemon=True) for worker in self._start(count)]
         for thread in threads:
             thread.start()
@@ -127,13 +127,16 @@ class _Worker:
                 self._is_ready = True
             elif over.is_set():
                 return
-        while batch := deal.take():
-            deal.keep(self._ask(how, batch))
+        self._send(how)
+        while (received := self._receive()) != _DONE:
+            if received == _TAKE:
+                self._send(deal.take())
+            else:
+                deal.keep(received)
 
-    def _ask(self, how: HowToWrite, batch: list[Any]) -> Any:
-        with contextlib.suppress(OSError):  # raised if it has ended; the next line says why
-            self._connection.send((how, batch))
-        return self._receive()
+    def _send(self, message: Any) -> None:
+        with contextlib.suppress(OSError):  # raised if it has ended; the next `_receive` says why
+            self._connection.send(message)
 
     def _receive(self) -> Any:
         try:
@@ -184,9 +187,16 @@ def _answer_batches(connection: Connection, settings: ModelSettings, adapter: Pa
     model, tokenizer = engine.load(settings, adapter)
     model, writer = engine.for_inference(model), None
     connection.send("loaded")
+
+    def take() -> Batch | None:
+        connection.send(_TAKE)
+        return connection.recv()
+
     while True:
-        how, batch = connection.recv()
+        how = connection.recv()
         if writer is None or writer.how != how:
-            model = convert_to_write(model, how.settings)
-            writer = BatchWriter(model, tokenizer, how)
-        connection.send([record for records in writer.write(batch) for record in records])
+            model = convert_to_write(model, how)
+            writer = make_writer(model, tokenizer, how)
+        for records in writer.write(take):
+            connection.send(records)
+        connection.send(_DONE)

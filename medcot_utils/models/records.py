@@ -11,6 +11,9 @@ from medcot_utils.plain_text import show_controls
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from medcot_utils.models.deal import Asked
+    from medcot_utils.models.decoding import WrittenRow
+
 END_OF_THINKING = "</think>"
 # What ends the thinking for the model, as the training text does (`prompts.TRAINING_TEMPLATE`).
 CLOSING = f"\n{END_OF_THINKING}\n"
@@ -46,7 +49,7 @@ class AnswerRecord(TypedDict):
     closed: int  # how many `</think>` tags were written
     well_formed: bool  # closed exactly once, with text on both sides
     finished: bool  # ended by EOS, not cut off at max_new_tokens
-    seconds: float  # its share of its batch's time
+    seconds: float  # its share of the time of the answers that were made at once
     forced: NotRequired[ForcedAnswer]  # with forced closing; absent if evaluation.answer_tokens is not set, as in earlier runs
     letter: NotRequired[str]  # of a multiple choice whose thinking was closed for it: the likeliest one after `ASK_LETTER`
 
@@ -99,6 +102,16 @@ def thinking_is_cut(record: AnswerRecord) -> bool:
     if "forced" in record:
         return record["forced"]["closed_by"] == "budget"
     return record["closed"] == 0 and not record["finished"]
+
+
+def record_answer(tokenizer: PreTrainedTokenizerBase, asked: Asked, written: WrittenRow, seconds: float) -> AnswerRecord:
+    """Return the whole record of an answer to be made, from what was written for it."""
+    record = make_record(tokenizer, asked.prompt, written.own, seconds)
+    if written.closed_by is not None:
+        record["forced"] = make_forced(tokenizer, record, written.closed_by, written.answer)
+    if written.letter is not None:
+        record["letter"] = written.letter
+    return {"id": asked.id, "sample": asked.sample, **record}
 
 
 def make_record(tokenizer: PreTrainedTokenizerBase, prompt: str, token_ids: list[int], seconds: float) -> AnswerRecord:

@@ -53,20 +53,28 @@ def _grouped_decode(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    # One new token: the query heads that share a key head are multiplied with it together. SDPA with a mask would copy the
-    # whole cache once per query head first, which at batch 64 takes longer than all the weights' products.
     if query.shape[2] != 1:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return grouped_attention(query, key, value, attention_mask, scaling), None
+
+
+def grouped_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
+    """Return what one new token per row attends to, (rows, 1, heads, width), from keys and values (rows, groups, tokens, width).
+
+    The query heads that share a key head are multiplied with it together. SDPA with a mask would copy the whole cache once per
+    query head first, which at batch 64 takes longer than all the weights' products."""
     batch, heads, _, width = query.shape
     groups = key.shape[1]
     scores = query.reshape(batch, groups, heads // groups, width) @ key.transpose(2, 3)
     scores = scores * (width**-0.5 if scaling is None else scaling)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value).reshape(batch, 1, heads, width), None
+    return (weights @ value).reshape(batch, 1, heads, width)
 
 
 def use_grouped_decode(model: PreTrainedModel) -> None:

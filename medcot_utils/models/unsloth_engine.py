@@ -9,7 +9,7 @@ import torch
 import unsloth  # noqa: F401 - patches the libraries below, so it comes first
 from peft import PeftModel
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
-from unsloth import FastLanguageModel
+from unsloth import FastLanguageModel, FastModel
 
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.machine.gpu import release_gpu_memory
@@ -33,16 +33,16 @@ __all__ = [
 
 WHOLE_LOGITS = False  # its loss is taken in pieces
 
-# Compute capabilities from which padded batches, which Unsloth compiles block by block, beat its unpadded ones, which it
-# does not compile: 13,446 against 10,650 tokens/s of an 8B Llama on an H200. Below, Unsloth's own choice is kept.
-_PADDED_FROM = (9, 0)
+# Compute capability from which torch has attention over rows of unequal lengths. Joined rows then stay in compiled blocks if the
+# layers are transformers' own, as `FastModel` has them; `FastLanguageModel` leaves its compiled blocks for them.
+_JOINED_FROM = (8, 0)
 
 
 def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load as the article does: `FastLanguageModel.from_pretrained`, from the pinned pre-quantized copy if there is one."""
+    """Load as the article does, from the pinned pre-quantized copy if there is one; see `_loader` for the class."""
     release_gpu_memory()
     quantized = settings.load_in_4bit and settings.quantized_name is not None
-    model, tokenizer = FastLanguageModel.from_pretrained(
+    model, tokenizer = _loader(compute_dtype(settings)).from_pretrained(
         model_name=settings.quantized_name if quantized else find_model_source(settings.name),
         revision=settings.quantized_revision if quantized else settings.revision,
         max_seq_length=settings.max_seq_length,
@@ -58,6 +58,12 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
     return model, prepare_tokenizer(tokenizer, model.config.get_text_config().vocab_size)
 
 
+def _loader(dtype: torch.dtype) -> type[FastLanguageModel | FastModel]:
+    """Return Unsloth's class for a model that computes in `dtype`: the article's, or the one that trains joined rows faster."""
+    joins = dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= _JOINED_FROM
+    return FastModel if joins else FastLanguageModel
+
+
 def open_dequantized(settings: ModelSettings) -> MergeBase:
     """Return the base with the values that its 4-bit layers compute with: of the pre-quantized copy if there is one."""
     opened = open_quantized_on_load if settings.quantized_name is None else open_quantized_copy
@@ -65,11 +71,11 @@ def open_dequantized(settings: ModelSettings) -> MergeBase:
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
-    """Add LoRA as the article does: `FastLanguageModel.get_peft_model` with all its arguments.
+    """Add LoRA as the article does: `get_peft_model` with all its arguments.
 
     Raises ModelError as `check_targets` does."""
     check_targets(model, settings)
-    return FastLanguageModel.get_peft_model(
+    return _loader(model.dtype).get_peft_model(
         model,
         r=settings.r,
         lora_alpha=settings.lora_alpha,
@@ -86,19 +92,17 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
 def set_checkpointing(model: PreTrainedModel, checkpointing: Literal["unsloth"] | bool) -> None:
     """Switch gradient checkpointing on or off, as a batch plan asks. Call it before a trainer is made."""
     model._unsloth_gradient_checkpointing = checkpointing  # what its trainer looks at
-    FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpointing)
+    _loader(model.dtype).for_training(model, use_gradient_checkpointing=checkpointing)
 
 
 def trainer_arguments(settings: TrainingSettings, model: PreTrainedModel) -> TrainerArguments:
     """Return how rows of unequal length share a batch: padded, or joined without padding.
 
     Joined rows need Unsloth's look at their lengths, which `skip_prepare_dataset` would suppress."""
-    padding = settings.padding
-    if padding == "auto":
-        padding = "padded" if torch.cuda.get_device_capability() >= _PADDED_FROM else None
-    if padding == "padded":
+    joins = settings.padding == "padding_free" or (settings.padding == "auto" and _loader(model.dtype) is FastModel)
+    if settings.padding == "padded":
         return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "padding_free": False}
-    return {"dataset_kwargs": {}, "max_length": None, "padding_free": True if padding else None}
+    return {"dataset_kwargs": {}, "max_length": None, "padding_free": True if joins else None}
 
 
 def data_collator(model: PreTrainedModel) -> DataCollator | None:
@@ -107,4 +111,4 @@ def data_collator(model: PreTrainedModel) -> DataCollator | None:
 
 def for_inference(model: PreTrainedModel) -> PreTrainedModel:
     """Switch to Unsloth's fast generation."""
-    return FastLanguageModel.for_inference(model)
+    return _loader(model.dtype).for_inference(model)

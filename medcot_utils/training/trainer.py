@@ -222,17 +222,29 @@ def keep_lora_float32(trainer: SFTTrainer) -> None:
             parameter.data = parameter.data.float()
 
 
+def update_jointly(trainer: SFTTrainer) -> None:
+    """Have 8-bit AdamW update all LoRA matrices at once, with the same values and the same checkpoints."""
+    from medcot_utils.training.joined_update import JoinedAdamW8bit
+
+    args = trainer.args
+    if args.optim in ("adamw_8bit", "adamw_bnb_8bit"):
+        betas = args.adam_beta1, args.adam_beta2
+        arguments = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+        trainer.optimizer_cls_and_kwargs = JoinedAdamW8bit, arguments
+
+
 def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
     """Prepare a trainer in place, and return it.
 
-    It is kept to one GPU, with LoRA matrices in float32, a check of skipped steps and time, and a progress bar and a live loss
-    figure instead of printed dictionaries.
+    It is kept to one GPU, with LoRA matrices in float32 that are updated at once, a check of skipped steps and time, and a
+    progress bar and a live loss figure instead of printed dictionaries.
 
     Raises:
         TrainingError: if the effective batch is not the configured one."""
     keep_to_one_gpu(trainer)
     rows = check_effective_batch(trainer, config)
     keep_lora_float32(trainer)
+    update_jointly(trainer)
     for kind in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(kind)
     if isinstance(trainer.data_collator, JoinedRows):

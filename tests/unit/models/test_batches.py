@@ -23,6 +23,7 @@ from medcot_utils.models.batches import (
 )
 from medcot_utils.models.engine import get_engine
 from medcot_utils.models.generation import answer_questions
+from medcot_utils.models.slots import slot_bytes
 
 on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, what is decided depends on its memory")
 
@@ -64,14 +65,15 @@ def test_a_batch_size_and_a_cache_as_set_are_kept(loaded):
         asked = settings(batch_size=3, cache_implementation=cache)
         assert choose_cache(loaded[0], asked, 100, 100, 12) == ("static" if cache == "static" else "dynamic")
         assert choose_batch_size(loaded[0], asked, 100, 100, 12) == 3
+        assert choose_batch_size(loaded[0], asked, 2, 100, 12) == 2
     assert MAX_BATCH > 8
 
 
 @pytest.mark.model
 @pytest.mark.parametrize(
     ("free_gib", "new_tokens", "cache", "batch_size"),
-    # 100 answers are two batches of 64; the tiny Llama's cache takes 256 bytes a token (2 layers, 2 heads of 16).
-    [(8, 1200, "static", 50), (8, 499, "dynamic", 50), (0.02, 1200, "dynamic", 25)],
+    # The tiny Llama's cache takes 256 bytes a token (2 layers, 2 heads of 16).
+    [(8, 1200, "static", 100), (8, 299, "dynamic", 100), (0.02, 1200, "static", 50), (0.02, 299, "dynamic", 50)],
 )
 def test_a_simulated_gpu_gets_what_its_memory_holds(loaded, monkeypatch, free_gib, new_tokens, cache, batch_size):
     model = loaded[0]
@@ -85,7 +87,7 @@ def test_a_simulated_gpu_gets_what_its_memory_holds(loaded, monkeypatch, free_gi
 def test_how_questions_are_answered_is_said_in_one_line():
     dynamic, static = (settings(batch_size=4, cache_implementation=cache) for cache in ("dynamic", "static"))
     assert describe_batches(dynamic, 9) == "9 answers in batches of 4: a cache that grows"
-    assert describe_batches(static, 9).startswith("9 answers in batches of 4: a static cache")
+    assert describe_batches(static, 9).startswith("9 answers 4 at once: a cache of fixed size")
 
 
 @pytest.mark.model
@@ -100,7 +102,7 @@ def test_a_static_cache_beside_a_simulated_unsloth_is_refused(loaded, monkeypatc
 @on_the_cpu
 def test_a_batch_is_sized_for_a_family_without_grouped_heads():
     model = types.SimpleNamespace(config=AutoConfig.for_model("gpt2"))
-    assert batches._cache_bytes(model, 10) == 4 * 12 * 12 * 64 * 10
+    assert slot_bytes(model, 10) == 4 * 12 * 12 * 64 * 10
     assert choose_batch_size(model, settings(batch_size="auto"), 3, 10, 12) == 3
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -10,10 +12,12 @@ from medcot_utils.config import load_config
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.models import growing_cache
 from medcot_utils.models.batches import closing_tokens
-from medcot_utils.models.decoding import RowSampler
+from medcot_utils.models.decoding import RowSampler, Sampling
 from medcot_utils.models.engine import get_engine
 from medcot_utils.models.generation import Asked, answer_prompts, answer_questions
 from medcot_utils.models.records import with_forced_closing
+from medcot_utils.models.slot_writer import SlotWriter
+from medcot_utils.models.slots import Slots
 
 BUDGET, ANSWER = 20, 7
 CONFIG = load_config("smoke", ["model.load_in_4bit=false", f"generation.max_new_tokens={BUDGET}"])
@@ -24,8 +28,7 @@ QUESTIONS = [
     {"id": "tiny", "Question": "Dose?"},
     {"id": "last", "Question": "A patient with a stiff neck: what comes first, the lumbar puncture or the antibiotic?"},
 ]
-# Batches that are whole, that have a smaller last one, and that are filled up for a static cache (one with a single row, one
-# with more places than rows).
+# Batches that are whole, that have a smaller last one, and slots of a static cache: fewer than rows, and more.
 KINDS = [("dynamic", 1), ("dynamic", 5), ("dynamic", 2), ("static", 2), ("static", 9)]
 
 
@@ -83,7 +86,7 @@ def ids_of(tokenizer, text):
     return tokenizer(body, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * len(ended)
 
 
-def script(model, tokenizer, texts):
+def script(model, tokenizer, texts, monkeypatch):
     """Make the model write for each prompt its (own text, text after a forced closing), whatever it would have written.
 
     Gives the number of steps of each batch."""
@@ -96,6 +99,8 @@ def script(model, tokenizer, texts):
 
     def write(module, arguments, given, output):
         ids = given["input_ids"]
+        if "slots" in model.config._attn_implementation:  # prompts are read; `step` says what is written
+            return
         if ids.shape[1] > 1:
             prompts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             now.update(plans=[plans[prompt] for prompt in prompts], step=0)
@@ -106,17 +111,26 @@ def script(model, tokenizer, texts):
         now["step"] += 1
         steps[-1] += 1
 
+    def step(slots):
+        (writer,) = (one for one in gc.get_objects() if isinstance(one, SlotWriter) and one._board and one._board.slots is slots)
+        logits = torch.zeros(slots.rows, model.config.vocab_size)
+        for slot, row in writer._active.items():
+            place, plan = int(slots.places[slot]) - row.prompt_tokens + 1, plans[row.asked.prompt]
+            logits[slot, plan[place] if place < len(plan) else 7] = 9
+        return logits
+
+    monkeypatch.setattr(Slots, "step", step)
     model.register_forward_hook(write, with_kwargs=True)
     return steps
 
 
 @pytest.fixture
-def scripted(fresh):
+def scripted(fresh, monkeypatch):
     """`scripted(cache, batch_size, answer_tokens)`: the records of all PATHS, by their names."""
     model, tokenizer = fresh
     # Of different lengths, so that batches are padded.
     asked = [Asked(name, "Why? " * (3 + 5 * place % 7) + name) for place, name in enumerate(PATHS)]
-    script(model, tokenizer, {one.prompt: (PATHS[one.id][0], PATHS[one.id][2]) for one in asked})
+    script(model, tokenizer, {one.prompt: (PATHS[one.id][0], PATHS[one.id][2]) for one in asked}, monkeypatch)
 
     def answer(cache, batch_size, answer_tokens):
         records = answer_prompts(
@@ -170,9 +184,9 @@ def test_without_answer_tokens_only_the_closing_is_recorded(scripted):
 
 
 @pytest.mark.model
-def test_rows_that_need_no_closing_cost_no_step_more(fresh):
+def test_rows_that_need_no_closing_cost_no_step_more(fresh, monkeypatch):
     model, tokenizer = fresh
-    steps = script(model, tokenizer, {path: (PATHS[path][0], "") for path in PATHS})
+    steps = script(model, tokenizer, {path: (PATHS[path][0], "") for path in PATHS}, monkeypatch)
     for paths, expected in (
         (["itself, cut", "itself, ends"], BUDGET),
         (["itself, ends"], len(ids_of(tokenizer, PATHS["itself, ends"][0]))),
@@ -251,7 +265,7 @@ def test_a_halved_batch_begins_its_closing_anew(rewritten, fresh, monkeypatch):
 
 
 def sampler(seeds, steps=1, temperature=0.6, top_k=50, top_p=0.95):
-    return RowSampler(seeds, temperature, top_k, top_p, steps, torch.device("cpu"))
+    return RowSampler(seeds, Sampling(temperature, top_k, top_p), steps, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(0.6, 50, 0.95), (1.5, 5, 1.0), (2.0, 50, 0.5)])

@@ -8,7 +8,7 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from medcot_utils.config import load_config
-from medcot_utils.models.decoding import ForcedClosing, RowSampler, StopDoneRows
+from medcot_utils.models.decoding import ForcedClosing, RowRules, RowSampler, Sampling, StopDoneRows
 from medcot_utils.models.engine import get_engine
 from medcot_utils.models.generation import generate_arguments, pad_left
 from medcot_utils.models.growing_cache import PagedLayer, generate_in_turns, make_growing_cache
@@ -72,8 +72,8 @@ def test_layers_of_other_kinds_stay_as_they_are(loaded, monkeypatch):
 
 def write(model, tokenizer, seeds, in_turns):
     """Return what is written for PROMPTS, and how many rows and tokens the model was given each time."""
-    closing = ForcedClosing(tokenizer, len(PROMPTS), BUDGET, ANSWER)
-    sampler = [RowSampler(seeds, 0.9, 50, 0.95, BUDGET + ANSWER + 20, model.device)] if any(seeds) else []
+    closing = ForcedClosing(RowRules(tokenizer, BUDGET, ANSWER), [""] * len(PROMPTS))
+    sampler = [RowSampler(seeds, Sampling(0.9, 50, 0.95), BUDGET + ANSWER + 20, model.device)] if any(seeds) else []
     processors = LogitsProcessorList([*sampler, closing])
     arguments = generate_arguments(CONFIG.generation, tokenizer) | {
         "max_new_tokens": BUDGET + ANSWER + 20,

@@ -1,0 +1,209 @@
+"""Decode many rows at once in the slots of one cache of fixed size, each row at a place of its own.
+
+transformers' static cache has one place for all rows: they are padded to it, wait for the slowest, and read the cache's whole
+length at every step. Here a row begins as soon as a slot is free, and a step reads no more than the row has written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from medcot_utils.models.prefix import attends_to_all
+from medcot_utils.models.static_cache import GROUPED, grouped_attention
+
+_SLOTS = "slots"
+# Rotary embeddings that do not depend on the longest position, which a recorded graph cannot ask for.
+_STEADY_ROTARY = {"default", "linear", "llama3", "yarn"}
+_FLASH_FROM = (8, 0)  # compute capability
+
+Bounds = tuple[torch.Tensor, torch.Tensor]  # where each row's queries and keys begin, as flash attention wants them
+
+
+def fits_slots(model: PreTrainedModel) -> bool:
+    """Return whether a model can be decoded in slots: torch's own attention, over all tokens before, at steady positions."""
+    base = _without_adapter(model)
+    config = base.config.get_text_config()
+    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    usable = base._can_compile_fullgraph and base._supports_attention_backend and hasattr(base.get_decoder(), "layers")
+    attention = config._attn_implementation in ("sdpa", GROUPED)
+    return usable and attention and rotary in _STEADY_ROTARY and attends_to_all(config)
+
+
+def slot_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Return the bytes of one row's keys and values, in 16 bits."""
+    config = model.config.get_text_config()
+    heads, width = _heads(config)
+    return 4 * config.num_hidden_layers * heads * width * tokens
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _without_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+class _Reading:
+    """Stand in for a layer's cache while prompts are read. What they begin with stands in the slots already."""
+
+    def __init__(self, states: Sequence[torch.Tensor], prefix: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        self._states, self._prefix, self._slots, self._rows = states, prefix, slots, rows
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
+        whole, begin = [], self._prefix
+        for held, new in zip(self._states, (keys, values), strict=True):
+            held[self._slots, begin : begin + new.shape[2]] = new[self._rows].transpose(1, 2)
+            before = held[:1, :begin].transpose(1, 2).expand(len(new), -1, -1, -1)
+            whole.append(torch.cat([before, new], dim=2))
+        return tuple(whole)
+
+
+class _Writing:
+    """Stand in for a layer's cache while rows write: keeps a token in each slot, and attends to what the slots hold."""
+
+    def __init__(self, states: Sequence[torch.Tensor], rows: torch.Tensor, places: torch.Tensor) -> None:
+        self._states, self._rows, self._places = states, rows, places
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
+        for held, new in zip(self._states, (keys, values), strict=True):
+            held[self._rows, self._places] = new[:, :, 0]
+        return tuple(held.transpose(1, 2) for held in self._states)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    held: torch.Tensor | None = None,
+    bounds: Bounds | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as SDPA does; while rows write, each to as many tokens of its slot as `held` (rows,) says."""
+    if held is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if bounds is None:
+        within = torch.arange(key.shape[2], device=key.device) < held[:, None]
+        return grouped_attention(query, key, value, within[:, None, None], scaling), None
+    # The query heads that share a key head stand as its queries: each key is read once.
+    rows, heads, _, width = query.shape
+    groups, longest = key.shape[1], key.shape[2]
+    queries = query.view(rows, groups, heads // groups, width).transpose(1, 2).reshape(-1, groups, width)
+    kept = [states.transpose(1, 2).flatten(0, 1) for states in (key, value)]
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        queries, *kept, *bounds, heads // groups, longest, 0.0, False, False, scale=scaling, seqused_k=held
+    )
+    return out.view(rows, heads // groups, groups, width).transpose(1, 2).reshape(rows, 1, heads, width), None
+
+
+def _write_with(
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    states: tuple[torch.Tensor, ...],
+    rows: torch.Tensor,
+    places: torch.Tensor,
+    **given,
+) -> torch.Tensor:
+    return type(layer).forward(layer, hidden, past_key_values=_Writing(states, rows, places), **given)
+
+
+class Slots:
+    """Hold the keys and values of up to `rows` rows, and take steps with them.
+
+    `tokens` (rows,) is what each row feeds at the next step, `places` (rows,) where in its slot that token goes."""
+
+    def __init__(self, model: PreTrainedModel, rows: int, capacity: int, prefix: Sequence[int]) -> None:
+        """Take the memory. Call `installed` before anything else.
+
+        Args:
+            model: see `fits_slots`.
+            capacity: tokens of a slot.
+            prefix: token ids that all prompts begin with."""
+        self._model = _without_adapter(model)
+        self._layers, config = list(self._model.get_decoder().layers), self._model.config.get_text_config()
+        device, dtype = self._model.device, self._model.dtype
+        self.rows, self.capacity, self._prefix = rows, capacity, list(prefix)
+        shape = rows, capacity, *_heads(config)
+        self._states = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)) for _ in self._layers]
+        self.tokens, self.places = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
+        self._rows = torch.arange(rows, device=device)
+        self._reads: tuple[int, torch.Tensor, torch.Tensor] | None = None
+        self._bounds: Bounds | None = None
+        if device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= _FLASH_FROM:
+            ends = torch.arange(rows + 1, dtype=torch.int32, device=device)
+            self._bounds = ends * (config.num_attention_heads // shape[2]), ends * capacity
+        self._write = torch.compile(_write_with, dynamic=False) if device.type == "cuda" else _write_with
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Have the model's layers keep their keys and values in the slots; afterwards they are as before."""
+        ALL_ATTENTION_FUNCTIONS.register(_SLOTS, _attend)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(_SLOTS, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        attention = self._model.config.get_text_config()._attn_implementation
+        indices = [layer.self_attn.layer_idx for layer in self._layers]
+        self._model.set_attn_implementation(_SLOTS)
+        for layer, states in zip(self._layers, self._states, strict=True):
+            layer.forward = partial(self._forward, layer, states)
+            layer.self_attn.layer_idx = 0  # a number of its own would have each layer compiled for itself
+        try:
+            yield
+        finally:
+            for layer, index in zip(self._layers, indices, strict=True):
+                del layer.forward
+                layer.self_attn.layer_idx = index
+            self._model.set_attn_implementation(attention)
+
+    def _forward(
+        self,
+        layer: torch.nn.Module,
+        states: tuple[torch.Tensor, ...],
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: None = None,
+        **given: Any,
+    ) -> torch.Tensor:
+        if self._reads is not None:
+            cache = _Reading(states, *self._reads)
+            return type(layer).forward(layer, hidden, attention_mask=attention_mask, past_key_values=cache, **given)
+        attention_mask = attention_mask.flatten()
+        return self._write(layer, hidden, states, self._rows, self.places, held=attention_mask, bounds=self._bounds, **given)
+
+    def read_prefix(self) -> None:
+        """Keep what all prompts begin with in every slot."""
+        if not self._prefix:
+            return
+        first = torch.zeros(1, dtype=torch.long, device=self.tokens.device)
+        self._read(torch.tensor([self._prefix], device=first.device), 0, first, first)
+        for held in (held for states in self._states for held in states):
+            held[1:, : len(self._prefix)] = held[:1, : len(self._prefix)]
+
+    def read(self, prompts: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Read token ids (prompts, tokens), what follows the prefix, and keep those of `rows` (n,) in `slots` (n,).
+
+        What is padding, on the right, is overwritten as the row writes."""
+        self._read(prompts, len(self._prefix), slots, rows)
+
+    def _read(self, prompts: torch.Tensor, begin: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        self._reads, tokens = (begin, slots, rows), prompts.shape[1]
+        positions = torch.arange(begin, begin + tokens, device=prompts.device)[None]
+        looks = torch.arange(begin + tokens, device=prompts.device) <= positions[..., None]  # (1, tokens, all before)
+        self._model(input_ids=prompts, position_ids=positions, attention_mask=looks[None], use_cache=False, logits_to_keep=1)
+        self._reads = None
+
+    def step(self) -> torch.Tensor:
+        """Feed `tokens` at `places`. Returns the logits of what comes after them (rows, vocabulary)."""
+        held = (self.places + 1).int()[:, None, None, None]  # of four dimensions: transformers hands it on as it is
+        return self._model(
+            input_ids=self.tokens[:, None], position_ids=self.places[:, None], attention_mask=held, use_cache=False
+        ).logits[:, -1]
