@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,17 +27,17 @@ def main() -> None:
     from medcot_utils.data.prompts import inference_prompt
 
     prompts = [inference_prompt(rows[index % len(rows)]["Question"], False) for index in range(options.prompts)]
-    answer, tokenizer, what = {"article": article, "batches": batches}[options.way](options, prompts)
+    answer, what = {"article": article, "batches": batches}[options.way](options, prompts)
     import torch
 
     seconds, made = [], []
     for _ in range(3):
         _wait(torch)
         began = time.perf_counter()
-        completions = answer()
+        lengths = answer()
         _wait(torch)
         seconds.append(round(time.perf_counter() - began, 3))
-        made.append(sum(_length(row, tokenizer.eos_token_id) for row in completions))
+        made.append(sum(lengths))
     result = {
         "way": options.way,
         "what": what,
@@ -61,8 +62,8 @@ def article(options: argparse.Namespace, prompts: list[str]):
     )
     FastLanguageModel.for_inference(model)
 
-    def answer() -> list[list[int]]:
-        completions = []
+    def answer() -> list[int]:
+        lengths = []
         for prompt in prompts:
             inputs = tokenizer([prompt], return_tensors="pt").to("cuda")
             made = model.generate(
@@ -72,37 +73,41 @@ def article(options: argparse.Namespace, prompts: list[str]):
                 use_cache=True,
                 do_sample=False,
             )
-            completions.append(made[0, inputs.input_ids.shape[1] :].tolist())
-        return completions
+            lengths.append(_length(made[0, inputs.input_ids.shape[1] :].tolist(), tokenizer.eos_token_id))
+        return lengths
 
-    return answer, tokenizer, "Unsloth, 4-bit, one question at a time"
+    return answer, "Unsloth, 4-bit, one question at a time"
 
 
 def batches(options: argparse.Namespace, prompts: list[str]):
-    """This project's way: `batches.choose_cache` decides, `generation.complete` answers."""
+    """This project's way, as `generation.decide` decides."""
     from medcot_utils.config import load_config
     from medcot_utils.models.engine import get_engine
 
     overrides = [f"model.name={options.model}", f"generation.max_new_tokens={options.max_new_tokens}"]
     config = load_config("article", [*overrides, "generation.do_sample=false", *options.set])
     engine = get_engine(config.model, fast_answers=config.generation.cache_implementation != "dynamic")
-    from medcot_utils.models.batches import choose_cache
-    from medcot_utils.models.generation import complete
+    from medcot_utils.models.batches import count_read_at_once, split
+    from medcot_utils.models.deal import Asked, Batch
+    from medcot_utils.models.generation import convert_to_write, decide, make_writer
 
     model, tokenizer = engine.load(config.model)
     model = engine.for_inference(model)
-    longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
-    cache = choose_cache(model, config.generation, len(prompts), longest, options.max_new_tokens)
-    if cache == "static":
-        from medcot_utils.models.static_cache import convert_for_static_cache
+    asked = [Asked(str(index), prompt) for index, prompt in enumerate(prompts)]
+    how = decide(model, tokenizer, asked, config.generation, None)
+    how = replace(how, settings=how.settings.model_copy(update={"batch_size": len(prompts)}))
+    writer = make_writer(convert_to_write(model, how), tokenizer, how)  # one for all calls: the first compiles
+    static = how.settings.cache_implementation == "static"
+    together = split(
+        sorted(asked, key=lambda one: -len(one.prompt)), count_read_at_once(len(prompts)) if static else len(prompts)
+    )
 
-        model = convert_for_static_cache(model)
-    settings = config.generation.model_copy(update={"cache_implementation": cache})
+    def answer() -> list[int]:
+        waiting = iter([Batch(batch, batch) for batch in together])
+        return [record["completion_tokens"] for records in writer.write(lambda: next(waiting, None)) for record in records]
 
-    def answer() -> list[list[int]]:
-        return complete(model, tokenizer, prompts, settings, longest)
-
-    return answer, tokenizer, "16-bit, static cache, compiled" if cache == "static" else "4-bit, growing cache"
+    weights = "16-bit" if how.in_16_bits else "4-bit"
+    return answer, f"{weights}, slots of one cache, compiled" if static else f"{weights}, growing cache"
 
 
 def _length(row: list[int], eos_token_id: int) -> int:

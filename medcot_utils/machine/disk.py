@@ -167,7 +167,7 @@ def _downloads(config: RunConfig, weights: float | None, hub: Path) -> Iterator[
 
 def _reads_16bit_base(config: RunConfig) -> bool:
     """Return whether a run may load its 16-bit weights: not if all it does is done with the pre-quantized copy."""
-    copied = config.model.engine == "unsloth" and config.model.load_in_4bit and config.model.quantized_name is not None
+    copied = config.model.engine != "transformers" and config.model.load_in_4bit and config.model.quantized_name is not None
     return not copied or config.export.merge_into == "base_16bit" or config.evaluation.base_16bit_loss
 
 

@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 # An 8B model on an H100: 128 answers at once make 1.7 times the tokens of 64, 192 make 2.1 times, and 384 about as many.
 MAX_BATCH = 192
-ENOUGH = 64  # answers at once for which 16-bit weights must leave room, so that they are worth their memory
+# 16-bit weights must leave room for so many, to be worth their memory. bitsandbytes multiplies as many by packed 4-bit weights
+# on a T4 (`_gemm_4bit_use_custom_cuda` of its backends/cuda/ops.py); of more, it unpacks all weights at each step.
+ENOUGH = 64
 CPU_BATCH = 8
 READ_AT_ONCE = 16  # prompts, where rows come and go
 # On compute capability 7.5 Unsloth 2026.10.9 multiplies so many rows with packed 4-bit weights (`_BNB_GEMM_4BIT_MAX_ROWS` of its
 # kernels/utils.py). From the next row on it unpacks all weights at each step: 30 GB are moved, about 115 ms on a T4.
 PACKED_ROWS, PACKED_CAPABILITY, PACKED_SWITCH = 16, (7, 5), "UNSLOTH_BNB_GEMM_4BIT"
-# Compiling takes about 10 s; a step that is not compiled about 30 ms more than one that is (benchmarks/).
-STEPS_WORTH_COMPILING = 300
+# Compiling takes about 10 s; a step of 16 answers that is not compiled, about 60 ms more than one that is (benchmarks/).
+STEPS_WORTH_COMPILING = 150
 
 
 class GenerationError(MedcotError):
@@ -102,7 +104,8 @@ def choose_cache(
         if patched or not fits_slots(model):
             raise GenerationError(f"generation.cache_implementation static: {why} leave the cache to auto")
         return "static"
-    too_few = -(-answers // MAX_BATCH) * new_tokens < STEPS_WORTH_COMPILING
+    at_once = MAX_BATCH if settings.batch_size == "auto" else settings.batch_size
+    too_few = -(-answers // at_once) * new_tokens < STEPS_WORTH_COMPILING
     return "dynamic" if patched or too_few or math.isinf(available_gpu_memory()) or not fits_slots(model) else "static"
 
 
@@ -132,7 +135,8 @@ def choose_batch_size(
     copies = 1.2 if settings.cache_implementation == "static" else 2.5
     row, free = slot_bytes(model, prompt_tokens + new_tokens), available_gpu_memory()
     fits = CPU_BATCH if math.isinf(free) else int(free / (row * copies))
-    most = PACKED_ROWS if multiplies_packed(model) else MAX_BATCH
+    in_4_bits = any(getattr(model, name, False) for name in ("is_loaded_in_4bit", "is_quantized"))
+    most = PACKED_ROWS if multiplies_packed(model) else ENOUGH if in_4_bits else MAX_BATCH
     batches = -(-answers // max(1, min(most, fits, answers)))
     return -(-answers // batches)
 

@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils.config import ModelSettings
+from medcot_utils.models.engine import loads_copy
 from medcot_utils.models.merging import MergeBase, find_weights_folder, open_16bit_base, open_weights, read_config
 from medcot_utils.models.stored_names import find_stored_names
 
@@ -25,6 +26,11 @@ def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+
+
+def open_quantized(settings: ModelSettings, dtype: torch.dtype) -> MergeBase:
+    """Return the base with the weights that its 4-bit layers compute with: of the pre-quantized copy if that is loaded."""
+    return open_quantized_copy(settings, dtype) if loads_copy(settings) else open_quantized_on_load(settings, dtype)
 
 
 def open_quantized_on_load(settings: ModelSettings, dtype: torch.dtype) -> MergeBase:

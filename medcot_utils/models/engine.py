@@ -7,7 +7,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-import math
 import os
 import sys
 from pathlib import Path
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
     from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 
     from medcot_utils.models.merging import MergeBase
-
-# The 8B model in 16 bits (16 GB), the cache of 64 answers of 1,200 tokens (12 GB), and room to work.
-FAST_ANSWERS_GIB = 36
 
 
 class TrainerArguments(TypedDict, total=False):
@@ -111,11 +107,18 @@ def compute_dtype(settings: ModelSettings) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def loads_copy(settings: ModelSettings) -> bool:
+    """Return whether the pre-quantized copy is loaded: whichever engine runs, so that it answers with the weights of training.
+
+    With engine transformers, set by name, the base is quantized when it is loaded."""
+    return settings.load_in_4bit and settings.quantized_name is not None and settings.engine != "transformers"
+
+
 def get_engine(settings: ModelSettings, fast_answers: bool = False) -> Engine:
     """Return the engine module to use. `auto` means unsloth if it is installed and a CUDA GPU is visible, else transformers.
 
-    With `fast_answers` (the notebooks that only ask), `auto` also means transformers on a GPU with room for 16-bit weights.
-    Its fast generation, a compiled step over a static cache, cannot run in a process that unsloth has patched.
+    With `fast_answers` (the notebooks that only ask), `auto` means transformers: a compiled step over a cache of fixed size
+    cannot run in a process that unsloth has patched.
 
     Call this first in a notebook: unsloth patches trl, transformers and peft, and must be imported before them. Raises
     PlatformError if unsloth is set and cannot run."""
@@ -130,8 +133,6 @@ def get_engine(settings: ModelSettings, fast_answers: bool = False) -> Engine:
             for index in range(torch.cuda.device_count()):  # 16-bit weights go over all of them
                 total = torch.cuda.get_device_properties(index).total_memory
                 torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gib * 2**30 / total), index)
-        fast_answers = fast_answers and torch.cuda.mem_get_info()[0] >= FAST_ANSWERS_GIB * 2**30
-        fast_answers = fast_answers and (settings.gpu_memory_gib or math.inf) >= FAST_ANSWERS_GIB
     if name == "auto":
         name = "unsloth" if has_gpu and has_unsloth and not fast_answers else "transformers"
     if name == "unsloth" and not (has_gpu and has_unsloth):

@@ -157,7 +157,7 @@ def answer_prompts(
     prompts = {one.prompt for one in asked}
     if answer_tokens:
         check_context(model.config, tokenizer, prompts, settings.max_new_tokens, answer_tokens)
-    how = _decide(model, tokenizer, asked, settings, answer_tokens)
+    how = decide(model, tokenizer, asked, settings, answer_tokens)
     model = convert_to_write(model, how)
     at_once = choose_batch_size(model, how.settings, len(asked), how.longest, how.new_tokens)
     how = replace(how, settings=how.settings.model_copy(update={"batch_size": at_once}))
@@ -188,7 +188,7 @@ def answer_prompts(
     return [made[one.key] for one in asked]
 
 
-def _decide(
+def decide(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     asked: Sequence[Asked],

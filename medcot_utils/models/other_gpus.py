@@ -43,8 +43,8 @@ class OtherGpus:
 
     def __init__(self, engine: Engine, settings: ModelSettings, adapter: Path | None = None) -> None:
         """Name what this process has loaded with `engine.load(settings, adapter)`; the others load the same."""
-        name = cast(ModuleType, engine).__name__.rpartition(".")[2].removesuffix("_engine")
-        self._settings, self._adapter = settings.model_copy(update={"engine": name}), adapter
+        self._fast = cast(ModuleType, engine).__name__.endswith("transformers_engine")
+        self._settings, self._adapter = settings, adapter
         self._workers: list[_Worker] = []
         self._logs: tempfile.TemporaryDirectory[str] | None = None
 
@@ -94,7 +94,7 @@ class OtherGpus:
             if number > len(self._workers):
                 self._logs = self._logs or tempfile.TemporaryDirectory()
                 log = Path(self._logs.name) / f"gpu-{number}.log"
-                self._workers.append(_Worker(number, gpu, log, self._settings, self._adapter))
+                self._workers.append(_Worker(number, gpu, log, self._settings, self._adapter, self._fast))
                 note_use(number)
         return self._workers[:count]
 
@@ -109,13 +109,15 @@ class _Failed:
 class _Worker:
     """Hold a process on another GPU, as the notebook's process sees it."""
 
-    def __init__(self, number: int, gpu: str, log: Path, settings: ModelSettings, adapter: Path | None) -> None:
+    def __init__(
+        self, number: int, gpu: str, log: Path, settings: ModelSettings, adapter: Path | None, fast_answers: bool
+    ) -> None:
         """Start the process. Args: number: of the GPU among the visible ones. gpu: its name in CUDA_VISIBLE_DEVICES."""
         # Not forked: CUDA does not work in a fork of a process that uses it.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._number, self._log, self._is_ready = number, log, False
-        self._process = context.Process(target=_serve, args=(theirs, gpu, log, settings, adapter), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, gpu, log, settings, adapter, fast_answers), daemon=True)
         self._process.start()
         theirs.close()  # or its end would not be noticed here
 
@@ -161,7 +163,9 @@ class _Worker:
             self._process.join()
 
 
-def _serve(connection: Connection, gpu: str, log: Path, settings: ModelSettings, adapter: Path | None) -> None:
+def _serve(
+    connection: Connection, gpu: str, log: Path, settings: ModelSettings, adapter: Path | None, fast_answers: bool
+) -> None:
     """Answer the batches that come, until no more can come: all that a process on another GPU does."""
     end_with_parent()
     if not cast(BaseProcess, multiprocessing.parent_process()).is_alive():  # it was killed before the line above
@@ -173,17 +177,17 @@ def _serve(connection: Connection, gpu: str, log: Path, settings: ModelSettings,
         os.dup2(stream.fileno(), 2)
     guard_streams()
     try:
-        _answer_batches(connection, settings, adapter)
+        _answer_batches(connection, settings, adapter, fast_answers)
     except (EOFError, BrokenPipeError):
         return  # the notebook's process has ended
     except BaseException as error:  # noqa: BLE001 - told by the process that waits for this one
         connection.send(_Failed(f"{type(error).__name__}: {' '.join(str(error).split())}"))
 
 
-def _answer_batches(connection: Connection, settings: ModelSettings, adapter: Path | None) -> None:
+def _answer_batches(connection: Connection, settings: ModelSettings, adapter: Path | None, fast_answers: bool) -> None:
     from medcot_utils.models.engine import get_engine
 
-    engine = get_engine(settings)  # before transformers and peft
+    engine = get_engine(settings, fast_answers)  # before transformers and peft
     model, tokenizer = engine.load(settings, adapter)
     model, writer = engine.for_inference(model), None
     connection.send("loaded")

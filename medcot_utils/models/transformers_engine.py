@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, DataCollator, PreTrainedModel, Pr
 
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.machine.gpu import release_gpu_memory
-from medcot_utils.models.dequantized import four_bit_config, open_quantized_on_load
+from medcot_utils.models.dequantized import four_bit_config, open_quantized
 from medcot_utils.models.embedded import find_model_source
-from medcot_utils.models.engine import TrainerArguments, compute_dtype, get_local_rank
+from medcot_utils.models.engine import TrainerArguments, compute_dtype, get_local_rank, loads_copy
 from medcot_utils.models.joined_rows import JoinedRows, can_join
 from medcot_utils.models.merging import MergeBase
 from medcot_utils.models.static_cache import use_grouped_decode
@@ -39,19 +39,20 @@ WHOLE_LOGITS = True  # TRL's loss keeps the logits of a whole micro-batch
 def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the base model, 4-bit nf4 with double quantization if set, and its tokenizer; with the adapter on it if given."""
     release_gpu_memory()
-    source, dtype = find_model_source(settings.name), compute_dtype(settings)
-    quantization = None
-    if settings.load_in_4bit:
-        quantization = four_bit_config(dtype)
+    source, revision, dtype = find_model_source(settings.name), settings.revision, compute_dtype(settings)
+    quantization = four_bit_config(dtype) if settings.load_in_4bit else None
+    if loads_copy(settings):  # its files say how it is quantized
+        source, revision, quantization = settings.quantized_name, settings.quantized_revision, None
     model = AutoModelForCausalLM.from_pretrained(
         source,
-        revision=settings.revision,
+        revision=revision,
         trust_remote_code=False,
         dtype=dtype,
         quantization_config=quantization,
         device_map={"": get_local_rank()} if torch.cuda.is_available() else None,
     )
-    tokenizer = load_tokenizer_from(source, settings.revision)
+    tokenizer = load_tokenizer_from(source, revision)
+    compute_in(model, dtype)
     forbid_cpu_packing(model)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
@@ -60,7 +61,7 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
 
 def open_dequantized(settings: ModelSettings) -> MergeBase:
     """Return the base with the values that its 4-bit layers compute with, to merge an adapter into."""
-    return open_quantized_on_load(settings, compute_dtype(settings))
+    return open_quantized(settings, compute_dtype(settings))
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
@@ -135,6 +136,15 @@ def dequantize_on_cpu(model: PreTrainedModel) -> None:
     if getattr(base, "is_quantized", False) and needed < psutil.virtual_memory().available / 2:
         base.dequantize()
         use_grouped_decode(base)
+
+
+def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Have 4-bit layers compute in `dtype`, as Unsloth does: a copy's files name one of their own, which a T4 does not have."""
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit) and layer.weight.quant_state is not None:
+            layer.compute_dtype = layer.weight.quant_state.dtype = dtype
 
 
 def forbid_cpu_packing(model: PreTrainedModel) -> None:

@@ -13,9 +13,9 @@ from unsloth import FastLanguageModel, FastModel
 
 from medcot_utils.config import LoraSettings, ModelSettings, TrainingSettings
 from medcot_utils.machine.gpu import release_gpu_memory
-from medcot_utils.models.dequantized import open_quantized_copy, open_quantized_on_load
+from medcot_utils.models.dequantized import open_quantized
 from medcot_utils.models.embedded import find_model_source
-from medcot_utils.models.engine import TrainerArguments, compute_dtype, get_local_rank
+from medcot_utils.models.engine import TrainerArguments, compute_dtype, get_local_rank, loads_copy
 from medcot_utils.models.merging import MergeBase
 from medcot_utils.models.targets import check_targets
 from medcot_utils.models.tokenizer import prepare_tokenizer
@@ -41,7 +41,7 @@ _JOINED_FROM = (8, 0)
 def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load as the article does, from the pinned pre-quantized copy if there is one; see `_loader` for the class."""
     release_gpu_memory()
-    quantized = settings.load_in_4bit and settings.quantized_name is not None
+    quantized = loads_copy(settings)
     model, tokenizer = _loader(compute_dtype(settings)).from_pretrained(
         model_name=settings.quantized_name if quantized else find_model_source(settings.name),
         revision=settings.quantized_revision if quantized else settings.revision,
@@ -66,8 +66,7 @@ def _loader(dtype: torch.dtype) -> type[FastLanguageModel | FastModel]:
 
 def open_dequantized(settings: ModelSettings) -> MergeBase:
     """Return the base with the values that its 4-bit layers compute with: of the pre-quantized copy if there is one."""
-    opened = open_quantized_on_load if settings.quantized_name is None else open_quantized_copy
-    return opened(settings, compute_dtype(settings))
+    return open_quantized(settings, compute_dtype(settings))
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:

@@ -17,7 +17,6 @@ from medcot_utils.machine.paths import GIB, platform_name
 from medcot_utils.machine.probe import MachineSpeed
 from medcot_utils.models.batches import CPU_BATCH, MAX_BATCH, PACKED_CAPABILITY, PACKED_ROWS
 from medcot_utils.models.embedded import is_made
-from medcot_utils.models.engine import FAST_ANSWERS_GIB
 from medcot_utils.series.workload import Asked, Workload, measure_workload
 from medcot_utils.training.batch_plan import count_processes
 
@@ -35,6 +34,7 @@ _READ, _READ_ON_CPU = 0.4, 0.74
 # Bytes moved on a CPU for each byte of keys and values that a token attends to (demo: 25 rows of 350 tokens, 0.3 s a step).
 _ATTENDED_ON_CPU = 14
 _READ_ONCE_ON_CPU = 0.45  # share of the prompts' and options' tokens that is read there: what they begin with stands once
+_16_BIT_ANSWERS_GIB = 36  # the 8B model in 16 bits (16 GB), the cache of 64 answers of 1,200 tokens (12 GB), and room to work
 _NO_CHECKPOINTING_BYTES = 5  # of GPU memory per parameter, from which a step of the article's 8 rows needs none: 40 GB at 8B
 _SEVERAL_GPUS = 0.9  # of the speed of one, each: 1.78 times with two (docs/benchmarks.md)
 # Small operations of a decoder layer for one token: 21 ms a token at 8B on an H200.
@@ -155,7 +155,7 @@ class _Seconds:
 
     def compiles(self) -> bool:
         """Return whether answers come from 16-bit weights and compiled steps, as `models.engine` and `models.batches` decide."""
-        return self.speed.gpus > 0 and self.gpu_gib >= FAST_ANSWERS_GIB and self.config.model.engine != "unsloth"
+        return self.speed.gpus > 0 and self.gpu_gib >= _16_BIT_ANSWERS_GIB and self.config.model.engine != "unsloth"
 
     def step(self, rows: int, context: float, in_16bit: bool = False) -> float:
         """Return the time to write one token of each of so many rows."""
