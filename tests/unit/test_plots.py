@@ -116,7 +116,7 @@ def test_the_held_out_loss_starts_at_step_0_if_it_is_known(before, expected):
     assert list(zip(*trained.get_data(), strict=True)) == [(1, 2.0), (2, 1.5)]
 
 
-def test_a_figure_for_a_telephone_has_its_panels_below_each_other():
+def test_a_figure_for_a_telephone_has_its_panels_in_one_column():
     figure = comparison_figure(made_up_measures.measured(), made_up_measures.merged(), narrow=True)
     figure.draw_without_rendering()
     boxes = [axes.get_position() for axes in figure.axes]

@@ -156,7 +156,7 @@ def test_a_merged_model_too_large_for_the_gpu_says_so(tmp_path):
     assert "<h3>merged</h3>" not in page
 
 
-def test_the_held_out_loss_starts_with_the_bases_on_the_same_rows(tmp_path, monkeypatch):
+def test_the_held_out_loss_starts_with_the_base_on_those_rows(tmp_path, monkeypatch):
     run = fill(Run.create(tmp_path / "run", CONFIG))
     losses = [record | {"nll": 10.0 * place} for place, record in enumerate(run.read("held_out_loss"))]
     run.write("held_out_loss", losses[8:] + losses[:8])
