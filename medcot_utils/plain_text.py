@@ -13,6 +13,8 @@ from typing import TextIO
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Within a line; before a name that a colon ends; at its beginning, where lists and headings begin; and what MathJax looks for.
 _MARKDOWN = re.compile(r"[&<>`*|~]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|:(?=\w+:)|^[-+=#\[](?!\d)|^\d{1,9}[.)](?=\s)")
+# An interval, as in `[-0.1, 0.3]` or `[45 %, 52 %]`.
+_INTERVAL = re.compile(r"\[-?\d[^\s\]]*(?: %)?, -?\d[^\s\]]*(?: %)?\]")
 _FORMULA = re.compile(r"[$\\]")
 
 
@@ -35,6 +37,11 @@ def say(*lines: object, stream: TextIO | None = None, flush: bool = False) -> No
 def hide_formulas(page: str) -> str:
     r"""Return HTML in which MathJax finds no formula: each `$` and `\` stands in an element of its own."""
     return _FORMULA.sub(lambda found: f"<span>{_refer(found[0])}</span>", page)
+
+
+def keep_intervals(text: object) -> str:
+    """Return a text whose intervals, as in `[-0.1, 0.3]`, have no-break spaces: none ends a line in its middle."""
+    return _INTERVAL.sub(lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), str(text))
 
 
 def escape_markdown(text: str) -> str:

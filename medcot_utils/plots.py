@@ -24,10 +24,13 @@ BASE, TUNED, GREY = "#999999", "#0072B2", "#444444"
 ACCENT, MERGED, BASE_16BIT = "#D55E00", "#009E73", "#E69F00"
 
 
-def _figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+_WIDE, _NARROW = (7.0, 3.2), (4.2, 3.2)  # inches: of a notebook, and of a telephone
+
+
+def _figure(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = _WIDE) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.0, 3.2), layout="constrained", dpi=110)
+    figure = Figure(figsize=size, layout="constrained", dpi=110)
     axes = figure.subplots()
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     _tidy(axes)
@@ -49,12 +52,19 @@ def _say(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
 
 
-def loss_figure(log: LossLog) -> Figure:
-    """Draw the training loss over optimizer steps, and the held-out loss if the log has it. Loss in nats per token."""
-    figure, axes = _figure("Loss during fine-tuning", "optimizer step", "loss (nats per token)")
+def loss_figure(log: LossLog, before: float | None = None, narrow: bool = False) -> Figure:
+    """Draw the training loss over optimizer steps, and the held-out loss if the log has it. Loss in nats per token.
+
+    Args:
+        log: the trainer's log.
+        before: the base's loss on the held-out rows of the log, which then stands at step 0.
+        narrow: for a telephone."""
+    size = _NARROW if narrow else _WIDE
+    figure, axes = _figure("Loss during fine-tuning", "optimizer step", "loss (nats per token)", size)
     if trained := [*_points(log, "loss")]:
         axes.plot(*trained, color=TUNED, marker="o", markersize=3.5, label="training rows")
-    if held_out := [*_points(log, "eval_loss")]:
+    first: LossLog = [] if before is None else [{"step": 0, "eval_loss": before}]
+    if held_out := [*_points([*first, *log], "eval_loss")]:
         axes.plot(*held_out, color=ACCENT, marker="s", markersize=5, linestyle="--", label="held-out rows")
     if trained or held_out:
         axes.legend(frameon=False)
@@ -111,7 +121,7 @@ class _Group:
     chance: float | None = None
 
 
-def comparison_figure(measured: Mapping[str, Any], merged: Mapping[str, Any] | None = None) -> Figure:
+def comparison_figure(measured: Mapping[str, Any], merged: Mapping[str, Any] | None = None, narrow: bool = False) -> Figure:
     """Draw everything that was compared, each bar with its interval: loss, form, likeness, lengths and multiple choice.
 
     Answers are shown as the models give them by themselves and, beside that, with forced closing. A metric that was not
@@ -119,15 +129,14 @@ def comparison_figure(measured: Mapping[str, Any], merged: Mapping[str, Any] | N
 
     Args:
         measured: the content of metrics.json.
-        merged: the content of merged_metrics.json; the merged model gets a bar beside the others'."""
+        merged: the content of merged_metrics.json; the merged model gets a bar beside the others'.
+        narrow: for a telephone, one panel below the other."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(10.0, 6.8), layout="constrained", dpi=110)
-    rows = figure.subfigures(2, 1, hspace=0.03)
-    loss, form = rows[0].subplots(1, 2, width_ratios=[1, 1.9])
-    likeness, length, readings = rows[1].subplots(1, 3, width_ratios=[1.4, 1.3, 1.2])
+    figure = Figure(figsize=(_NARROW[0], 13.5) if narrow else (10.0, 6.8), layout="constrained", dpi=110)
+    loss, form, likeness, length, readings = figure.subplots(5, 1) if narrow else _subplots_in_two_rows(figure)
     _draw_losses(loss, measured, merged or {})
     asked = f", {measured['n_questions']} questions" if "n_questions" in measured else ""
     _draw_groups(form, f"Form of what each model wrote{asked}", "share of questions", _groups(measured, merged or {}, _FORM))
@@ -148,8 +157,16 @@ def comparison_figure(measured: Mapping[str, Any], merged: Mapping[str, Any] | N
     if any(group.chance is not None for group in choices):
         handles.append(Line2D([], [], color=ACCENT, linestyle="--", label="chance"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.suptitle("What fine-tuning changed, on held-out rows and questions", fontsize=13)
+    for axes in figure.axes if narrow else ():
+        axes.title.set_fontsize(10)
+    title = "What fine-tuning changed, on held-out rows and questions"
+    figure.suptitle(title.replace(", ", ",\n") if narrow else title, fontsize=13)
     return figure
+
+
+def _subplots_in_two_rows(figure: Figure) -> list[Axes]:
+    rows = figure.subfigures(2, 1, hspace=0.03)
+    return [*rows[0].subplots(1, 2, width_ratios=[1, 1.9]), *rows[1].subplots(1, 3, width_ratios=[1.4, 1.3, 1.2])]
 
 
 def loss_bars_figure(measured: Mapping[str, Any], merged: Mapping[str, Any] | None = None) -> Figure:

@@ -15,7 +15,12 @@ from medcot_utils.run.directory import Run
 if TYPE_CHECKING:
     import gradio
 
-CSS = ".message { white-space: pre-wrap; overflow-wrap: anywhere; }"
+# gradio's fold is a button, and its arrow another one within it, without a name: only the arrow's picture is kept.
+CSS = """
+.message { white-space: pre-wrap; overflow-wrap: anywhere; }
+.thought-group .arrow button { visibility: hidden; }
+.thought-group .arrow svg { visibility: visible; }
+"""
 
 
 def build_column(question: str, answer: Answer) -> list[gradio.ChatMessage]:
@@ -52,7 +57,7 @@ def build_page(chat: Chat, base_too: bool) -> gradio.Blocks:
             raise gr.Error(web.escape(str(error)), print_exception=False) from error
 
     with gr.Blocks(title="medcot chat", analytics_enabled=False) as page:
-        gr.HTML(f"<p><b>{WARNING}</b> Each question stands alone.</p>")
+        gr.HTML(f"<h1>medcot chat</h1><p><b>{WARNING}</b> Each question stands alone.</p>")
         with gr.Row():
             how = {"render_markdown": False, "height": 460, "sanitize_html": True, "buttons": []}
             base = gr.Chatbot(label="base model", visible=base_too, **how)

@@ -126,13 +126,14 @@ def build_page(desk: Desk) -> gradio.Blocks:
         return view(desk.next_pair(pair))
 
     with gr.Blocks(title="Blind grading", analytics_enabled=False) as page:
+        gr.HTML("<h1>Blind grading</h1>")
         token, heading = gr.Textbox(visible="hidden"), gr.HTML()
         with gr.Column() as body:
             question, texts, thoughts, folds = gr.HTML(), [], [], []
             with gr.Row():
                 for letter in "AB":
                     with gr.Column(min_width=320, variant="panel"):
-                        gr.HTML(f"<h3>Answer {letter}</h3>")
+                        gr.HTML(f"<h2>Answer {letter}</h2>")
                         texts.append(gr.HTML())
                         with gr.Accordion(f"Thinking of {letter}", open=False) as fold:
                             thoughts.append(gr.HTML())

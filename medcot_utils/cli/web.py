@@ -34,6 +34,8 @@ _HEADERS = {
     "Referrer-Policy": "same-origin",  # the address holds the token
 }
 # What the buttons send: no uploads, and nothing else of what gradio offers.
+# A heading says what the page is, and takes no more room than a line.
+_CSS = "h1, h2 { font-size: 1.1rem; font-weight: 600; margin: 0; }"
 _POSTS = re.compile(r"gradio_api/(queue/join|run/\w+|call/\w+|cancel|reset)/?")
 
 
@@ -108,9 +110,16 @@ def serve(page: gradio.Blocks, listener: socket.socket, what: str, css: str, kee
 
     # Mounted, not launched: launch() takes host, sharing and proxies from the environment, and asks its own address there.
     token = secrets.token_hex()
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    # gradio's own shades have too little contrast: white on the buttons, and what stands in an empty box.
+    theme.set(
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+    )
     hidden = {"footer_links": [], "run_history": False, "blocked_paths": [str(keep_out.absolute())], "enable_monitoring": False}
-    plain = {"ssr_mode": False, "mcp_server": False, "theme": theme, "css": css}
+    plain = {"ssr_mode": False, "mcp_server": False, "theme": theme, "css": _CSS + css}
     app = Guard(gr.mount_gradio_app(FastAPI(), page, f"/{token}", **hidden, **plain), token)
     # h11 bounds the headers. An open page holds a connection forever: do not wait for it.
     how = {"http": "h11", "ws": "none", "log_level": "warning", "timeout_graceful_shutdown": 1}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,9 +28,12 @@ from medcot_utils.evaluation.side_by_side import (
     read_run,
     show_question,
 )
-from medcot_utils.plain_text import show_controls
+from medcot_utils.models.losses import mean_loss
+from medcot_utils.plain_text import keep_intervals, show_controls
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from medcot_utils.data.tokens import DataReport
     from medcot_utils.evaluation.claims import ClaimVerdict
     from medcot_utils.evaluation.comparison import Measured, Metrics
@@ -55,6 +58,7 @@ def build_report(*runs: Run) -> str:
         return value if isinstance(value, Markup) else show_controls(str(value))  # which the template escapes
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=show)
+    environment.filters["keep_intervals"] = keep_intervals
     shown = [read_run(run, name) for run, name in zip(runs, _names([run.path for run in runs]), strict=True)]
     columns = columns_of(shown)
     anchors = anchors_of(shown)
@@ -121,8 +125,16 @@ class _LossBar:
 
 
 @dataclass(frozen=True)
+class _Drawn:
+    """A figure as data addresses: as it is for a wide page, and for a telephone."""
+
+    wide: str
+    narrow: str
+
+
+@dataclass(frozen=True)
 class _RunSection:
-    """The page's section of one run. tables: {title: rows}. comparison, loss: figures as data addresses.
+    """The page's section of one run. tables: {title: rows}.
 
     decided, undecided: the claims that hold or do not hold, and the others. merged_line: `describe_merged`."""
 
@@ -138,8 +150,8 @@ class _RunSection:
     losses: Sequence[_LossBar]
     tables: Mapping[str, Sequence[_Row]]
     notes: Sequence[str]
-    comparison: str
-    loss: str
+    comparison: _Drawn
+    loss: _Drawn
     data: DataReport
     anchors: Mapping[str, str]  # {question id: what it is linked by}
 
@@ -163,11 +175,21 @@ def _run_section(shown: ShownRun, named: bool, anchors: Mapping[Key, str]) -> _R
         losses=_loss_bars(measured),
         tables=_tables(measured, merged),
         notes=[*measured["notes"], *(describe_grades(graded).splitlines() if graded else [])],
-        comparison=plots.to_data_uri(plots.comparison_figure(measured, merged)),
-        loss=plots.to_data_uri(plots.loss_figure(run.read("training_log"))),
+        comparison=_draw(plots.comparison_figure, measured, merged),
+        loss=_draw(plots.loss_figure, run.read("training_log"), _loss_before_training(run)),
         data=shown.data_report,
         anchors={key[0]: anchors[key] for key in shown.questions},
     )
+
+
+def _loss_before_training(run: Run) -> float | None:
+    """Return the base's loss, in nats per token, on the rows that the trainer took the held-out loss on."""
+    base = [record for record in run.read("held_out_loss") if record["model"] == "base"]
+    return mean_loss(base[: run.config.training.eval_rows]) if base else None
+
+
+def _draw(figure: Callable[..., Figure], *data: object) -> _Drawn:
+    return _Drawn(*(plots.to_data_uri(figure(*data, narrow=narrow)) for narrow in (False, True)))
 
 
 def _tables(measured: Measured, merged: MergedMeasured | None) -> dict[str, list[_Row]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
@@ -15,7 +14,7 @@ from medcot_utils.machine import disk, paths
 from medcot_utils.machine.gpu import release_gpu_memory
 from medcot_utils.models.engine import compute_dtype
 from medcot_utils.models.generation import complete
-from medcot_utils.models.losses import RowLoss, row_losses
+from medcot_utils.models.losses import mean_loss, row_losses
 from medcot_utils.models.merge_check import WeightCheck, compare_weights, find_weight_fault
 from medcot_utils.models.merging import MergeBase, load_base, merge, open_16bit_base
 from medcot_utils.plain_text import say
@@ -213,11 +212,6 @@ def select_check_rows(run: Run) -> Dataset:
     """Return the first export.check_rows held-out rows."""
     rows = run.read("held_out_rows")
     return rows.select(range(min(run.config.export.check_rows, len(rows))))
-
-
-def mean_loss(records: Sequence[RowLoss]) -> float:
-    """Return the loss over all tokens of the rows, in nats per token."""
-    return sum(record["nll"] for record in records) / sum(record["tokens"] for record in records)
 
 
 def scale_tolerance(config: RunConfig) -> float:

@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "engine": ["get_engine", "load_tokenizer"],
         "generation": ["generate_arguments", "own_generation_settings", "stream_answer", "answer_questions"],
         "layerwise": ["base_16bit_losses", "describe_16bit_base"],
-        "losses": ["row_losses"],
+        "losses": ["mean_loss", "row_losses"],
         "merging": ["load_unquantized"],
         "other_gpus": ["OtherGpus"],
         "records": ["show_text"],

@@ -48,6 +48,11 @@ def row_losses(model: PreTrainedModel, rows: Dataset, batch_size: int, label: st
     return [records[i] for i in range(len(rows))]
 
 
+def mean_loss(records: Sequence[RowLoss]) -> float:
+    """Return the loss over all tokens of the rows, in nats per token."""
+    return sum(record["nll"] for record in records) / sum(record["tokens"] for record in records)
+
+
 def split_into_batches(lengths: Sequence[int], batch_size: int, vocab_size: int) -> list[list[int]]:
     """Return the rows' indices, longest first, in batches of at most `batch_size` whose logits fit."""
     left = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from medcot_utils.machine import installing
 from medcot_utils.plain_text import hide_formulas, say, show_controls
+from medcot_utils.series.html_tables import lay_out
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,9 +95,9 @@ def _show_tables() -> None:
 
 
 def show_table(table: pd.DataFrame | Styler) -> str | None:
-    """Return the HTML of a table whose texts are shown as they are; None if pandas is set to show none."""
+    """Return the HTML of a table, laid out (`lay_out`), whose texts are shown as they are; None if pandas is set to show none."""
     page: str | None = table._repr_html_()
-    return page and hide_formulas(show_controls(page))
+    return page and hide_formulas(show_controls(lay_out(page)))
 
 
 def _let_go_after_an_error() -> None:

@@ -68,10 +68,12 @@ class TqdmProgress(TrainerCallback):
 
 
 class LossFigure(TrainerCallback):
-    """Show the loss curve, redrawn in the same place of the notebook at every logged step."""
+    """Show the loss curve, redrawn in the same place of the notebook at every logged step.
 
-    def __init__(self) -> None:
-        self.handle = None
+    `before`: the held-out loss before training, which stands at step 0 (nats per token)."""
+
+    def __init__(self, before: float | None = None) -> None:
+        self.handle, self.before = None, before
 
     def on_log(self, args, state, control, **kwargs):
         self.draw(state.log_history)
@@ -84,7 +86,7 @@ class LossFigure(TrainerCallback):
 
         if not any("loss" in entry for entry in log_history):
             return
-        figure = loss_figure(log_history)
+        figure = loss_figure(log_history, self.before)
         if self.handle is None:
             self.handle = display(figure, display_id=True)
         else:

@@ -87,6 +87,7 @@ def train(
     plans: Sequence[BatchPlan],
     config: RunConfig,
     callbacks: Sequence[TrainerCallback] = (),
+    loss_before: float | None = None,
 ) -> SFTTrainer:
     """Train to the end from the last good checkpoint in the trainer's output_dir, or from the start, and say which.
 
@@ -96,6 +97,7 @@ def train(
         make_trainer: makes a trainer for a plan, as notebook 05 shows.
         plans: the batch plans to try in turn.
         callbacks: added to each trainer, such as those of `make_tracking_callbacks`.
+        loss_before: the loss of the trainer's held-out rows before training, which the live figure shows at step 0.
 
     Returns:
         The trainer that finished.
@@ -108,7 +110,7 @@ def train(
     from accelerate.utils.memory import should_reduce_batch_size
 
     for plan, smaller in zip(plans, [*plans[1:], None], strict=True):
-        trainer = prepare_trainer(make_trainer(plan), config)
+        trainer = prepare_trainer(make_trainer(plan), config, loss_before)
         for callback in callbacks:
             trainer.add_callback(callback)
         reset_peak_gpu_memory()
@@ -233,11 +235,11 @@ def update_jointly(trainer: SFTTrainer) -> None:
         trainer.optimizer_cls_and_kwargs = JoinedAdamW8bit, arguments
 
 
-def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
+def prepare_trainer(trainer: SFTTrainer, config: RunConfig, loss_before: float | None = None) -> SFTTrainer:
     """Prepare a trainer in place, and return it.
 
     It is kept to one GPU, with LoRA matrices in float32 that are updated at once, a check of skipped steps and time, and a
-    progress bar and a live loss figure instead of printed dictionaries.
+    progress bar and a live loss figure (`LossFigure`, from `loss_before` on) instead of printed dictionaries.
 
     Raises:
         TrainingError: if the effective batch is not the configured one."""
@@ -257,7 +259,7 @@ def prepare_trainer(trainer: SFTTrainer, config: RunConfig) -> SFTTrainer:
     if not several:
         say(f"{rows} rows per optimizer step")
         trainer.add_callback(TqdmProgress())
-        trainer.add_callback(LossFigure())
+        trainer.add_callback(LossFigure(loss_before))
     return trainer
 
 

@@ -139,8 +139,8 @@ def test_float16_that_overflows_at_every_step_ends_the_run(make_config, run_trai
     config = make_config("model.dtype=float16", "training.max_steps=12")
     prepare = module.prepare_trainer
 
-    def with_an_absurd_scale(trainer, config):
-        prepare(trainer, config)
+    def with_an_absurd_scale(trainer, *more):
+        prepare(trainer, *more)
         trainer.accelerator.scaler._init_scale = 2.0**60
         return trainer
 

@@ -10,8 +10,8 @@ import time
 import urllib.request
 
 import pytest
-from browsers import needs_chromium
-from test_grading_page import Browser, ask
+from browsers import find_barriers, needs_axe, needs_chromium
+from test_grading_page import FOCUSED, Browser, ask
 
 from medcot_utils.config import load_config
 from medcot_utils.models.chat import WARNING
@@ -103,6 +103,22 @@ def test_the_page_streams_both_models_with_folded_thinking(untrained):
         )
 
 
+BOX = "document.querySelector('textarea[placeholder^=\"a clinical\"]')"
+BOTH_ANSWERED = "(document.body.innerText.match(/no answer after the thinking|thinking: /g) || []).length >= 2"
+
+
+def ask_on_page(browser, question):
+    """Ask, and wait until both models have answered."""
+    for _ in range(20):  # a text typed before the page listens is lost
+        browser.js(f"{BOX}.value = ''; {BOX}.focus()")
+        browser.call("Input.insertText", text=question)
+        browser.press("Ask")
+        time.sleep(1)
+        if question[:10] in browser.text():
+            break
+    browser.until(BOTH_ANSWERED)
+
+
 @pytest.mark.model
 @needs_chromium
 def test_a_browser_asks_and_shows_what_comes_as_plain_text(untrained, tmp_path):
@@ -110,15 +126,7 @@ def test_a_browser_asks_and_shows_what_comes_as_plain_text(untrained, tmp_path):
         browser.call("Page.navigate", url=address)
         browser.until("document.body && document.body.innerText.includes('Not for clinical use')")
         browser.until("document.body.innerText.includes('base model')")
-        for _ in range(20):  # a text typed before the page listens is lost
-            box = "document.querySelector('textarea[placeholder^=\"a clinical\"]')"
-            browser.js(f"{box}.value = ''; {box}.focus()")
-            browser.call("Input.insertText", text=f"Is this bold? {ATTACK}")
-            browser.press("Ask")
-            time.sleep(1)
-            if "Is this bold?" in browser.text():
-                break
-        browser.until("(document.body.innerText.match(/no answer after the thinking|thinking: /g) || []).length >= 2")
+        ask_on_page(browser, f"Is this bold? {ATTACK}")
         assert ATTACK in browser.text(), "the question is shown as it was typed"
         assert browser.js("document.querySelectorAll('img[src*=evil], .message strong').length") == 0
         assert browser.js("document.title") == "medcot chat"
@@ -127,3 +135,37 @@ def test_a_browser_asks_and_shows_what_comes_as_plain_text(untrained, tmp_path):
         assert [url for url in browser.requested if not url.startswith((own, "data:", "blob:"))] == []
         policy = urllib.request.urlopen(address, timeout=30).headers["Content-Security-Policy"]
         assert policy.startswith("default-src 'self' ") and "http" not in policy
+
+
+@pytest.mark.model
+@needs_chromium
+@needs_axe
+def test_axe_finds_no_serious_barrier_on_the_chat_page(untrained, tmp_path):
+    with contextlib.closing(Browser(tmp_path / "profile")) as browser, serving(untrained, "--base-too") as address:
+        for width, scheme in ((1280, "light"), (360, "dark")):
+            browser.show_as(width, scheme)
+            browser.call("Page.navigate", url=address)
+            browser.until("document.body && document.body.innerText.includes('base model')")
+            assert find_barriers(browser) == []
+            ask_on_page(browser, "Why is he dizzy?")
+            assert find_barriers(browser) == []
+            assert browser.js("document.documentElement.scrollWidth") == width
+
+
+@pytest.mark.model
+@needs_chromium
+def test_the_chat_page_can_be_used_with_the_keyboard(untrained, tmp_path):
+    with contextlib.closing(Browser(tmp_path / "profile")) as browser, serving(untrained, "--base-too") as address:
+        browser.call("Page.navigate", url=address)
+        browser.until("document.body && document.body.innerText.includes('base model')")
+        ask_on_page(browser, "Why is he dizzy?")
+        browser.js(f"{BOX}.focus()")
+        browser.call("Input.insertText", text=" Since when?")
+        browser.key("Tab")
+        assert browser.js(FOCUSED) == ["Ask", True]
+        browser.key("Enter")
+        browser.until("[...document.querySelectorAll('.message')].some(one => one.innerText.includes('Since when?'))")
+        browser.until(BOTH_ANSWERED)
+        browser.tab_to("thinking")
+        browser.key("Enter")
+        browser.until("document.querySelectorAll('.thought-group .content').length === 1")

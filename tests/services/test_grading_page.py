@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
-from browsers import CHROMIUM, needs_chromium
+from browsers import CHROMIUM, find_barriers, needs_axe, needs_chromium
 
 from medcot_utils.config import load_config
 from medcot_utils.evaluation.grades import GRADES, read_grades, read_pairs, summarize_grades
@@ -313,6 +313,15 @@ def test_the_page_cannot_tell_which_model_is_which(tmp_path):
 # --- a browser -------------------------------------------------------------------------------------------------------
 
 
+# What has the focus, by its label, and whether that is seen: by an outline, a shadow or the caret of a text box.
+FOCUSED = """(() => {
+  const one = document.activeElement, style = getComputedStyle(one);
+  if (one === document.body) return ["", true];  // past the last one, before it begins again
+  const seen = style.outlineStyle !== "none" || style.boxShadow !== "none" || one.matches("textarea, input, select");
+  return [(one.labels?.[0] ?? one).innerText.trim().split("\\n")[0], seen];
+})()"""
+
+
 class Browser:
     """Headless Chromium on its DevTools pipe (NUL-ended JSON on descriptors 3 and 4): a page that is clicked and looked at."""
 
@@ -380,6 +389,31 @@ class Browser:
 
     def press(self, label):
         self.js(f"[...document.querySelectorAll('button')].find(b => b.innerText.trim().startsWith({label!r})).click()")
+
+    def key(self, name):
+        """Press Tab, Enter or a space, as on the keyboard."""
+        code, text = {"Tab": (9, ""), "Enter": (13, "\r"), " ": (32, " ")}[name]
+        how = {"key": name, "code": {" ": "Space"}.get(name, name), "windowsVirtualKeyCode": code}
+        self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **how)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **how)
+
+    def tab_to(self, label):
+        """Tab until the focus, which must be seen, is on what begins with a label; return the labels on the way."""
+        passed = []
+        for _ in range(30):
+            self.key("Tab")
+            name, seen = self.js(FOCUSED)
+            assert seen, f"nobody sees that {name!r} has the focus"
+            if name.startswith(label):
+                return passed
+            passed += [name] if name else []
+        pytest.fail(f"never reached: {label}, only {passed}")
+
+    def show_as(self, width, scheme):
+        """Show the page that wide, in a light or dark color scheme."""
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def screenshot(self, path):
         import base64
@@ -464,3 +498,34 @@ def test_a_browser_shows_the_texts_verbatim_and_keeps_the_clicks(tmp_path):
         browser.until("document.getElementById('out').complete")
         assert "blocked" in "".join(browser.refused)
         assert policy.startswith("default-src 'self' ") and "*" not in policy and "http" not in policy
+
+
+@needs_chromium
+@needs_axe
+def test_axe_finds_no_serious_barrier_on_the_grading_page(tmp_path):
+    with contextlib.closing(Browser(tmp_path / "profile")) as browser, serving(fill(tmp_path / "run")) as server:
+        for width, scheme in ((1280, "light"), (1280, "dark"), (360, "dark")):
+            browser.show_as(width, scheme)
+            browser.call("Page.navigate", url=server.address)
+            browser.until("document.body && document.body.innerText.includes('Question 1 of 4')")
+            browser.press("Thinking of A")
+            browser.press("Show the reference")
+            browser.until("document.body.innerText.includes('The reference says')")
+            assert find_barriers(browser) == []
+        browser.js("document.querySelector('h2').style.color = '#333'")
+        assert [found.split(":")[0] for found in find_barriers(browser)] == ["serious color-contrast"], "it can find one"
+
+
+@needs_chromium
+def test_the_grading_page_can_be_used_with_the_keyboard(tmp_path):
+    run = fill(tmp_path / "run")
+    with contextlib.closing(Browser(tmp_path / "profile")) as browser, serving(run) as server:
+        browser.call("Page.navigate", url=server.address)
+        browser.until("document.body && document.body.innerText.includes('Question 1 of 4')")
+        browser.tab_to("Thinking of A")
+        browser.key("Enter")
+        browser.until("document.querySelectorAll('.open').length === 1")
+        assert browser.tab_to("A better") == ["Thinking of B", "Show the reference response", "Note"]
+        browser.key(" ")
+        browser.until("document.body.innerText.includes('Question 2 of 4, 1 of 4')")
+    assert len(read_grades(run)) == 1

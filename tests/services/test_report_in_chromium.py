@@ -309,15 +309,6 @@ def on_a_telephone(folder, page, tell, fragment=""):
     return browse(folder, f"<title>outer</title><body>{frame}</body>", "onmessage = event => report(event.data)")[0]
 
 
-def test_nothing_is_wider_than_a_telephone(page, run, tmp_path):
-    for one in (page, build_report(run, run, run)):
-        inner_width, scroll_width = on_a_telephone(tmp_path, one, "[innerWidth, document.documentElement.scrollWidth]")
-        assert inner_width == 390 and 300 < scroll_width <= inner_width
-        # A table is wider and scrolls by itself: no column as narrow as a letter.
-        narrowest = "Math.min(...[...document.querySelectorAll('th, td')].map(cell => cell.clientWidth))"
-        assert on_a_telephone(tmp_path, one, narrowest) > 40
-
-
 def test_on_a_telephone_a_linked_question_is_not_covered(page, tmp_path):
     place = """(() => {
       const card = document.querySelector(":target").getBoundingClientRect();

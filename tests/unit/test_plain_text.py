@@ -8,7 +8,7 @@ import pytest
 from markdown_it import MarkdownIt
 from planted_texts import PAYLOADS, shown
 
-from medcot_utils.plain_text import escape_markdown, hide_formulas, one_line, say, show_controls
+from medcot_utils.plain_text import escape_markdown, hide_formulas, keep_intervals, one_line, say, show_controls
 
 
 @pytest.mark.parametrize("name", PAYLOADS)
@@ -74,3 +74,14 @@ def test_numbers_and_names_stay_readable_in_markdown():
 
 def test_no_dollar_sign_or_backslash_stands_beside_another_character():
     assert hide_formulas(r"<td>$5, \(x\)</td>") == ("<td><span>&#36;</span>5, <span>&#92;</span>(x<span>&#92;</span>)</td>")
+
+
+@pytest.mark.parametrize("text", ["[-0.1, 0.3]", "[45 %, 52 %]", "[1,234, 2,345]", "[-29.02, 23.62]", "[1e-05, 2e-05]"])
+def test_an_interval_has_no_space_that_may_end_a_line(text):
+    kept = keep_intervals(f"at least 5 {text} of it")
+    assert kept == f"at least 5 {text} of it".replace(text, text.replace(" ", "\N{NO-BREAK SPACE}"))
+
+
+@pytest.mark.parametrize("text", ["[a, b]", "[1, 2, 3]", "[]", "[see 1, 2]", "1, 2", "[1 and 2]"])
+def test_no_other_text_is_taken_for_an_interval(text):
+    assert keep_intervals(text) == text

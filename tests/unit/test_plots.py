@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import itertools
 import math
 
 import made_up_measures
 import pytest
 from matplotlib.colors import to_hex
+from PIL import Image
 
 from medcot_utils.plots import (
     ACCENT,
@@ -100,3 +104,28 @@ def test_a_log_without_a_loss_makes_figures_that_say_so(log):
     for figure in (loss_figure(log), band_figure({10: (1.0, 2.0)}, log)):
         assert to_data_uri(figure)
     assert said(loss_figure([])) == ["no loss was logged"]
+
+
+LOG = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.75}, {"step": 2, "loss": 1.5}]
+
+
+@pytest.mark.parametrize(("before", "expected"), [(None, [(2, 1.75)]), (2.25, [(0, 2.25), (2, 1.75)])])
+def test_the_held_out_loss_starts_at_step_0_if_it_is_known(before, expected):
+    trained, held_out = loss_figure(LOG, before).axes[0].lines
+    assert list(zip(*held_out.get_data(), strict=True)) == expected
+    assert list(zip(*trained.get_data(), strict=True)) == [(1, 2.0), (2, 1.5)]
+
+
+def test_a_figure_for_a_telephone_has_its_panels_in_one_column():
+    figure = comparison_figure(made_up_measures.measured(), made_up_measures.merged(), narrow=True)
+    figure.draw_without_rendering()
+    boxes = [axes.get_position() for axes in figure.axes]
+    assert all(above.y0 > below.y1 for above, below in itertools.pairwise(boxes))
+    assert all(axes.title.get_window_extent().x1 <= figure.bbox.width for axes in figure.axes), "no title is cut"
+    assert loss_figure(LOG, narrow=True).get_figwidth() == figure.get_figwidth() < 5
+
+
+@pytest.mark.parametrize("figure", [loss_figure(LOG), comparison_figure(made_up_measures.measured())], ids=["loss", "comparison"])
+def test_a_figure_brings_its_own_light_ground(figure):
+    png = base64.b64decode(to_data_uri(figure).partition(",")[2])
+    assert Image.open(io.BytesIO(png)).convert("RGBA").getpixel((1, 1)) == (255, 255, 255, 255), "readable in dark mode"

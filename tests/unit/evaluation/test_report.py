@@ -6,8 +6,9 @@ import re
 
 import pytest
 from made_up_runs import ATTACK, CONFIG, MORE, QUESTIONS, Tags, fill, fill_more
+from matplotlib.figure import Figure
 
-from medcot_utils import evaluation
+from medcot_utils import evaluation, plots
 from medcot_utils.cli.grading_page import Desk
 from medcot_utils.evaluation.report import build_report
 from medcot_utils.export.model_card import model_card
@@ -93,7 +94,7 @@ def measured_more(tmp_path_factory):
 def table(page, name):
     """The rows of a run's table, each as the texts of its cells."""
     found = re.search(rf'<table class="{name}">(.*?)</table>', page, re.DOTALL)
-    rows = re.findall(r"<tr>(.*?)</tr>", found[1], re.DOTALL)
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", found[1], re.DOTALL)
     return [[shown(cell) for cell in re.findall(r"<t[hd][^>]*>.*?</t[hd]>", row, re.DOTALL)] for row in rows]
 
 
@@ -104,8 +105,9 @@ def test_the_report_opens_with_the_figure_and_what_was_decided(measured_more):
         places.append(measured_more.index(text, places[-1]))
     assert places == sorted(places)
     assert "about 90 would tell" in measured_more[places[4] : places[6]]
-    assert '<td class="number">90</td>' in measured_more and measured_more.count("Beside it: none beside") == 3
-    assert re.findall(r'<td class="(\w*)">(?:holds|does not|can)', measured_more) == ["holds", "doesnot", ""]
+    assert '<td data-label="questions it would take">90</td>' in measured_more
+    assert measured_more.count("Beside it: none beside") == 3
+    assert re.findall(r'<td data-label="verdict" class="(\w*)">(?:holds|does not|can)', measured_more) == ["holds", "doesnot", ""]
 
 
 def test_both_readings_stand_beside_each_other_with_the_merged(measured_more):
@@ -152,6 +154,19 @@ def test_a_merged_model_too_large_for_the_gpu_says_so(tmp_path):
     assert "Its answers were not measured: needs 15.0 GiB." in shown(page)
     assert len(table(page, "merged")) == 2, "a head and the loss"
     assert "<h3>merged</h3>" not in page
+
+
+def test_the_held_out_loss_starts_with_the_base_on_those_rows(tmp_path, monkeypatch):
+    run = fill(Run.create(tmp_path / "run", CONFIG))
+    losses = [record | {"nll": 10.0 * place} for place, record in enumerate(run.read("held_out_loss"))]
+    run.write("held_out_loss", losses[8:] + losses[:8])
+    run.write("metrics", run.read("metrics"))
+    drawn = []
+    monkeypatch.setattr(plots, "loss_figure", lambda *data, narrow: drawn.append(data) or Figure())
+    build_report(run)
+    rows = [loss["nll"] / loss["tokens"] for loss in losses if loss["model"] == "base"][: CONFIG.training.eval_rows]
+    assert rows == [0.0, 1.0, 2.0, 3.0]
+    assert drawn == [(run.read("training_log"), 1.5)] * 2, "wide and narrow"
 
 
 # --- what each model wrote -------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def text_of(page):
 def table(page, name):
     """The rows of a table, each as the texts of its cells."""
     found = re.search(rf'<table id="{name}">(.*?)</table>', page, re.DOTALL)
-    rows = re.findall(r"<tr>(.*?)</tr>", found[1], re.DOTALL) if found else []
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", found[1], re.DOTALL) if found else []
     return [
         [" ".join(Tags(cell).text.split()) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)] for row in rows
     ]

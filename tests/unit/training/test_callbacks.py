@@ -84,6 +84,12 @@ def test_simulated_display_redraws_the_figure_in_place(shown):
     assert shown.points() == [[(1,), (7.25,)], [(1, 2), (7.25, 6.5)]]
 
 
+def test_simulated_display_starts_at_the_loss_before_training(shown):
+    LossFigure(before=8.5).draw(LOG)
+    held_out = shown.figures[0].axes[0].lines[1].get_data()
+    assert [list(axis) for axis in held_out] == [[0, 2], [8.5, 7.0]]
+
+
 # --- the first process's lines -------------------------------------------------------------------------------------
 
 

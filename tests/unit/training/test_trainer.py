@@ -22,7 +22,9 @@ from tiny_trainer import (
 
 from medcot_utils.config import load_config
 from medcot_utils.models.engine import get_engine
+from medcot_utils.models.losses import mean_loss, row_losses
 from medcot_utils.training.batch_plan import step_plan
+from medcot_utils.training.callbacks import LossFigure
 from medcot_utils.training.trainer import (
     TrainingError,
     check_effective_batch,
@@ -71,11 +73,19 @@ def test_settings_reach_the_trainers_arguments():
 
 @pytest.mark.model
 def test_lora_matrices_are_float32_when_training_begins(tmp_path):
-
-    trainer = prepare_trainer(make_trainer(tmp_path), CONFIG)
+    trainer = prepare_trainer(make_trainer(tmp_path), CONFIG, loss_before=7.5)
+    assert [one.before for one in trainer.callback_handler.callbacks if isinstance(one, LossFigure)] == [7.5]
     trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     assert len(trained) == 28
     assert {weight.dtype for weight in trained} == {torch.float32}
+
+
+@pytest.mark.model
+def test_the_loss_at_step_0_is_the_trainers_own_on_the_same_rows(tmp_path):
+    trainer = make_trainer(tmp_path)
+    rows = trainer.eval_dataset.add_column("id", ["a", "b"])
+    before = mean_loss(row_losses(trainer.model, rows, 2, "base"))
+    assert before == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.model
