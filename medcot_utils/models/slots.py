@@ -27,8 +27,10 @@ Bounds = tuple[torch.Tensor, torch.Tensor]  # where each row's queries and keys 
 
 
 def fits_slots(model: PreTrainedModel) -> bool:
-    """Return whether a model can be decoded in slots: torch's own attention, over all tokens before, at steady positions."""
+    """Return whether a model can be decoded in slots: on one device, torch's attention over all before, at steady positions."""
     base = _without_adapter(model)
+    if len(set(getattr(base, "hf_device_map", {}).values())) > 1:
+        return False
     config = base.config.get_text_config()
     rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     usable = base._can_compile_fullgraph and base._supports_attention_backend and hasattr(base.get_decoder(), "layers")

@@ -15,7 +15,7 @@ from medcot_utils.machine import disk
 from medcot_utils.machine.durations import TimeEstimate, describe_time
 from medcot_utils.machine.paths import GIB, platform_name
 from medcot_utils.machine.probe import MachineSpeed
-from medcot_utils.models.batches import CPU_BATCH, MAX_BATCH, PACKED_CAPABILITY, PACKED_ROWS
+from medcot_utils.models.batches import CPU_BATCH, ENOUGH, MAX_BATCH, PACKED_CAPABILITY, PACKED_ROWS
 from medcot_utils.models.embedded import is_made
 from medcot_utils.series.workload import Asked, Workload, measure_workload
 from medcot_utils.training.batch_plan import count_processes
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 # The true time lies within estimate / band and estimate x band.
 _MEASURED_BAND, _PUBLISHED_BAND = 1.35, 1.6
 # Share of the machine's own product that a training step reaches, counting four operations per weight and token: without and
-# with gradient checkpointing on an H100 (12,210 and 7,146 tokens/s at 8B, 710 TFLOP/s), and on two CPU cores, where rows share
-# their template (demo).
-_TRAINED, _TRAINED_CHECKPOINTED, _TRAINED_ON_CPU = 0.53, 0.32, 0.55
+# with gradient checkpointing on an H100 (14,600 and 7,146 tokens/s at 8B, about 750 TFLOP/s), and on two CPU cores, where rows
+# share their template (demo). The first step is compiled.
+_TRAINED, _TRAINED_CHECKPOINTED, _TRAINED_ON_CPU = 0.6, 0.32, 0.55
+_COMPILE_TRAINING_SECONDS = 32
 # The same for text that is only read, two operations per weight and token; on a CPU what rows share is read once.
 _READ, _READ_ON_CPU = 0.4, 0.74
 # Bytes moved on a CPU for each byte of keys and values that a token attends to (demo: 25 rows of 350 tokens, 0.3 s a step).
@@ -39,9 +40,12 @@ _NO_CHECKPOINTING_BYTES = 5  # of GPU memory per parameter, from which a step of
 _SEVERAL_GPUS = 0.9  # of the speed of one, each: 1.78 times with two (docs/benchmarks.md)
 # Small operations of a decoder layer for one token: 21 ms a token at 8B on an H200.
 _LAYER_OPERATIONS = 200
-_UNPACKED = 5.0  # bytes moved per parameter if 4-bit weights are unpacked at every step: 115 ms a step at 8B on a T4
-# 16-bit weights with a static cache, on an H200: 1.7 times the time of reading them, 32 s to compile for a shape of batch.
-_COMPILED, _COMPILE_SECONDS = 1.7, 32
+# Bytes moved per parameter if 4-bit weights are unpacked at every step: 115 ms a step at 8B on a T4. Unsloth does so there for
+# more than 16 rows, bitsandbytes on an H100 and later for more than 16 rows of most layers (18 ms a step).
+_UNPACKED, _UNPACKED_FROM = 5.0, (9, 0)
+# A compiled step over a cache of fixed size: 1.4 times the time of reading the weights (6.9 ms at 8B on an H100), and 10 s to
+# compile.
+_COMPILED, _COMPILE_SECONDS = 1.4, 10
 # Small operations that take as long as: starting a kernel with the libraries; Unsloth's import; loading a parameter; a resample;
 # unpacking the embedded SmolLM2 (17 s on two CPU cores).
 _START, _UNSLOTH, _PER_PARAMETER, _PER_RESAMPLE, _UNPACK_EMBEDDED = 2.8e6, 8e6, 4e-4, 200, 5e6
@@ -147,18 +151,24 @@ class _Seconds:
         processes = count_processes(self.config, self.speed.gpus) if self.speed.gpus else 1
         faster = 1 + (processes - 1) * _SEVERAL_GPUS
         operations = 4 * self.model.parameters * self.work.steps * self.work.step_rows * self.work.row_tokens
-        compiled = _COMPILE_SECONDS if self.speed.gpus else 0
+        compiled = _COMPILE_TRAINING_SECONDS if self.speed.gpus else 0
         evaluated = self.read(self.work.evaluated_rows * self.work.row_tokens)
         return compiled + operations / (self.speed.product * share * faster) + evaluated
 
     # --- text that is written ------------------------------------------------------------------------------------
 
     def compiles(self) -> bool:
-        """Return whether answers come from 16-bit weights and compiled steps, as `models.engine` and `models.batches` decide."""
-        return self.speed.gpus > 0 and self.gpu_gib >= _16_BIT_ANSWERS_GIB and self.config.model.engine != "unsloth"
+        """Return whether answers come from compiled steps, as `models.engine` and `models.batches` decide."""
+        return self.speed.gpus > 0 and self.config.model.engine != "unsloth"
 
-    def step(self, rows: int, context: float, in_16bit: bool = False) -> float:
-        """Return the time to write one token of each of so many rows."""
+    def unpacks_once(self) -> bool:
+        """Return whether there is room for 16-bit weights, so that no step unpacks any."""
+        return self.compiles() and self.gpu_gib >= _16_BIT_ANSWERS_GIB
+
+    def step(self, rows: int, context: float, in_16bit: bool = False, eager: bool = False) -> float:
+        """Return the time to write one token of each of so many rows.
+
+        Args: eager: whether it is not compiled, though steps of many answers are."""
         model, speed = self.model, self.speed
         attended = rows * context * model.cache_bytes / speed.memory
         multiplied = rows * 2 * model.parameters / speed.product
@@ -166,13 +176,19 @@ class _Seconds:
         if not speed.gpus:
             weights = 4 * model.parameters / speed.memory
             return started + weights + multiplied / _READ_ON_CPU + _ATTENDED_ON_CPU * attended
-        if self.compiles():
-            return _COMPILED * 2 * model.parameters / speed.memory + multiplied / _READ + attended
-        weights = 2 * model.parameters if in_16bit else model.base_bytes
-        if model.in_4bit and not in_16bit and rows > PACKED_ROWS and speed.capability == PACKED_CAPABILITY:
+        weights = 2 * model.parameters if in_16bit or self.unpacks_once() else model.base_bytes
+        if self._unpacks_at_each_step(rows, in_16bit):
             weights += _UNPACKED * model.parameters
+        if self.compiles() and not eager:
+            return _COMPILED * weights / speed.memory + multiplied / _READ + attended
         spilled = self.spilled_bytes() / speed.upload if in_16bit else 0.0
         return started + weights / speed.memory + multiplied / _READ + attended + spilled
+
+    def _unpacks_at_each_step(self, rows: int, in_16bit: bool) -> bool:
+        if not self.model.in_4bit or in_16bit or self.unpacks_once() or rows <= PACKED_ROWS or not self.speed.capability:
+            return False
+        capability = self.speed.capability
+        return capability >= _UNPACKED_FROM if self.compiles() else capability == PACKED_CAPABILITY
 
     def spilled_bytes(self) -> float:
         """Return the 16-bit weights that all GPUs together cannot hold: they are copied for every token."""
@@ -181,7 +197,7 @@ class _Seconds:
     def stream(self) -> float:
         """Return the time of the one question that is shown as it is answered."""
         tokens = self.config.generation.max_new_tokens
-        return tokens * self.step(1, self.work.prompt_tokens + tokens / 2)
+        return tokens * self.step(1, self.work.prompt_tokens + tokens / 2, eager=True)
 
     def answer(self, asked: Asked, in_16bit: bool = False) -> float:
         """Return the time of answers made in batches, shared out over the GPUs."""
@@ -189,17 +205,20 @@ class _Seconds:
         if not share:
             return 0.0
         rows, context = self.rows_at_once(asked, share), self.work.prompt_tokens + asked.new_tokens / 2
-        written = math.ceil(share / rows) * asked.new_tokens * self.step(rows, context, in_16bit)
+        eager = in_16bit and self.spilled_bytes() > 0
+        written = math.ceil(share / rows) * asked.new_tokens * self.step(rows, context, in_16bit, eager)
         return written + self.read_alike(share * self.work.prompt_tokens) + (_COMPILE_SECONDS if self.compiles() else 0)
 
     def rows_at_once(self, asked: Asked, answers: int) -> int:
         """Return the rows of a batch, about as `models.batches.choose_batch_size` chooses them."""
         if self.config.generation.batch_size != "auto":
             return min(self.config.generation.batch_size, answers)
-        weights = 2 * self.model.parameters if self.compiles() else self.model.base_bytes
+        weights = 2 * self.model.parameters if self.unpacks_once() else self.model.base_bytes
         row = self.model.cache_bytes * (self.work.prompt_tokens + asked.new_tokens)
         fits = (self.gpu_gib * GIB - weights) / (row * (1.2 if self.compiles() else 2.5)) if self.speed.gpus else CPU_BATCH
-        allowed = PACKED_ROWS if self.speed.capability == PACKED_CAPABILITY else MAX_BATCH
+        allowed = MAX_BATCH if self.unpacks_once() or not self.model.in_4bit else ENOUGH
+        if not self.compiles() and self.speed.capability == PACKED_CAPABILITY:
+            allowed = PACKED_ROWS
         most = int(max(1, min(allowed, fits, answers)))
         return math.ceil(answers / math.ceil(answers / most))  # even batches
 
@@ -220,7 +239,7 @@ class _Seconds:
         settings, moved = self.config.evaluation, _MERGE * self.model.parameters / _DISK
         rows = self.config.export.check_rows * 2 + (self.work.held_out_rows if settings.measure_merged else 0)
         tokens = self.work.check_tokens + 64  # of the answer at the end
-        written = tokens * self.step(1, self.work.prompt_tokens, in_16bit=True)
+        written = tokens * self.step(1, self.work.prompt_tokens, in_16bit=True, eager=True)
         # By default a model that the GPUs cannot hold is asked nothing.
         asks = settings.merged_questions is not None or not self.spilled_bytes()
         answered = self.answer(self.work.asked_merged, in_16bit=True) if asks else 0.0
