@@ -41,6 +41,7 @@ from medcot_utils.run.lock import HOLDER, LOCK, RunError, cannot_be_written, hol
 from medcot_utils.run.manifest import FORMAT, ArtifactEntry, Manifest, read_manifest
 from medcot_utils.run.sources import DATA_FILE, describe_moved, digest_sources, find_hub_commits
 from medcot_utils.text_files import read_json
+from medcot_utils.token_shapes import name_look
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
 _WHOSE = ("profile", "model.name")  # a run of another one is another run, whatever it has made
@@ -70,6 +71,8 @@ class StoredRun:
         Raises RunError as `check_place` does, and if another process works there; then nothing was written. A manifest that
         cannot be read is replaced by an empty one: then nothing counts as made."""
         path = Path(path)
+        if look := name_look(str(path)):
+            raise RunError(f"run directory {path} holds what looks like {look}: choose another with --run-dir, or RUN_DIR")
         cls.check_place(path, config, force)
         with hold(path, "notebook 01_setup"):
             there = cls.open_if_readable(path)
