@@ -344,8 +344,8 @@ def _refuse_secrets(arguments: Sequence[str]) -> None:
         option, value = (name, value) if text.startswith("--") else (option, text)
         if value and option not in ("--set", "--parameter", "-p") and (kind := kind_of(value, secrets_at_hand())):
             raise MedcotError(
-                f"{option or 'an argument'} holds {kind}. Take it out: arguments are written to files, and others can see them. A "
-                f"secret belongs in the environment or the platform's secret store"
+                f"{option or 'an argument'} holds {kind}. Take it out: arguments are written to files, and others can see them. "
+                f"A secret belongs in the environment or the platform's secret store"
             )
         option = text if text.startswith("-") and "=" not in text else ""
 

@@ -72,7 +72,7 @@ def read_manifest(path: Path) -> Manifest:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"not a manifest of format {FORMAT}")
     try:
-        _shape().validate_python(manifest)
+        _shape().validate_python(manifest, strict=True)
     except ValidationError as error:
         fault = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None

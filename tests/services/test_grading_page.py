@@ -438,7 +438,9 @@ def test_a_browser_shows_the_texts_verbatim_and_keeps_the_clicks(tmp_path):
             (run.path / GRADES).rename(run.path / "aside")
             (run.path / GRADES).symlink_to("/dev/full")
             browser.press("Tie")
-            browser.until("document.body.innerText.includes('Not kept: grades.jsonl cannot be written (No space left on device)')")
+            browser.until(
+                "document.body.innerText.includes('Not kept: grades.jsonl cannot be written (No space left on device)')"
+            )
             assert "Question 1 of 4" in browser.text() and "q0 < 9?" in browser.text()
             assert browser.js("document.querySelector('textarea[placeholder=optional]').value") == "from the page"
             (run.path / GRADES).unlink()

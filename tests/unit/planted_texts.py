@@ -12,7 +12,6 @@ from medcot_utils.config import RunConfig
 from medcot_utils.evaluation.grades import read_pairs
 from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.run.directory import Run
-from medcot_utils.run.files import read_content
 
 # {what it tries: (the text, what a reader should see)}. Whatever runs in a page sets its title.
 RAN = "document.title='ran'"
@@ -89,7 +88,7 @@ def planted_run(path: Any, name: str) -> Run:
     made = run.manifest()["artifacts"]
     for artifact in ARTIFACTS:  # in their order, so that each is fresh
         if artifact in made and ARTIFACTS[artifact].file.endswith((".json", ".jsonl")):
-            value = plant(_more_texts(artifact, read_content(run.place(artifact))), planted)
+            value = plant(_more_texts(artifact, run.read(artifact)), planted)
             run.write(artifact, _join_pairs(value, planted) if artifact == "export_check" else value)
         elif artifact == "report":
             run.write(artifact, "no report yet")

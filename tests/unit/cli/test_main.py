@@ -98,7 +98,7 @@ def test_a_secret_of_this_machine_in_an_argument_is_refused(medcot_here, tmp_pat
 
 
 def test_a_run_directory_of_a_tokens_name_is_not_made(tmp_path):
-    with pytest.raises(MedcotError, match="run directory .* holds what looks like a Hugging Face token"):
+    with pytest.raises(MedcotError, match=r"run directory .* holds what looks like a Hugging Face token"):
         Run.create(tmp_path / TOKEN, load_config("smoke"))
     assert list(tmp_path.iterdir()) == []
 

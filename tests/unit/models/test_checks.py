@@ -141,14 +141,18 @@ def test_a_model_on_the_hub_is_asked_for_code_before_its_weights(model, monkeypa
 
 
 def copied(name, copy, **more):
-    return load_config("smoke", settings(name)).model.model_copy(update={"engine": "unsloth", "quantized_name": str(copy), **more})
+    return load_config("smoke", settings(name)).model.model_copy(
+        update={"engine": "unsloth", "quantized_name": str(copy), **more}
+    )
 
 
 @pytest.mark.parametrize("name", ["a folder", "embedded:tiny-random-llama"])
 def test_a_quantized_copy_that_needs_own_code_is_refused(name, checkpoint, model):
     need_own_code(model)
     name = checkpoint if name == "a folder" else name
-    with pytest.raises(ModelError, match=r"^model\.quantized_name .*/model: .* model_type 'evil' .*medcot runs no code") as caught:
+    with pytest.raises(
+        ModelError, match=r"^model\.quantized_name .*/model: .* model_type 'evil' .*medcot runs no code"
+    ) as caught:
         check_model(copied(name, model))
     assert "\n" not in str(caught.value)
     for unused in ({"engine": "transformers"}, {"load_in_4bit": False}):
