@@ -118,7 +118,7 @@ class StoredRun:
     def _refuse_another(self, config: RunConfig) -> None:
         """Raise RunError if settings that say what a run is of are others than this run's."""
         try:
-            made = [ARTIFACTS[name] for name in self.manifest()["artifacts"]]
+            made = [ARTIFACTS[name] for name in self.manifest()["artifacts"] if name in ARTIFACTS]
         except RunError:
             made = []
         names = list(_WHOSE)

@@ -77,6 +77,10 @@ def plant_config(config: RunConfig, planted: str) -> RunConfig:
         for section, names in free.items()
     }
     changes["model"] = changes["model"].model_copy(update={"name": f"me/model{planted}"})
+    changes["dataset"] = changes["dataset"].model_copy(
+        update={"path": f"rows{planted}.jsonl", "columns": config.dataset.columns.model_copy(update={"question": planted})}
+    )
+    changes["lora"] = config.lora.model_copy(update={"target_modules": (f"q_proj{planted}",)})
     changes["evaluation"] = config.evaluation.model_copy(update={"mcq_tasks": (f"shipped{planted}",)})
     return config.model_copy(update=changes)
 
@@ -84,7 +88,10 @@ def plant_config(config: RunConfig, planted: str) -> RunConfig:
 def planted_run(path: Any, name: str) -> Run:
     """A run up to the export check with a payload in every text of its artifacts, its settings, its manifest and its records."""
     planted = mark(name)
-    run = fill_more(Run.create(path, plant_config(MORE, planted)))
+    config = plant_config(MORE, planted)
+    fill_more(Run.create(path, config))
+    named = config.evaluation.model_copy(update={"embedding_model": f"me/embeds{planted}"})  # which `fill_more` would load
+    run = Run.create(path, config.model_copy(update={"evaluation": named}))
     made = run.manifest()["artifacts"]
     for artifact in ARTIFACTS:  # in their order, so that each is fresh
         if artifact in made and ARTIFACTS[artifact].file.endswith((".json", ".jsonl")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import sys
 
 import matplotlib.figure
@@ -19,7 +20,7 @@ from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation.report import build_report
 from medcot_utils.export.hub.records import file_lines, read_record
 from medcot_utils.export.model_card import model_card
-from medcot_utils.run.artifacts import ARTIFACTS
+from medcot_utils.run.artifacts import ARTIFACTS, PROGRESS
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import sha256_of
 from medcot_utils.run.journal import Journal
@@ -213,3 +214,31 @@ def test_every_json_artifact_has_a_shape():
     assert files == SHAPES.keys()
     for shape in SHAPES.values():
         _adapter(shape)
+
+
+def test_an_artifact_that_no_notebook_makes_is_left_alone(run):
+    known = json.loads((run.path / "manifest.json").read_text())["artifacts"]
+    with changed(run, run.path / "manifest.json", ("artifacts",), known | {"evil": known["metrics"]}):
+        Run.check_place(run.path, run.stored)
+        status(run)
+
+
+@pytest.mark.parametrize("entry", [{}, {"pid": -1}, {"pid": 2**70}, {"pid": 2**31 - 1}])
+def test_a_running_step_of_no_process_is_one_line_or_none(entry, run):
+    steps = {"05_training": {"state": "running"} | entry}
+    with changed(run, run.path / "manifest.json", ("steps",), steps):
+        try:
+            assert Run.open(run.path).step_state("05_training") == "interrupted"
+        except RunError as error:
+            assert re.match(r"run/manifest\.json cannot be read \(steps\.05_training\.pid: input should be", str(error))
+            assert entry["pid"] in (-1, 2**70)
+
+
+@pytest.mark.parametrize("line", ["7", "{}", "[]", "null", "nothing"])
+def test_progress_that_is_none_is_not_said(line, run_factory):
+    folder = run_factory().path / "checkpoints" / "x"
+    folder.mkdir(parents=True)
+    (folder / PROGRESS).write_text(f"{line}\n")
+    opened = Run.open(folder.parents[1])
+    opened.record_step("05_training", state="running", started=0.0)
+    assert runner._training_step(opened) == ""
