@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from medcot_utils.cli import web
 from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation.grades import GRADES, Grade, GradingError, Pair, append_grade, latest_grades, read_grades, read_pairs
+from medcot_utils.machine.redaction import kind_of, secrets_at_hand
 from medcot_utils.plain_text import say
 from medcot_utils.run.directory import Run
 from medcot_utils.run.lock import hold
@@ -57,12 +58,14 @@ class Desk:
     def judge(self, pair: Pair, choice: str, note: str) -> None:
         """Record a judgement; `choice` is one of CHOICES.
 
-        Raises OSError if it cannot be written, and GradingError if the note is too long or the answers were made again
-        meanwhile."""
+        Raises OSError if it cannot be written, and GradingError if the note is too long or holds a secret, or the answers were
+        made again meanwhile."""
         if self._answers() != self._judged:
             raise GradingError("the answers were made again since this page was started: start medcot grade again")
         if len(note) > web.MOST_CHARACTERS:  # the box's own limit is the browser's
             raise GradingError(f"the note is too long: at most {web.MOST_CHARACTERS:,} characters")
+        if kind := kind_of(note, secrets_at_hand()):
+            raise GradingError(f"the note holds {kind}: take it out")
         now = datetime.now(UTC).replace(microsecond=0)
         verdict = dict(zip("ab", pair.shown, strict=True)).get(choice, choice)
         kept = {"note": note.strip(), "shown_as_a": pair.shown[0], "grader": self.grader, "at": now, "answers": pair.digest}
@@ -94,9 +97,9 @@ def build_page(desk: Desk) -> gradio.Blocks:
     """Build the page over a desk. Every click replaces the whole view, so nothing of the last question remains."""
     import gradio as gr
 
-    def view(pair: Pair | None, say: str = "") -> list[Any]:
+    def view(pair: Pair | None, said: str = "", note: str | None = None) -> list[Any]:
         around = [
-            say + desk.heading(pair),
+            (f"<p><b>{web.escape(said)}</b></p>" if said else "") + desk.heading(pair),
             gr.Column(visible=pair is not None),
             gr.Button(visible=bool(desk.previous_pair(pair))),
         ]
@@ -106,7 +109,8 @@ def build_page(desk: Desk) -> gradio.Blocks:
         both = [pair.answers[side] for side in pair.shown]
         texts = [_plain(answer["answer"], missing="no answer after the thinking") for answer in both]
         thoughts = [_plain(answer["thinking"], missing="no thinking") for answer in both]
-        note = desk.judged[pair.id].note if pair.id in desk.judged else ""
+        if note is None:
+            note = desk.judged[pair.id].note if pair.id in desk.judged else ""
         return [pair.token, *around, _plain(pair.question["Question"], "question"), *texts, *thoughts, "", *folded, note]
 
     def answer(act: str, token: str, note: str = "") -> Any:
@@ -114,7 +118,7 @@ def build_page(desk: Desk) -> gradio.Blocks:
         if act == "reference":
             return _plain(f"Reference response: {pair.question['Response']}") if pair else ""
         if token and not pair:
-            return view(desk.next_pair(), "<p><b>The answers have changed since you saw them: nothing was kept.</b></p>")
+            return view(desk.next_pair(), "The answers have changed since you saw them: nothing was kept.")
         if act == "back":
             return view(desk.previous_pair(pair) or pair)
         if pair and act in CHOICES:
@@ -122,7 +126,7 @@ def build_page(desk: Desk) -> gradio.Blocks:
                 desk.judge(pair, act, note)
             except (OSError, MedcotError) as error:
                 why = f"{GRADES} cannot be written ({error.strerror})" if isinstance(error, OSError) else error
-                raise gr.Error(web.escape(f"Not kept: {why}"), print_exception=False) from error
+                return view(pair, f"Not kept: {why}", note)  # Gradio's own errors show no reason on such a page
         return view(desk.next_pair(pair))
 
     with gr.Blocks(title="Blind grading", analytics_enabled=False) as page:

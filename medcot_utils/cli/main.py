@@ -6,6 +6,7 @@ import io
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,7 @@ from medcot_utils.errors import EX_INTERRUPTED, EX_PAUSED, MedcotError, SeriesIn
 from medcot_utils.machine import installing
 from medcot_utils.machine.guarded_streams import guard_streams
 from medcot_utils.machine.paths import expand_home
+from medcot_utils.machine.redaction import kind_of, secrets_at_hand
 from medcot_utils.plain_text import one_line
 
 if TYPE_CHECKING:
@@ -332,12 +334,29 @@ def _prepare_environment() -> None:
         typer.echo(environment.tell_forgotten(left), err=True)
 
 
+def _refuse_secrets(arguments: Sequence[str]) -> None:
+    """Raise MedcotError for an argument that holds a secret: names and paths are written, and lists of processes show them all.
+
+    Those of --set and --parameter are left to their own checks, which name the setting."""
+    option = ""
+    for text in arguments:
+        name, _, value = text.partition("=")
+        option, value = (name, value) if text.startswith("--") else (option, text)
+        if value and option not in ("--set", "--parameter", "-p") and (kind := kind_of(value, secrets_at_hand())):
+            raise MedcotError(
+                f"{option or 'an argument'} holds {kind}. Take it out: arguments are written to files, and others can see them. "
+                f"A secret belongs in the environment or the platform's secret store"
+            )
+        option = text if text.startswith("-") and "=" not in text else ""
+
+
 def main() -> None:
     """Run the command line. An error that the user can fix is one line and exit code 1; a paused training is exit code
     EX_PAUSED, and Ctrl-C in a series EX_INTERRUPTED."""
     try:
         installing.require_linux()
         _prepare_environment()
+        _refuse_secrets(sys.argv[1:])
         app()
     except SeriesPaused as pause:
         typer.echo(f"medcot: paused. {pause}")

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired
+
+from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
 from medcot_utils.config import DatasetSettings, RunConfig
 from medcot_utils.data.contamination import Repeat, find_repeats, normalize
@@ -51,7 +53,7 @@ class Question(AskedQuestion):
     `Complex_CoT` and `Response` are the references: the data set's chain of thought (empty for the article's) and answer."""
 
     scored: bool
-    specialty: str
+    specialty: str | int  # a number in runs of earlier versions
     Complex_CoT: str
     Response: str
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from medcot_utils.config import EvaluationSettings, RunConfig
 from medcot_utils.evaluation.intervals import format_interval, is_clear, mean_of, questions_needed, share_questions_needed
-from medcot_utils.evaluation.loss import LossBars, compare_losses
+from medcot_utils.evaluation.loss import compare_losses
 from medcot_utils.evaluation.metrics import METRICS, Metric, cut_lengths, embedder, sampled_columns
 from medcot_utils.evaluation.paired import ComparedMetric, CutLengths, Metrics, compare_shares, compare_statistics
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from medcot_utils.evaluation.claims import ClaimVerdict
-    from medcot_utils.evaluation.mcq.readings import McqReading
     from medcot_utils.evaluation.scored_set import AnsweredQuestion
     from medcot_utils.models.losses import RowLoss
     from medcot_utils.models.records import AnswerRecord
@@ -33,36 +31,6 @@ LABELS: Labels = ("base", "tuned")
 BY_THEMSELVES, FORCED = "as they answer", "forced closing"
 _NEVER_TESTED = """- whether an answer is medically right: no metric here reads for that
 - anything about questions unlike these, or about patients"""
-
-
-class Measured(TypedDict):
-    """Hold the content of metrics.json, all of greedy answers unless a field says otherwise.
-
-    n_questions, metrics: the questions that count, and their metrics as the models answer by themselves, with those of loss
-    and multiple choice. forced: the answers' metrics with forced closing over the same questions; absent without it, as in
-    earlier runs, and so are the other fields marked so.
-    claims: the article's claims, judged. notes: lines that the report shows below its tables.
-    n_samples, sampled: sampled answers a question, and their metrics; None without samples. sampled_forced: with forced
-    closing.
-    n_answered, answered: the counted questions that both models answered in full form; empty if there are none.
-    n_contaminated, contaminated: the questions that training rows repeat; None if there are none.
-    losses: the loss in three bars; absent if the 16-bit base's was not taken.
-    mcq_readings: multiple choice in each of its readings, without the questions that training rows repeat."""
-
-    n_questions: int
-    metrics: Metrics
-    forced: NotRequired[Metrics]
-    claims: Sequence[ClaimVerdict]
-    notes: Sequence[str]
-    n_samples: int
-    sampled: Metrics | None
-    sampled_forced: NotRequired[Metrics | None]
-    n_answered: int
-    answered: Metrics
-    n_contaminated: int
-    contaminated: Metrics | None
-    losses: NotRequired[LossBars]
-    mcq_readings: NotRequired[Sequence[McqReading]]
 
 
 def check_questions(config: RunConfig) -> str:

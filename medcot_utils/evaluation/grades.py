@@ -94,11 +94,16 @@ def read_pairs(run: Run) -> list[Pair]:
 
 
 def read_grades(run: Run) -> list[Grade]:
-    """Return every judgement in the run, oldest first; none if there is no file. Prints how many lines cannot be read.
+    """Return every judgement in the run, oldest first; none if there is no file. Prints how many lines cannot be read. Raises
+    GradingError for a file that cannot be.
 
     A line that a crash cut off is skipped, not removed: it stays in the file for whoever wants to see it."""
     path, grades, unreadable = run.path / GRADES, [], 0
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise GradingError(f"{run.display(path)} cannot be read ({error.strerror}): move it away, or make it readable") from error
+    for line in lines:
         try:
             grades += [Grade.model_validate_json(line)] if line.strip() else []
         except ValueError:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NotRequired
+
+from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
 from medcot_utils.config import RunConfig
 from medcot_utils.data.words import counts_characters
-from medcot_utils.evaluation.claims import judge
-from medcot_utils.evaluation.comparison import Measured, Metrics, compare, compare_sampled
-from medcot_utils.evaluation.loss import compare_loss_bars
+from medcot_utils.evaluation.claims import ClaimVerdict, judge
+from medcot_utils.evaluation.comparison import Metrics, compare, compare_sampled
+from medcot_utils.evaluation.loss import LossBars, compare_loss_bars
+from medcot_utils.evaluation.mcq.readings import McqReading
 from medcot_utils.evaluation.scored_set import force_closing
 
 if TYPE_CHECKING:
@@ -21,6 +24,36 @@ _COUNTED_BY_CHARACTER = (
     "Words are counted by white space. Chinese, Japanese, Thai and some other scripts have none between words: there each "
     "character counts as a word, in lengths, repetition and ROUGE-L."
 )
+
+
+class Measured(TypedDict):
+    """Hold the content of metrics.json, all of greedy answers unless a field says otherwise.
+
+    n_questions, metrics: the questions that count, and their metrics as the models answer by themselves, with those of loss
+    and multiple choice. forced: the answers' metrics with forced closing over the same questions; absent without it, as in
+    earlier runs, and so are the other fields marked so.
+    claims: the article's claims, judged. notes: lines that the report shows below its tables.
+    n_samples, sampled: sampled answers a question, and their metrics; None without samples. sampled_forced: with forced
+    closing.
+    n_answered, answered: the counted questions that both models answered in full form; empty if there are none.
+    n_contaminated, contaminated: the questions that training rows repeat; None if there are none.
+    losses: the loss in three bars; absent if the 16-bit base's was not taken.
+    mcq_readings: multiple choice in each of its readings, without the questions that training rows repeat."""
+
+    n_questions: int
+    metrics: Metrics
+    forced: NotRequired[Metrics]
+    claims: Sequence[ClaimVerdict]
+    notes: Sequence[str]
+    n_samples: int
+    sampled: Metrics | None
+    sampled_forced: NotRequired[Metrics | None]
+    n_answered: int
+    answered: Metrics
+    n_contaminated: int
+    contaminated: Metrics | None
+    losses: NotRequired[LossBars]
+    mcq_readings: NotRequired[Sequence[McqReading]]
 
 
 def measure(scored: ScoredSet, losses: Sequence[RowLoss], mcq_metrics: Metrics, config: RunConfig) -> Measured:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NotRequired, TypedDict
+from typing import Annotated, NotRequired
 
 import numpy as np
+from pydantic import AfterValidator
+from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
 from medcot_utils.config import EvaluationSettings
 from medcot_utils.evaluation.intervals import (
@@ -18,6 +20,16 @@ from medcot_utils.evaluation.intervals import (
     estimate_share_difference,
     questions_needed,
 )
+from medcot_utils.evaluation.metrics import METRICS
+
+
+def _require_known(name: str) -> str:
+    if name not in METRICS:
+        raise ValueError("it is no metric of this version")
+    return name
+
+
+MetricName = Annotated[str, AfterValidator(_require_known)]  # where a run is read
 
 
 class CutLengths(TypedDict):
@@ -40,7 +52,7 @@ class ComparedMetric(TypedDict):
 
 
 # By the metric's name, a key of METRICS.
-Metrics = Mapping[str, ComparedMetric]
+Metrics = Mapping[MetricName, ComparedMetric]
 
 
 def compare_shares(base: Array, tuned: Array, settings: EvaluationSettings) -> ComparedMetric:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medcot_utils import plots
 from medcot_utils.config import RunConfig, setting_names
@@ -30,13 +30,17 @@ from medcot_utils.evaluation.side_by_side import (
 )
 from medcot_utils.models.losses import mean_loss
 from medcot_utils.plain_text import keep_intervals, show_controls
+from medcot_utils.run.lock import RunError
+from medcot_utils.run.shapes import Entries, describe_missing
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from matplotlib.figure import Figure
 
     from medcot_utils.data.tokens import DataReport
     from medcot_utils.evaluation.claims import ClaimVerdict
-    from medcot_utils.evaluation.comparison import Measured, Metrics
+    from medcot_utils.evaluation.comparison import Metrics
+    from medcot_utils.evaluation.measured import Measured
     from medcot_utils.evaluation.merged import MergedMeasured
     from medcot_utils.models.losses import RowLoss
     from medcot_utils.run.directory import Run
@@ -51,13 +55,12 @@ def build_report(*runs: Run) -> str:
     Several runs stand beside each other: each base that differs, each run's tuned model, what differs between the runs, and
     the tuned models compared on the questions that all runs scored. The template escapes model text. Raises RunError if an
     artifact that it reads is missing."""
-    from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 
     def show(value: object) -> str:
         return value if isinstance(value, Markup) else show_controls(str(value))  # which the template escapes
 
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=show)
+    environment = make_environment(Path(__file__).parent, autoescape=True, finalize=show)
     environment.filters["keep_intervals"] = keep_intervals
     shown = [read_run(run, name) for run, name in zip(runs, _names([run.path for run in runs]), strict=True)]
     columns = columns_of(shown)
@@ -78,6 +81,17 @@ def build_report(*runs: Run) -> str:
         specialties=sorted({str(one.question["specialty"]) for one in questions} - {""}),
         outcomes=sorted({one.outcome for one in questions}),
     )
+
+
+def make_environment(folder: Path, **options: Any) -> Environment:
+    """Return the environment of the templates in a folder. To compute with an entry that a run's file lacks is a RunError."""
+    from jinja2 import Environment, FileSystemLoader, Undefined
+
+    class Missing(Undefined):
+        def __init__(self, hint: str | None = None, obj: Any = None, name: Any = None, exc: type[Exception] = RunError) -> None:
+            super().__init__(describe_missing(obj, name) if isinstance(obj, Entries) else hint, obj, name, RunError)
+
+    return Environment(loader=FileSystemLoader(folder), undefined=Missing, **options)
 
 
 def _percent(run: Run) -> str:

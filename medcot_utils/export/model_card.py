@@ -15,6 +15,7 @@ from medcot_utils.evaluation.intervals import format_interval
 from medcot_utils.evaluation.merged import LABELS as MERGED_LABELS
 from medcot_utils.evaluation.merged_column import describe_merged, read_merged
 from medcot_utils.evaluation.metrics import METRICS
+from medcot_utils.evaluation.report import make_environment
 from medcot_utils.export.merged import find_trained_pair
 from medcot_utils.models.embedded import PREFIX, describe_model, find_hub_address
 from medcot_utils.plain_text import escape_markdown
@@ -23,7 +24,7 @@ from medcot_utils.run.sources import with_commits_used
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-    from medcot_utils.evaluation.comparison import Measured
+    from medcot_utils.evaluation.measured import Measured
     from medcot_utils.evaluation.merged import MergedMeasured
     from medcot_utils.run.directory import Run
 
@@ -42,7 +43,6 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         addresses: {artifact: the repository it is pushed to}, for the lines that load it. Default: as the hub settings say.
         tag: the revision that those lines name."""
     from huggingface_hub import ModelCard, ModelCardData
-    from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 
     config = with_commits_used(run.config, run.manifest())
@@ -76,7 +76,7 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         return value if isinstance(value, Markup) else escape_markdown(str(value))
 
     # Not by ModelCard.from_template, which escapes nothing.
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), finalize=show)
+    environment = make_environment(Path(__file__).parent, finalize=show)
     card = environment.get_template("model_card.md.j2").render(
         card_data=Markup(data.to_yaml()),
         config=config,

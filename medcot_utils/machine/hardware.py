@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired
 
 import psutil
+from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
 from medcot_utils.config import load_config, override_pairs, profile_needs
 from medcot_utils.errors import MedcotError, PlatformError

@@ -24,7 +24,7 @@ class _Found:
 
     config: Path
     files: list[str]
-    tokenizer: Path | None = None  # its tokenizer_config.json, if it lies on the Hub
+    tokenizer: Path | None = None  # its tokenizer_config.json, if there is one
 
 
 def is_at_hand(settings: ModelSettings) -> bool:
@@ -37,16 +37,18 @@ def check_model(settings: ModelSettings) -> str:
 
     Raises:
         ModelError: for a folder that is missing or holds no model, weights that are quantized already or no safetensors, and a
-            tokenizer as `load_tokenizer_from` refuses it, and a model whose code is not in transformers."""
+            tokenizer as `load_tokenizer_from` refuses it, and a model, or its quantized copy, whose code is not in
+            transformers."""
+    if settings.quantized_name and settings.load_in_4bit and settings.engine != "transformers":
+        _check_copy(settings.model_copy(update={"name": settings.quantized_name, "revision": settings.quantized_revision}))
     name, folder = settings.name, Path(settings.name)
     if name.startswith(PREFIX):
         return f"{name}: made on this machine"
     local = is_at_hand(settings)
-    found = _look_into(folder) if local else _look_up(settings)
+    found = _look_into(folder, "model.name") if local else _look_up(settings)
     if found is None:
         return f"{name}: the Hub cannot be asked, not looked at"
-    config = json.loads(found.config.read_text(encoding="utf-8"))
-    _require_known_code(name, config)
+    config = _require_known_code(f"model.name {name}", found)
     architecture = (config.get("architectures") or ["a model of no architecture"])[0]
     if quantization := config.get("quantization_config"):
         raise ModelError(
@@ -63,28 +65,45 @@ def check_model(settings: ModelSettings) -> str:
         )
     if local:
         load_tokenizer_from(folder)
-    elif found.tokenizer and "auto_map" in json.loads(found.tokenizer.read_text(encoding="utf-8")):
-        load_tokenizer_from(name, settings.revision)  # downloaded for its code alone: it may do without
+    else:
+        _require_known_tokenizer(settings, found)
     return f"{name}: {architecture}"
 
 
-def _require_known_code(name: str, config: dict[str, Any]) -> None:
-    """Raise ModelError if transformers does not know the model's kind, so that code of its own would have to run."""
+def _check_copy(copy: ModelSettings) -> None:
+    """Raise ModelError if a quantized copy, named like a model, is no model's folder or needs code of its own."""
+    found = _look_into(Path(copy.name), "model.quantized_name") if is_at_hand(copy) else _look_up(copy)
+    if found:
+        _require_known_code(f"model.quantized_name {copy.name}", found)
+        _require_known_tokenizer(copy, found)
+
+
+def _require_known_tokenizer(settings: ModelSettings, found: _Found) -> None:
+    if found.tokenizer and "auto_map" in json.loads(found.tokenizer.read_text(encoding="utf-8")):
+        load_tokenizer_from(settings.name, settings.revision)  # downloaded for its code alone: it may do without
+
+
+def _require_known_code(what: str, found: _Found) -> dict[str, Any]:
+    """Return a model's config.json. Raise ModelError if transformers does not know its kind, so that code of its own would have
+    to run."""
     import transformers
 
+    config = json.loads(found.config.read_text(encoding="utf-8"))
     if (kind := config.get("model_type")) not in transformers.CONFIG_MAPPING:
         asks = ", and asks for code of its own (auto_map)" if "auto_map" in config else ""
         raise ModelError(
-            f"model.name {name}: transformers {transformers.__version__} does not know its model_type {quote(kind)} "
+            f"{what}: transformers {transformers.__version__} does not know its model_type {quote(kind)} "
             f"(config.json){asks}: {NO_CODE}"
         )
+    return config
 
 
-def _look_into(folder: Path) -> _Found:
+def _look_into(folder: Path, setting: str) -> _Found:
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is no folder"
-        raise ModelError(f"model.name {folder} {what}: expected a model's folder, a name on the Hub, or an embedded model")
-    return _Found(folder / "config.json", [file.name for file in folder.iterdir()])
+        raise ModelError(f"{setting} {folder} {what}: expected a model's folder, a name on the Hub, or an embedded model")
+    tokenizer = folder / "tokenizer_config.json"
+    return _Found(folder / "config.json", [file.name for file in folder.iterdir()], tokenizer if tokenizer.is_file() else None)
 
 
 def _look_up(settings: ModelSettings) -> _Found | None:

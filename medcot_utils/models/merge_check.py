@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
 from medcot_utils.config import ModelSettings
 from medcot_utils.models.merging import MergeBase, open_16bit_base, open_weights, own_name, read_config

@@ -15,7 +15,7 @@ from medcot_utils.machine.weight_files import INDEX, SINGLE, read_weight_map, we
 from medcot_utils.models.embedded import find_model_source
 from medcot_utils.models.placement import place_weights
 from medcot_utils.models.stored_names import find_stored_names
-from medcot_utils.models.tokenizer import load_tokenizer_from
+from medcot_utils.models.tokenizer import load_tokenizer_from, own_code_refused
 from medcot_utils.plain_text import say
 
 if TYPE_CHECKING:
@@ -43,9 +43,10 @@ def load_unquantized(source: str | Path, dtype: str, revision: str | None = None
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    placed = place_weights(source, dtype, revision)
-    named = {"revision": revision, "dtype": getattr(torch, dtype)}
-    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **named, **placed)
+    with own_code_refused(source):
+        placed = place_weights(source, dtype, revision)
+        named = {"revision": revision, "dtype": getattr(torch, dtype)}
+        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **named, **placed)
     if adapter is not None:  # PEFT places the weights again
         model = PeftModel.from_pretrained(model, str(adapter), **placed)
     return model, load_tokenizer_from(source, revision)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, NotRequired, cast
+
+from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
 from medcot_utils.data.prompts import parse_completion
 from medcot_utils.plain_text import show_controls
@@ -52,6 +54,9 @@ class AnswerRecord(TypedDict):
     seconds: float  # its share of the time of the answers that were made at once
     forced: NotRequired[ForcedAnswer]  # with forced closing; absent if evaluation.answer_tokens is not set, as in earlier runs
     letter: NotRequired[str]  # of a multiple choice whose thinking was closed for it: the likeliest one after `ASK_LETTER`
+
+
+AnswerBatch = list[AnswerRecord]  # a line of a journal
 
 
 def by_sample(records: Sequence[AnswerRecord]) -> list[list[AnswerRecord]]:

@@ -6,6 +6,8 @@ read by their `<think>` tags, so a decoded text must show them. The pad token mu
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,14 +31,21 @@ def load_tokenizer_from(source: str | Path, revision: str | None = None) -> PreT
     from transformers import AutoConfig, AutoTokenizer
 
     named = {"revision": revision, "trust_remote_code": False}
-    try:
+    with own_code_refused(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **named)
         rows = AutoConfig.from_pretrained(source, **named).get_text_config().vocab_size
-    except ValueError as error:
+    return prepare_tokenizer(tokenizer, rows)
+
+
+@contextmanager
+def own_code_refused(source: str | Path) -> Iterator[None]:
+    """Raise ModelError if what is loaded in the block, with `trust_remote_code=False`, needs code of its own."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:  # Unsloth raises the latter
         if "trust_remote_code" not in str(error):
             raise
         raise ModelError(f"{source} needs code of its own (auto_map in a .json file of its folder): {NO_CODE}") from error
-    return prepare_tokenizer(tokenizer, rows)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrainedTokenizerBase:

@@ -19,7 +19,7 @@ from medcot_utils.models.joined_rows import JoinedRows, can_join
 from medcot_utils.models.merging import MergeBase
 from medcot_utils.models.static_cache import use_grouped_decode
 from medcot_utils.models.targets import check_targets, find_excluded
-from medcot_utils.models.tokenizer import load_tokenizer_from
+from medcot_utils.models.tokenizer import load_tokenizer_from, own_code_refused
 from medcot_utils.plain_text import say
 
 __all__ = [
@@ -43,14 +43,15 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
     quantization = four_bit_config(dtype) if settings.load_in_4bit else None
     if loads_copy(settings):  # its files say how it is quantized
         source, revision, quantization = settings.quantized_name, settings.quantized_revision, None
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=revision,
-        trust_remote_code=False,
-        dtype=dtype,
-        quantization_config=quantization,
-        device_map={"": get_local_rank()} if torch.cuda.is_available() else None,
-    )
+    with own_code_refused(source):
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            trust_remote_code=False,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": get_local_rank()} if torch.cuda.is_available() else None,
+        )
     tokenizer = load_tokenizer_from(source, revision)
     compute_in(model, dtype)
     forbid_cpu_packing(model)

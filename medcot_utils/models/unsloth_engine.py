@@ -18,7 +18,7 @@ from medcot_utils.models.embedded import find_model_source
 from medcot_utils.models.engine import TrainerArguments, compute_dtype, get_local_rank, loads_copy
 from medcot_utils.models.merging import MergeBase
 from medcot_utils.models.targets import check_targets
-from medcot_utils.models.tokenizer import prepare_tokenizer
+from medcot_utils.models.tokenizer import own_code_refused, prepare_tokenizer
 
 __all__ = [
     "WHOLE_LOGITS",
@@ -42,16 +42,17 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
     """Load as the article does, from the pinned pre-quantized copy if there is one; see `_loader` for the class."""
     release_gpu_memory()
     quantized = loads_copy(settings)
-    model, tokenizer = _loader(compute_dtype(settings)).from_pretrained(
-        model_name=settings.quantized_name if quantized else find_model_source(settings.name),
-        revision=settings.quantized_revision if quantized else settings.revision,
-        max_seq_length=settings.max_seq_length,
-        dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
-        load_in_4bit=settings.load_in_4bit,
-        use_exact_model_name=True,
-        trust_remote_code=False,
-        device_map={"": get_local_rank()},
-    )
+    with own_code_refused(settings.quantized_name if quantized else settings.name):
+        model, tokenizer = _loader(compute_dtype(settings)).from_pretrained(
+            model_name=settings.quantized_name if quantized else find_model_source(settings.name),
+            revision=settings.quantized_revision if quantized else settings.revision,
+            max_seq_length=settings.max_seq_length,
+            dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
+            load_in_4bit=settings.load_in_4bit,
+            use_exact_model_name=True,
+            trust_remote_code=False,
+            device_map={"": get_local_rank()},
+        )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a model that sees images comes with a processor around it

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from medcot_utils.run.directory import Run
 
 ACCOUNTS = "accounts.json"
-_ABOUT_ACCOUNTS = ("hub.", "secrets.", "tracking.entity", "tracking.project")
 _MODE = "tracking.mode"
+_ABOUT_ACCOUNTS = ("hub.", "secrets.", "tracking.backend", "tracking.entity", "tracking.project", _MODE)
+_SENDS_NOTHING = {"tracking.backend": ("none", "tensorboard"), _MODE: ("offline",)}  # values that count, whoever gave them
 _LONGEST_SHOWN = 100  # characters of a value, which is somebody else's text
 
 
@@ -44,9 +45,9 @@ _said: set[tuple[Path, str]] = set()
 
 
 def _defaults(config: RunConfig) -> dict[str, Any]:
-    """Return the settings about accounts, and tracking.mode, at the values of the configuration's profile."""
+    """Return the settings about accounts at the values of the configuration's profile."""
     profile = load_config(config.profile if config.profile in PROFILES else PROFILES[0])
-    return {name: profile.get(name) for name in setting_names() if name.startswith(_ABOUT_ACCOUNTS) or name == _MODE}
+    return {name: profile.get(name) for name in setting_names() if name.startswith(_ABOUT_ACCOUNTS)}
 
 
 def settings_that_count(path: Path, values: Any, stored: RunConfig) -> RunConfig:
@@ -64,7 +65,11 @@ def _set_back(stored: RunConfig, signed: Collection[str]) -> tuple[RunConfig, li
 
     If there are any, W&B is offline: online it would write to another place than the run was meant for."""
     defaults = _defaults(stored)
-    ignored = [name for name, value in defaults.items() if stored.get(name) != value and name not in {*signed, _MODE}]
+    ignored = [
+        name
+        for name, value in defaults.items()
+        if name not in signed and stored.get(name) not in (value, *_SENDS_NOTHING.get(name, ()))
+    ]
     if not ignored:
         return stored, []
     offline = {} if _MODE in signed else {_MODE: "offline"}

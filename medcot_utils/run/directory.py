@@ -126,7 +126,7 @@ class Run(StoredRun):
 
     def _is_running(self, entry: StepEntry) -> bool:
         if entry.get("host") in (None, paths.host_name()):
-            return psutil.pid_exists(entry["pid"])
+            return "pid" in entry and psutil.pid_exists(entry["pid"])
         return is_held(self.path)  # another machine's processes cannot be seen from here
 
     def why_stale(self, step: str) -> list[str]:

@@ -7,10 +7,13 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.paths import place_beside
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def sha256_of(path: Path) -> tuple[str, int]:
@@ -83,21 +86,13 @@ def fill(path: Path, value: Any, suffix: str) -> None:
         path.write_text(value, encoding="utf-8")
 
 
-def read_content(path: Path) -> Any:
-    """Return data for .json, records for .jsonl, a Dataset for .parquet, else the path itself."""
-    if path.suffix == ".json":
-        return json.loads(path.read_text(encoding="utf-8"))
-    if path.suffix == ".jsonl":
-        # Not str.splitlines: it also splits at U+2028, which JSON leaves unescaped within a text.
-        with path.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
-    if path.suffix == ".parquet":
-        # Not from_parquet: its cache is keyed by path, and would return an older file of the same name.
-        import pyarrow.parquet as pq
-        from datasets import Dataset
+def read_rows(path: Path) -> Dataset:
+    """Return the rows of a Parquet file. Raises OSError or ValueError if it cannot be read."""
+    # Not from_parquet: its cache is keyed by path, and would return an older file of the same name.
+    import pyarrow.parquet as pq
+    from datasets import Dataset
 
-        return Dataset(pq.read_table(path))
-    return path
+    return Dataset(pq.read_table(path))
 
 
 def take_the_place(beside: Path, final: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.run.clock import SessionClock, TimeBudgetReached
 from medcot_utils.run.files import write_atomic
+from medcot_utils.run.shapes import BATCH, read_records
 
 
 class Journal:
@@ -37,14 +38,16 @@ class Journal:
         self._clock.begin_piece()
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the records kept so far, in the order in which they were added."""
+        """Return the records kept so far, in the order in which they were added. Raises RunError for lines that hold others than
+        answers: the run may be somebody else's."""
         if not self.path.exists():
             return []
         head, *lines = self.path.read_bytes().split(b"\n")
         if head.decode(errors="replace") != self._head:
             return []
         # Behind the last line break is nothing, or a line cut off.
-        return [record for line in lines[:-1] for record in json.loads(line)]
+        source = f"{self.path.parent.name}/{self.path.name}"
+        return [record for batch in read_records(b"\n".join(lines[:-1]), source, BATCH, 2) for record in batch]
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Add the records of a batch; they are on the disk when this returns. Raises DiskError on a full disk."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import NotRequired
+from typing import Annotated, NotRequired
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
 from medcot_utils.errors import quote
@@ -43,7 +43,7 @@ class StepEntry(TypedDict):
 
     state: str  # running, done, failed or paused
     started: NotRequired[float]  # seconds since the epoch
-    pid: NotRequired[int]
+    pid: NotRequired[Annotated[int, Field(ge=0, lt=2**31)]]
     host: NotRequired[str]  # the machine of the pid
     error: NotRequired[str | None]
     seconds: NotRequired[float]
@@ -72,10 +72,10 @@ def read_manifest(path: Path) -> Manifest:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"not a manifest of format {FORMAT}")
     try:
-        _shape().validate_python(manifest)
+        _shape().validate_python(manifest, strict=True)
     except ValidationError as error:
         fault = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+        raise ValueError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg'][0].lower()}{fault['msg'][1:]}") from None
     for name, entry in manifest["artifacts"].items():
         require_inside(entry["file"], f"{path.parent.name}/{path.name}, artifact {quote(name)}")
     for step in manifest["steps"].values():  # its name until 0.1

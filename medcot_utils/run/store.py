@@ -28,7 +28,7 @@ from medcot_utils.run.clock import SessionClock
 from medcot_utils.run.files import (
     fill,
     fsync,
-    read_content,
+    read_rows,
     remove,
     sha256_of,
     take_the_place,
@@ -39,8 +39,10 @@ from medcot_utils.run.files import (
 from medcot_utils.run.journal import Journal
 from medcot_utils.run.lock import HOLDER, LOCK, RunError, cannot_be_written, hold
 from medcot_utils.run.manifest import FORMAT, ArtifactEntry, Manifest, read_manifest
+from medcot_utils.run.shapes import SHAPES, read_records
 from medcot_utils.run.sources import DATA_FILE, describe_moved, digest_sources, find_hub_commits
 from medcot_utils.text_files import read_json
+from medcot_utils.token_shapes import name_look
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
 _WHOSE = ("profile", "model.name")  # a run of another one is another run, whatever it has made
@@ -70,6 +72,8 @@ class StoredRun:
         Raises RunError as `check_place` does, and if another process works there; then nothing was written. A manifest that
         cannot be read is replaced by an empty one: then nothing counts as made."""
         path = Path(path)
+        if look := name_look(str(path)):
+            raise RunError(f"run directory {path} holds what looks like {look}: choose another with --run-dir, or RUN_DIR")
         cls.check_place(path, config, force)
         with hold(path, "notebook 01_setup"):
             there = cls.open_if_readable(path)
@@ -114,7 +118,7 @@ class StoredRun:
     def _refuse_another(self, config: RunConfig) -> None:
         """Raise RunError if settings that say what a run is of are others than this run's."""
         try:
-            made = [ARTIFACTS[name] for name in self.manifest()["artifacts"]]
+            made = [ARTIFACTS[name] for name in self.manifest()["artifacts"] if name in ARTIFACTS]
         except RunError:
             made = []
         names = list(_WHOSE)
@@ -310,8 +314,13 @@ class StoredRun:
         return path
 
     def read(self, name: str) -> Any:
-        """Return an artifact, verified: data for .json, records for .jsonl, a Dataset for .parquet, else its path."""
-        return read_content(self.require(name))
+        """Return an artifact, verified: data for .json, records for .jsonl, a Dataset for .parquet, else its path.
+
+        Raises RunError as `require` does, and if the file is none that medcot writes."""
+        path = self.require(name)
+        if path.suffix in (".json", ".jsonl"):
+            return read_records(path.read_bytes(), self.display(path), SHAPES.get(name), 1 if path.suffix == ".jsonl" else None)
+        return read_rows(path) if path.suffix == ".parquet" else path
 
     def checkpoint_dir(self, name: str) -> Path:
         """Return the folder of the trainer's checkpoints for this artifact's present fingerprint, made if it is not there."""

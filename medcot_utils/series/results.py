@@ -20,7 +20,7 @@ from medcot_utils.run.artifacts import STEPS
 from medcot_utils.run.files import to_json, write_atomic
 
 if TYPE_CHECKING:
-    from medcot_utils.evaluation.comparison import Measured
+    from medcot_utils.evaluation.measured import Measured
     from medcot_utils.evaluation.merged import MergedMeasured
     from medcot_utils.run.directory import Run
 

@@ -208,7 +208,7 @@ def _training_step(run: Run) -> str:
     try:
         state = json.loads(lines[-2])  # the last whole line, if one has been written
         return f", at step {state['step']} of {state['max_steps']}"
-    except (IndexError, ValueError):
+    except (LookupError, ValueError, TypeError):
         return ""
 
 

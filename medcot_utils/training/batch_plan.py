@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal
 
 from medcot_utils.config import RunConfig
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.hardware import count_gpus_alike
+from medcot_utils.training.records import StepPlan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -200,15 +201,6 @@ def measured_memory_gb() -> dict[str, float]:
         "memory, measured: reserved (GB)": round(torch.cuda.max_memory_reserved() / 1e9, 1),
         "memory, measured: in use (GB)": round(torch.cuda.max_memory_allocated() / 1e9, 1),
     }
-
-
-class StepPlan(TypedDict):
-    """How long a run trains; part of its plan.json."""
-
-    rows: int  # training rows
-    effective_batch: int  # rows per optimizer step
-    steps: int  # optimizer steps
-    epochs: float  # passes over the rows
 
 
 def step_plan(config: RunConfig, rows: int) -> StepPlan:

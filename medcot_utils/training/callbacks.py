@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.run.clock import SessionClock
+from medcot_utils.training.records import LogEntry
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,22 +24,6 @@ MAX_SKIPPED_STEPS = 5
 
 class SkippedStepsError(MedcotError):
     """GradScaler skipped more steps than is usual at the start."""
-
-
-class LogEntry(TypedDict, total=False):
-    """One entry of the trainer's log (`TrainerState.log_history`), stored in a run as a line of training_log.jsonl.
-
-    Every entry has a step, and the numbers of one kind beside it; there may be others, as TRL and Trainer log them."""
-
-    step: int  # optimizer steps taken so far
-    epoch: float
-    loss: float  # of the training rows since the entry before, nats per token
-    learning_rate: float
-    grad_norm: float
-    eval_loss: float  # of the held-out rows, nats per token
-    skipped_step: int  # 1 if GradScaler skipped the step
-    train_loss: float  # at the end: mean over all steps, nats per token
-    train_runtime: float  # at the end: seconds
 
 
 class WithoutTokenCount(TrainerCallback):

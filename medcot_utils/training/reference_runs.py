@@ -12,7 +12,7 @@ from medcot_utils.machine.paths import PACKAGE
 if TYPE_CHECKING:
     import pandas as pd
 
-    from medcot_utils.training.callbacks import LogEntry
+    from medcot_utils.training.records import LogEntry
 
 _REFERENCE = PACKAGE / "data" / "t4_reference.json"
 

@@ -25,7 +25,7 @@ from medcot_utils.plain_text import say
 if TYPE_CHECKING:
     import pandas as pd
 
-    from medcot_utils.training.callbacks import LogEntry
+    from medcot_utils.training.records import LogEntry
 
 # A server that does not answer must not hold up what is worth more than the tracking; what was not sent stays on disk.
 _ANSWER_SECONDS, _INIT_SECONDS, _FINISH_SECONDS = 10, 30, 120

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformers import TrainerCallback
 
-    from medcot_utils.training.callbacks import LogEntry
+    from medcot_utils.training.records import LogEntry
 
 STATE, FOLDER = "tracking.json", "tracking"
 _LOG_IN = "Weights & Biases"

@@ -184,8 +184,9 @@ def test_a_kill_between_two_clicks_loses_nothing(tmp_path):
         assert "nothing was kept" in old[1] and old[0] == third[0]
         (run.path / GRADES).rename(run.path / "aside")
         (run.path / GRADES).mkdir()
-        with pytest.raises(Exception, match=r"Not kept: grades\.jsonl cannot be written \(Is a directory\)"):
-            click("a", third[0], "")
+        again = click("a", third[0], "my note")
+        assert again[0] == third[0] and again[-1] == "my note"
+        assert "Not kept: grades.jsonl cannot be written (Is a directory)" in again[1]
         assert click("current")[0] == third[0]
         (run.path / GRADES).rmdir()
         (run.path / "aside").rename(run.path / GRADES)
@@ -253,7 +254,7 @@ def test_nothing_can_be_uploaded_and_sizes_have_bounds(tmp_path):
         assert ask(server.address, "gradio_api/component_server", b"{}")[0] == 403
         assert tie("x" * (1 << 20))[0] == 413
         status, text = tie("x" * 20_001)
-        assert status != 200 and "Not kept: the note is too long: at most 20,000 characters" in text
+        assert status == 200 and "Not kept: the note is too long: at most 20,000 characters" in text
         assert read_grades(run) == []
         assert tie("é" * 20_000)[0] == 200
         assert [len(grade.note) for grade in read_grades(run)] == [20_000]
@@ -466,6 +467,19 @@ def test_a_browser_shows_the_texts_verbatim_and_keeps_the_clicks(tmp_path):
             browser.press("Back")
             browser.until("document.body.innerText.includes('you said: B better')")
             assert browser.js("document.querySelector('textarea[placeholder=optional]').value") == "from the page"
+
+            browser.until("!document.body.innerText.includes('Not kept')")
+            (run.path / GRADES).rename(run.path / "aside")
+            (run.path / GRADES).symlink_to("/dev/full")
+            browser.press("Tie")
+            browser.until(
+                "document.body.innerText.includes('Not kept: grades.jsonl cannot be written (No space left on device)')"
+            )
+            assert "Question 1 of 4" in browser.text() and "q0 < 9?" in browser.text()
+            assert browser.js("document.querySelector('textarea[placeholder=optional]').value") == "from the page"
+            (run.path / GRADES).unlink()
+            (run.path / "aside").rename(run.path / GRADES)
+            assert len(read_grades(run)) == 1
 
             phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
             browser.call("Emulation.setDeviceMetricsOverride", **phone)

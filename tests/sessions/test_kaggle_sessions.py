@@ -268,8 +268,8 @@ def test_a_strangers_run_is_trained_on_and_nothing_sent(received, run_before, ac
     assert tracked(wandb_server) == before and hub.requests == []
     run = assert_complete(tmp_path / "kaggle")
     assert run.manifest()["steps"]["05_training"]["state"] == "done"
-    named = "hub.repo_id, hub.private, tracking.project, tracking.entity, secrets.huggingface, secrets.wandb"
-    assert f"ignored {named}, because you did not set them" in said(cells) and "--set hub.repo_id=ann/hearts" in said(cells)
+    named = "tracking.project, tracking.entity, tracking.mode, secrets.huggingface, secrets.wandb"
+    assert f"{named}, because you did not set them" in said(cells) and "--set hub.repo_id=ann/hearts" in said(cells)
 
 
 def test_a_failed_series_fails_the_session_and_keeps_its_results(received, tmp_path):

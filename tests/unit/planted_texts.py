@@ -12,7 +12,6 @@ from medcot_utils.config import RunConfig
 from medcot_utils.evaluation.grades import read_pairs
 from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.run.directory import Run
-from medcot_utils.run.files import read_content
 
 # {what it tries: (the text, what a reader should see)}. Whatever runs in a page sets its title.
 RAN = "document.title='ran'"
@@ -78,6 +77,10 @@ def plant_config(config: RunConfig, planted: str) -> RunConfig:
         for section, names in free.items()
     }
     changes["model"] = changes["model"].model_copy(update={"name": f"me/model{planted}"})
+    changes["dataset"] = changes["dataset"].model_copy(
+        update={"path": f"rows{planted}.jsonl", "columns": config.dataset.columns.model_copy(update={"question": planted})}
+    )
+    changes["lora"] = config.lora.model_copy(update={"target_modules": (f"q_proj{planted}",)})
     changes["evaluation"] = config.evaluation.model_copy(update={"mcq_tasks": (f"shipped{planted}",)})
     return config.model_copy(update=changes)
 
@@ -85,11 +88,14 @@ def plant_config(config: RunConfig, planted: str) -> RunConfig:
 def planted_run(path: Any, name: str) -> Run:
     """A run up to the export check with a payload in every text of its artifacts, its settings, its manifest and its records."""
     planted = mark(name)
-    run = fill_more(Run.create(path, plant_config(MORE, planted)))
+    config = plant_config(MORE, planted)
+    fill_more(Run.create(path, config))
+    named = config.evaluation.model_copy(update={"embedding_model": f"me/embeds{planted}"})  # which `fill_more` would load
+    run = Run.create(path, config.model_copy(update={"evaluation": named}))
     made = run.manifest()["artifacts"]
     for artifact in ARTIFACTS:  # in their order, so that each is fresh
         if artifact in made and ARTIFACTS[artifact].file.endswith((".json", ".jsonl")):
-            value = plant(_more_texts(artifact, read_content(run.place(artifact))), planted)
+            value = plant(_more_texts(artifact, run.read(artifact)), planted)
             run.write(artifact, _join_pairs(value, planted) if artifact == "export_check" else value)
         elif artifact == "report":
             run.write(artifact, "no report yet")

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, TypedDict
+from typing import Any
+
+from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
 from medcot_utils.data.files import as_text, check_size, is_whole
 from medcot_utils.errors import MedcotError, quote

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired
+
+from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.export.hub.requests import HubError, HubRefusal
 from medcot_utils.machine.redaction import redact
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import to_json, write_atomic
-from medcot_utils.text_files import read_json
+from medcot_utils.run.shapes import PUSHES, read_records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,13 +79,13 @@ class PushRecord(TypedDict):
     error: NotRequired[str]  # of a failed push
 
 
+Pushes = list[PushRecord]
+
+
 def read_record(run: Run) -> list[PushRecord]:
-    """Return every push of the run, the oldest first. Raises HubError for an unreadable record."""
+    """Return every push of the run, the oldest first. Raises RunError for a record that is none that medcot writes."""
     path = run.path / RECORD
-    try:
-        return read_json(path) if path.exists() else []
-    except ValueError as error:
-        raise HubError(f"{run.path.name}/{RECORD} cannot be read ({error}): move it away and push again") from error
+    return read_records(path.read_bytes(), run.display(path), PUSHES) if path.exists() else []
 
 
 def save_record(run: Run, record: PushRecord) -> None:

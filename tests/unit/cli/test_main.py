@@ -58,6 +58,51 @@ def the_one_line(result):
     return lines[0]
 
 
+# --- secrets ---------------------------------------------------------------------------------------------------------
+
+TOKEN = "hf_" + "aB3" * 11
+
+
+@pytest.mark.parametrize(
+    ("where", "given"),
+    [
+        ("--grader", ["grade", "runs/x", "--grader", TOKEN]),
+        ("--grader", ["grade", "runs/x", f"--grader=Ann {TOKEN}"]),
+        ("--run-dir", ["run", "--profile", "smoke", "--run-dir", f"runs/{TOKEN}"]),
+        ("an argument", ["status", TOKEN]),
+        ("--out", ["report", "runs/x", "--out", f"{TOKEN}.html"]),
+        ("an argument", ["chat", f"-q{TOKEN}"]),
+        ("--repo-id", ["push", "runs/x", "--repo-id", f"me/{TOKEN}"]),
+        ("--tag", ["push", "runs/x", "--tag", TOKEN]),
+        ("--id", ["kaggle", "build", "--set", "seed=3", "--id", f"me/{TOKEN}"]),
+        ("--dataset", ["kaggle", "build", "--dataset", f"me/{TOKEN}"]),
+        ("--run-dir", ["kaggle", "output", "--run-dir", TOKEN]),
+    ],
+)
+def test_a_token_in_any_argument_is_refused(medcot_here, monkeypatch, tmp_path, where, given):
+    monkeypatch.setattr(main, "app", lambda: pytest.fail("the command has begun"))
+    line = the_one_line(medcot_here(*given, cwd=tmp_path))
+    assert line.startswith(f"medcot: {where} holds what looks like a Hugging Face token. Take it out") and TOKEN not in line
+
+
+@pytest.mark.parametrize("option", ["--set", "--parameter", "-p"])
+def test_a_token_in_a_setting_is_named_by_its_own_check(medcot_here, tmp_path, option):
+    line = the_one_line(medcot_here("run", "--run-dir", "runs/x", option, f"QUESTION={TOKEN}", cwd=tmp_path))
+    assert "holds what looks like a Hugging Face token. Settings are kept" in line and TOKEN not in line
+
+
+def test_a_secret_of_this_machine_in_an_argument_is_refused(medcot_here, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "not-like-a-token-at-all")
+    line = the_one_line(medcot_here("grade", "runs/x", "--grader", "not-like-a-token-at-all", cwd=tmp_path))
+    assert "--grader holds a secret of this machine (environment WANDB_API_KEY)" in line
+
+
+def test_a_run_directory_of_a_tokens_name_is_not_made(tmp_path):
+    with pytest.raises(MedcotError, match=r"run directory .* holds what looks like a Hugging Face token"):
+        Run.create(tmp_path / TOKEN, load_config("smoke"))
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- starting ------------------------------------------------------------------------------------------------------
 
 

@@ -139,6 +139,8 @@ def test_an_unwritable_file_is_an_error_not_a_judgment(run):
     with pytest.raises(OSError):
         desk.judge(desk.pairs[0], "tie", "")
     assert desk.judged == {} and desk.next_pair() is desk.pairs[0]
+    with pytest.raises(GradingError, match=r"grades\.jsonl cannot be read \(Is a directory\): move it away"):
+        read_grades(run)
 
 
 # --- forwards and back -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from medcot_utils.errors import MedcotError
 from medcot_utils.export.hub.records import RECORD, PushRecord, failure_recorded, file_lines, push_table, read_record, save_record
 from medcot_utils.export.hub.requests import HubError, HubRefusal
 from medcot_utils.run.directory import Run
+from medcot_utils.run.lock import RunError
 
 # As medcot 0.1.0 wrote it.
 OLD_FILES = [
@@ -89,7 +90,7 @@ def test_a_record_of_an_older_push_is_read_shown_and_kept(run):
 
 def test_an_unreadable_record_is_one_error_with_what_to_do(run):
     (run.path / RECORD).write_text("[")
-    with pytest.raises(HubError, match=r"run/pushed\.json cannot be read \(.*\): move it away and push again"):
+    with pytest.raises(RunError, match=r"run/pushed\.json cannot be read \(.*\)\. It is not what medcot writes: remove it and"):
         read_record(run)
 
 

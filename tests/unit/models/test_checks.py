@@ -135,3 +135,62 @@ def test_a_model_on_the_hub_is_asked_for_code_before_its_weights(model, monkeypa
     else:
         assert check_model(hub) == "somebody/model: Qwen2ForCausalLM"
     assert fetched == ["config.json", "tokenizer_config.json", *([] if needs_code else [("somebody/model", None)])]
+
+
+# --- the quantized copy, and a model that was not checked ------------------------------------------------------------
+
+
+def copied(name, copy, **more):
+    return load_config("smoke", settings(name)).model.model_copy(
+        update={"engine": "unsloth", "quantized_name": str(copy), **more}
+    )
+
+
+@pytest.mark.parametrize("name", ["a folder", "embedded:tiny-random-llama"])
+def test_a_quantized_copy_that_needs_own_code_is_refused(name, checkpoint, model):
+    need_own_code(model)
+    name = checkpoint if name == "a folder" else name
+    with pytest.raises(
+        ModelError, match=r"^model\.quantized_name .*/model: .* model_type 'evil' .*medcot runs no code"
+    ) as caught:
+        check_model(copied(name, model))
+    assert "\n" not in str(caught.value)
+    for unused in ({"engine": "transformers"}, {"load_in_4bit": False}):
+        check_model(copied(name, model, **unused))
+
+
+def test_a_quantized_copy_is_quantized_and_may_be(checkpoint, model):
+    quantize(model)
+    assert check_model(copied(checkpoint, model)) == f"{checkpoint}: Qwen2ForCausalLM"
+
+
+def test_a_quantized_copy_whose_tokenizer_needs_code_is_refused(checkpoint, model):
+    change(model / "config.json", model_type="llama")
+    change(model / "tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"needs code of its own .*medcot runs no code"):
+        check_model(copied(checkpoint, model))
+
+
+def test_a_quantized_copy_on_the_hub_is_asked_for_code(checkpoint, model, monkeypatch):
+    need_own_code(model)
+    siblings = [SimpleNamespace(rfilename=file.name) for file in model.iterdir()]
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info",
+        lambda self, name, revision, **_: asked.append((name, revision)) or SimpleNamespace(siblings=siblings),
+    )
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, revision: str(model / file))
+    with pytest.raises(ModelError, match=r"^model\.quantized_name mallory/copy: "):
+        check_model(copied(checkpoint, "mallory/copy", quantized_revision="c0ffee"))
+    assert asked == [("mallory/copy", "c0ffee")]
+
+
+def test_loading_a_model_that_needs_own_code_is_one_line(model):
+    from medcot_utils.models.merging import load_unquantized
+    from medcot_utils.models.transformers_engine import load
+
+    need_own_code(model)
+    for call in (lambda: load(load_config("smoke", settings(model)).model), lambda: load_unquantized(model, "float32")):
+        with pytest.raises(ModelError, match=r"/model needs code of its own .*medcot runs no code"):
+            call()

@@ -80,8 +80,26 @@ def test_a_foreign_run_is_not_pushed(foreign, monkeypatch, capsys):
 def test_a_foreign_run_is_tracked_nowhere_else(foreign, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     config = Run.open(foreign()).config
-    assert choose_tracker(config).mode == "offline"
+    assert choose_tracker(config).backend == "none" and config.tracking.mode == "offline"
     assert (config.tracking.entity, config.tracking.project) == (None, "medcot")
+
+
+@pytest.mark.parametrize("order", ["tracking.backend=wandb", "tracking.backend=auto", "tracking.mode=online"])
+def test_a_foreign_run_is_not_tracked_online(order, foreign, monkeypatch, capsys):
+    path = foreign(*([] if "wandb" in order else ["tracking.backend=auto"]), *([] if "auto" in order else [order]))
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    choice = choose_tracker(Run.open(path).config)
+    assert choice.backend == "none", "as its profile says"
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"--set {order}" in said and order.partition("=")[0] in said
+    Run.create(path, runner.plan_config(path, None, ["tracking.backend=auto"])[0])
+    assert choose_tracker(Run.open(path).config).backend == "wandb", "the user's own word"
+
+
+@pytest.mark.parametrize("order", ["tracking.backend=tensorboard", "tracking.mode=offline"])
+def test_what_sends_nothing_counts_in_any_run(order, foreign, capsys):
+    assert Run.open(foreign(order)).config == load_config("smoke", [order])
+    assert capsys.readouterr().err == ""
 
 
 def test_medcot_run_takes_no_orders_of_a_foreign_run(foreign, monkeypatch, capsys):
@@ -96,7 +114,7 @@ def test_medcot_run_takes_no_orders_of_a_foreign_run(foreign, monkeypatch, capsy
         assert (opened.config.tracking.entity, opened.config.tracking.mode) == (None, "offline")
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and line.startswith(
-        "run/config.json: ignored hub.repo_id, hub.private, tracking.project, tracking.entity"
+        "run/config.json: ignored hub.repo_id, hub.private, tracking.backend, tracking.project, tracking.entity, tracking.mode"
     )
     assert "because you did not set them; nothing is pushed and Weights & Biases stays offline. To use them: --set" in line
     assert "--set hub.repo_id=mallory/cot --set hub.private=false --set" in line and "changed: hub" not in said
@@ -165,7 +183,7 @@ def test_the_options_of_the_line_allow_everything(foreign, monkeypatch, capsys):
     monkeypatch.setenv("BANK_PIN", KEY)
     wanted = Run.open(path).stored
     pairs = [pair.strip(" '") for pair in capsys.readouterr().err.split(" (in notebook")[0].split("--set ")[1:]]
-    assert len(pairs) == 6
+    assert len(pairs) == 8
     Run.create(path, runner.plan_config(path, None, pairs)[0])
     assert Run.open(path).config == wanted and capsys.readouterr().err == ""
 

@@ -140,19 +140,19 @@ def test_an_artifact_is_made_once_and_then_read(run_factory, capsys):
 
     def make():
         made.append(1)
-        return [{"id": len(made)}]
+        return [{"id": str(len(made))}]
 
-    assert run.get_or_make("questions", make) == [{"id": 1}]
+    assert run.get_or_make("questions", make) == [{"id": "1"}]
     assert capsys.readouterr().out == ""
-    assert run_factory().get_or_make("questions", make) == [{"id": 1}]
+    assert run_factory().get_or_make("questions", make) == [{"id": "1"}]
     assert "questions.jsonl: made before from the same inputs" in capsys.readouterr().out
-    assert run_factory("evaluation.num_questions=5").get_or_make("questions", make) == [{"id": 2}]
+    assert run_factory("evaluation.num_questions=5").get_or_make("questions", make) == [{"id": "2"}]
 
 
 def test_a_damaged_artifact_is_made_again(run_factory):
-    path = run_factory().write("questions", [{"id": 1}])
+    path = run_factory().write("questions", [{"id": "1"}])
     path.write_text(path.read_text().replace("1", "7"))
-    assert run_factory().get_or_make("questions", lambda: [{"id": 2}]) == [{"id": 2}]
+    assert run_factory().get_or_make("questions", lambda: [{"id": "2"}]) == [{"id": "2"}]
 
 
 @pytest.mark.parametrize(

@@ -91,10 +91,10 @@ def test_each_process_makes_one_batch_then_pauses(tmp_path):
     for number in range(3):
         journal = Journal(tmp_path / "part", "this", SessionClock(1e-6))
         journal.require_time("answers", number, 9)
-        journal.add([{"id": number}])
+        journal.add([{"id": str(number)}])
         with pytest.raises(TimeBudgetReached, match=rf"^answers: stopped after {number + 1} of 9, before training\.max_hours"):
             journal.require_time("answers", number + 1, 9)
-    assert [record["id"] for record in Journal(tmp_path / "part", "this").read()] == [0, 1, 2]
+    assert [record["id"] for record in Journal(tmp_path / "part", "this").read()] == ["0", "1", "2"]
 
 
 def test_the_journals_of_a_run_share_one_clock(run_factory):
