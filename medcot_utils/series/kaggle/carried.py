@@ -61,7 +61,7 @@ def refuse_secrets(files: dict[str, bytes], settings: list[str]) -> None:
     texts |= {f"--set {pair.partition('=')[0]}": pair for pair in settings}
     if found := redaction.name_holders(texts, known):
         raise KaggleError(
-            f"{'; '.join(found)}. The build is pushed as it is: remove it, set it in the environment or attach it as a secret "
+            f"{'; '.join(found)}. The build is pushed as it is: remove the secret, set it in the environment or attach it "
             f"in Kaggle's editor, and build again"
         )
 
