@@ -320,7 +320,7 @@ def test_status_has_a_column_for_the_merged_model(tmp_path, medcot_here, monkeyp
     table, stored = medcot_here("status", run.path), json.loads(medcot_here("status", run.path, "--json").stdout)
     assert max(len(line) for line in table.stdout.splitlines() if str(run.path) not in line and "What you" not in line) <= 80
     assert ("merged" in table.stdout.partition("before and after")[2][:500]) is measured
-    expected = "What you load behaves as what was measured: no" if measured else "Merged model: see notebook 07."
+    expected = "The model that you load behaves as measured: no" if measured else "Merged model: see notebook 07."
     assert expected in table.stdout and stored["merged_verdict"].startswith(expected)
     assert list(stored["merged"]) == (list(HEADLINE) if measured else [])
     assert list(stored["forced"]) == ["rouge_l", "answer_tokens"]

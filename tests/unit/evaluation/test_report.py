@@ -133,7 +133,7 @@ def test_multiple_choice_has_a_line_for_each_reading(measured_more):
 
 def test_the_merged_model_has_its_verdict_and_difference(measured_more):
     page = shown(measured_more)
-    assert "What you load behaves as what was measured: no, because its form differs." in page
+    assert "The model that you load behaves as measured: no, because its form differs." in page
     assert "form: thinking closed once, text on both sides: differs: fell, worse" in page
     closed = next(row for row in table(measured_more, "merged")[1:] if row[0].startswith("thinking closed"))
     assert [cell.split(" [")[0] for cell in closed[1:3]] == ["1.00", "0.71"] and closed[3].startswith("-0.29")
