@@ -243,7 +243,7 @@ def _install(plan: Plan, gpu: bool, say: Callable[[str], None]) -> dict[str, str
         _pip("install", "--no-deps", *plan.alone)
     if plan.unfit:
         _pip("uninstall", "--yes", *plan.unfit)
-        say(f"{', '.join(plan.unfit)}: removed, since built for the torch that was here before; medcot does not use them")
+        say(f"{', '.join(plan.unfit)}: removed, because they were built for the earlier torch; medcot does not use them")
     importlib.invalidate_caches()
     after = _installed()
     replaced = sorted(name for name in before if name in after and before[name] != after[name])
@@ -252,7 +252,7 @@ def _install(plan: Plan, gpu: bool, say: Callable[[str], None]) -> dict[str, str
         *(f"{name} {plan.kept[name]}" for name in ("torch", *_WITH_TENSORFLOW) if name in plan.kept),
     ]
     took, new = f"{time.time() - began:.0f} s", len(set(after) - set(before))
-    say(f"installed in {took}: {new} packages new, {len(replaced)} replaced; as they were: {', '.join(stays)}")
+    say(f"installed in {took}: {new} packages new, {len(replaced)} replaced; unchanged: {', '.join(stays)}")
     return {name: f"{name} {before[name]} (installed now: {after[name]})" for name in replaced if _is_loaded(name)}
 
 

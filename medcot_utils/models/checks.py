@@ -44,10 +44,10 @@ def check_model(settings: ModelSettings) -> str:
     local = is_at_hand(settings)
     found = _look_into(folder) if local else _look_up(settings)
     if found is None:
-        return f"{name}: the Hub cannot be asked, not looked at"
+        return f"{name}: the Hub cannot be reached, so the model was not checked"
     config = json.loads(found.config.read_text(encoding="utf-8"))
     _require_known_code(name, config)
-    architecture = (config.get("architectures") or ["a model of no architecture"])[0]
+    architecture = (config.get("architectures") or ["a model without an architecture"])[0]
     if quantization := config.get("quantization_config"):
         raise ModelError(
             f"model.name {name} is quantized already ({quantization.get('quant_method', 'unknown method')}), and the adapter is "
@@ -58,8 +58,8 @@ def check_model(settings: ModelSettings) -> str:
         kinds = sorted({Path(file).suffix for file in found.files if Path(file).suffix in (".bin", ".pt", ".pth", ".gguf")})
         have = f"only {', '.join(kinds)}" if kinds else "no weights at all"
         raise ModelError(
-            f"model.name {name} has no safetensors ({have}), which the merge reads. Load it once with transformers "
-            f"and write it with save_pretrained, to a folder that model.name then gives"
+            f"model.name {name} has no safetensors ({have}), which the merge reads. Load it once with transformers, "
+            f"write it with save_pretrained, and set model.name to that folder"
         )
     if local:
         load_tokenizer_from(folder)
@@ -73,7 +73,7 @@ def _require_known_code(name: str, config: dict[str, Any]) -> None:
     import transformers
 
     if (kind := config.get("model_type")) not in transformers.CONFIG_MAPPING:
-        asks = ", and asks for code of its own (auto_map)" if "auto_map" in config else ""
+        asks = ", and needs its own code (auto_map)" if "auto_map" in config else ""
         raise ModelError(
             f"model.name {name}: transformers {transformers.__version__} does not know its model_type {quote(kind)} "
             f"(config.json){asks}: {NO_CODE}"
@@ -119,7 +119,7 @@ def check_answers(config: RunConfig, mcq_prompts: Sequence[str] = ()) -> str:
     from transformers import AutoConfig
 
     if (source := _find_cached(config.model)) is None:
-        return f"{config.model.name}: its context is not known before it is downloaded"
+        return f"{config.model.name}: its context length is not known until it is downloaded"
     tokenizer = load_tokenizer_from(source) if (source / "tokenizer_config.json").exists() else None
     _, held_out = split_rows(validate_rows(load_rows(config.dataset))[0], config.dataset, config.seed)
     questions = choose_questions(held_out, config.evaluation.num_questions)

@@ -35,7 +35,7 @@ def load_tokenizer_from(source: str | Path, revision: str | None = None) -> PreT
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise ModelError(f"{source} needs code of its own (auto_map in a .json file of its folder): {NO_CODE}") from error
+        raise ModelError(f"{source} needs its own code (auto_map in a .json file of its folder): {NO_CODE}") from error
     return prepare_tokenizer(tokenizer, rows)
 
 
@@ -50,9 +50,9 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrain
             lacks."""
     name = Path(tokenizer.name_or_path).name
     if not tokenizer.is_fast:
-        raise ModelError(f"{name}: its tokenizer is written in Python alone, and labels need the offsets of a fast one")
+        raise ModelError(f"{name}: its tokenizer is a slow one (Python only), and labels need the offsets of a fast one")
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"{name}: its tokenizer names no EOS token (eos_token in tokenizer_config.json): no answer would end")
+        raise ModelError(f"{name}: its tokenizer names no EOS token (eos_token in tokenizer_config.json), so no answer would end")
     _put_no_eos_after(tokenizer)
     _show_think_tags(tokenizer)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:

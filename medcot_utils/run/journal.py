@@ -31,7 +31,7 @@ class Journal:
         At least one batch is made by each process, so that every session gets further."""
         if self._clock.pieces and self._clock.is_over():
             raise TimeBudgetReached(
-                f"{what}: stopped after {made} of {wanted}, before training.max_hours were over; they are kept, and the same "
+                f"{what}: stopped after {made} of {wanted}, before training.max_hours ended; they are kept, and the same "
                 f"command or notebook resumes there"
             )
         self._clock.begin_piece()

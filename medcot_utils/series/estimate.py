@@ -251,9 +251,9 @@ def describe_sessions(estimate: SeriesEstimate, config: RunConfig, on_kaggle: bo
     session = min(limit or SESSION_HOURS, SESSION_HOURS)
     line += f"; a session has {SESSION_HOURS} h, a week {WEEKLY_HOURS} h of GPU time"
     if total["high"] / 3600 <= session:
-        return f"{line}: one session will do"
+        return f"{line}: one session is enough"
     sessions = math.ceil(total["seconds"] / 3600 / session)
-    many = f"about {sessions} sessions" if sessions > 1 else "one session may not do"
+    many = f"about {sessions} sessions" if sessions > 1 else "one session may not be enough"
     week = f", and more than a week's {WEEKLY_HOURS} h" if total["seconds"] / 3600 > WEEKLY_HOURS else ""
     longest = max(estimate.steps, key=lambda step: estimate.steps[step]["seconds"])
     less = "training.max_steps or dataset.num_rows" if longest == "05_training" else _FEWER_ANSWERS

@@ -114,7 +114,7 @@ def _commit() -> str:
         ["git", "-C", str(HOME), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise ResultsError(f"the commit that made the numbers is not known: {done.stderr.strip()}; run this in a git checkout")
+        raise ResultsError(f"the commit that made the numbers is unknown: {done.stderr.strip()}; run this in a git checkout")
     return done.stdout.strip()
 
 
@@ -151,7 +151,7 @@ def differing(machines: Machines | None) -> set[str]:
 def read_demo() -> Demo:
     """Return the committed numbers. Raises ResultsError without docs/demo.json."""
     if not DEMO.exists():
-        raise ResultsError("docs/demo.json is not there: make notebooks writes it")
+        raise ResultsError("docs/demo.json is missing: make notebooks writes it")
     demo: Demo = json.loads(DEMO.read_text(encoding="utf-8"))
     return demo
 

@@ -123,7 +123,7 @@ def write(home: Path = HOME, new_repository: str | None = None) -> list[Path]:
         path = home / "pyproject.toml"
         text = path.read_text(encoding="utf-8")
         if not _SETTING.search(text):
-            raise RepositoryError('pyproject.toml has no line `repository = "..."` under [tool.medcot]: put one in')
+            raise RepositoryError('pyproject.toml has no line `repository = "..."` under [tool.medcot]: add one')
         if (new := _SETTING.sub(f'repository = "{new_repository}"', text)) != text:
             write_atomic(path, new)
             written.append(path)

@@ -170,7 +170,7 @@ class Wandb(_WandbInterface):
             self.run.finish()
         except TimeoutError as error:
             raise TimeoutError(
-                f"W&B took not everything within {_FINISH_SECONDS} s; later: wandb sync {self.folder.name}"
+                f"W&B did not take everything within {_FINISH_SECONDS} s; later: wandb sync {self.folder.name}"
             ) from error
         for path in self.older:
             shutil.rmtree(path)

@@ -121,7 +121,7 @@ def test_a_push_deletes_and_reports_weights_the_run_has_lost(hub, finished_run, 
     (gone,) = read_record(run)[-1]["repositories"][0]["deleted"]
     assert gone == {"path": shard, "artifact": "merged", "bytes": 6, "digest": digest}
     assert [line["sent"] for line in table_of(run) if line["file"].endswith(shard)] == ["deleted"]
-    assert shard in done.stdout[done.stdout.index("what the Hub lists and gives back") :]
+    assert shard in done.stdout[done.stdout.index("what the Hub lists and returns") :]
 
 
 def test_each_separate_repository_has_a_model_card_the_hub_reads(hub, finished_run, push):

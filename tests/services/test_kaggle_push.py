@@ -95,11 +95,11 @@ def test_an_image_that_is_fixed_by_hand_is_warned_of(medcot, server, tmp_path):
     metadata = tmp_path / "here" / "kernel-metadata.json"
     fixed = json.dumps(json.loads(metadata.read_text()) | {"docker_image": "image:1"})
     metadata.write_text(fixed)
-    assert "kernel-metadata.json fixes docker_image image:1: the session starts that one" in succeed(medcot("push"))
+    assert "kernel-metadata.json pins docker_image image:1: the session starts that one" in succeed(medcot("push"))
     assert server.saved[0]["dockerImage"] == "image:1"
     assert "docker_image image:1 is dropped" in succeed(medcot("build", "--id", "ann/heart-run"))
     metadata.write_text(fixed)
-    assert "fixes docker_image image:1" in succeed(medcot("build", "--id", "ann/heart-run", "--keep-image"))
+    assert "pins docker_image image:1" in succeed(medcot("build", "--id", "ann/heart-run", "--keep-image"))
 
 
 def test_the_pushed_text_holds_no_secret_of_this_machine(medcot, server):
@@ -290,7 +290,7 @@ def test_a_fetched_run_is_not_written_over(medcot, left):
 
 def test_output_names_a_file_that_did_not_arrive(medcot, server, left):
     server.broken = f"{RUN_NAME}/adapter/weights.bin"  # the client saves the error page under the file's name
-    assert "adapter of ann/heart-run did not arrive as the manifest records" in the_one_error(medcot("output", "ann/heart-run"))
+    assert "adapter of ann/heart-run differ from the manifest" in the_one_error(medcot("output", "ann/heart-run"))
     server.broken = f"{RUN_NAME}.zip"
     line = the_one_error(medcot("output", "ann/heart-run", "--run-dir", "runs/again"))
     assert f"{RUN_NAME}.zip of ann/heart-run did not arrive whole" in line

@@ -1,4 +1,4 @@
-"""Push a finished run to the Hugging Face Hub, and believe it only if what the Hub lists and gives back is what the run
+"""Push a finished run to the Hugging Face Hub, and believe it only if what the Hub lists and returns is what the run
 recorded. medcot only replaces or deletes files that it uploaded itself."""
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ def require_verified(run: Run, repository: PlannedRepository, listing: Listing, 
         raise HubError(
             f"not pushed. The Hub took the files for {entry['repo_id']} without an error, but gives back something else: "
             f"{', '.join(faults[:3])}{more}; {good} of {len(entry['files'])} files agree. No tag was set; do not use what lies "
-            f"there. Push again, and if it stays so delete the repository and push anew"
+            f"there. Push again, and if it fails again, delete the repository and push"
         )
 
 

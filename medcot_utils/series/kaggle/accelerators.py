@@ -48,7 +48,7 @@ def find_accelerator(name: str) -> Accelerator:
     if name in ACCELERATORS:
         return ACCELERATORS[name]
     if name == "NvidiaTeslaP100":
-        raise AcceleratorError(f"machine_shape NvidiaTeslaP100: today's torch has nothing for that GPU, choose {DEFAULT}")
+        raise AcceleratorError(f"machine_shape NvidiaTeslaP100: today's torch does not support that GPU; choose {DEFAULT}")
     known = ", ".join(f"{one} ({found.count} x {found.gpu})" for one, found in ACCELERATORS.items())
     raise AcceleratorError(f"no accelerator {name!r}: expected one of {known}")
 

@@ -209,7 +209,7 @@ def test_a_run_directory_that_cannot_be_written_is_named(medcot_here, tmp_path):
 def test_a_folder_that_holds_something_else_is_not_taken(medcot_here, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     line = the_one_line(medcot_here("run", "--profile", "smoke", "--run-dir", tmp_path))
-    assert "is not empty and holds no run" in line
+    assert "is not empty and is not a run" in line
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

@@ -291,7 +291,7 @@ def test_a_merge_requires_safetensors_and_a_lora_adapter(tmp_path):
     (tmp_path / "empty").mkdir()
     base.config.save_pretrained(tmp_path / "empty")
     settings = load_config("smoke", [f"model.name={tmp_path / 'empty'}"]).model
-    with pytest.raises(MergeError, match="no safetensors file lies in empty/"):
+    with pytest.raises(MergeError, match="there is no safetensors file in empty/"):
         merge(settings, tmp_path / "dora", tmp_path / "merged", "float16")
 
 

@@ -114,7 +114,11 @@ def test_the_caption_says_what_became_of_the_form(demo, values, said):
 @pytest.mark.parametrize(
     ("share", "learning", "said"),
     [
-        (0.48, -0.42, "48 % of the fall of the held-out loss only makes up for the cost of rounding the base to 4 bits. The tuned"),
+        (
+            0.48,
+            -0.42,
+            "48 % of the fall of the held-out loss only makes up for the cost of rounding the base to 4 bits. The tuned",
+        ),
         (1.3, 0.2, "All of the fall of the held-out loss only makes up for the cost of rounding the base to 4 bits. The tuned"),
         (-0.1, -0.42, "None of the fall"),
         (1.3, 0.2, "The tuned model's loss is 0.20 above"),
