@@ -154,8 +154,8 @@ def mount(run_dir, place, name):
 
 
 PAUSES = {
-    "02_baseline_inference": ("likelihood, base: stopped after 0 of 4", "4 of 4 answers are kept from before"),
-    "06_comparison": ("likelihood, tuned: stopped after 0 of 4", "4 of 4 answers are kept from before"),
+    "02_baseline_inference": ("likelihood, base: stopped after 0 of 4", "4 of 4 answers were made before and are kept"),
+    "06_comparison": ("likelihood, tuned: stopped after 0 of 4", "4 of 4 answers were made before and are kept"),
 }
 
 

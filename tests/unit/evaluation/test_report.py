@@ -165,7 +165,7 @@ def test_a_forced_answer_is_labeled_below_what_was_written(tmp_path, closed_by, 
     page = build_report(fill_more(Run.create(tmp_path / "run", MORE), closed_by=closed_by))
     base, tuned, merged = re.findall(r"<section><h3>(.*?)</section>", page, re.DOTALL)[:3]
     assert base.startswith("base") and tuned.startswith("tuned") and merged.startswith("merged")
-    assert '<details class="thinking" open><summary>all that it wrote by itself' in base and "A murmur, I think." in base
+    assert '<details class="thinking" open><summary>everything that it wrote by itself' in base and "A murmur, I think." in base
     assert f"Answer with forced closing ({why}):" in base and ATTACK in Tags(base).text and ATTACK not in base
     assert "forced closing" not in tuned and "The mitral valve." in tuned and "The merged one." in merged
     assert "(no answer" not in page

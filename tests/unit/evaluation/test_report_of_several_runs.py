@@ -17,7 +17,7 @@ from medcot_utils.run.directory import Run
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
 
 SCORED = [question["id"] for question in QUESTIONS if question["scored"]]
-NONE = "There is no such question: none was asked and scored in all runs"
+NONE = "There is no such question: all runs must ask and score it"
 
 
 def make(folder, *overrides, **given):
@@ -73,7 +73,7 @@ def test_several_runs_stand_beside_each_other(tmp_path):
     titles = re.findall(r"<section><h3>([^<]*)</h3>", page)
     assert titles == ["base", "tuned, run", "tuned, other"] * len(QUESTIONS)
     assert seen.text.count(ATTACK) == seen.text.count("The aortic one.") == len(QUESTIONS)
-    assert seen.tags.count("img") == 4 and page.count("What the article claims") == 2
+    assert seen.tags.count("img") == 4 and page.count("The article's claims, tested") == 2
     assert all(page.count(f'<article id="{question["id"]}"') == 1 for question in QUESTIONS)
 
 

@@ -241,7 +241,7 @@ def test_the_model_card_has_the_base_models_license(tmp_path, name, license_data
     run = fill(Run.create(tmp_path / "run", load_config("smoke", [f"model.name={name}"])))
     card = ModelCard(model_card(run))
     assert {key: value for key, value in card.data.to_dict().items() if key.startswith("license")} == license_data
-    assert f"`{license_data.get('license_name', license_data['license'])}`: the base model's licence" in card.text
+    assert f"`{license_data.get('license_name', license_data['license'])}`: the base model's license" in card.text
 
 
 def test_the_model_card_gives_no_hub_address_to_an_embedded_base(run):

@@ -80,7 +80,7 @@ def test_simulated_out_of_memory_resumes_with_the_next_plan(step, uninterrupted,
     trainer = trained(tmp_path, plans=[plan(2, 2), plan(1, 4)], change=failing([step]))
     said = capsys.readouterr().out
     assert (
-        f"out of memory after step {step - 1} with 2 rows x 2 micro-batches, no checkpointing: going on from there with "
+        f"out of memory after step {step - 1} with 2 rows x 2 micro-batches, no checkpointing: continuing from there with "
         f"1 rows x 4 micro-batches, no checkpointing"
     ) in said
     # After step 2 there is a checkpoint anyway, after step 3 there is none, after step 0 there is nothing to keep.
