@@ -327,7 +327,7 @@ def _absolute(path: str) -> str:
 
 @dataclass(frozen=True)
 class ProfileNeeds:
-    """What a profile needs of the machine: `needs` in its YAML file, which is no setting of a run."""
+    """Hold a profile's needs of the machine: `needs` in its YAML file, which is not a setting of a run."""
 
     memory_gib: float  # free memory for one kernel
     packages: tuple[str, ...]  # beside those that every profile needs, as they are imported

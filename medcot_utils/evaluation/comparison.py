@@ -1,4 +1,4 @@
-"""What fine-tuning did and did not do: held-out loss, format, style and similarity, each with an interval, paired."""
+"""The effects of fine-tuning: held-out loss, format, style, and similarity, each with an interval, paired."""
 
 from __future__ import annotations
 

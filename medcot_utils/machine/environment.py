@@ -1,4 +1,4 @@
-"""What this machine's environment may spoil: variables that another job left, proxies, and folders that cannot be written."""
+"""Traps of this machine's environment: variables that another job left, proxies, and folders that cannot be written."""
 
 from __future__ import annotations
 

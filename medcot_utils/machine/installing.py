@@ -1,6 +1,6 @@
 """The pinned stack on a Kaggle or Colab session, installed once beside what the platform holds.
 
-What a running notebook stands on is left alone: the packages of its kernel, and a torch that fits and sees the GPU.
+The install leaves alone what a running notebook stands on: the packages of its kernel, and a torch that fits and sees the GPU.
 
 Standard library only: this runs before anything is installed."""
 
@@ -86,7 +86,7 @@ def has_gpu() -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an install changes here, and what it leaves."""
+    """Hold what an install changes here, and what it leaves."""
 
     file: str
     whole: list[str]  # requirement lines, installed with their dependencies
@@ -285,7 +285,7 @@ def _pip(command: str, *arguments: str) -> None:
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    """Return pip's reason and what to do, in one line. Of a conflict, pip's last error names no package."""
+    """Return pip's reason and what to do, in one line. If versions conflict, pip's last error names no package."""
     conflict = done.stdout.partition("The conflict is caused by:\n")[2].partition("\n\n")[0]
     if conflict:
         causes = "; ".join(line.strip() for line in conflict.splitlines())

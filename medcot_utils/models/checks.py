@@ -1,4 +1,4 @@
-"""What can be known of a model before it is loaded: whether notebook 07 could merge it, and whether tokenizer and context fit."""
+"""Checks of a model before it is loaded: whether notebook 07 could merge it, and whether tokenizer and context fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from medcot_utils.models.tokenizer import NO_CODE, ModelError, load_tokenizer_fr
 
 @dataclass(frozen=True)
 class _Found:
-    """What lies in a model's folder or repository."""
+    """Hold the content of a model's folder or repository."""
 
     config: Path
     files: list[str]
@@ -88,7 +88,7 @@ def _look_into(folder: Path) -> _Found:
 
 
 def _look_up(settings: ModelSettings) -> _Found | None:
-    """Return what the Hub says of a model; None if it cannot be asked. What it refuses, notebook 02's download says better."""
+    """Return what the Hub says of a model; None if it cannot be asked. If the Hub refuses, notebook 02's download says why."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 

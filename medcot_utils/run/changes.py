@@ -1,4 +1,4 @@
-"""What has changed: between two configurations, and since an artifact was made."""
+"""The changes between two configurations, and since an artifact was made."""
 
 from __future__ import annotations
 

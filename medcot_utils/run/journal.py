@@ -16,7 +16,7 @@ from medcot_utils.run.files import write_atomic
 class Journal:
     """Keep the records of an unfinished artifact in a .jsonl file of their own.
 
-    The first line holds what they were made from; a file made from something else counts as empty and is begun anew. Each
+    The first line holds what they were made from; a file made from something else counts as empty and is started again. Each
     further line is the list of records of one `add`, so that a batch is kept whole or not at all: a last line that a kill cut
     off counts as not there."""
 

@@ -1,4 +1,4 @@
-"""What a result is made from beside settings and artifacts: files and folders of this machine, and commits of the Hub."""
+"""The sources of a result beside settings and artifacts: files and folders of this machine, and commits of the Hub."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How long each notebook will take: the configuration's numbers (`workload`) at the machine's speed (`machine.probe`).
 
-The model is plain: products of matrices, weights read once for each token of a batch, small operations, bytes moved. What it
-leaves out stands in the constants below. Each names the run that it comes from."""
+The model is plain: products of matrices, weights read once for each token of a batch, small operations, bytes moved. The
+constants below hold what it leaves out. Each names the run that it comes from."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def read_parts() -> dict[str, str]:
 
 
 def fill_parts(text: str, parts: Mapping[str, str]) -> str:
-    """Return a document with every part written anew. Raises ResultsError if it names a part that is not known."""
+    """Return a document with every part rewritten. Raises ResultsError if it names a part that is not known."""
     if unknown := [match["name"] for match in _PART.finditer(text) if match["name"] not in parts]:
         raise ResultsError(f"unknown part {unknown[0]}: expected one of {', '.join(parts)}")
     return _PART.sub(lambda match: f"{match['begin']}{parts[match['name']]}\n<!-- end -->", text)

@@ -34,7 +34,7 @@ _KINDS = {"eval/loss": "eval", "train/train_runtime": "end", "train/skipped_step
 
 
 class TrackedRun(TypedDict):
-    """What identifies the tracked run of a run directory; stored there as tracking.json."""
+    """Hold what identifies the tracked run of a run directory; stored there as tracking.json."""
 
     backend: str  # "wandb", "trackio" or "tensorboard"
     mode: str  # "online" or "offline" for wandb, else empty

@@ -135,8 +135,8 @@ def run_tasks(
     Args:
         journal: keeps answers and letters as they are made; what it holds is not asked again. (lm-eval's own cache knows
             neither the model nor the settings that its values came from, and is a pickle, which a run must not hold.)
-        others: the processes on the other GPUs, which answer too. What lm-eval reads afterwards, a forward pass a question or
-            option, stays with this one.
+        others: the processes on the other GPUs, which answer too. This process alone does what lm-eval reads afterwards, a
+            forward pass per question or option.
 
     Raises:
         McqError: as `load_questions` does.

@@ -1,4 +1,4 @@
-"""What a pushed notebook carries: package, notebooks and pins as compressed text, and no secret among them."""
+"""The content of a pushed notebook: package, notebooks and pins as compressed text, and no secret among them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pushing to Kaggle with its own client, the answer judged by its fields: the client's command exits with 0 for errors too."""
+"""Push to Kaggle with its own client, and judge the answer by its fields: the client's command exits with 0 for errors too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to do after `medcot kaggle build`, what comes back from the session, and what does not."""
+"""The steps after `medcot kaggle build`, what comes back from the session, and what does not."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _what_stays(config: RunConfig) -> list[str]:
     lost = [name for name in large if name not in sent]
     lines = ["comes back: adapter, answers, scores, report, executed notebooks, and checkpoints while the training needs them"]
     if sent:
-        lines.append(f"goes only to the Hub ({config.hub.repo_id}), since the output holds 20 GB: {', '.join(sent)}")
+        lines.append(f"goes only to the Hub ({config.hub.repo_id}), because the output holds 20 GB: {', '.join(sent)}")
     if lost:
         lines.append(
             f"ends with the session, since the output holds 20 GB: {', '.join(lost)}. To keep it, build with --set "
