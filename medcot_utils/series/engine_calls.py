@@ -13,7 +13,7 @@ from medcot_utils.machine.paths import HOME
 from medcot_utils.series.runner import notebooks_dir
 
 _MODELS = HOME / "medcot_utils" / "models"
-_BEGINNING = "As the engines call it, with `settings` for "  # how a written cell begins
+_BEGINNING = "The engines make these calls; `settings` is "  # how a written cell begins
 # (notebook, heading of the section, whose settings are passed, [(title, [(file, function, what is called)])])
 _SHOWN = (
     (
