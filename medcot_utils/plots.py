@@ -148,7 +148,7 @@ def comparison_figure(measured: Mapping[str, Any], merged: Mapping[str, Any] | N
     if any(group.chance is not None for group in choices):
         handles.append(Line2D([], [], color=ACCENT, linestyle="--", label="chance"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.suptitle("What fine-tuning changed, on held-out rows and questions", fontsize=13)
+    figure.suptitle("The effects of fine-tuning, on held-out rows and questions", fontsize=13)
     return figure
 
 
