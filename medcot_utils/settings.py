@@ -96,7 +96,7 @@ class ColumnNames(Section):
 class DatasetSettings(Section):
     name: str = Field(description="`shipped` or a data set on the Hub")
     subset: str | None = Field(None, description="configuration of the data set on the Hub, such as en")
-    revision: str | None = Field(None, description="commit of the data set; the name alone has changed its rows before")
+    revision: str | None = Field(None, description="commit of the data set; rows have changed under the same name before")
     sha256: str | None = Field(
         None, pattern=r"^[0-9a-f]{64}$", description="digest of the data set's one file, checked after download; None: unchecked"
     )
@@ -144,7 +144,9 @@ class TrainingSettings(Section):
     logging_steps: int = Field(10, ge=1, description="optimizer steps between two logged losses")
     save_steps: int = Field(20, ge=1, description="optimizer steps between two checkpoints")
     save_total_limit: int = Field(2, ge=1, description="checkpoints that are kept")
-    eval_steps: int | None = Field(None, ge=1, description="held-out loss during training, every so many steps")
+    eval_steps: int | None = Field(
+        None, ge=1, description="optimizer steps between two held-out losses during training; None: no such losses"
+    )
     eval_rows: int = Field(8, ge=1, description="held-out rows that the loss during training is taken on")
     batch_plan: Literal["auto", "as_set"] = Field(
         "auto", description="auto: on a GPU, divide the effective batch as its memory allows; as_set: as the settings say"

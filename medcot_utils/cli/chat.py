@@ -135,7 +135,7 @@ class Terminal:
             return False
         if line == "/base":
             self.base_too = not self.base_too
-            self.console.print("the base model answers too" if self.base_too else "the tuned model alone", style="dim")
+            self.console.print("the base model answers too" if self.base_too else "only the tuned model answers", style="dim")
         elif line == "/show":
             for who, answer in self.last.items():
                 self.console.print(f"[{who}] {answer.thinking}", style="dim")

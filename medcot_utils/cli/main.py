@@ -197,7 +197,7 @@ def _print_status(found: Status, run: Run) -> None:
     if found["metrics"]:
         console.print(_metrics_table(found))
     elif compared:
-        console.print("before and after: none of the headline metrics was measured")
+        console.print("before and after: no headline metric was measured")
     if found["merged_verdict"] and compared:
         say(found["merged_verdict"])
     if found["metrics"] or compared:

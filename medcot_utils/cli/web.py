@@ -116,7 +116,7 @@ def serve(page: gradio.Blocks, listener: socket.socket, what: str, css: str, kee
     how = {"http": "h11", "ws": "none", "log_level": "warning", "timeout_graceful_shutdown": 1}
     server = uvicorn.Server(uvicorn.Config(app, headers=[*_HEADERS.items()], **how))
     address = f"http://{HOST}:{listener.getsockname()[1]}/{token}/"
-    say(f"{what}: {address} (for you alone; Ctrl-C ends it)", flush=True)
+    say(f"{what}: {address} (only for you; Ctrl-C ends it)", flush=True)
     with _shown_in_browser(address) if open_browser else contextlib.nullcontext():
         try:
             server.run(sockets=[listener])

@@ -95,7 +95,7 @@ def check_size(size: int) -> None:
 def _choose_once(names: Sequence[str], choose: ChooseColumns) -> list[str]:
     chosen = list(choose(names))
     if twice := [name for name in chosen if Counter(names)[name] > 1]:
-        raise DataError(f"column {twice[0]!r} stands {Counter(names)[twice[0]]} times in the file: rename the others")
+        raise DataError(f"column {twice[0]!r} occurs {Counter(names)[twice[0]]} times in the file: rename the others")
     return chosen
 
 

@@ -90,7 +90,7 @@ def require_private(folder: Path, variable: str, may_be_shared: bool = False) ->
     else:
         return
     raise PlatformError(
-        f"{folder} {fault}, who could have put a model there: {remedy}set {variable} to a folder that is yours alone"
+        f"{folder} {fault}, who could have put a model there: {remedy}set {variable} to a folder that only you can write to"
     )
 
 

@@ -145,7 +145,7 @@ class _Worker:
         if isinstance(received, _Failed):
             raise GenerationError(
                 f"answering on GPU {self._number} failed: {redact(received.message)}. Finished answers are kept: run the "
-                f"notebook again, with CUDA_VISIBLE_DEVICES=0 to answer on the first GPU alone"
+                f"notebook again, with CUDA_VISIBLE_DEVICES=0 to answer on the first GPU only"
             )
         return received
 

@@ -84,7 +84,7 @@ def _put_no_eos_after(tokenizer: PreTrainedTokenizerBase) -> None:
     _restore(tokenizer, stored)
     if ends_in_eos(tokenizer):
         raise ModelError(
-            f"{Path(tokenizer.name_or_path).name}: its tokenizer ends every text, prompts too, with {tokenizer.eos_token!r}, "
+            f"{Path(tokenizer.name_or_path).name}: its tokenizer ends every text, even prompts, with {tokenizer.eos_token!r}, "
             f"after which a model writes something new. Save it without (add_eos_token: false)"
         )
 

@@ -259,7 +259,7 @@ def test_a_hub_that_says_yes_and_commits_nothing_is_found_out(hub, finished_run,
     run = finished_run()
     hub.forgets_commits = True
     error = the_error(push(run), run, hub)
-    assert "took the files for doctor/cot without an error, but gives back something else" in error
+    assert "took the files for doctor/cot without an error, but returns something else" in error
     assert "README.md (not there), adapter/adapter_config.json (not there)" in error and "0 of 7 files agree" in error
     assert not any(line["verified"] for line in record_of(run)["repositories"][0]["files"])
 

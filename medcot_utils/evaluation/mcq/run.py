@@ -87,7 +87,7 @@ def load_questions(task: str, limit: int | None = None, seed: int = 3407) -> lis
         raise McqError(f"unknown multiple-choice task {task!r}: expected {', '.join(TASK_NAMES)} or a .jsonl file{hint}")
     questions = read_questions(**source)
     if limit and limit > len(questions):
-        say(f"{task} has {len(questions)} questions, fewer than the {limit} asked for: all of them are asked")
+        say(f"{task} has {len(questions)} questions, fewer than evaluation.mcq_limit ({limit}): all of them are asked")
     return choose(questions, limit, seed)
 
 
@@ -202,7 +202,7 @@ def _read_likeliest(
     # A text of broken characters can have more tokens than the model wrote.
     by_letter = {key: row for key, row in by_letter.items() if fits(harness, row)}
     if too_long := len(thoughts) - len(by_letter):
-        say(f"{too_long} answers are too long to be read once more: they have no letter")
+        say(f"{too_long} answers are too long to append `Answer:`, so they have no letter")
     by_text = {key: text_row(question) for key, (_, question) in questions.items()}
     readings: tuple[tuple[Literal["letter", "likelihood"], dict[str, OptionRow]], ...]
     readings = (("letter", by_letter), ("likelihood", by_text))

@@ -68,7 +68,7 @@ def chosen_artifacts(run: Run, settings: HubSettings) -> list[str]:
     has_gguf = "gguf" in run.makes(ARTIFACTS["gguf"].step)
     names = [name for name in settings.artifacts if name != "gguf" or has_gguf]
     if not names:
-        raise RunError("hub.artifacts names gguf alone, and this run makes none: set export.gguf, run notebook 07_export")
+        raise RunError("hub.artifacts names only gguf, but this run makes none: set export.gguf, run notebook 07_export")
     for name in [*names, *(["gguf_check"] if "gguf" in names else []), "model_card"]:
         run.require(name)
         if not run.is_fresh(name, deep=False):
@@ -176,7 +176,7 @@ def refuse_of_others(repository: PlannedRepository, there: Listing) -> None:
     if others:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         raise HubError(
-            f"not pushed. {repository.repo_id} holds files that no `medcot push` put there, or that somebody changed since: "
+            f"not pushed. {repository.repo_id} holds files that `medcot push` did not upload, or that somebody changed later: "
             f"{', '.join(others[:5])}{more}. None of them was touched: choose another repository with --repo-id, or delete them "
             f"there if nobody needs them, and push again"
         )

@@ -71,7 +71,7 @@ def check_accelerator(name: str, config: RunConfig) -> Accelerator:
     processes = config.training.num_processes
     if isinstance(processes, int) and processes > found.count:
         raise AcceleratorError(
-            f"training.num_processes is {processes}, but {name} has {found.describe()}: each process needs a GPU of its own. Set "
+            f"training.num_processes is {processes}, but {name} has {found.describe()}: each process needs its own GPU. Set "
             f"training.num_processes={found.count}"
         )
     return found

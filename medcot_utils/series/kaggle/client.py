@@ -115,7 +115,7 @@ def push(folder: Path) -> Pushed:
     for kind in ("dataset", "competition", "kernel", "model"):
         if invalid := getattr(answer, f"invalid_{kind}_sources"):
             raise KaggleError(
-                f"Kaggle knows no such {kind}_sources, or they are not yours to read: {', '.join(invalid)}. It saved the kernel "
+                f"Kaggle knows no such {kind}_sources, or you may not read them: {', '.join(invalid)}. It saved the kernel "
                 f"without them: fix {METADATA} and push again"
             )
     if not answer.version_number:

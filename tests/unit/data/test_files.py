@@ -90,7 +90,7 @@ def test_a_column_that_stands_twice_in_the_file_is_refused(tmp_path, suffix):
         path.write_text(f"{','.join(names)}\na,b,c,d\n", encoding="utf-8")
     else:
         pq.write_table(pa.Table.from_arrays([pa.array([name]) for name in names], names=names), path)
-    with pytest.raises(DataError, match="column 'Question' stands 2 times in the file"):
+    with pytest.raises(DataError, match="column 'Question' occurs 2 times in the file"):
         load_rows(settings(path))
 
 

@@ -198,7 +198,7 @@ def test_the_model_card_has_numbers_license_and_limits(run):
     text = model_card(run)
     card = ModelCard(text)
     assert card.data.license == "apache-2.0" and card.data.language == "en"
-    assert "Not for clinical use" in card.text and "`apache-2.0`: the base model's licence" in card.text
+    assert "Not for clinical use" in card.text and "`apache-2.0`: the base model's license" in card.text
     for name, metric in run.read("metrics")["metrics"].items():
         cells = " | ".join(format_side(metric, side) for side in ("base", "tuned", "difference"))
         assert f"| {METRICS[name].label.replace('</think>', '`</think>`')} | {cells} | {verdict(name, metric)} |" in card.text
