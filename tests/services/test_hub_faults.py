@@ -208,7 +208,7 @@ def test_a_lasting_500_blames_the_hub_and_the_next_push_resumes(hub, finished_ru
     fault.times = 0
     hub.requests.clear()
     done = push(run)
-    assert done.returncode == 0 and "adapter is there already" in done.stdout
+    assert done.returncode == 0 and "adapter is already there" in done.stdout
 
 
 # --- cut off -------------------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def test_the_signed_in_user_owns_a_kernel_without_a_given_owner(medcot, server, 
 
 ANSWERS = {
     "error": ({"error": "Notebook title is\nalready in use"}, "Kaggle refused ann/heart-run: Notebook title is already in use"),
-    "data set": ({"versionNumber": 1, "invalidDatasetSources": ["ann/gone"]}, "no such dataset_sources, or they are not yours"),
+    "data set": ({"versionNumber": 1, "invalidDatasetSources": ["ann/gone"]}, "no such dataset_sources, or you may not read them"),
     "kernel": ({"versionNumber": 1, "invalidKernelSources": ["ann/gone"]}, "no such kernel_sources"),
     "model": ({"versionNumber": 1, "invalidModelSources": ["ann/gone"]}, "no such model_sources"),
     "another kernel": ({"ref": "ann/other-run", "versionNumber": 4}, "Kaggle saved ann/other-run (), not ann/heart-run"),
@@ -255,7 +255,7 @@ def left(run_factory, content, server, tmp_path):
 def test_output_reassembles_the_run_without_the_merged_model(medcot, server, left, tmp_path):
     said = succeed(medcot("output", "ann/heart-run", "--run-dir", "runs/fetched"))
     run = Run.open(tmp_path / "here" / "runs" / "fetched")
-    assert run.manifest() == left and "not there: merged" in said
+    assert run.manifest() == left and "missing: merged" in said
     assert all(run.is_fresh(name) for name in left["artifacts"] if name != "merged")
     assert not any(name.startswith((f"{RUN_NAME}/merged", "medcot/")) for name in server.fetched)
     assert [path.name for path in run.path.parent.iterdir()] == ["fetched"], "nothing half fetched is left"
@@ -293,7 +293,7 @@ def test_output_names_a_file_that_did_not_arrive(medcot, server, left):
     assert "adapter of ann/heart-run differ from the manifest" in the_one_error(medcot("output", "ann/heart-run"))
     server.broken = f"{RUN_NAME}.zip"
     line = the_one_error(medcot("output", "ann/heart-run", "--run-dir", "runs/again"))
-    assert f"{RUN_NAME}.zip of ann/heart-run did not arrive whole" in line
+    assert f"{RUN_NAME}.zip of ann/heart-run arrived incomplete" in line
 
 
 @pytest.mark.parametrize("name", [f"{RUN_NAME}/../../../escaped", f"{RUN_NAME}/adapter/../../../../escaped"])

@@ -285,7 +285,7 @@ def test_a_merge_requires_safetensors_and_a_lora_adapter(tmp_path):
 
     base, _ = load_base(CONFIG.model, "float32")
     get_peft_model(base, LoraConfig(target_modules=["q_proj"], use_dora=True)).save_pretrained(tmp_path / "dora")
-    with pytest.raises(MergeError, match="dora/ is more than LoRA of one rank"):
+    with pytest.raises(MergeError, match="dora/ is more than plain LoRA of one rank"):
         merge(CONFIG.model, tmp_path / "dora", tmp_path / "merged", "float16")
 
     (tmp_path / "empty").mkdir()

@@ -282,7 +282,7 @@ def test_uneven_specialties_keep_shares_and_equal_chances():
 def test_all_questions_are_taken_and_reported_below_the_limit(write, capsys):
     path = write({"question": "q", "options": TEXTS, "answer": 0}, {"question": "r", "options": TEXTS, "answer": 0})
     assert len(load_questions(path, limit=5)) == 2
-    assert "has 2 questions, fewer than the 5 asked for" in capsys.readouterr().out
+    assert "has 2 questions, fewer than evaluation.mcq_limit (5)" in capsys.readouterr().out
     assert len(load_questions(path, limit=2)) == 2 and capsys.readouterr().out == ""
 
 
