@@ -85,7 +85,7 @@ def test_an_effective_batch_that_differs_is_refused(tmp_path):
     with pytest.raises(TrainingError, match=r"4 rows instead of 8.*CUDA_VISIBLE_DEVICES=0"):
         prepare_trainer(trainer, load_config("smoke", [*SETTINGS, "training.gradient_accumulation_steps=4"]))
     trainer.args.gradient_accumulation_steps = 1
-    with pytest.raises(TrainingError, match="2 rows where 4"):
+    with pytest.raises(TrainingError, match="2 rows instead of 4"):
         check_effective_batch(trainer, CONFIG)
 
 

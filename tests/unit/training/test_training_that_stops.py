@@ -130,7 +130,7 @@ def timed(max_hours, *more):
 @pytest.mark.model
 def test_a_spent_budget_stops_after_one_step_and_the_run_resumes(uninterrupted, tmp_path, capsys):
     _, by_step, weights = uninterrupted
-    with pytest.raises(TimeBudgetReached, match=r"stopped after step 1 of 6, before training\.max_hours were over"):
+    with pytest.raises(TimeBudgetReached, match=r"stopped after step 1 of 6, before training\.max_hours ended"):
         trained(tmp_path, timed(1e-6))
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("checkpoint-")] == ["checkpoint-1"]
     assert checkpoint_fault(tmp_path / "checkpoint-1") is None
