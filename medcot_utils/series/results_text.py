@@ -115,7 +115,7 @@ def _of_merged(text: _Text) -> list[str]:
     if merged is None:
         return []
     if any(f"merged model/{one['metric']}" in text.differing for one in merged["verdicts"]):
-        return [f"The verdict whether the merged model, which people load, behaves as measured {DIFFERS}."]
+        return [f"The verdict on the merged model, which people load, {DIFFERS}."]
     said = merged["summary"].partition(": ")[2]
     if said.startswith("yes"):
         return ["The merged model, which people load, behaves as measured."]

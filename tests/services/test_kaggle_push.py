@@ -146,7 +146,10 @@ def test_the_signed_in_user_owns_a_kernel_without_a_given_owner(medcot, server, 
 
 ANSWERS = {
     "error": ({"error": "Notebook title is\nalready in use"}, "Kaggle refused ann/heart-run: Notebook title is already in use"),
-    "data set": ({"versionNumber": 1, "invalidDatasetSources": ["ann/gone"]}, "no such dataset_sources, or you may not read them"),
+    "data set": (
+        {"versionNumber": 1, "invalidDatasetSources": ["ann/gone"]},
+        "no such dataset_sources, or you may not read them",
+    ),
     "kernel": ({"versionNumber": 1, "invalidKernelSources": ["ann/gone"]}, "no such kernel_sources"),
     "model": ({"versionNumber": 1, "invalidModelSources": ["ann/gone"]}, "no such model_sources"),
     "another kernel": ({"ref": "ann/other-run", "versionNumber": 4}, "Kaggle saved ann/other-run (), not ann/heart-run"),
