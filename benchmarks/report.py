@@ -30,7 +30,7 @@ def worst_loss_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float
 
 def training_table(found: dict[str, Any]) -> list[str]:
     names = {"training a": "TRL + PEFT + bitsandbytes", "training b": "Unsloth, the article's arguments", "training c": "medcot"}
-    lines = ["| training, 8 rows a step | how | step | tokens/s | beside b | share of ceiling | peak reserved |"]
+    lines = ["| training, 8 rows a step | how | step | tokens/s | compared with b | share of ceiling | peak reserved |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     reference = found["training b"]["tokens_per_second"]
     for name, label in names.items():
@@ -45,7 +45,7 @@ def training_table(found: dict[str, Any]) -> list[str]:
 
 
 def generation_table(found: dict[str, Any]) -> list[str]:
-    lines = ["| answers, greedy | prompts at once | tokens/s | beside one at a time | first call adds | peak reserved |"]
+    lines = ["| answers, greedy | prompts at once | tokens/s | compared with one at a time | first call adds | peak reserved |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     reference = found["generation article"]["tokens_per_second"]
     for name in ("generation article", "generation 16", "generation 64"):
@@ -62,7 +62,7 @@ def cards_table(found: dict[str, Any]) -> list[str]:
     names = [name for name in ("cards 1", "cards 2", "cards 4") if name in found and "error" not in found[name]]
     if not names:
         return []
-    lines = ["", "| GPUs, 32 rows a step | how | tokens/s | beside one |", "| --- | --- | --- | --- |"]
+    lines = ["", "| GPUs, 32 rows a step | how | tokens/s | compared with one |", "| --- | --- | --- | --- |"]
     for name in names:
         result = found[name]
         ratio = result["tokens_per_second"] / found["cards 1"]["tokens_per_second"]
@@ -114,7 +114,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
     versions = found["environment"]["versions"]
     return [
         f"GPU: {found['environment']['cards'][0]}; torch {versions['torch']}, unsloth {versions['unsloth']}, "
-        f"trl {versions['trl']}. Its own ceiling: {ceiling['matrix_product_tflops']:.0f} TFLOP/s in a bf16 matrix product "
+        f"trl {versions['trl']}. Measured ceiling: {ceiling['matrix_product_tflops']:.0f} TFLOP/s in a bf16 matrix product "
         f"({ceiling['mlp_shape_tflops']:.0f} in one of the model's shape), {ceiling['copy_gb_per_second']:,.0f} GB/s in a copy.",
         "",
         f"Losses at every step: c within {worst_loss_difference(c, b):.2%} of b and {worst_loss_difference(c, a):.2%} of a, from "
@@ -122,15 +122,16 @@ def sentences(found: dict[str, Any]) -> list[str]:
         f"First step, compilation included: a {a['first_step_seconds']:.0f} s, b {b['first_step_seconds']:.0f} s, "
         f"c {c['first_step_seconds']:.0f} s.",
         "",
-        f"The digits kept between the layers make a's distance: with bfloat16 there, as b and c have it, a is within "
-        f"{worst_loss_difference(bfloat16, c):.2%} of c; all in float32, within {worst_loss_difference(float32, a):.2%} of "
-        f"itself as above, and c in float16 is within {worst_loss_difference(t4, float32):.2%} of that.",
+        f"The precision between the layers explains a's distance: with bfloat16 there, as in b and c, a is within "
+        f"{worst_loss_difference(bfloat16, c):.2%} of c. With everything in float32, a is within "
+        f"{worst_loss_difference(float32, a):.2%} of a above, and c in float16 is within "
+        f"{worst_loss_difference(t4, float32):.2%} of that.",
         "",
-        f"Where the time of c's step goes on the GPU: {shares} ({profile['wall']:.2f} s by the clock, profiled).",
+        f"GPU time of one step of c: {shares} ({profile['wall']:.2f} s of wall time, profiled).",
         "",
         f"Rehearsal of a T4 (float16, 14.5 GiB allowed, unpadded batches; not a T4's speed): {t4['what']}, "
         f"{t4['peak_reserved_gib']:.1f} GiB reserved at most, {t4['skipped_steps']} steps skipped by GradScaler, "
-        f"{t4['tokens_per_second']:,.0f} tokens/s here.",
+        f"{t4['tokens_per_second']:,.0f} tokens/s on this GPU.",
     ]
 
 

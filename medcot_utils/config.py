@@ -69,8 +69,8 @@ _ALIASES = {
 
 
 SECRETS_STAY_OUT = (
-    "Settings are kept in the run's files, and secrets.* takes the names of secrets. Take it out, and put the secret itself into "
-    "the environment or the platform's secret store"
+    "Settings are stored in the run's files, and secrets.* takes the names of secrets. Remove the secret, and put it into the "
+    "environment or the platform's secret store"
 )
 
 _NULL = ("null", "Null", "NULL", "~")
@@ -84,7 +84,7 @@ class RunConfig(Section):
     """All settings of one run. Frozen: a notebook reads it and never changes it."""
 
     profile: str
-    seed: int = Field(3407, ge=0, lt=2**32, description="of everything random; NumPy and PYTHONHASHSEED take 32 bits")
+    seed: int = Field(3407, ge=0, lt=2**32, description="seed of everything random; NumPy and PYTHONHASHSEED take 32 bits")
     model: ModelSettings
     prompt: PromptSettings = PromptSettings()
     dataset: DatasetSettings
@@ -200,7 +200,7 @@ def parse_overrides(given: Iterable[str] | str) -> dict[str, Any]:
         if not equals:
             raise ConfigError(f"--set {pair}: expected NAME=VALUE, as in --set training.max_steps=10")
         if name == "profile":
-            raise ConfigError("profile is no setting: choose it with --profile, or PROFILE in notebook 01_setup")
+            raise ConfigError("profile is not a setting: choose it with --profile, or PROFILE in notebook 01_setup")
         if name not in fields:
             raise ConfigError(f"unknown setting {name!r}{nearest(name, fields)}")
         overrides[name] = parse_value(f"--set {name}", text.strip(), _types(fields[name].annotation))
@@ -327,7 +327,7 @@ def _absolute(path: str) -> str:
 
 @dataclass(frozen=True)
 class ProfileNeeds:
-    """What a profile needs of the machine: `needs` in its YAML file, which is no setting of a run."""
+    """Hold a profile's needs of the machine: `needs` in its YAML file, which is not a setting of a run."""
 
     memory_gib: float  # free memory for one kernel
     packages: tuple[str, ...]  # beside those that every profile needs, as they are imported

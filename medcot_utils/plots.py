@@ -159,7 +159,7 @@ def comparison_figure(measured: Mapping[str, Any], merged: Mapping[str, Any] | N
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     for axes in figure.axes if narrow else ():
         axes.title.set_fontsize(10)
-    title = "What fine-tuning changed, on held-out rows and questions"
+    title = "The effects of fine-tuning, on held-out rows and questions"
     figure.suptitle(title.replace(", ", ",\n") if narrow else title, fontsize=13)
     return figure
 

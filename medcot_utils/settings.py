@@ -47,7 +47,7 @@ class Section(BaseModel):
         # pydantic would take true for 1, and YAML reads yes and on as true: training.max_steps=yes would train one step.
         kind = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
-            raise PydanticCustomError("switch", "This is no on/off setting")
+            raise PydanticCustomError("switch", "Expected a value, not true or false")
         return value
 
     def fingerprinted(self) -> dict[str, Any]:
@@ -96,21 +96,19 @@ class ColumnNames(Section):
 class DatasetSettings(Section):
     name: str = Field(description="`shipped` or a data set on the Hub")
     subset: str | None = Field(None, description="configuration of the data set on the Hub, such as en")
-    revision: str | None = Field(None, description="commit of the data set; the name alone has changed its rows before")
+    revision: str | None = Field(None, description="commit of the data set; rows have changed under the same name before")
     sha256: str | None = Field(
         None, pattern=r"^[0-9a-f]{64}$", description="digest of the data set's one file, checked after download; None: unchecked"
     )
-    path: str | None = Field(None, description="a local json, jsonl, csv or parquet file; wins over name")
+    path: str | None = Field(None, description="a local json, jsonl, csv, or parquet file, used instead of name")
     columns: ColumnNames = ColumnNames()
-    num_rows: int | None = Field(None, ge=1, description="training rows; None takes all but the held-out ones")
-    held_out_rows: int = Field(ge=1, description="rows kept out of training; at most so many where a `split` column chooses them")
+    num_rows: int | None = Field(None, ge=1, description="training rows; None: all except the held-out ones")
+    held_out_rows: int = Field(ge=1, description="rows kept out of training; the most, if a `split` column chooses them")
     shuffle: bool = Field(False, description="shuffle with the seed before the split")
-    loss_on: Literal["full", "completion"] = Field("completion", description="full: the prompt is in the loss too")
-    overlong: Literal["drop", "truncate", "error"] = Field(
-        "drop", description="what to do with rows longer than model.max_seq_length"
-    )
+    loss_on: Literal["full", "completion"] = Field("completion", description="full: the loss includes the prompt")
+    overlong: Literal["drop", "truncate", "error"] = Field("drop", description="rows longer than model.max_seq_length")
     repeats: Literal["report", "drop"] = Field("drop", description="training rows that repeat a held-out question")
-    near_repeat_similarity: float = Field(85, ge=50, le=100, description="rapidfuzz ratio from which two questions repeat")
+    near_repeat_similarity: float = Field(85, ge=50, le=100, description="rapidfuzz ratio at which a question counts as a repeat")
     ngram_overlap: float = Field(
         0.5, gt=0, le=1, description="share of a question's 8-word sequences in a row that makes a repeat"
     )
@@ -120,7 +118,7 @@ class LoraSettings(Section):
     r: int = Field(16, ge=1, description="rank of the two small matrices beside each weight")
     lora_alpha: int = Field(16, ge=1, description="scale of the correction, which is lora_alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs that is dropped while training")
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained too")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="biases that are trained too")
     target_modules: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         description="the projections that get an adapter; one text without brackets is a pattern",
@@ -146,19 +144,22 @@ class TrainingSettings(Section):
     logging_steps: int = Field(10, ge=1, description="optimizer steps between two logged losses")
     save_steps: int = Field(20, ge=1, description="optimizer steps between two checkpoints")
     save_total_limit: int = Field(2, ge=1, description="checkpoints that are kept")
-    eval_steps: int | None = Field(None, ge=1, description="held-out loss during training, every so many steps")
+    eval_steps: int | None = Field(
+        None, ge=1, description="optimizer steps between two held-out losses during training; None: no such losses"
+    )
     eval_rows: int = Field(8, ge=1, description="held-out rows that the loss during training is taken on")
     batch_plan: Literal["auto", "as_set"] = Field(
-        "auto", description="auto: on a GPU, share the effective batch out as its memory allows; as_set: as the settings say"
+        "auto", description="auto: on a GPU, divide the effective batch as its memory allows; as_set: as the settings say"
     )
     padding: Literal["auto", "padded", "padding_free"] = Field("auto", description="how rows of unequal length share a batch")
     num_processes: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        1, description="GPUs to train on, one process each; the effective batch stays. auto: all of a kind that divide it"
+        1,
+        description="GPUs to train on, one process each. auto: all of one kind that divide the effective batch",
     )
     max_hours: float | None = Field(
         None,
         gt=0,
-        description="hours of a session: the series pauses before they are over, training with a checkpoint, answers and "
+        description="hours of a session: the series pauses before they end, training with a checkpoint, answers and "
         "multiple choice after a batch, else between two notebooks; the next call resumes",
     )
 
@@ -173,8 +174,8 @@ class TrainingSettings(Section):
             raise ValueError(f"training.max_steps is {self.max_steps}: expected a number of steps, or -1 for whole epochs")
         if self.num_processes != "auto" and self.effective_batch_size % self.num_processes:
             raise ValueError(
-                f"training.num_processes is {self.num_processes}: the effective batch of {self.effective_batch_size} rows cannot "
-                f"be shared evenly by so many. Choose a divisor, or change training.gradient_accumulation_steps"
+                f"training.num_processes is {self.num_processes}: the effective batch of {self.effective_batch_size} rows does "
+                f"not divide by that. Choose a divisor, or change training.gradient_accumulation_steps"
             )
         return self
 
@@ -182,13 +183,13 @@ class TrainingSettings(Section):
 class GenerationSettings(Section):
     max_new_tokens: int = Field(1200, ge=1, description="the longest answer, in tokens")
     do_sample: bool = Field(False, description="sample the one question of notebook 02; scored answers: evaluation.n_samples")
-    temperature: float = Field(0.6, gt=0, description="of sampled answers: lower is closer to greedy")
-    top_p: float = Field(0.95, gt=0, le=1, description="of sampled answers: the likeliest tokens that share this probability")
+    temperature: float = Field(0.6, gt=0, description="temperature of sampled answers: lower is closer to greedy")
+    top_p: float = Field(0.95, gt=0, le=1, description="sampled answers take the likeliest tokens that share this probability")
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="questions answered at once; auto: what the GPU's memory holds"
+        "auto", description="questions answered at once; auto: as many as the GPU's memory holds"
     )
     cache_implementation: Literal["auto", "static", "dynamic"] = Field(
-        "auto", description="static: 16-bit weights and a compiled step, for GPUs with room; auto: where it pays"
+        "auto", description="static: 16-bit weights and a compiled step, for GPUs with room; auto: if it pays"
     )
 
 
@@ -207,7 +208,7 @@ class EvaluationSettings(Section):
     mcq_limit: int | None = Field(None, ge=1, description="questions per task, spread over the specialties; None: all")
     mcq_max_new_tokens: int = Field(1200, ge=1, description="the longest answer to a multiple-choice question, in tokens")
     base_16bit_loss: bool = added_later(
-        False, description="take the held-out loss of the 16-bit base too, layer by layer if the GPUs cannot hold it"
+        False, description="also take the held-out loss of the 16-bit base, layer by layer if the GPUs cannot hold it"
     )
     measure_merged: bool = added_later(
         False, description="measure the merged model in notebook 07: answers, and loss on all held-out rows"
@@ -216,25 +217,28 @@ class EvaluationSettings(Section):
         None, ge=0, description="questions that the merged model answers; None: all if the GPUs hold it, else none"
     )
     embedding_model: str | None = Field(
-        None, description="a sentence-transformers model (folder or Hub id): answers compared with references by meaning too"
+        None, description="a sentence-transformers model (folder or Hub id): also compares answers with references by meaning"
     )
-    confidence_level: float = Field(0.95, gt=0.5, lt=1, description="of all intervals and tests")
+    confidence_level: float = Field(0.95, gt=0.5, lt=1, description="confidence level of all intervals and tests")
     n_resamples: int = Field(5000, ge=200, description="bootstrap resamples")
 
 
 class ExportSettings(Section):
     dtype: Literal["float16", "bfloat16"] = Field("float16", description="type of the merged model's weights")
     merge_into: Literal["base_16bit", "dequantized_4bit"] = added_later(
-        "base_16bit", description="what the adapter is added to: the 16-bit base, or the 4-bit weights it was trained beside"
+        "base_16bit",
+        description="weights that the adapter is added to: the 16-bit base, or the 4-bit weights it was trained with",
     )
     logits_tolerance: float = Field(
         0.02, gt=0, description="largest allowed mean absolute difference of log-probabilities (float16; bfloat16: 8 times that)"
     )
     check_prompts: int = Field(3, ge=1, description="prompts whose first greedy tokens are compared after a merge")
-    check_rows: int = Field(8, ge=1, description="held-out rows that merged and trained model's losses are compared on")
+    check_rows: int = Field(
+        8, ge=1, description="held-out rows on which the losses of the merged and the trained model are compared"
+    )
     check_new_tokens: int = Field(32, ge=1, description="greedy tokens that are compared for each of these prompts")
     gguf: Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m"] | None = Field(
-        None, description="the merged model as a GGUF file of this type too, for llama.cpp and Ollama; None: no such file"
+        None, description="also write the merged model as a GGUF file of this type, for llama.cpp and Ollama; None: no such file"
     )
 
     @field_validator("gguf", mode="before")
@@ -245,27 +249,27 @@ class ExportSettings(Section):
 
 class HubSettings(Section):
     repo_id: str | None = Field(
-        None, pattern=r"^([\w.-]+/)?[\w.-]+$", description="user/name of the repository to push to; None pushes nothing"
+        None, pattern=r"^([\w.-]+/)?[\w.-]+$", description="user/name of the repository to push to; None: nothing is pushed"
     )
     layout: Literal["one", "separate"] = Field(
         "one", description="one: merged model at the root, adapter/ and gguf/ below; separate: NAME-lora, NAME-merged, NAME-gguf"
     )
-    private: bool = Field(True, description="false publishes to everybody")
+    private: bool = Field(True, description="false: everybody can see it")
     artifacts: Annotated[tuple[Literal["adapter", "merged", "gguf"], ...], BeforeValidator(_as_list)] = Field(
-        ("adapter", "merged", "gguf"), min_length=1, description="what is sent; gguf only where the run has made one"
+        ("adapter", "merged", "gguf"), min_length=1, description="artifacts that are pushed; gguf only if the run has one"
     )
     tag: str | None = Field(
         None, pattern=r"^[\w.-]+$", description="tag that a verified push sets; None: run- and a digest of what was pushed"
     )
     patience_seconds: float = Field(
-        300, ge=0, description="how long one request is repeated while the Hub is busy, failing or out of reach"
+        300, ge=0, description="how long one request is repeated while the Hub is busy, failing, or out of reach"
     )
     language: str | None = added_later(
         None,
         pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]+)*$",
         description="the data's language as the model card names it (en, zh, pt-BR); None: as the data set or its script says",
     )
-    verify_all: bool = Field(False, description="true downloads every byte of a push again, not only both ends of large files")
+    verify_all: bool = Field(False, description="true: download every byte of a push again, not only both ends of large files")
 
     def addresses(self, names: Iterable[str], repo_id: str) -> dict[str, str]:
         """Return {artifact: the repository it goes to}, as the layout says."""
@@ -275,13 +279,13 @@ class HubSettings(Section):
 
 class TrackingSettings(Section):
     backend: Literal["auto", "wandb", "trackio", "tensorboard", "none"] = Field(
-        "auto", description="auto: wandb where there is a key for it, else trackio where it is installed, else none"
+        "auto", description="auto: wandb if there is a key for it, else trackio if it is installed, else none"
     )
     project: str = Field("medcot", min_length=1, description="the tracker's project")
     job_type: str = Field("training", description="W&B's job type")
-    entity: str | None = Field(None, description="W&B's team or user; None: the key's own")
+    entity: str | None = Field(None, description="W&B team or user; None: the key's own")
     mode: Literal["auto", "online", "offline"] = Field(
-        "auto", description="W&B: online needs a key, and it is an error in notebook 01 if there is none; auto: offline then"
+        "auto", description="W&B: online needs a key, and notebook 01 fails without one; auto: offline without one"
     )
 
 
@@ -294,11 +298,9 @@ class SecretsSettings(Section):
     """Names under which secrets are looked for, first one first; never the secrets."""
 
     huggingface: tuple[str, ...] = Field(
-        ("HF_TOKEN", "HUGGINGFACE_TOKEN"), description="names under which the Hugging Face token is looked for, first one first"
+        ("HF_TOKEN", "HUGGINGFACE_TOKEN"), description="names to look for the Hugging Face token under, in this order"
     )
-    wandb: tuple[str, ...] = Field(
-        ("WANDB_API_KEY", "wandb"), description="names under which the W&B key is looked for, first one first"
-    )
+    wandb: tuple[str, ...] = Field(("WANDB_API_KEY", "wandb"), description="names to look for the W&B key under, in this order")
 
     @field_validator("*", mode="before")
     @classmethod
@@ -307,8 +309,8 @@ class SecretsSettings(Section):
         good = isinstance(names, list | tuple) and all(isinstance(name, str) and _is_name(name) for name in names)
         if not good or not names:  # what was given may be a secret, so it is not repeated
             raise ValueError(
-                f"secrets.{info.field_name} takes the names of secrets (as in [HF_TOKEN]), and what was given is none. If it was "
-                f"the secret itself, put it into the environment or the platform's secret store"
+                f"secrets.{info.field_name} takes the names of secrets (as in [HF_TOKEN]), and the given value is not one. If it "
+                f"was the secret itself, put it into the environment or the platform's secret store"
             )
         return tuple(names)
 

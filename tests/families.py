@@ -109,7 +109,9 @@ def format_table(outcomes: dict[str, Outcome], refused: dict[str, list[str]]) ->
         rows.append([family.title, family.stands_for, *outcome.steps.values(), needed])
         notes += [f"- {family.title}, {line}" for line in refused[name]]
         notes += [f"- {family.title} failed: {outcome.failure}"] if outcome.failure else []
-    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", "Refused, in the words that you see:", "", *notes, ""])
+    return "\n".join(
+        [*(f"| {' | '.join(row)} |" for row in rows), "", "These are refused, with the message that you see:", "", *notes, ""]
+    )
 
 
 def main() -> int:

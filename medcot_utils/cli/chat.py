@@ -22,16 +22,16 @@ from medcot_utils.plain_text import show_controls
 if TYPE_CHECKING:
     from medcot_utils.models.chat import Answer, Chat, Who
 
-HELP = "/show: the thinking of the last answer   /base: the base model too, or no more   /exit: leave"
+HELP = "/show: the thinking of the last answer   /base: turn the base model's answers on or off   /exit: quit"
 
 
 def chat(
     run_dir: Annotated[Path | None, typer.Argument(parser=expand_home, help="a run that notebook 05 has trained")] = None,
-    question: Annotated[list[str] | None, typer.Option("--question", "-q", help="ask this and leave; may be repeated")] = None,
+    question: Annotated[list[str] | None, typer.Option("--question", "-q", help="ask this and exit; may be repeated")] = None,
     show: Annotated[bool, typer.Option("--show", help="with --question: print the thinking before the answer")] = False,
     base_too: Annotated[bool, typer.Option("--base-too", help="let the untrained model answer beside the tuned one")] = False,
     page: Annotated[bool, typer.Option("--page", help="a page in the browser instead of the terminal")] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="of the page; 0: any free one")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port of the page; 0: any free port")] = 0,
     open_browser: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
 ) -> None:
     """Ask the tuned model of a run, in the terminal or on a page of this machine.
@@ -135,7 +135,7 @@ class Terminal:
             return False
         if line == "/base":
             self.base_too = not self.base_too
-            self.console.print("the base model answers too" if self.base_too else "the tuned model alone", style="dim")
+            self.console.print("the base model answers too" if self.base_too else "only the tuned model answers", style="dim")
         elif line == "/show":
             for who, answer in self.last.items():
                 self.console.print(f"[{who}] {answer.thinking}", style="dim")

@@ -57,7 +57,9 @@ def build_page(chat: Chat, base_too: bool) -> gradio.Blocks:
             raise gr.Error(web.escape(str(error)), print_exception=False) from error
 
     with gr.Blocks(title="medcot chat", analytics_enabled=False) as page:
-        gr.HTML(f"<h1>medcot chat</h1><p><b>{WARNING}</b> Each question stands alone.</p>")
+        gr.HTML(
+            f"<h1>medcot chat</h1><p><b>{WARNING}</b> The model answers each question by itself, without the ones before.</p>"
+        )
         with gr.Row():
             how = {"render_markdown": False, "height": 460, "sanitize_html": True, "buttons": []}
             base = gr.Chatbot(label="base model", visible=base_too, **how)
@@ -65,7 +67,7 @@ def build_page(chat: Chat, base_too: bool) -> gradio.Blocks:
         question = gr.Textbox(label="Question", lines=3, placeholder="a clinical question", max_length=web.MOST_CHARACTERS)
         with gr.Row():
             send, stop = gr.Button("Ask", variant="primary"), gr.Button("Stop")
-        both = gr.Checkbox(label="The base model too", value=base_too)
+        both = gr.Checkbox(label="Also the base model", value=base_too)
         both.change(lambda on: gr.Chatbot(visible=on), both, base, api_name=False, queue=False)
         # One answer at a time: the adapter is on or off for everyone.
         asked = send.click(ask, [question, both], [base, tuned], api_name="ask", concurrency_limit=1)

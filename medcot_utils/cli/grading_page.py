@@ -61,7 +61,7 @@ class Desk:
         Raises OSError if it cannot be written, and GradingError if the note is too long or holds a secret, or the answers were
         made again meanwhile."""
         if self._answers() != self._judged:
-            raise GradingError("the answers were made again since this page was started: start medcot grade again")
+            raise GradingError("the answers have changed since this page was started: run medcot grade again")
         if len(note) > web.MOST_CHARACTERS:  # the box's own limit is the browser's
             raise GradingError(f"the note is too long: at most {web.MOST_CHARACTERS:,} characters")
         if kind := kind_of(note, secrets_at_hand()):
@@ -79,7 +79,7 @@ class Desk:
         """Return progress, specialty and this grader's earlier judgement of the pair, as HTML."""
         progress = f"{len(self.judged)} of {len(self.pairs)} judged"
         if pair is None:
-            return f"<p>{progress}. That was the last one: this page can be closed.</p>"
+            return f"<p>{progress}. That was the last one. You can close this page.</p>"
         tags = [str(pair.question["specialty"]), "" if pair.question["scored"] else "shown, not scored"]
         if grade := self.judged.get(pair.id):
             said = dict(zip(pair.shown, "ab", strict=True)).get(grade.verdict, grade.verdict)
@@ -118,7 +118,7 @@ def build_page(desk: Desk) -> gradio.Blocks:
         if act == "reference":
             return _plain(f"Reference response: {pair.question['Response']}") if pair else ""
         if token and not pair:
-            return view(desk.next_pair(), "The answers have changed since you saw them: nothing was kept.")
+            return view(desk.next_pair(), "The answers have changed since you saw them: nothing was saved.")
         if act == "back":
             return view(desk.previous_pair(pair) or pair)
         if pair and act in CHOICES:
@@ -147,7 +147,7 @@ def build_page(desk: Desk) -> gradio.Blocks:
             with gr.Row():
                 buttons = {act: gr.Button(text, variant="primary", min_width=120) for act, text in CHOICES.items()}
             buttons["skip"] = gr.Button("Skip for now")
-        buttons["back"] = gr.Button("Back to the previous judgement")
+        buttons["back"] = gr.Button("Back to the previous judgment")
         whole = [token, heading, body, buttons["back"], question, *texts, *thoughts, expected, *folds, note]
         quick = {"queue": False, "show_progress": "hidden"}
         for act, button in buttons.items():
@@ -168,8 +168,8 @@ def serve(run: Run, port: int = 0, open_browser: bool = False, grader: str = "gr
         desk = Desk(run, grader.strip())
     listener = web.listen(port, GradingError)
     progress = f"of {len(desk.pairs)} questions judged by {desk.grader}"
-    say(f"{len(desk.judged)} {progress}; judgements go to {run.path / GRADES}")
+    say(f"{len(desk.judged)} {progress}; judgments go to {run.path / GRADES}")
     if desk.stale:
-        say(f"not counted: {desk.stale} judgement(s) of answers that have changed since")
+        say(f"not counted: {desk.stale} judgment(s) of answers that have changed since")
     web.serve(build_page(desk), listener, "grading page", CSS, run.path, open_browser)
     say(f"{len(desk.judged)} {progress}")

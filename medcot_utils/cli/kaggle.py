@@ -17,17 +17,15 @@ app = typer.Typer(
     help="Run the series on Kaggle: one notebook that carries the project, pushed with Kaggle's own client.",
 )
 
-Folder = Annotated[
-    Path, typer.Option("--folder", parser=expand_home, metavar="<path>", help="where kernel-metadata.json lies or is written")
-]
-Kernel = Annotated[str | None, typer.Argument(help="owner/slug; that of kernel-metadata.json if not given")]
+Folder = Annotated[Path, typer.Option("--folder", parser=expand_home, metavar="<path>", help="folder of kernel-metadata.json")]
+Kernel = Annotated[str | None, typer.Argument(help="owner/slug; if not given, the one in kernel-metadata.json")]
 
 
 @app.command()
 def build(
     profile: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(PROFILES)} or auto; not given: as built here before, else article"),
+        typer.Option(help=f"{', '.join(PROFILES)} or auto; if not given, as in the last build here, else article"),
     ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="a setting of the run: --set training.max_steps=10")] = None,
     kernel: Annotated[str | None, typer.Option("--id", help="owner/slug; your name and medcot-series if not given")] = None,
@@ -36,12 +34,12 @@ def build(
         list[str] | None,
         typer.Option(help="owner/slug of a data set to attach: rows that a setting names, or an earlier session's run"),
     ] = None,
-    public: Annotated[bool | None, typer.Option("--public/--private", help="private unless said")] = None,
+    public: Annotated[bool | None, typer.Option("--public/--private", help="private if not given")] = None,
     accelerator: Annotated[
         str | None,
         typer.Option(
-            help="NvidiaTeslaT4 (two T4s), NvidiaL4 (four L4s), NvidiaL4X1, NvidiaTeslaA100, NvidiaH100 or NvidiaRtxPro6000; not "
-            "given: as built here before, else two T4s, and none for a profile that needs no GPU"
+            help="NvidiaTeslaT4 (two T4s), NvidiaL4 (four L4s), NvidiaL4X1, NvidiaTeslaA100, NvidiaH100, NvidiaRtxPro6000; if "
+            "not given, as in the last build here, else two T4s, and none for a profile that needs no GPU"
         ),
     ] = None,
     keep_image: Annotated[bool, typer.Option("--keep-image", help="keep docker_image of kernel-metadata.json")] = False,
@@ -60,7 +58,7 @@ def build(
         say(f"added: {setting}, since Kaggle ends a session after 12 hours")
     if built.left_out:
         names = ", ".join(built.left_out)
-        say(f"not carried, since they are none of the project's files (git add makes them so): {names}")
+        say(f"not carried, because they are not files of the project (git add makes them so): {names}")
     if built.dropped_image:
         dropped = f"docker_image {built.dropped_image} is dropped: it may name an old image, or one for the CPU"
         say(f"{dropped}; --keep-image keeps it")
@@ -76,7 +74,7 @@ def build(
 
 def _warn_of_image(image: str | None) -> None:
     if image:
-        warning = f"kernel-metadata.json fixes docker_image {image}: the session starts that one, which may be old or for the CPU"
+        warning = f"kernel-metadata.json pins docker_image {image}: the session starts that one, which may be old or for the CPU"
         say(f"{warning}; medcot kaggle build drops it")
 
 
@@ -89,12 +87,12 @@ def _print_times(profile: str, settings: list[str], accelerator: str) -> None:
 
     config = load_config(profile, settings)
     if accelerator != DEFAULT:
-        say(f"no estimate of the time: published rates are known of {DEFAULT} alone, not of {accelerator}")
+        say(f"no time estimate: published rates exist only for {DEFAULT}, not for {accelerator}")
     elif estimate := estimate_series(config, None, KAGGLE_T4S):
         console.print(times_table({profile: estimate}))
         say(describe_sessions(estimate, config, on_kaggle=True))
     else:
-        say("no estimate of the time: the model's size is not known before it is downloaded")
+        say("no time estimate: the model's size is not known until it is downloaded")
 
 
 @app.command()
@@ -124,7 +122,7 @@ def output(
     run_dir: Annotated[
         Path, typer.Option("--run-dir", parser=expand_home, metavar="<path>", help="the run directory to make")
     ] = Path("runs/kaggle"),
-    everything: Annotated[bool, typer.Option("--all", help="the merged 16-bit model and old checkpoints too")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="also fetch the merged 16-bit model and old checkpoints")] = False,
     folder: Folder = Path(),
 ) -> None:
     """Fetch the run of the kernel's latest session, verified, as a run directory for `medcot status` and `medcot report`."""
@@ -133,6 +131,6 @@ def output(
 
     name = kernel or read_metadata(folder).id
     fetched = client.output(name, run_dir, everything)
-    left = f"; not there: {', '.join(fetched.absent)}" if fetched.absent else ""
-    say(f"{run_dir}: {len(fetched.verified)} artifacts as the manifest records{left}")
+    left = f"; missing: {', '.join(fetched.absent)}" if fetched.absent else ""
+    say(f"{run_dir}: {len(fetched.verified)} artifacts agree with the manifest{left}")
     say(f"medcot status {run_dir}")

@@ -52,7 +52,7 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and leave")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None: ...
 
@@ -71,7 +71,7 @@ def run(
     settings: Settings = None,
     first: Annotated[int, typer.Option("--from", min=1, max=7, help="first notebook")] = 1,
     last: Annotated[int, typer.Option("--to", min=1, max=7, help="last notebook")] = 7,
-    force: Annotated[bool, typer.Option("--force", help="do the notebooks again even if nothing changed")] = False,
+    force: Annotated[bool, typer.Option("--force", help="redo the notebooks even if nothing changed")] = False,
     parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="a notebook parameter: NAME=VALUE")] = None,
 ) -> None:
     """Run the notebooks in order. A second call resumes at the first unfinished one.
@@ -91,7 +91,7 @@ def train(
         Path | None, typer.Argument(parser=expand_home, help="a run that notebooks 01 to 04 have prepared")
     ] = None,
     nproc: Annotated[
-        int | None, typer.Option("--nproc", min=1, help="processes, each on a GPU of its own; as the run has it if not given")
+        int | None, typer.Option("--nproc", min=1, help="processes, one per GPU; if not given, as the run's settings say")
     ] = None,
     settings: Settings = None,
 ) -> None:
@@ -199,7 +199,7 @@ def _print_status(found: Status, run: Run) -> None:
     if found["metrics"]:
         console.print(_metrics_table(found))
     elif compared:
-        console.print("before and after: none of the headline metrics was measured")
+        console.print("before and after: no headline metric was measured")
     if found["merged_verdict"] and compared:
         say(found["merged_verdict"])
     if found["metrics"] or compared:
@@ -251,7 +251,7 @@ def report(
 
     run_dirs = run_dirs or [choose_run(None)]
     if out is None and len(run_dirs) > 1:
-        raise MedcotError("a report of several runs belongs to none of them: name a file with --out")
+        raise MedcotError("a report of several runs needs a file of its own: name one with --out")
     runs = [Run.open(run_dir) for run_dir in run_dirs]
     if out is None:
         with hold(runs[0].path, "medcot report"):
@@ -268,7 +268,7 @@ def grade(
     run_dir: Annotated[
         Path | None, typer.Argument(parser=expand_home, help="a run whose base and tuned model have answered")
     ] = None,
-    grader: Annotated[str, typer.Option(help="whose judgements these are")] = "grader",
+    grader: Annotated[str, typer.Option(help="name of the person who judges")] = "grader",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 0,
     open_browser: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
 ) -> None:
@@ -304,9 +304,9 @@ def doctor(run_dir: RunDir = None) -> None:
 @app.command("settings")
 def list_settings(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="only settings with this in name or meaning")
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="only settings with this word in their name or meaning")
     ] = None,
-    profile: Annotated[str, typer.Option(help=f"whose values: {', '.join(PROFILES)} or auto")] = "demo",
+    profile: Annotated[str, typer.Option(help=f"profile whose values are shown: {', '.join(PROFILES)} or auto")] = "demo",
 ) -> None:
     """List the settings that --set takes: value in a profile, meaning, choices, and default."""
     from medcot_utils.cli.settings_table import settings_table

@@ -20,9 +20,9 @@ def push(
     layout: Annotated[str | None, typer.Option(help="one repository, or separate: -lora, -merged, -gguf")] = None,
     what: Annotated[
         list[str] | None,
-        typer.Option("--artifact", help="adapter, merged or gguf, once for each; everything the run has if not given"),
+        typer.Option("--artifact", help="adapter, merged, or gguf; repeat for several; if not given, everything the run has"),
     ] = None,
-    tag: Annotated[str | None, typer.Option(help="tag of this run in the repository; made of its digests if not given")] = None,
+    tag: Annotated[str | None, typer.Option(help="tag of this run in the repository; else made from its digests")] = None,
     verify_all: Annotated[
         bool | None, typer.Option("--verify-all", help="download every byte again, not only both ends of large files")
     ] = None,
@@ -51,7 +51,7 @@ def push(
     settings = push.hub_settings(run, **changes)
     with hold(run.path, "medcot push"):  # what is sent must not be made again meanwhile
         record = push.push_run(run, settings, say=say)
-    table = Table("file", "bytes", "sha256", "sent", "read back", title="what the Hub lists and gives back", title_justify="left")
+    table = Table("file", "bytes", "sha256", "sent", "read back", title="what the Hub lists and returns", title_justify="left")
     for line in records.file_lines(record):
         table.add_row(line["file"], f"{line['bytes']:,}", line["sha256"], line["sent"], line["read back"])
     console.print(table)

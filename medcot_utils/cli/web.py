@@ -61,13 +61,13 @@ class Guard:
         host, origin = headers.get("host", ""), headers.get("origin")
         token, _, inside = scope["path"].removeprefix("/").partition("/")
         if not re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d+)?", host):
-            return "this page answers to 127.0.0.1 and localhost alone"  # another name could be anyone's (DNS rebinding)
+            return "this page answers only to 127.0.0.1 and localhost"  # another name could be anyone's (DNS rebinding)
         if origin is not None and origin != f"http://{host}":
-            return "this page takes nothing from other pages"
+            return "this page accepts nothing from other pages"
         if not hmac.compare_digest(token.encode(), self.token.encode()):
-            return "this page needs the whole address that medcot printed when it was started last"
+            return "this page needs the whole address that medcot printed at its last start"
         if scope["method"] not in ("GET", "HEAD") and not (scope["method"] == "POST" and _POSTS.fullmatch(inside)):
-            return "this page takes questions and judgements alone"
+            return "this page takes only questions and judgments"
         return None
 
 
@@ -125,7 +125,7 @@ def serve(page: gradio.Blocks, listener: socket.socket, what: str, css: str, kee
     how = {"http": "h11", "ws": "none", "log_level": "warning", "timeout_graceful_shutdown": 1}
     server = uvicorn.Server(uvicorn.Config(app, headers=[*_HEADERS.items()], **how))
     address = f"http://{HOST}:{listener.getsockname()[1]}/{token}/"
-    say(f"{what}: {address} (for you alone; Ctrl-C ends it)", flush=True)
+    say(f"{what}: {address} (only for you; Ctrl-C ends it)", flush=True)
     with _shown_in_browser(address) if open_browser else contextlib.nullcontext():
         try:
             server.run(sockets=[listener])

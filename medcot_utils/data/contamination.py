@@ -89,7 +89,7 @@ def find_repeats(train: Dataset, questions: Sequence[AskedQuestion], settings: D
     if longer := sum(len(text) > MAX_COMPARED_CHARACTERS for text in [*theirs, *ours]):
         say(
             f"{longer} questions are longer than {MAX_COMPARED_CHARACTERS:,} characters (MAX_COMPARED_CHARACTERS): similarity "
-            f"is that of their beginnings, and 8-word sequences are compared in full"
+            f"compares only their beginnings; 8-word sequences are compared in full"
         )
     begin_ours, begin_theirs = ([text[:MAX_COMPARED_CHARACTERS] for text in texts] for texts in (ours, theirs))
     scores = process.cdist(begin_theirs, begin_ours, scorer=fuzz.ratio, score_cutoff=settings.near_repeat_similarity, workers=-1)

@@ -88,14 +88,14 @@ def check_size(size: int) -> None:
     if size > MAX_DATA_BYTES:
         raise TooLargeError(
             f"its rows take {size / 1e9:,.1f} GB in memory, more than {MAX_DATA_BYTES / 1e9:g} GB (MAX_DATA_BYTES in "
-            f"medcot_utils/data/files.py): give a part of them"
+            f"medcot_utils/data/files.py): give fewer rows"
         )
 
 
 def _choose_once(names: Sequence[str], choose: ChooseColumns) -> list[str]:
     chosen = list(choose(names))
     if twice := [name for name in chosen if Counter(names)[name] > 1]:
-        raise DataError(f"column {twice[0]!r} stands {Counter(names)[twice[0]]} times in the file: rename the others")
+        raise DataError(f"column {twice[0]!r} occurs {Counter(names)[twice[0]]} times in the file: rename the others")
     return chosen
 
 
@@ -160,7 +160,7 @@ def _decode_any(content: bytes) -> tuple[str, str]:
     try:
         return content.decode(encoding or "ascii").removeprefix("\ufeff"), str(encoding)
     except (UnicodeDecodeError, LookupError):
-        raise ValueError("its encoding is not known: save it as UTF-8") from first
+        raise ValueError("its encoding was not recognized: save it as UTF-8") from first
 
 
 def _find_delimiter(text: str, choose: ChooseColumns) -> tuple[str, list[str]]:

@@ -130,7 +130,7 @@ def _check_digest(settings: DatasetSettings, urls: Sequence[str]) -> None:
     raise DataError(
         f"{settings.name} is not the data that this run names: its file {urls[0].rsplit('/', 1)[-1]} at revision "
         f"{settings.revision or 'main'} has {size:,} bytes and sha256 {digest}, expected sha256 {settings.sha256} "
-        f"(dataset.sha256). The data changed behind its name, or another revision is meant: pin the right dataset.revision, "
+        f"(dataset.sha256). The data changed under the same name, or you meant another revision: pin the right dataset.revision, "
         f"or accept the new data with --set dataset.sha256={digest}"
     )
 

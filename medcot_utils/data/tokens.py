@@ -113,7 +113,7 @@ def tokenize_rows(
     if without_reasoning:
         say(
             f"{without_reasoning} of {len(rows)} rows are dropped: cut at model.max_seq_length ({max_seq_length} tokens), they "
-            f"would hold the question and less than {_COT_CHARACTERS} characters of the reasoning"
+            f"would keep the question and less than {_COT_CHARACTERS} characters of the reasoning"
         )
     if not kept:
         raise DataError(f"every row is longer than model.max_seq_length ({max_seq_length}): raise it, or check the data")
@@ -138,16 +138,16 @@ def check_labels(rows: Dataset, tokenizer: PreTrainedTokenizerBase, truncated: i
     for row in rows:
         ids, labels = row["input_ids"], [token for token in row["labels"] if token != -100]
         if not labels:
-            raise DataError(f"row {row['id']}: every label is -100, nothing would be learnt: check dataset.loss_on and the data")
+            raise DataError(f"row {row['id']}: every label is -100, so nothing would be learned: check dataset.loss_on")
         bos = ids[:2].count(tokenizer.bos_token_id) if adds_bos else 0
         if bos != int(adds_bos):
-            raise DataError(f"row {row['id']} begins with {bos} BOS tokens, expected {int(adds_bos)}: the text holds one already")
+            raise DataError(f"row {row['id']} begins with {bos} BOS tokens, expected {int(adds_bos)}: the text already has one")
         counts["one_bos"] += bos == 1
         counts["eos_in_labels"] += labels[-1] == tokenizer.eos_token_id
         counts["cot_in_labels"] += _holds(tokenizer, labels, row["Complex_CoT"])
     if counts["cot_in_labels"] < len(rows):
         raise DataError(
-            f"{len(rows) - counts['cot_in_labels']} rows lack their Complex_CoT in the labels: nothing would teach it"
+            f"{len(rows) - counts['cot_in_labels']} rows lack their Complex_CoT in the labels, so the model would not learn it"
         )
     if counts["eos_in_labels"] < len(rows) - truncated:
         missing = len(rows) - counts["eos_in_labels"]

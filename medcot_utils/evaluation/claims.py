@@ -99,7 +99,7 @@ class ClaimVerdict(TypedDict):
 
 
 def outcome(judged: ClaimVerdict) -> Outcome:
-    """Return how a claim's verdict begins: whether it holds, does not hold, or cannot be told."""
+    """Return how a claim's verdict begins: whether it holds, does not hold, or cannot be decided."""
     return next(one for one in (HOLDS, DOES_NOT, CANNOT_TELL) if judged["verdict"].startswith(one))
 
 

@@ -1,4 +1,4 @@
-"""What fine-tuning did and did not do: held-out loss, format, style and similarity, each with an interval, paired."""
+"""The effects of fine-tuning: held-out loss, format, style, and similarity, each with an interval, paired."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Labels = tuple[str, str]
 LABELS: Labels = ("base", "tuned")
 # How answers are read: in tables, conclusions and claims.
 BY_THEMSELVES, FORCED = "as they answer", "forced closing"
-_NEVER_TESTED = """- whether an answer is medically right: no metric here reads for that
+_NEVER_TESTED = """- whether an answer is medically right: no metric here checks that
 - anything about questions unlike these, or about patients"""
 
 
@@ -211,10 +211,10 @@ def _conclusions(metrics: Metrics) -> str:
             needed = difference["needed"] if not is_clear(difference) else None
             size = f"; a difference of that size takes about {needed:,} questions" if needed else ""
             not_shown.append(f"- {text}: {verdict(name, metric)} ({format_side(metric, 'difference')}{size})")
-    parts = ["**Shown**, the interval of the difference lies clear of zero:", "\n".join(shown) or "- nothing"]
+    parts = ["**Shown**: the interval of the difference excludes zero:", "\n".join(shown) or "- nothing"]
     if not_shown:
         parts += [
-            "**Not shown**, the interval holds zero, the exact test is not clear or answers were cut:",
+            "**Not shown**: the interval includes zero, the exact test is not clear, or answers were cut:",
             "\n".join(not_shown),
         ]
     return "\n\n".join(parts)

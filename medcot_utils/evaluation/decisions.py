@@ -1,4 +1,4 @@
-"""Decide of a claim whether it holds, does not hold or cannot be told, from the metrics that test it."""
+"""Decide whether a claim holds, does not hold, or cannot be decided, from the metrics that test it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SMALLEST = {
 
 @dataclass(frozen=True)
 class Beside:
-    """What must not say the opposite of a claim: metrics that should move so, and where they were taken."""
+    """Hold the metrics that must not contradict a claim, and where they were taken."""
 
     where: str
     metrics: Metrics
@@ -51,7 +51,7 @@ class Beside:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a claim is judged on: the metrics that should move so, how they were read, and what must not contradict them.
+    """Hold the evidence for a claim: the metrics that should move, how they were read, and what must not contradict them.
 
     among: what the verdict says of its questions. shown: what stands in `answered_result`."""
 

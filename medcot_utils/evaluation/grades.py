@@ -252,5 +252,5 @@ def describe_grades(result: GradingResult | None) -> str:
         value = "undefined" if kappa.value is None else f"{kappa.value:.2f}"
         lines.append(f"Cohen's kappa of {' and '.join(kappa.graders)}: {value}, on {kappa.n} questions that both graded")
     if result.stale:
-        lines.append(f"not counted: {result.stale} judgement(s) of answers that have changed since")
+        lines.append(f"not counted: {result.stale} judgment(s) of answers that have changed since")
     return "\n".join(lines)

@@ -63,7 +63,7 @@ class MergedMeasured(TypedDict):
     `tuned` the merged one.
     same_answers: to how many of the questions both wrote the same, word for word.
     not_measured: why the merged model was not asked, as in `needs 15.0 GiB`; None if it was.
-    behaves: whether what people load behaves as what was measured. summary: the same in one line, with the reasons."""
+    behaves: whether the model that people load behaves as measured. summary: the same in one line, with the reasons."""
 
     n_questions: int
     metrics: Metrics
@@ -164,7 +164,7 @@ def _summarize(verdicts: Sequence[MergedVerdict], not_measured: str | None) -> s
         reasons.insert(0, f"its answers were not measured ({not_measured})")
     because = "" if behaves == "yes" else f", because {'; '.join(reasons)}" if reasons else ""
     also = f"; as measured: {', '.join(dict.fromkeys(as_measured))}" if as_measured else ""
-    return f"What you load behaves as what was measured: {behaves}{because}{also}"
+    return f"The model that you load behaves as measured: {behaves}{because}{also}"
 
 
 def merged_table(measured: MergedMeasured) -> pd.DataFrame:

@@ -215,7 +215,7 @@ def embedder(name: str) -> SentenceTransformer:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise MetricError("evaluation.embedding_model needs a library more: pip install sentence-transformers") from error
+        raise MetricError("evaluation.embedding_model needs another library: pip install sentence-transformers") from error
     try:
         return SentenceTransformer(name, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -177,7 +177,7 @@ def _run_section(shown: ShownRun, named: bool, anchors: Mapping[Key, str]) -> _R
     graded = summarize_grades(run)
     open_claims = [claim for claim in measured["claims"] if claim["verdict"].startswith(CANNOT_TELL)]
     return _RunSection(
-        title=f"Run {shown.name}" if named else "What fine-tuning did and did not do",
+        title=f"Run {shown.name}" if named else "The effects of fine-tuning",
         config=run.config,
         confidence=_percent(run),
         plan=run.read("plan"),

@@ -31,7 +31,7 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class ShownRun:
-    """What the page shows of a run, read once. `name` is no other run's; `seen`: ids that a trained row repeats."""
+    """Hold the parts of a run that the page shows, read once. No other run has `name`; `seen`: ids that a trained row repeats."""
 
     run: Run
     name: str

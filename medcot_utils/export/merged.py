@@ -123,7 +123,7 @@ class ExportCheck(TypedDict):
 
 @dataclass(frozen=True)
 class Probe:
-    """What one model says to one question."""
+    """Hold one model's answer to one question."""
 
     logprobs: torch.Tensor  # (positions, vocabulary), of the reference's reasoning
     greedy: list[int]  # token ids of its own answer
@@ -132,7 +132,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class References:
-    """What the merged model is compared with.
+    """Hold the model that the merged one is compared with.
 
     weights: its files against base + adapter. probes: {a reference's name: what it says to each question}, the one that the
     merged model must equal first. trained, loss: the name of the model that was trained, and its loss on the check's rows."""
@@ -221,7 +221,7 @@ def scale_tolerance(config: RunConfig) -> float:
     eight times as coarsely. Weights are held to their exact rounding in `compare_weights`; this finds a folder that loads as
     another model.
 
-    Merged into the dequantized base, the other model is the trained one, which computes in the run's own dtype."""
+    For a merge into the dequantized base, the other model is the trained one, which computes in the run's own dtype."""
     import torch
 
     dtypes = [getattr(torch, config.export.dtype)]

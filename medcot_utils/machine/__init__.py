@@ -1,1 +1,1 @@
-"""What this computer has."""
+"""The computer: its hardware, places, and secrets."""

@@ -1,4 +1,4 @@
-"""What this machine's environment may spoil: variables that another job left, proxies, and folders that cannot be written."""
+"""Traps of this machine's environment: variables that another job left, proxies, and folders that cannot be written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def forget_process_group(empty_only: bool = False) -> list[str]:
 
 def tell_forgotten(names: list[str]) -> str:
     """Return one line on what `forget_process_group` removed."""
-    return f"not used here, because another job left it in the environment: {', '.join(names)}"
+    return f"ignored, because another job left it in the environment: {', '.join(names)}"
 
 
 def check_local_paths(config: RunConfig) -> None:
@@ -41,9 +41,7 @@ def check_local_paths(config: RunConfig) -> None:
     for setting, paths in local_paths(config).items():
         files = setting in ("dataset.path", "evaluation.mcq_tasks")
         if absent := [path for path in paths if not files and not Path(path).expanduser().exists()]:
-            raise PlatformError(
-                f"{setting} {absent[0]}: no such folder on this machine. Correct the path, or give a name on the Hub"
-            )
+            raise PlatformError(f"{setting} {absent[0]}: no such folder on this machine. Fix the path, or give a name on the Hub")
 
 
 def asks_the_hub(config: RunConfig) -> bool:
@@ -74,12 +72,12 @@ def check_proxies(client: str = "the Hub's client", library: str = "httpx") -> N
             continue
         if scheme.lower() not in ("socks5", "socks5h"):
             raise PlatformError(
-                f"{name} names a proxy of kind {scheme}://, which {client} cannot use: expected http://, https:// or socks5://. "
-                f"Correct it, or unset it"
+                f"{name} names a proxy of kind {scheme}://, which {client} cannot use: expected http://, https://, or socks5://. "
+                f"Fix it, or unset it"
             )
         if importlib.util.find_spec(needs) is None:
             raise PlatformError(
-                f"{name} names a SOCKS proxy, and {client} needs one library more for it: pip install '{package}', or unset it"
+                f"{name} names a SOCKS proxy, and {client} needs another library for it: pip install '{package}', or unset it"
             )
 
 

@@ -125,7 +125,7 @@ def require_gpus(num_processes: int, error_class: type[MedcotError] = PlatformEr
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if 0 < gpus < num_processes:
         raise error_class(
-            f"training.num_processes is {num_processes}, but only {gpus} can be seen: each process needs a GPU of its own. "
+            f"training.num_processes is {num_processes}, but only {gpus} can be seen: each process needs its own GPU. "
             f"Set training.num_processes={gpus}"
         )
 

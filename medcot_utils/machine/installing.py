@@ -1,6 +1,6 @@
 """The pinned stack on a Kaggle or Colab session, installed once beside what the platform holds.
 
-What a running notebook stands on is left alone: the packages of its kernel, and a torch that fits and sees the GPU.
+The install leaves alone what a running notebook stands on: the packages of its kernel, and a torch that fits and sees the GPU.
 
 Standard library only: this runs before anything is installed."""
 
@@ -86,7 +86,7 @@ def has_gpu() -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an install changes here, and what it leaves."""
+    """Hold what an install changes here, and what it leaves."""
 
     file: str
     whole: list[str]  # requirement lines, installed with their dependencies
@@ -243,7 +243,7 @@ def _install(plan: Plan, gpu: bool, say: Callable[[str], None]) -> dict[str, str
         _pip("install", "--no-deps", *plan.alone)
     if plan.unfit:
         _pip("uninstall", "--yes", *plan.unfit)
-        say(f"{', '.join(plan.unfit)}: removed, since built for the torch that was here before; medcot does not use them")
+        say(f"{', '.join(plan.unfit)}: removed, because they were built for the earlier torch; medcot does not use them")
     importlib.invalidate_caches()
     after = _installed()
     replaced = sorted(name for name in before if name in after and before[name] != after[name])
@@ -252,7 +252,7 @@ def _install(plan: Plan, gpu: bool, say: Callable[[str], None]) -> dict[str, str
         *(f"{name} {plan.kept[name]}" for name in ("torch", *_WITH_TENSORFLOW) if name in plan.kept),
     ]
     took, new = f"{time.time() - began:.0f} s", len(set(after) - set(before))
-    say(f"installed in {took}: {new} packages new, {len(replaced)} replaced; as they were: {', '.join(stays)}")
+    say(f"installed in {took}: {new} packages new, {len(replaced)} replaced; unchanged: {', '.join(stays)}")
     return {name: f"{name} {before[name]} (installed now: {after[name]})" for name in replaced if _is_loaded(name)}
 
 
@@ -285,7 +285,7 @@ def _pip(command: str, *arguments: str) -> None:
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    """Return pip's reason and what to do, in one line. Of a conflict, pip's last error names no package."""
+    """Return pip's reason and what to do, in one line. If versions conflict, pip's last error names no package."""
     conflict = done.stdout.partition("The conflict is caused by:\n")[2].partition("\n\n")[0]
     if conflict:
         causes = "; ".join(line.strip() for line in conflict.splitlines())

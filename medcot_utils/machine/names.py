@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from medcot_utils.errors import MedcotError, quote
 
-_ADVICE = "it was made to reach other files of this machine, or is damaged. Do not use it; ask whoever made it for another"
+_ADVICE = "it was made to reach other files of this machine, or it is damaged. Do not use it; ask its author for another"
 _OF_THE_HUB = ("models--", "datasets--", "spaces--")  # how the folders of the Hub's cache begin
 
 
@@ -28,7 +28,7 @@ def require_inside(name: object, source: str) -> PurePosixPath:
     Raises OutsideError for a name that is absolute, begins with a drive letter, has a part `..`, holds a NUL, or is no name."""
     fault = None
     if not isinstance(name, str) or not PurePosixPath(name).parts:
-        fault = "is no file's name"
+        fault = "is not a file name"
     elif "\0" in name:
         fault = "holds a NUL"
     elif re.match(r"[/\\]|[A-Za-z]:[/\\]", name):

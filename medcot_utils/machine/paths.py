@@ -86,11 +86,11 @@ def require_private(folder: Path, variable: str, may_be_shared: bool = False) ->
     if others := (owners | {found.st_uid}) - {0, os.geteuid()}:
         fault, remedy = f"belongs to another user, {_user_name(others.pop())}", ""
     elif _others_may_write(found) and not (may_be_shared and found.st_mode & stat.S_ISVTX) and _keeps_modes(folder):
-        fault, remedy = "can be written by other users", f"if you trust what it holds, chmod go-w {folder}; else "
+        fault, remedy = "can be written by other users", f"if you trust its content, chmod go-w {folder}; else "
     else:
         return
     raise PlatformError(
-        f"{folder} {fault}, who could have put a model there: {remedy}set {variable} to a folder that is yours alone"
+        f"{folder} {fault}, who could have put a model there: {remedy}set {variable} to a folder that only you can write to"
     )
 
 

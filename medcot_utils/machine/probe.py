@@ -1,4 +1,4 @@
-"""What this machine does in a second: a matrix product, a copy and small steps, measured within a few seconds."""
+"""This machine's speed: a matrix product, a copy, and small steps, measured within a few seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TIMES = 7  # each is measured; the middle one counts, since other programs dist
 
 @dataclass(frozen=True)
 class MachineSpeed:
-    """What a machine does per second."""
+    """Hold a machine's work per second."""
 
     where: str  # as a reader knows it: `2 CPU cores`, `2 x Tesla T4`
     gpus: int  # 0: it computes on the CPU

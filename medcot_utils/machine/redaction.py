@@ -143,7 +143,7 @@ def _clear_value(value: Any) -> Any:
 class ClearedCopies:
     """Make copies of a notebook that runs, to be written: without secrets in sources, outputs and widgets.
 
-    The notebook itself is left as it is, because its cells are still to be run, and printed text may go on. A cell that has
+    The notebook itself is left as it is, because its cells are still to be run, and more text may be printed. A cell that has
     not changed since the last copy is not searched again."""
 
     def __init__(self) -> None:

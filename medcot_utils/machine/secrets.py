@@ -50,7 +50,7 @@ def read_token_file(path: Path) -> str:
     try:
         return decode(content).strip()
     except ValueError:  # its text would repeat bytes of the file
-        raise PlatformError(f"{path} is not UTF-8 text: log in again, which writes it anew, or save it as UTF-8") from None
+        raise PlatformError(f"{path} is not UTF-8 text: log in again, or save it as UTF-8") from None
 
 
 def _hugging_face_file() -> str | None:

@@ -62,7 +62,7 @@ def _own_key() -> bytes:
     key = found.value.get_secret_value()
     if len(key) < SHORTEST_KEY:
         raise PlatformError(
-            f"{where} holds {len(key)} characters, and a key needs {SHORTEST_KEY}: remove it, or put a long random text there"
+            f"{where} holds {len(key)} characters, but a key needs {SHORTEST_KEY}: remove it, or put a long random text there"
         )
     return key.encode()
 

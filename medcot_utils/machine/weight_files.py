@@ -42,8 +42,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
         usable = False
     if not usable:
         raise WeightFilesError(
-            f"{index.name} in {index.parent.name}/ is no index of weights: expected a weight_map that names a file of the same "
-            f"folder for each weight. Copy or download the model's folder again"
+            f"{index.name} in {index.parent.name}/ is not an index of weights: expected a weight_map that names a file of the "
+            f"same folder for each weight. Copy or download the model's folder again"
         )
     for name in set(found.values()):  # links stay allowed: the Hub's cache consists of them
         require_inside(name, f"{index.name} in {index.parent.name}/")

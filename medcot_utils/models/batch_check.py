@@ -71,7 +71,7 @@ def check_batches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, se
         found = compare_batch(model, tokenizer, _make_prompts(), settings)
     if not found.agrees:
         raise GenerationError(
-            f"{found}: answers written in batches would not be the model's own. Set generation.batch_size=1, which is slow, or "
+            f"{found}: answers in batches would not be the model's own. Set generation.batch_size=1, which is slow, or "
             f"another model.engine"
         )
     say(found)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-WARNING = "Not for clinical use: this model was tuned to study form and style, and its medicine can be wrong in every way."
+WARNING = "Not for clinical use: this model was tuned to study form and style. Its medicine can be wrong in any way."
 NO_ANSWER = "(no answer after the thinking)"
 Who = Literal["tuned", "base"]
 _CUT_TAG = re.compile(r"</?[think]{0,5}$")

@@ -1,4 +1,4 @@
-"""What can be known of a model before it is loaded: whether notebook 07 could merge it, and whether tokenizer and context fit."""
+"""Checks of a model before it is loaded: whether notebook 07 could merge it, and whether tokenizer and context fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from medcot_utils.models.tokenizer import NO_CODE, ModelError, load_tokenizer_fr
 
 @dataclass(frozen=True)
 class _Found:
-    """What lies in a model's folder or repository."""
+    """Hold the content of a model's folder or repository."""
 
     config: Path
     files: list[str]
@@ -47,9 +47,9 @@ def check_model(settings: ModelSettings) -> str:
     local = is_at_hand(settings)
     found = _look_into(folder, "model.name") if local else _look_up(settings)
     if found is None:
-        return f"{name}: the Hub cannot be asked, not looked at"
+        return f"{name}: the Hub cannot be reached, so the model was not checked"
     config = _require_known_code(f"model.name {name}", found)
-    architecture = (config.get("architectures") or ["a model of no architecture"])[0]
+    architecture = (config.get("architectures") or ["a model without an architecture"])[0]
     if quantization := config.get("quantization_config"):
         raise ModelError(
             f"model.name {name} is quantized already ({quantization.get('quant_method', 'unknown method')}), and the adapter is "
@@ -60,8 +60,8 @@ def check_model(settings: ModelSettings) -> str:
         kinds = sorted({Path(file).suffix for file in found.files if Path(file).suffix in (".bin", ".pt", ".pth", ".gguf")})
         have = f"only {', '.join(kinds)}" if kinds else "no weights at all"
         raise ModelError(
-            f"model.name {name} has no safetensors ({have}), which the merge reads. Load it once with transformers "
-            f"and write it with save_pretrained, to a folder that model.name then gives"
+            f"model.name {name} has no safetensors ({have}), which the merge reads. Load it once with transformers, "
+            f"write it with save_pretrained, and set model.name to that folder"
         )
     if local:
         load_tokenizer_from(folder)
@@ -90,7 +90,7 @@ def _require_known_code(what: str, found: _Found) -> dict[str, Any]:
 
     config = json.loads(found.config.read_text(encoding="utf-8"))
     if (kind := config.get("model_type")) not in transformers.CONFIG_MAPPING:
-        asks = ", and asks for code of its own (auto_map)" if "auto_map" in config else ""
+        asks = ", and needs its own code (auto_map)" if "auto_map" in config else ""
         raise ModelError(
             f"{what}: transformers {transformers.__version__} does not know its model_type {quote(kind)} "
             f"(config.json){asks}: {NO_CODE}"
@@ -107,7 +107,7 @@ def _look_into(folder: Path, setting: str) -> _Found:
 
 
 def _look_up(settings: ModelSettings) -> _Found | None:
-    """Return what the Hub says of a model; None if it cannot be asked. What it refuses, notebook 02's download says better."""
+    """Return what the Hub says of a model; None if it cannot be asked. If the Hub refuses, notebook 02's download says why."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -138,7 +138,7 @@ def check_answers(config: RunConfig, mcq_prompts: Sequence[str] = ()) -> str:
     from transformers import AutoConfig
 
     if (source := _find_cached(config.model)) is None:
-        return f"{config.model.name}: its context is not known before it is downloaded"
+        return f"{config.model.name}: its context length is not known until it is downloaded"
     tokenizer = load_tokenizer_from(source) if (source / "tokenizer_config.json").exists() else None
     _, held_out = split_rows(validate_rows(load_rows(config.dataset))[0], config.dataset, config.seed)
     questions = choose_questions(held_out, config.evaluation.num_questions)

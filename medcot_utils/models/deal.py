@@ -1,4 +1,4 @@
-"""What is to be answered, how, and who takes the next batch of it: this process, or one on another GPU."""
+"""The questions to answer, how, and who takes the next batch: this process, or one on another GPU."""
 
 from __future__ import annotations
 

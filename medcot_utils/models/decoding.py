@@ -63,7 +63,7 @@ class RowSampler(LogitsProcessor):
         self._sampling, self._step = sampling, 0
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows of the batch alone."""
+        """Continue with these rows of the batch alone."""
         places = {row: place for place, row in enumerate(self._rows.tolist())}
         kept = [(new, places[old]) for new, old in enumerate(rows) if old in places]
         self._numbers = self._numbers[[place for _, place in kept]]
@@ -165,7 +165,7 @@ class ForcedClosing(LogitsProcessor):
         return [row.done for row in self._batch]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows of the batch alone. `rows` still holds all that it began with."""
+        """Continue with these rows of the batch alone. `rows` still holds all that it began with."""
         self._batch = [self._batch[row] for row in rows]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:

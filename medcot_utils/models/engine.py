@@ -90,7 +90,7 @@ def get_local_rank() -> int:
     text, gpus = os.environ.get("LOCAL_RANK") or "0", torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not text.isdecimal() or 0 < gpus <= int(text):
         raise PlatformError(
-            f"LOCAL_RANK is {text}, but {gpus} GPUs can be seen: each process needs a GPU of its own. Start as many processes as "
+            f"LOCAL_RANK is {text}, but {gpus} GPUs can be seen: each process needs its own GPU. Start as many processes as "
             f"there are GPUs (torchrun --nproc-per-node {gpus or 1}), or unset LOCAL_RANK if another job left it"
         )
     return int(text)

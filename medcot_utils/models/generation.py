@@ -151,7 +151,7 @@ def answer_prompts(
     kept = {(record["id"], record["sample"], record["prompt"]): record for record in (journal.read() if journal else [])}
     made = {one.key: kept[one.key] for one in asked if one.key in kept}
     if made:
-        say(f"{len(made)} of {len(asked)} answers are kept from before")
+        say(f"{len(made)} of {len(asked)} answers were made before and are kept")
     if len(made) == len(asked):
         return [made[one.key] for one in asked]
     prompts = {one.prompt for one in asked}
@@ -268,7 +268,7 @@ class BatchWriter:
                 written = None
             if written is None:  # out of the except block: its traceback would keep the cache alive
                 self._size = len(part) // 2
-                say(f"out of memory: batches of {self._size} from here on")
+                say(f"out of memory: from here on, batches of {self._size}")
                 torch.cuda.empty_cache()
                 parts = split([*part, *itertools.chain(*parts)], self._size)
                 continue

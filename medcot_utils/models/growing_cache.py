@@ -62,7 +62,7 @@ def make_growing_cache(model: PreTrainedModel) -> DynamicCache:
 def generate_in_turns(model: PreTrainedModel, inputs: BatchEncoding, closing: ForcedClosing, arguments: dict[str, Any]) -> None:
     """Call `generate` for some tokens at a time, and between two calls take the rows that are done out of the batch.
 
-    What is written stands in `closing.rows`: as one call would write it, up to rounding, since fewer rows are multiplied at once.
+    The text written is in `closing.rows`: as one call would write it, up to rounding, since fewer rows are multiplied at once.
 
     Args:
         inputs: token ids and mask (rows, tokens), padded on the left.

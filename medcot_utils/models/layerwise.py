@@ -49,7 +49,7 @@ def base_16bit_losses(config: RunConfig, rows: Dataset) -> list[RowLoss]:
 def describe_16bit_base(config: RunConfig) -> str:
     """Return one line on what the 16-bit weights of a run's base are."""
     if config.model.name == f"{PREFIX}smollm2-135m-instruct":
-        return "The 16-bit base is itself unpacked from 4-bit weights (Q4_1): what that rounding had cost cannot be seen here."
+        return "The 16-bit base is itself unpacked from 4-bit weights (Q4_1): the cost of that rounding cannot be measured here."
     return "The 16-bit base is the checkpoint as published, before any rounding to 4 bits."
 
 
@@ -133,7 +133,7 @@ def _weights_by_own_name(
     names = find_stored_names(config, own, stored)
     if strange := [name for name in own if names[name] not in stored]:
         raise LayerwiseError(
-            f"{strange[0]} of {folder.name}/ is stored in another form than the model computes with, so the model cannot be run "
+            f"{strange[0]} of {folder.name}/ is not stored in the form that the model computes with, so the model cannot be run "
             f"layer by layer: use a GPU that holds it, or set evaluation.base_16bit_loss=false"
         )
     return OffloadedWeightsLoader(

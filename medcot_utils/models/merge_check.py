@@ -43,7 +43,7 @@ def compare_weights(settings: ModelSettings, adapter: Path, merged: Path, base: 
     ours, found = into.weights, open_weights(merged)
     changes = _read_peft_changes(into.folder, adapter, ours)
     wrong = [f"{name} is missing" for name in sorted(ours.keys() - found.keys())]
-    wrong += [f"{name} is not one of the base's" for name in sorted((found.keys() | changes.keys()) - ours.keys())]
+    wrong += [f"{name} is not in the base" for name in sorted((found.keys() | changes.keys()) - ours.keys())]
     projected = squared = 0.0
     for name in sorted(ours.keys() & found.keys()):
         if ours[name].get_shape() != found[name].get_shape():

@@ -97,7 +97,9 @@ def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str, base: M
     stored = find_stored_names(config, changes, slices)
     changes = {stored[name]: change for name, change in changes.items()}
     if strange := sorted(changes.keys() - slices.keys()):
-        raise MergeError(f"the adapter changes {strange[0]}, which {base.name} does not have: it is another model's adapter")
+        raise MergeError(
+            f"the adapter changes {strange[0]}, which {base.name} does not have: the adapter belongs to another model"
+        )
 
     # Before the weights: whatever is wrong with these files is known before minutes of merging.
     tokenizer = load_tokenizer_from(base.folder)
@@ -141,7 +143,7 @@ def _read_generation_config(folder: Path, config: PretrainedConfig, tokenizer: P
         if repair:
             say(f"the base's generation settings do not validate, and do_sample=true is added: {fault}")
         return found
-    say(f"the base's generation settings cannot be used, and only its special tokens are kept: {fault}")
+    say(f"the base's generation settings cannot be used, so only its special tokens are kept: {fault}")
     return GenerationConfig(bos_token_id=tokenizer.bos_token_id, **tokens)
 
 
@@ -176,7 +178,7 @@ def open_weights(folder: Path) -> dict[str, Any]:
     files = weight_files(folder)
     if not files:
         raise MergeError(
-            f"no safetensors file lies in {folder.name}/ ({SINGLE}, or shards named in {INDEX}): convert the base model's "
+            f"there is no safetensors file in {folder.name}/ ({SINGLE}, or shards named in {INDEX}): convert the base model's "
             f"weights to safetensors first"
         )
     try:
@@ -199,7 +201,9 @@ def _read_changes(adapter: Path) -> dict[str, Callable[[torch.Tensor], torch.Ten
     a, b = ".lora_A.weight", ".lora_B.weight"
     known = all(name.endswith((a, b, ".bias")) for name in weights)
     if not known or config.use_dora or config.rank_pattern or config.alpha_pattern:
-        raise MergeError(f"the adapter in {adapter.name}/ is more than LoRA of one rank: merge it with PEFT's merge_and_unload")
+        raise MergeError(
+            f"the adapter in {adapter.name}/ is more than plain LoRA of one rank: merge it with PEFT's merge_and_unload"
+        )
 
     def add(layer: str, weight: torch.Tensor) -> torch.Tensor:
         return weight.float() + scaling * (weights[layer + b].float() @ weights[layer + a].float())

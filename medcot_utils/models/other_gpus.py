@@ -81,7 +81,7 @@ class OtherGpus:
             self.close()
 
     def close(self) -> None:
-        """End the processes and free their GPUs. The next call with batches for them starts them anew."""
+        """End the processes and free their GPUs. The next call with batches for them starts them again."""
         for worker in self._workers:
             worker.end()
         self._workers = []
@@ -101,7 +101,7 @@ class OtherGpus:
 
 @dataclass(frozen=True)
 class _Failed:
-    """What a process sends before it ends with an error."""
+    """Hold the message that a process sends before it ends with an error."""
 
     message: str
 
@@ -150,7 +150,7 @@ class _Worker:
         if isinstance(received, _Failed):
             raise GenerationError(
                 f"answering on GPU {self._number} failed: {redact(received.message)}. Finished answers are kept: run the "
-                f"notebook again, with CUDA_VISIBLE_DEVICES=0 to answer on the first GPU alone"
+                f"notebook again, with CUDA_VISIBLE_DEVICES=0 to answer on the first GPU only"
             )
         return received
 

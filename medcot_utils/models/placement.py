@@ -36,7 +36,7 @@ def fits_in_memory(weights: int) -> bool:
 def place_weights(source: str | Path, dtype: str, revision: str | None = None) -> dict[str, Any]:
     """Return the arguments that tell `from_pretrained` where the weights go.
 
-    One GPU takes them all if it can, and several share them otherwise. What they have no room for stays in RAM."""
+    One GPU takes them all if it can, and several share them otherwise. Weights that do not fit stay in RAM."""
     free = available_memory_of_gpus()
     if not free:
         return {}

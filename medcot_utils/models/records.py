@@ -27,7 +27,7 @@ class ForcedAnswer(TypedDict):
     """Hold the answer under forced closing (budget forcing; s1, Muennighoff et al. 2025).
 
     closed_by: `itself` if the model wrote `</think>`, and then the answer is its own; `budget` if its thinking was cut at
-    max_new_tokens, `end` if its text ended without the tag. Then the tag was written for it, and it went on for up to
+    max_new_tokens, `end` if its text ended without the tag. Then the tag was written for it, and it wrote up to
     evaluation.answer_tokens."""
 
     closed_by: ClosedBy

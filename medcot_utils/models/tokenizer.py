@@ -45,7 +45,7 @@ def own_code_refused(source: str | Path) -> Iterator[None]:
     except (ValueError, RuntimeError) as error:  # Unsloth raises the latter
         if "trust_remote_code" not in str(error):
             raise
-        raise ModelError(f"{source} needs code of its own (auto_map in a .json file of its folder): {NO_CODE}") from error
+        raise ModelError(f"{source} needs its own code (auto_map in a .json file of its folder): {NO_CODE}") from error
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrainedTokenizerBase:
@@ -59,9 +59,9 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrain
             lacks."""
     name = Path(tokenizer.name_or_path).name
     if not tokenizer.is_fast:
-        raise ModelError(f"{name}: its tokenizer is written in Python alone, and labels need the offsets of a fast one")
+        raise ModelError(f"{name}: its tokenizer is a slow one (Python only), and labels need the offsets of a fast one")
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"{name}: its tokenizer names no EOS token (eos_token in tokenizer_config.json): no answer would end")
+        raise ModelError(f"{name}: its tokenizer names no EOS token (eos_token in tokenizer_config.json), so no answer would end")
     _put_no_eos_after(tokenizer)
     _show_think_tags(tokenizer)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
@@ -93,7 +93,7 @@ def _put_no_eos_after(tokenizer: PreTrainedTokenizerBase) -> None:
     _restore(tokenizer, stored)
     if ends_in_eos(tokenizer):
         raise ModelError(
-            f"{Path(tokenizer.name_or_path).name}: its tokenizer ends every text, prompts too, with {tokenizer.eos_token!r}, "
+            f"{Path(tokenizer.name_or_path).name}: its tokenizer ends every text, even prompts, with {tokenizer.eos_token!r}, "
             f"after which a model writes something new. Save it without (add_eos_token: false)"
         )
 

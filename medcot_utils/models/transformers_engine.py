@@ -105,7 +105,7 @@ def set_checkpointing(model: PreTrainedModel, checkpointing: Literal["unsloth"] 
 def trainer_arguments(settings: TrainingSettings, model: PreTrainedModel) -> TrainerArguments:
     """Return what leaves the rows of notebook 03 as they are. They are padded on a GPU, and joined on a CPU where that can be."""
     if settings.padding == "padding_free":
-        say("training.padding=padding_free does nothing with the transformers engine")
+        say("training.padding=padding_free has no effect with the transformers engine")
     loss: TrainerArguments = {"loss_type": "nll"} if can_join(model) else {}  # TRL's default takes logits of 256 tokens at a time
     return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None} | loss
 

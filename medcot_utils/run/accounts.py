@@ -35,7 +35,7 @@ _LONGEST_SHOWN = 100  # characters of a value, which is somebody else's text
 
 
 class SignedSettings(TypedDict):
-    """What accounts.json records of one config.json."""
+    """Hold the record of one config.json in accounts.json."""
 
     settings: list[str]  # the names of those that this user gave
     signatures: list[str]  # of these names and of all that config.json holds, as `user_key.sign` makes them
@@ -107,7 +107,7 @@ def settle(config: RunConfig, there: Run | None) -> RunConfig:
 def settings_to_store(config: RunConfig, there: Run | None) -> tuple[RunConfig, list[str]]:
     """Return what config.json is to hold, and the names of the settings in it that are to be signed: those of this call.
 
-    What `there`, the run in the same place, holds without it counting stays there, unless this call gives another value."""
+    Settings that `there`, the run in the same place, holds but that do not count stay there, unless this call changes them."""
     kept = {}
     if there:
         names = [name for name in _defaults(there.stored) if there.stored.get(name) != there.config.get(name)]
@@ -134,7 +134,7 @@ def _signed_settings(path: Path, values: Any) -> frozenset[str]:
 
 
 def _records(path: Path) -> list[SignedSettings]:
-    """Return what accounts.json holds: the newest first, and the one before it. What cannot be read is as good as none."""
+    """Return what accounts.json holds: the newest first, and the one before it. A file that cannot be read counts as none."""
     try:
         return _shape().validate_python(read_json(path / ACCOUNTS))[:2]
     except (OSError, ValueError):

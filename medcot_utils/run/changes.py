@@ -1,4 +1,4 @@
-"""What has changed: between two configurations, and since an artifact was made."""
+"""The changes between two configurations, and since an artifact was made."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def why_stale(run: Run, name: str) -> list[str]:
     reasons += [_describe_input(key, key in entry["inputs"], key in digests) for key in changed]
     if not reasons and entry["fingerprint"] != run.fingerprint(name, entry["inputs"]):
         made_anew = "settings" in entry  # the same ones as today
-        return [f"this version makes {artifact.file} in another way" if made_anew else "settings changed"]
-    return reasons or [f"{artifact.file} is missing or not as recorded"]
+        return [f"this version makes {artifact.file} differently" if made_anew else "settings changed"]
+    return reasons or [f"{artifact.file} is missing, or differs from its record"]

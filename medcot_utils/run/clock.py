@@ -15,7 +15,7 @@ _RESERVE_SECONDS = 60  # to keep what was made, and to end in peace
 
 
 class TimeBudgetReached(MedcotError):
-    """Work stopped before training.max_hours were over; nothing failed, what was made is kept, and the same command resumes."""
+    """Work stopped before training.max_hours ended; nothing failed, what was made is kept, and the same command resumes."""
 
 
 class SessionClock:

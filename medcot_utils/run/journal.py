@@ -17,7 +17,7 @@ from medcot_utils.run.shapes import BATCH, read_records
 class Journal:
     """Keep the records of an unfinished artifact in a .jsonl file of their own.
 
-    The first line holds what they were made from; a file made from something else counts as empty and is begun anew. Each
+    The first line holds what they were made from; a file made from something else counts as empty and is started again. Each
     further line is the list of records of one `add`, so that a batch is kept whole or not at all: a last line that a kill cut
     off counts as not there."""
 
@@ -32,7 +32,7 @@ class Journal:
         At least one batch is made by each process, so that every session gets further."""
         if self._clock.pieces and self._clock.is_over():
             raise TimeBudgetReached(
-                f"{what}: stopped after {made} of {wanted}, before training.max_hours were over; they are kept, and the same "
+                f"{what}: stopped after {made} of {wanted}, before training.max_hours ended; they are kept, and the same "
                 f"command or notebook resumes there"
             )
         self._clock.begin_piece()

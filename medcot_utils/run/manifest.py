@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 class ArtifactEntry(TypedDict):
-    """What the manifest records of an artifact."""
+    """Hold the manifest's record of an artifact."""
 
     file: str  # file or folder, as `artifacts.Artifact.file`
     step: str  # the notebook that made it
@@ -39,7 +39,7 @@ class GpuPeak(TypedDict):
 
 
 class StepEntry(TypedDict):
-    """What the manifest records of a step. Runs of early versions lack the memory."""
+    """Hold the manifest's record of a step. Runs of early versions lack the memory."""
 
     state: str  # running, done, failed or paused
     started: NotRequired[float]  # seconds since the epoch

@@ -1,4 +1,4 @@
-"""What a result is made from beside settings and artifacts: files and folders of this machine, and commits of the Hub."""
+"""The sources of a result beside settings and artifacts: files and folders of this machine, and commits of the Hub."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def describe_moved(commits: Mapping[str, str], manifest: Manifest) -> list[str]:
         if recorded:
             before = ", ".join(sorted(one[:12] for one in recorded))
             lines.append(
-                f"{setting} is not pinned, and has moved on at the Hub: {commit[:12]} now, {before} when other parts of this run "
-                f"were made. Pin it by its revision setting"
+                f"{setting} is not pinned, and has changed at the Hub: {commit[:12]} now, {before} when other parts of this run "
+                f"were made. Pin it with its revision setting"
             )
     return lines
 

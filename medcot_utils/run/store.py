@@ -113,7 +113,7 @@ class StoredRun:
         if CONFIG in there:
             cls.open(path)._refuse_another(config)
         elif there and not _is_manifest(path / MANIFEST):
-            raise RunError(f"run directory {path} is not empty and holds no run: choose another with --run-dir")
+            raise RunError(f"run directory {path} is not empty and is not a run: choose another with --run-dir")
 
     def _refuse_another(self, config: RunConfig) -> None:
         """Raise RunError if settings that say what a run is of are others than this run's."""
@@ -287,7 +287,7 @@ class StoredRun:
     def get_or_make(self, name: str, make: Callable[[], Any]) -> Any:
         """Return the artifact as `read` does, after writing the result of `make()` unless it is fresh; then one line says so."""
         if self.is_fresh(name):
-            say(f"{ARTIFACTS[name].file}: made before from the same inputs, read from the run")
+            say(f"{ARTIFACTS[name].file}: made before from the same inputs; read from the run")
         else:
             self.write(name, make())
         return self.read(name)

@@ -20,8 +20,8 @@ def run_dir_of(chosen: str | int | Path) -> Path:
     Raises PlatformError if Drive cannot be mounted, or for a value that papermill changed, saying what to do."""
     if isinstance(chosen, bool) or not isinstance(chosen, str | int | Path):
         raise PlatformError(
-            f"RUN_DIR is {chosen!r}, no text: expected a path, auto or drive. papermill -p reads numbers, True and None; give a "
-            f"path that looks like one with papermill -r RUN_DIR"
+            f"RUN_DIR is {chosen!r}, not text: expected a path, auto, or drive. papermill -p reads numbers, True, and None; give "
+            f"a path that looks like one with papermill -r RUN_DIR"
         )
     if chosen == "drive":
         folder = paths.COLAB_DRIVE / _MINE / "medcot" / "runs" / "notebooks"

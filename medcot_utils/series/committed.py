@@ -65,7 +65,7 @@ def faults(path: Path) -> list[str]:
     if not any(cell.outputs for cell in code):
         found.append("has no outputs")
     if counts != list(range(1, len(code) + 1)):
-        found.append(f"cells were not run in order from a fresh kernel: {counts}")
+        found.append(f"cells did not run in order from a fresh kernel: {counts}")
     if "widgets" in notebook.metadata:
         found.append("metadata.widgets is kept")
     if notebook.metadata.get("kernelspec", {}).get("name") != "python3":

@@ -13,7 +13,7 @@ from medcot_utils.machine.paths import HOME
 from medcot_utils.series.runner import notebooks_dir
 
 _MODELS = HOME / "medcot_utils" / "models"
-_BEGINNING = "As the engines call it, with `settings` for "  # how a written cell begins
+_BEGINNING = "The engines make these calls; `settings` is "  # how a written cell begins
 # (notebook, heading of the section, whose settings are passed, [(title, [(file, function, what is called)])])
 _SHOWN = (
     (
@@ -68,7 +68,7 @@ def describe_calls(section: str, groups: Iterable[tuple[str, list[tuple[str, str
 def faults(folder: Path | None = None) -> list[str]:
     """Return one line for each notebook whose cell is not what the engines call now."""
     return [
-        f"{name}.ipynb: the engines' calls in {heading} are not theirs: python -m medcot_utils.series.committed engine-calls"
+        f"{name}.ipynb: the calls in {heading} differ from the engines': python -m medcot_utils.series.committed engine-calls"
         for name, heading, section, groups in _SHOWN
         if describe_calls(section, groups) not in [cell.source for cell in _read(name, folder).cells]
     ]

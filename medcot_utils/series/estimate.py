@@ -1,7 +1,7 @@
 """How long each notebook will take: the configuration's numbers (`workload`) at the machine's speed (`machine.probe`).
 
-The model is plain: products of matrices, weights read once for each token of a batch, small operations, bytes moved. What it
-leaves out stands in the constants below. Each names the run that it comes from."""
+The model is plain: products of matrices, weights read once for each token of a batch, small operations, bytes moved. The
+constants below hold what it leaves out. Each names the run that it comes from."""
 
 from __future__ import annotations
 
@@ -270,9 +270,9 @@ def describe_sessions(estimate: SeriesEstimate, config: RunConfig, on_kaggle: bo
     session = min(limit or SESSION_HOURS, SESSION_HOURS)
     line += f"; a session has {SESSION_HOURS} h, a week {WEEKLY_HOURS} h of GPU time"
     if total["high"] / 3600 <= session:
-        return f"{line}: one session will do"
+        return f"{line}: one session is enough"
     sessions = math.ceil(total["seconds"] / 3600 / session)
-    many = f"about {sessions} sessions" if sessions > 1 else "one session may not do"
+    many = f"about {sessions} sessions" if sessions > 1 else "one session may not be enough"
     week = f", and more than a week's {WEEKLY_HOURS} h" if total["seconds"] / 3600 > WEEKLY_HOURS else ""
     longest = max(estimate.steps, key=lambda step: estimate.steps[step]["seconds"])
     less = "training.max_steps or dataset.num_rows" if longest == "05_training" else _FEWER_ANSWERS

@@ -32,6 +32,6 @@ def check_kernel() -> None:
         fault = f"which has no {module}" if asked.returncode else None
     if fault:
         raise PlatformError(
-            f"the Jupyter kernel {KERNEL} ({spec.resource_dir}) starts {program}, {fault}: remove that folder, or make it anew "
+            f"the Jupyter kernel {KERNEL} ({spec.resource_dir}) starts {program}, {fault}: remove that folder, or make it again "
             f"with `{sys.executable} -m ipykernel install --user`"
         )

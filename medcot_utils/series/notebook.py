@@ -1,4 +1,4 @@
-"""What all seven notebooks share: the start, tables, and the end.
+"""The parts that all seven notebooks share: the start, tables, and the end.
 
 The top imports nothing but the standard library: the pinned stack may not be installed yet, and a package that is loaded before
 it is replaced asks for a restart."""

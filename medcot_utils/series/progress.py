@@ -1,4 +1,4 @@
-"""What a running notebook is doing: shown in a terminal at any moment, and said in a log every few minutes."""
+"""The state of a running notebook: shown in a terminal at any moment, and logged every few minutes."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def _commit() -> str:
         ["git", "-C", str(HOME), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise ResultsError(f"the commit that made the numbers is not known: {done.stderr.strip()}; run this in a git checkout")
+        raise ResultsError(f"the commit that made the numbers is unknown: {done.stderr.strip()}; run this in a git checkout")
     return done.stdout.strip()
 
 
@@ -151,7 +151,7 @@ def differing(machines: Machines | None) -> set[str]:
 def read_demo() -> Demo:
     """Return the committed numbers. Raises ResultsError without docs/demo.json."""
     if not DEMO.exists():
-        raise ResultsError("docs/demo.json is not there: make notebooks writes it")
+        raise ResultsError("docs/demo.json is missing: make notebooks writes it")
     demo: Demo = json.loads(DEMO.read_text(encoding="utf-8"))
     return demo
 
@@ -166,7 +166,7 @@ def read_parts() -> dict[str, str]:
 
 
 def fill_parts(text: str, parts: Mapping[str, str]) -> str:
-    """Return a document with every part written anew. Raises ResultsError if it names a part that is not known."""
+    """Return a document with every part rewritten. Raises ResultsError if it names a part that is not known."""
     if unknown := [match["name"] for match in _PART.finditer(text) if match["name"] not in parts]:
         raise ResultsError(f"unknown part {unknown[0]}: expected one of {', '.join(parts)}")
     return _PART.sub(lambda match: f"{match['begin']}{parts[match['name']]}\n<!-- end -->", text)

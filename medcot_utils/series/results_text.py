@@ -1,4 +1,4 @@
-"""What README and docs/results.md say of the demo: tables, and sentences chosen by the verdicts."""
+"""The demo's parts of README and docs/results.md: tables, and sentences chosen by the verdicts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MERGED_INTO = {"base_16bit": "the 16-bit base", "dequantized_4bit": "the unpack
 
 @dataclass(frozen=True)
 class _Text:
-    """A run's numbers, and what its verdicts are of that are not the same on all machines."""
+    """A run's numbers, and the keys of the verdicts that differ between machines."""
 
     demo: Demo
     differing: Collection[str]
@@ -47,7 +47,7 @@ class _Text:
             return "was not measured"
         base, tuned = (format_interval({**metric[side], "low": None}) + unit for side in ("base", "tuned"))
         if f"{reading}/{name}" in self.differing:
-            return f"went from {base} to {tuned}, and whether that is a difference {DIFFERS}"
+            return f"went from {base} to {tuned} (the verdict {DIFFERS})"
         said = verdict(name, metric)
         if said.startswith(("rose", "fell")):
             return f"{said.split(',')[0]} from {base} to {tuned}"
@@ -89,10 +89,8 @@ def _findings(text: _Text) -> list[str]:
     """Return a sentence each on form, likeness, loss and merged model."""
     found = [f"The share of answers that close their reasoning {text.change('as they answer', 'closed_think_rate')}."]
     if text.metrics("forced closing"):
-        likeness = " and ".join(
-            f"{METRICS[name].text.split(' of ')[0]} {text.change('forced closing', name)}" for name in ("rouge_l", "chrf")
-        )
-        found.append(f"With their reasoning closed for both models if need be, likeness to the references: {likeness}.")
+        rouge, chrf = (text.change("forced closing", name) for name in ("rouge_l", "chrf"))
+        found.append(f"With unclosed reasoning closed for both models, ROUGE-L against the references {rouge}, and chrF {chrf}.")
     return [*found, *_of_loss(text)[:1], *_of_merged(text)]
 
 
@@ -103,11 +101,11 @@ def _of_loss(text: _Text) -> list[str]:
     if losses["share"] is None:
         return ["The held-out loss did not fall clearly."]
     value = losses["share"]["value"]
-    share = "none" if value <= 0 else "all" if value >= 1 else f"{100 * value:.0f} %"
-    rounding = f"Of the fall of the held-out loss, {share} only makes up for what rounding the base to 4 bits had cost."
+    share = "None" if value <= 0 else "All" if value >= 1 else f"{100 * value:.0f} %"
+    rounding = f"{share} of the fall of the held-out loss only makes up for the cost of rounding the base to 4 bits."
     learning = losses["learning"]
     if not is_clear(learning):
-        return [rounding, "No difference to the 16-bit base's loss is shown."]
+        return [rounding, "No difference from the 16-bit base's loss is shown."]
     side = "below" if learning["value"] < 0 else "above"
     return [rounding, f"The tuned model's loss is {abs(learning['value']):.2f} {side} the 16-bit base's."]
 
@@ -117,13 +115,13 @@ def _of_merged(text: _Text) -> list[str]:
     if merged is None:
         return []
     if any(f"merged model/{one['metric']}" in text.differing for one in merged["verdicts"]):
-        return [f"Whether the merged model, which people load, behaves as what was measured {DIFFERS}."]
+        return [f"The verdict on the merged model, which people load, {DIFFERS}."]
     said = merged["summary"].partition(": ")[2]
     if said.startswith("yes"):
-        return ["The merged model, which people load, behaves as what was measured."]
+        return ["The merged model, which people load, behaves as measured."]
     if said.startswith("no"):
-        return ["The merged model, which people load, does not behave as what was measured."]
-    return ["Whether the merged model, which people load, behaves as what was measured, these questions cannot tell."]
+        return ["The merged model, which people load, does not behave as measured."]
+    return ["These questions cannot show whether the merged model, which people load, behaves as measured."]
 
 
 def _time(text: _Text) -> str:
@@ -264,12 +262,12 @@ def _conclusions(text: _Text) -> str:
     said = {
         HOLDS: "{} hold{s}",
         DOES_NOT: "{} do{es} not hold",
-        CANNOT_TELL: "{} cannot be told with these questions",
-        DIFFERS: "of {} the verdict differs between machines",
+        CANNOT_TELL: "{} cannot be decided with these questions",
+        DIFFERS: "the verdict on {} differs between machines",
     }
     parts = [said[kind].format(_count(n), s="s" * (n == 1), es="es" * (n == 1)) for kind, n in counts.items() if n]
-    of_claims = f"Of {_count(len(claims))} claims of the article, {_listed(parts)}."
-    return "\n".join(f"- {sentence}" for sentence in [*_findings(text), of_claims])
+    on_claims = f"The article makes {_count(len(claims))} claims: {_listed(parts)}."
+    return "\n".join(f"- {sentence}" for sentence in [*_findings(text), on_claims])
 
 
 # --- Markdown ----------------------------------------------------------------------------------------------------------
@@ -289,4 +287,4 @@ def _count(n: int) -> str:
 
 
 def _listed(parts: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+    return f"{', '.join(parts[:-1])}, and {parts[-1]}" if len(parts) > 2 else " and ".join(parts)

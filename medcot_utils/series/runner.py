@@ -135,7 +135,7 @@ def parse_parameter(name: str, text: str) -> object:
         return value or ""
     if isinstance(default, int) and type(value) is not int:
         raise SeriesError(
-            f"--parameter {name}: {quote(text)} is not its kind of value: expected a whole number, as in {name}={default}"
+            f"--parameter {name}: {quote(text)} is not of its type: expected a whole number, as in {name}={default}"
         )
     return value
 
@@ -234,16 +234,18 @@ def _run_steps(
         asked = sorted(parameters.keys() & parameters_of(folder / f"{name}.ipynb"))
         state = run.step_state(name)
         if state == "done" and not asked and not force:
-            say(f"{name}: done before with the same settings and inputs")
+            say(f"{name}: skipped, done before with the same settings and inputs")
             continue
         if worked and clock.is_over():
-            raise SeriesPaused(f"{name} is not begun, because training.max_hours are nearly over; the same command resumes there")
+            raise SeriesPaused(
+                f"{name} does not begin, because training.max_hours is nearly over; the same command resumes there"
+            )
         worked = name != NOTEBOOKS[0]  # which alone would be no progress
         if force:
             if run.can_begin(name):  # else the notebook says what is missing, and what was made before is kept
                 run.forget(name)
         elif state in ("done", "stale"):
-            say(f"{name}: done again, because {_in_short(run.why_stale(name) or [f'{one} is given' for one in asked])}")
+            say(f"{name}: redone, because {_in_short(run.why_stale(name) or [f'{one} is given' for one in asked])}")
         given = {"RUN_DIR": str(run.path.absolute()), **parameters}
         if name == NOTEBOOKS[0]:
             given |= {"PROFILE": run.config.profile, "OVERRIDES": overrides_of(run.config)}

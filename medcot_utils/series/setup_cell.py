@@ -23,9 +23,10 @@ _ADDRESS = "**On Kaggle or Colab:** "
 _WRITTEN = re.compile(rf"\[!\[Open in |{re.escape(_ADDRESS)}")  # how the paragraphs begin that are written from the setting
 # In README and notebook 01, in place of badges that would lead nowhere.
 _WITHOUT_REPOSITORY = (
-    f"{_ADDRESS}`medcot kaggle build` makes one notebook that carries the whole project, and needs no address. To open "
-    f"single notebooks there, put the project on GitHub and run `make badges REPO=owner/name`: it writes badges here, and the "
-    f"address into the setup cells. Until then a notebook finds the project in its checkout, or in a folder `medcot` beside it."
+    f"{_ADDRESS}`medcot kaggle build` makes one notebook that carries the whole project and needs no address. To open "
+    f"single notebooks there, put the project on GitHub and run `make badges REPO=owner/name`. It adds badges here and writes "
+    f"the address into the setup cells. Until then, a notebook finds the project in its checkout or in a folder `medcot` "
+    f"beside it."
 )
 _README_PLACE = "## The notebooks"  # what stands in place of badges goes before this
 
@@ -122,7 +123,7 @@ def write(home: Path = HOME, new_repository: str | None = None) -> list[Path]:
         path = home / "pyproject.toml"
         text = path.read_text(encoding="utf-8")
         if not _SETTING.search(text):
-            raise RepositoryError('pyproject.toml has no line `repository = "..."` under [tool.medcot]: put one in')
+            raise RepositoryError('pyproject.toml has no line `repository = "..."` under [tool.medcot]: add one')
         if (new := _SETTING.sub(f'repository = "{new_repository}"', text)) != text:
             write_atomic(path, new)
             written.append(path)

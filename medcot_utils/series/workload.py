@@ -1,6 +1,6 @@
-"""What a configuration asks of a machine, in numbers: parameters, tokens to train and to read, answers and their budgets, bytes.
+"""The work of a configuration, in numbers: parameters, tokens to train and to read, answers and their budgets, bytes.
 
-Known before a model is loaded, or even downloaded."""
+These are known before a model is loaded, or even downloaded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TASK_QUESTIONS = {"medqa": 1273, "medmcqa": 4183, "pubmedqa": 500}
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a base model takes."""
+    """Hold the size of a base model."""
 
     parameters: float
     layers: int
@@ -50,7 +50,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Workload:
-    """What the seven notebooks do with a configuration."""
+    """Hold the work that the seven notebooks do with a configuration."""
 
     model: ModelSize
     row_tokens: float  # mean of a row
@@ -80,7 +80,7 @@ _SHAPES = {
 def measure_model(config: RunConfig) -> ModelSize | None:
     """Return what the base takes; None for a model that nobody can ask about before it is downloaded.
 
-    Of a model that is not one of the profiles' only the parameters are known: the rest is that of a Llama with so many."""
+    Only the parameters of a model outside the profiles are known: the rest is that of a Llama with as many."""
     parameters, _ = disk.model_sizes(config)
     if parameters is None:
         return None

@@ -27,7 +27,7 @@ def last_good_checkpoint(output_dir: Path, trained: Shapes | None = None) -> Pat
             return path
         # Not a name that begins with `checkpoint-`: the trainer would count it, and remove a whole one in its stead.
         aside = path.with_name(f"broken-{path.name}")
-        say(f"{path.name} is not whole ({fault}): set aside as {aside.name}, an earlier one is used if there is one")
+        say(f"{path.name} is not whole ({fault}): set aside as {aside.name}; an earlier one is used if there is one")
         remove(aside)
         path.rename(aside)
     return None

@@ -56,7 +56,7 @@ def train_in_processes(run: Run, num_processes: int) -> None:
         if _OUT_OF_MEMORY not in failure.message:
             raise TrainingError(redact(f"training in {num_processes} processes failed: {failure}"))
         checkpoint = last_good_checkpoint(output_dir)
-        say(f"out of memory: going on with the next smaller batch plan from {checkpoint.name if checkpoint else 'the start'}")
+        say(f"out of memory: continuing with the next smaller batch plan from {checkpoint.name if checkpoint else 'the start'}")
 
 
 def check_gpus(num_processes: int) -> None:

@@ -34,7 +34,7 @@ _KINDS = {"eval/loss": "eval", "train/train_runtime": "end", "train/skipped_step
 
 
 class TrackedRun(TypedDict):
-    """What identifies the tracked run of a run directory; stored there as tracking.json."""
+    """Hold what identifies the tracked run of a run directory; stored there as tracking.json."""
 
     backend: str  # "wandb", "trackio" or "tensorboard"
     mode: str  # "online" or "offline" for wandb, else empty
@@ -170,7 +170,7 @@ class Wandb(_WandbInterface):
             self.run.finish()
         except TimeoutError as error:
             raise TimeoutError(
-                f"W&B took not everything within {_FINISH_SECONDS} s; later: wandb sync {self.folder.name}"
+                f"W&B did not take everything within {_FINISH_SECONDS} s; later: wandb sync {self.folder.name}"
             ) from error
         for path in self.older:
             shutil.rmtree(path)

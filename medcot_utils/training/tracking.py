@@ -62,7 +62,7 @@ def choose_tracker(config: RunConfig) -> TrackerChoice:
     asked, mode = config.tracking.backend, config.tracking.mode
     switched_off = os.environ.get("WANDB_MODE") == "disabled"
     if asked == "none" or (asked == "wandb" and switched_off):
-        return TrackerChoice("none", "", "tracking: none, as asked")
+        return TrackerChoice("none", "", "tracking: none, as set")
     if asked in ("auto", "wandb"):
         key = None if switched_off else secrets.secret_of(_LOG_IN, config.secrets)
         if asked == "wandb" or (key and _installed("wandb")):
@@ -134,7 +134,7 @@ def _stored(run: Run) -> TrackedRun | None:
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:
-        raise TrackingError(f"{source} is no record of a tracked run: remove it, and the next session begins another one")
+        raise TrackingError(f"{source} is not a record of a tracked run: remove it, and the next session begins a new one")
     for key in ("id", "name"):
         require_plain(held[key], f"{source}, {key}")
     return held

@@ -127,7 +127,7 @@ def train(
             _end_tracking(trainer)
             raise
         # Out of the except block: its traceback would keep the activations alive.
-        say(f"out of memory after step {trainer.state.global_step} with {plan}: going on from there with {smaller}")
+        say(f"out of memory after step {trainer.state.global_step} with {plan}: continuing from there with {smaller}")
         _keep_finished_steps(trainer)
         del trainer
     raise TrainingError("no batch plan was given")
@@ -159,7 +159,7 @@ def _train_or_resume(trainer: SFTTrainer) -> None:
     budgets = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TimeBudget)]
     if any(budget.stopped for budget in budgets):
         raise TimeBudgetReached(
-            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, before training.max_hours were over; "
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, before training.max_hours ended; "
             f"a checkpoint is saved, and the same command or notebook resumes from it"
         )
 
@@ -208,7 +208,7 @@ def check_effective_batch(trainer: SFTTrainer, config: RunConfig) -> int:
     actual = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
     if actual != planned:
         raise TrainingError(
-            f"each step would train on {actual} rows where {planned} were asked for ({trainer.args.n_gpu} GPUs visible): "
+            f"each step would train on {actual} rows instead of {planned} ({trainer.args.n_gpu} GPUs visible): "
             f"set CUDA_VISIBLE_DEVICES=0"
         )
     return actual

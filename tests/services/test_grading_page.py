@@ -181,7 +181,7 @@ def test_a_kill_between_two_clicks_loses_nothing(tmp_path):
         assert "Another answer to q2." in "".join(third)
         # A page that still shows the answers of before: its click is no judgement of the new ones.
         old = click("a", "0" * 64, "")
-        assert "nothing was kept" in old[1] and old[0] == third[0]
+        assert "nothing was saved" in old[1] and old[0] == third[0]
         (run.path / GRADES).rename(run.path / "aside")
         (run.path / GRADES).mkdir()
         again = click("a", third[0], "my note")
@@ -250,7 +250,7 @@ def test_nothing_can_be_uploaded_and_sizes_have_bounds(tmp_path):
 
     with serving(run) as server:
         status, text = ask(server.address, "gradio_api/upload", form, **{"Content-Type": "multipart/form-data; boundary=x"})
-        assert status == 403 and "takes questions and judgements alone" in text
+        assert status == 403 and "takes only questions and judgments" in text
         assert ask(server.address, "gradio_api/component_server", b"{}")[0] == 403
         assert tie("x" * (1 << 20))[0] == 413
         status, text = tie("x" * 20_001)

@@ -72,7 +72,7 @@ def test_a_second_push_sends_only_the_changed_artifact(hub, finished_run, push):
     first, tags = head(hub, "doctor/cot")["id"], dict(hub.repos["model", "doctor/cot"]["tags"])
     hub.requests.clear()
     again = push(run)
-    assert again.returncode == 0 and again.stdout.count("is there already, not sent again") == 3
+    assert again.returncode == 0 and again.stdout.count("is already there, not sent again") == 3
     assert hub.sent("PUT", ".") == hub.sent("POST", "/commit/") == [] and head(hub, "doctor/cot")["id"] == first
 
     # Somebody's own file beside the run's stays.
@@ -116,12 +116,12 @@ def test_a_push_deletes_and_reports_weights_the_run_has_lost(hub, finished_run, 
     done = push(run)
     assert done.returncode == 0, done.stderr
     assert shard not in head(hub, "doctor/cot")["files"]
-    assert f"doctor/cot: deleted {shard} (6 bytes), which an earlier push had put there" in done.stdout
+    assert f"doctor/cot: deleted {shard} (6 bytes), which an earlier push had uploaded" in done.stdout
     digest = f"sha256:{hashlib.sha256(b'second').hexdigest()}"
     (gone,) = read_record(run)[-1]["repositories"][0]["deleted"]
     assert gone == {"path": shard, "artifact": "merged", "bytes": 6, "digest": digest}
     assert [line["sent"] for line in table_of(run) if line["file"].endswith(shard)] == ["deleted"]
-    assert shard in done.stdout[done.stdout.index("what the Hub lists and gives back") :]
+    assert shard in done.stdout[done.stdout.index("what the Hub lists and returns") :]
 
 
 def test_each_separate_repository_has_a_model_card_the_hub_reads(hub, finished_run, push):
@@ -163,7 +163,7 @@ def test_the_token_may_have_the_articles_name(hub, finished_run, push):
 def test_a_gguf_is_pushed_if_it_was_made_from_the_merged_model(finished_run):
     without = finished_run(name="without")
     assert chosen_artifacts(without, medcot_hub.hub_settings(without)) == ["adapter", "merged"]
-    with pytest.raises(RunError, match=r"hub\.artifacts names gguf alone"):
+    with pytest.raises(RunError, match=r"hub\.artifacts names only gguf"):
         chosen_artifacts(without, medcot_hub.hub_settings(without, artifacts=["gguf"]))
 
     run = finished_run("export.gguf=q4_k_m")
@@ -200,7 +200,7 @@ def test_a_gguf_is_pushed_if_it_was_made_from_the_merged_model(finished_run):
 def test_a_private_push_to_a_public_repository_is_refused(hub, finished_run, push):
     hub.add("model", "doctor/cot", {".gitattributes": b""})
     done = push(finished_run())
-    assert done.returncode == 1 and "is there already and public, and this push is to be private" in done.stderr
+    assert done.returncode == 1 and "exists and is public, but this push would be private" in done.stderr
     assert len(hub.repos["model", "doctor/cot"]["commits"]) == 1
 
 
@@ -208,7 +208,7 @@ def test_a_tag_on_other_weights_is_refused(hub, finished_run, push):
     commit = hub.add("model", "doctor/cot", {"model.safetensors": b"another run's"}, private=True)
     hub.repos["model", "doctor/cot"]["tags"]["v1"] = commit
     done = push(finished_run(), "--tag", "v1")
-    assert done.returncode == 1 and "The tag v1 of doctor/cot stands on other files" in done.stderr
+    assert done.returncode == 1 and "The tag v1 of doctor/cot is on other files" in done.stderr
     assert len(hub.repos["model", "doctor/cot"]["commits"]) == 1
 
 
@@ -238,7 +238,7 @@ def test_a_push_keeps_files_that_somebody_changed_on_the_hub(hub, finished_run, 
     edited = content(hub, "doctor/cot", "README.md") + b"\nA note by hand."
     hub.add("model", "doctor/cot", {"README.md": edited}, message="Update README.md")
     done = push(run)
-    assert done.returncode == 1 and "or that somebody changed since: README.md (would be replaced)" in done.stderr
+    assert done.returncode == 1 and "or that somebody changed later: README.md (would be replaced)" in done.stderr
     assert content(hub, "doctor/cot", "README.md") == edited
 
 

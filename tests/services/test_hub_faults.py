@@ -208,7 +208,7 @@ def test_a_lasting_500_blames_the_hub_and_the_next_push_resumes(hub, finished_ru
     fault.times = 0
     hub.requests.clear()
     done = push(run)
-    assert done.returncode == 0 and "adapter is there already" in done.stdout
+    assert done.returncode == 0 and "adapter is already there" in done.stdout
 
 
 # --- cut off -------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_a_hub_that_says_yes_and_commits_nothing_is_found_out(hub, finished_run,
     run = finished_run()
     hub.forgets_commits = True
     error = the_error(push(run), run, hub)
-    assert "took the files for doctor/cot without an error, but gives back something else" in error
+    assert "took the files for doctor/cot without an error, but returns something else" in error
     assert "README.md (not there), adapter/adapter_config.json (not there)" in error and "0 of 7 files agree" in error
     assert not any(line["verified"] for line in record_of(run)["repositories"][0]["files"])
 

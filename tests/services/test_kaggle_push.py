@@ -95,11 +95,11 @@ def test_an_image_that_is_fixed_by_hand_is_warned_of(medcot, server, tmp_path):
     metadata = tmp_path / "here" / "kernel-metadata.json"
     fixed = json.dumps(json.loads(metadata.read_text()) | {"docker_image": "image:1"})
     metadata.write_text(fixed)
-    assert "kernel-metadata.json fixes docker_image image:1: the session starts that one" in succeed(medcot("push"))
+    assert "kernel-metadata.json pins docker_image image:1: the session starts that one" in succeed(medcot("push"))
     assert server.saved[0]["dockerImage"] == "image:1"
     assert "docker_image image:1 is dropped" in succeed(medcot("build", "--id", "ann/heart-run"))
     metadata.write_text(fixed)
-    assert "fixes docker_image image:1" in succeed(medcot("build", "--id", "ann/heart-run", "--keep-image"))
+    assert "pins docker_image image:1" in succeed(medcot("build", "--id", "ann/heart-run", "--keep-image"))
 
 
 def test_the_pushed_text_holds_no_secret_of_this_machine(medcot, server):
@@ -146,7 +146,10 @@ def test_the_signed_in_user_owns_a_kernel_without_a_given_owner(medcot, server, 
 
 ANSWERS = {
     "error": ({"error": "Notebook title is\nalready in use"}, "Kaggle refused ann/heart-run: Notebook title is already in use"),
-    "data set": ({"versionNumber": 1, "invalidDatasetSources": ["ann/gone"]}, "no such dataset_sources, or they are not yours"),
+    "data set": (
+        {"versionNumber": 1, "invalidDatasetSources": ["ann/gone"]},
+        "no such dataset_sources, or you may not read them",
+    ),
     "kernel": ({"versionNumber": 1, "invalidKernelSources": ["ann/gone"]}, "no such kernel_sources"),
     "model": ({"versionNumber": 1, "invalidModelSources": ["ann/gone"]}, "no such model_sources"),
     "another kernel": ({"ref": "ann/other-run", "versionNumber": 4}, "Kaggle saved ann/other-run (), not ann/heart-run"),
@@ -255,7 +258,7 @@ def left(run_factory, content, server, tmp_path):
 def test_output_reassembles_the_run_without_the_merged_model(medcot, server, left, tmp_path):
     said = succeed(medcot("output", "ann/heart-run", "--run-dir", "runs/fetched"))
     run = Run.open(tmp_path / "here" / "runs" / "fetched")
-    assert run.manifest() == left and "not there: merged" in said
+    assert run.manifest() == left and "missing: merged" in said
     assert all(run.is_fresh(name) for name in left["artifacts"] if name != "merged")
     assert not any(name.startswith((f"{RUN_NAME}/merged", "medcot/")) for name in server.fetched)
     assert [path.name for path in run.path.parent.iterdir()] == ["fetched"], "nothing half fetched is left"
@@ -290,10 +293,10 @@ def test_a_fetched_run_is_not_written_over(medcot, left):
 
 def test_output_names_a_file_that_did_not_arrive(medcot, server, left):
     server.broken = f"{RUN_NAME}/adapter/weights.bin"  # the client saves the error page under the file's name
-    assert "adapter of ann/heart-run did not arrive as the manifest records" in the_one_error(medcot("output", "ann/heart-run"))
+    assert "adapter of ann/heart-run differ from the manifest" in the_one_error(medcot("output", "ann/heart-run"))
     server.broken = f"{RUN_NAME}.zip"
     line = the_one_error(medcot("output", "ann/heart-run", "--run-dir", "runs/again"))
-    assert f"{RUN_NAME}.zip of ann/heart-run did not arrive whole" in line
+    assert f"{RUN_NAME}.zip of ann/heart-run arrived incomplete" in line
 
 
 @pytest.mark.parametrize("name", [f"{RUN_NAME}/../../../escaped", f"{RUN_NAME}/adapter/../../../../escaped"])

@@ -154,8 +154,8 @@ def mount(run_dir, place, name):
 
 
 PAUSES = {
-    "02_baseline_inference": ("likelihood, base: stopped after 0 of 4", "4 of 4 answers are kept from before"),
-    "06_comparison": ("likelihood, tuned: stopped after 0 of 4", "4 of 4 answers are kept from before"),
+    "02_baseline_inference": ("likelihood, base: stopped after 0 of 4", "4 of 4 answers were made before and are kept"),
+    "06_comparison": ("likelihood, tuned: stopped after 0 of 4", "4 of 4 answers were made before and are kept"),
 }
 
 
@@ -187,7 +187,7 @@ def test_a_second_session_resumes_what_the_first_one_left(step, received, run_be
     first, cells = session(sys.executable, text, tmp_path / "first")
     assert first.returncode == 0, first.stderr[-2000:]
     assert "all" in said(cells) and "pins are satisfied, nothing to install" in said(cells)
-    assert f"medcot: paused. {step}: {stopped}" in said(cells) and "Paused in good time, nothing failed" in said(cells)
+    assert f"medcot: paused. {step}: {stopped}" in said(cells) and "nothing failed. To resume in another session" in said(cells)
     assert "--id ann/one-run-2 --continue-from ann/one-run --profile smoke --set training.max_hours=0.000001" in said(cells)
     assert (tmp_path / "first" / "working" / f"{RUN_NAME}.zip").is_file()
 
@@ -197,7 +197,7 @@ def test_a_second_session_resumes_what_the_first_one_left(step, received, run_be
     assert second.returncode == 0, second.stderr[-2000:]
     done = list(STEPS).index(step)
     assert f"{done} notebooks are done there" in said(cells) and "The series is complete" in said(cells)
-    assert all(f"{name}: done before" in said(cells) for name in list(STEPS)[1:done])
+    assert all(f"{name}: skipped, done before" in said(cells) for name in list(STEPS)[1:done])
     run = assert_complete(tmp_path / "second")
     assert resumed in (run.path / "notebooks" / f"{step}.ipynb").read_text()
 

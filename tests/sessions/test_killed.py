@@ -254,7 +254,7 @@ def test_killed_answers_go_on_where_they_were(answered, step, kill, tmp_path):
         else:
             assert all(record in after for record in before[name]), "with its seconds: it was not asked again"
         if before[name] and name in unfinished:
-            assert f"{len(before[name])} of {len(records)} answers are kept from before" in printed(run_dir, step)
+            assert f"{len(before[name])} of {len(records)} answers were made before and are kept" in printed(run_dir, step)
 
 
 def untimed(records):

@@ -271,7 +271,7 @@ def paused(copy_untrained):
 def test_two_processes_pause_in_time_with_a_whole_checkpoint(paused):
     run_dir, code, output, errors = paused
     assert code == 75 and errors == ""
-    assert "medcot: paused. 05_training: stopped after step 1 of 20, before training.max_hours were over" in output
+    assert "medcot: paused. 05_training: stopped after step 1 of 20, before training.max_hours ended" in output
     assert training_state(run_dir)["state"] == "paused"
     assert newest_checkpoint(run_dir).name == "checkpoint-1" and checkpoint_fault(newest_checkpoint(run_dir)) is None
     assert (newest_checkpoint(run_dir) / "rng_state_1.pth").exists()

@@ -143,7 +143,7 @@ def merged(not_measured=None):
         "same_answers": 0,
         "not_measured": not_measured,
         "verdicts": [one | {"needed": None} for one in verdicts],
-        "summary": "What you load behaves as what was measured: no, because its form differs",
+        "summary": "The model that you load behaves as measured: no, because its form differs",
     }
 
 

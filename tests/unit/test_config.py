@@ -217,17 +217,17 @@ def test_overrides_do_not_leak_into_the_next_configuration():
         ("training.lr=1", r"did you mean training\.learning_rate\?"),
         ("lora.rank=8", r"did you mean lora\.r\?"),
         ("xyzzy.plugh=1", r"unknown setting 'xyzzy\.plugh'; `medcot settings` lists them all"),
-        ("profile=demo", r"profile is no setting: choose it with --profile"),
+        ("profile=demo", r"profile is not a setting: choose it with --profile"),
         ("training.max_steps", r"--set training\.max_steps: expected NAME=VALUE"),
         ("seed=[1", r"--set seed: '\[1' is not a YAML value"),
         ("dataset.num_rows=many", r"setting dataset\.num_rows is 'many': input should be a valid integer"),
-        ("training.max_steps=yes", r"setting training\.max_steps is True: this is no on/off setting"),
+        ("training.max_steps=yes", r"setting training\.max_steps is True: expected a value, not true or false"),
         ("training.max_steps=", r"setting training\.max_steps is None: input should be a valid integer"),
         ("training.max_steps=0", r"training\.max_steps is 0: expected a number of steps, or -1"),
         ("training.learning_rate=.inf", r"setting training\.learning_rate is inf: input should be a finite number"),
         ("generation.temperature=0", r"setting generation\.temperature is 0: input should be greater than 0"),
         ("export.dtype=int8", r"setting export\.dtype is 'int8': input should be 'float16' or 'bfloat16'"),
-        ("generation.batch_size=true", r"setting generation\.batch_size is True: this is no on/off setting"),
+        ("generation.batch_size=true", r"setting generation\.batch_size is True: expected a value, not true or false"),
         ("generation.batch_size=0", r"setting generation\.batch_size.* is 0: input should be greater than or equal to 1"),
         ("generation.batch_size=-1", r"setting generation\.batch_size.* is -1: input should be greater than or equal to 1"),
         ("generation.batch_size=many", r"setting generation\.batch_size.* is 'many': .*input should be 'auto'"),
@@ -297,7 +297,7 @@ def test_processes_must_divide_the_effective_batch_evenly(processes, allowed):
     if allowed:
         assert load_config("article", [override]).training.effective_batch_size == 8
         return
-    expected = rf"training\.num_processes is {processes}: the effective batch of 8 rows cannot be shared evenly"
+    expected = rf"training\.num_processes is {processes}: the effective batch of 8 rows does not divide"
     with pytest.raises(ConfigError, match=expected) as caught:
         load_config("article", [override])
     assert "training.gradient_accumulation_steps" in str(caught.value) and "\n" not in str(caught.value)

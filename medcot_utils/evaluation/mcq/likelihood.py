@@ -78,7 +78,7 @@ def make_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bat
 
 
 def fits(harness: HFLM, row: OptionRow) -> bool:
-    """Return whether the model's context holds a row. Of a longer one lm-eval would cut off the beginning."""
+    """Return whether the model's context holds a row. lm-eval would cut off the beginning of a longer one."""
     longest = max(row["choices"], key=len)
     return len(harness.tok_encode(f"{row['context']} {longest}")) <= harness.max_length
 

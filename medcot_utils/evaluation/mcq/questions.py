@@ -97,12 +97,12 @@ def read_questions(path: str, name: str | None = None, split: str | None = None,
             left_out += 1  # nobody here can fix a data set on the Hub
             continue
         if question["id"] in questions:
-            raise McqError(f"{path}, row {number}: the id {quote(question['id'])} stood there before; ids tell answers apart")
+            raise McqError(f"{path}, row {number}: the id {quote(question['id'])} occurs twice; ids tell answers apart")
         questions[question["id"]] = question
     if not questions:
         raise McqError(f"{path}: no usable question among {len(rows)} rows")
     if left_out:
-        say(f"{path}: {left_out} of {len(rows)} rows left out: an empty option, two of one text, or no option as answer")
+        say(f"{path}: {left_out} of {len(rows)} rows left out: an empty option, two equal options, or an answer that is none")
     return list(questions.values())
 
 
@@ -147,7 +147,8 @@ def _download(path: str, name: str | None, split: str | None) -> Sequence[Row]:
     # No network or no such data set; a loading script; no such split; rows of mixed types.
     except (OSError, RuntimeError, ValueError, DatasetsError) as error:
         reason = str(error).partition("\n")[0]
-        raise McqError(f"{path} cannot be had from the Hub ({reason}): check the network, or give a local .jsonl file") from error
+        line = f"{path} could not be loaded from the Hub ({reason}): check the network, or give a local .jsonl file"
+        raise McqError(line) from error
 
 
 def _question(row: Row, number: int) -> McqQuestion:
@@ -201,7 +202,7 @@ def _right_letter(answer: Any, options: dict[str, str]) -> str:
         letters = letters or [letter for letter, text in options.items() if text == str(answer).strip()]
     if not letters:
         known = ", ".join(options)
-        raise McqError(f"the answer {quote(answer)} is no option; expected {known}, an index from 0, or an option's text")
+        raise McqError(f"the answer {quote(answer)} is not an option; expected {known}, an index from 0, or an option's text")
     return letters[0]
 
 
@@ -215,5 +216,5 @@ def _check_distinct(options: dict[str, str], right: str) -> None:
     if len(same) > 1:
         raise McqError(
             f"options {' and '.join(same)} both read {quote(texts[right])}, and {right} is the right one: no reading can tell "
-            "them apart. Expected another text"
+            "them apart. Expected different texts"
         )

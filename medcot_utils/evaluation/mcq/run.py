@@ -87,7 +87,7 @@ def load_questions(task: str, limit: int | None = None, seed: int = 3407) -> lis
         raise McqError(f"unknown multiple-choice task {task!r}: expected {', '.join(TASK_NAMES)} or a .jsonl file{hint}")
     questions = read_questions(**source)
     if limit and limit > len(questions):
-        say(f"{task} has {len(questions)} questions, fewer than the {limit} asked for: all of them are asked")
+        say(f"{task} has {len(questions)} questions, fewer than evaluation.mcq_limit ({limit}): all of them are asked")
     return choose(questions, limit, seed)
 
 
@@ -135,8 +135,8 @@ def run_tasks(
     Args:
         journal: keeps answers and letters as they are made; what it holds is not asked again. (lm-eval's own cache knows
             neither the model nor the settings that its values came from, and is a pickle, which a run must not hold.)
-        others: the processes on the other GPUs, which answer too. What lm-eval reads afterwards, a forward pass a question or
-            option, stays with this one.
+        others: the processes on the other GPUs, which answer too. This process alone does what lm-eval reads afterwards, a
+            forward pass per question or option.
 
     Raises:
         McqError: as `load_questions` does.
@@ -202,7 +202,7 @@ def _read_likeliest(
     # A text of broken characters can have more tokens than the model wrote.
     by_letter = {key: row for key, row in by_letter.items() if fits(harness, row)}
     if too_long := len(thoughts) - len(by_letter):
-        say(f"{too_long} answers are too long to be read once more: they have no letter")
+        say(f"{too_long} answers are too long to append `Answer:`, so they have no letter")
     by_text = {key: text_row(question) for key, (_, question) in questions.items()}
     readings: tuple[tuple[Literal["letter", "likelihood"], dict[str, OptionRow]], ...]
     readings = (("letter", by_letter), ("likelihood", by_text))

@@ -1,6 +1,6 @@
-"""What a push sends: the files of each repository, when a file there is the run's, and whose it is.
+"""The files of a push: those of each repository, when a file there is the run's, and whose it is.
 
-`HfApi.verify_repo_checksums` compares the same digests as `agrees`, but it reads every local byte anew each time, wants them
+`HfApi.verify_repo_checksums` compares the same digests as `agrees`, but it reads every local byte again each time, wants them
 in a folder laid out as the repository, and tells neither sizes nor the last commits, by which a file's owner is known."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TITLE = re.compile(r"(model card|adapter|merged|gguf) of run .+ \([\w.-]+\)")
 
 @dataclass(frozen=True)
 class PlannedRepository:
-    """What one repository is to hold: {artifact: its files, as the client adds them to a commit}, the model card first."""
+    """Hold one repository's planned content: {artifact: its files, as the client adds them to a commit}, the model card first."""
 
     repo_id: str
     kind: str  # of its card: one, adapter, merged or gguf
@@ -68,7 +68,7 @@ def chosen_artifacts(run: Run, settings: HubSettings) -> list[str]:
     has_gguf = "gguf" in run.makes(ARTIFACTS["gguf"].step)
     names = [name for name in settings.artifacts if name != "gguf" or has_gguf]
     if not names:
-        raise RunError("hub.artifacts names gguf alone, and this run makes none: set export.gguf, run notebook 07_export")
+        raise RunError("hub.artifacts names only gguf, but this run makes none: set export.gguf, run notebook 07_export")
     for name in [*names, *(["gguf_check"] if "gguf" in names else []), "model_card"]:
         run.require(name)
         if not run.is_fresh(name, deep=False):
@@ -91,9 +91,9 @@ def tag_name(run: Run, settings: HubSettings, names: list[str]) -> str:
 
 
 def plan(run: Run, settings: HubSettings, repo_id: str, names: list[str]) -> list[PlannedRepository]:
-    """Return the repositories of a push, each with its card first: the warning on clinical use comes before any weight.
+    """Return the repositories of a push, each with its model card first: the warning on clinical use comes before any weight.
 
-    Raises HubError if an artifact would overwrite the card."""
+    Raises HubError if an artifact would overwrite the model card."""
     from huggingface_hub import CommitOperationAdd
 
     tag, addresses = tag_name(run, settings, names), settings.addresses(names, repo_id)
@@ -176,7 +176,7 @@ def refuse_of_others(repository: PlannedRepository, there: Listing) -> None:
     if others:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         raise HubError(
-            f"not pushed. {repository.repo_id} holds files that no `medcot push` put there, or that somebody changed since: "
+            f"not pushed. {repository.repo_id} holds files that `medcot push` did not upload, or that somebody changed later: "
             f"{', '.join(others[:5])}{more}. None of them was touched: choose another repository with --repo-id, or delete them "
             f"there if nobody needs them, and push again"
         )

@@ -1,4 +1,4 @@
-"""Push a finished run to the Hugging Face Hub, and believe it only if what the Hub lists and gives back is what the run
+"""Push a finished run to the Hugging Face Hub, and believe it only if what the Hub lists and returns is what the run
 recorded. medcot only replaces or deletes files that it uploaded itself."""
 
 from __future__ import annotations
@@ -148,17 +148,17 @@ def prepare(hub: HubClient, repository: PlannedRepository, private: bool, tag: s
     info = hub.info(repo_id)
     if private and not info.private:
         raise HubError(
-            f"not pushed. {repo_id} is there already and public, and this push is to be private: make the repository "
+            f"not pushed. {repo_id} exists and is public, but this push would be private: make the repository "
             f"private in its settings, choose another name, or push with --public"
         )
     if info.private and not private:
-        hub.say(f"{repo_id} is there already and private; it stays so until you change it in its settings")
+        hub.say(f"{repo_id} exists and is private; it stays private until you change it in its settings")
     commit = tagged_commit(hub, repo_id, tag)
     tagged = hub.listing(repo_id, tag) if commit else {}
     files = [file for name, files in repository.artifacts.items() for file in files if name != "model card" and commit]
     if other := next((file.path_in_repo for file in files if not agrees(file, tagged.get(file.path_in_repo))), None):
         raise HubError(
-            f"not pushed. The tag {tag} of {repo_id} stands on other files ({other} differs): choose another with --tag, or "
+            f"not pushed. The tag {tag} of {repo_id} is on other files ({other} differs): choose another with --tag, or "
             f"delete it there"
         )
     refuse_of_others(repository, hub.listing(repo_id, "main", commits=True))
@@ -193,16 +193,16 @@ def send(hub: HubClient, repository: PlannedRepository, artifact: str, title: st
         hub.ask(sending, repo_id, hub.api.preupload_lfs_files, repo_id, [file], free_memory=False)
     if missing or stale:
         operations = [*missing, *(CommitOperationDelete(path) for path in stale)]
-        about = f"Without what an earlier push had put there: {', '.join(stale)}" if stale else None
+        about = f"Without files of an earlier push: {', '.join(stale)}" if stale else None
         message = {"commit_message": title, "commit_description": about}
         commit = hub.ask(f"committing {artifact} to {repo_id}", repo_id, hub.api.create_commit, repo_id, operations, **message)
         size, replaced = sum(file.upload_info.size for file in missing), sum(file.path_in_repo in there for file in missing)
         instead = f", {replaced} of them in place of an earlier push's" if replaced else ""
         hub.say(f"{repo_id}: {artifact} committed, {len(missing)} of {len(files)} files, {size_text(size)}{instead}")
         for path, found in stale.items():
-            hub.say(f"{repo_id}: deleted {path} ({size_text(found.size)}), which an earlier push had put there")
+            hub.say(f"{repo_id}: deleted {path} ({size_text(found.size)}), which an earlier push had uploaded")
     else:
-        hub.say(f"{repo_id}: {artifact} is there already, not sent again")
+        hub.say(f"{repo_id}: {artifact} is already there, not sent again")
     records = [_file_record(file, artifact, file in missing, there.get(file.path_in_repo)) for file in files]
     deleted = [DeletedFile(path=path, artifact=artifact, **as_listed(found)) for path, found in stale.items()]
     commits = entry["commits"] | {artifact: commit.oid if missing or stale else "there already"}
@@ -273,9 +273,9 @@ def require_verified(run: Run, repository: PlannedRepository, listing: Listing, 
         good = sum(bool(one["verified"]) for one in entry["files"])
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise HubError(
-            f"not pushed. The Hub took the files for {entry['repo_id']} without an error, but gives back something else: "
+            f"not pushed. The Hub took the files for {entry['repo_id']} without an error, but returns something else: "
             f"{', '.join(faults[:3])}{more}; {good} of {len(entry['files'])} files agree. No tag was set; do not use what lies "
-            f"there. Push again, and if it stays so delete the repository and push anew"
+            f"there. Push again, and if it fails again, delete the repository and push"
         )
 
 
@@ -300,7 +300,7 @@ def tag_verified(hub: HubClient, tag: str, entry: RepositoryRecord) -> Repositor
     hub.ask(setting, repo_id, hub.api.create_tag, repo_id, tag=tag, revision=revision, exist_ok=True)
     if tagged_commit(hub, repo_id, tag) != revision:
         raise HubError(
-            f"not pushed whole. Every file lies in {repo_id} as in the run, but the Hub says that it set the tag {tag} "
+            f"not fully pushed. Every file is in {repo_id} as in the run, but the Hub says that it set the tag {tag} "
             f"and does not list it on that commit: push again, or with another --tag"
         )
     return entry | {"tag_commit": revision}

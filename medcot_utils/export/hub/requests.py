@@ -144,7 +144,7 @@ def explain(error: BaseException, repo_id: str, endpoint: str, patience_s: float
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so the Hub client sends nothing. Unset it to push"
     status, asked, tokens = status_of(error), retry_after(error), f"{endpoint}/settings/tokens"
-    waited = f", and went on so for all of hub.patience_seconds ({patience_s:.0f} s)"
+    waited = f", and kept doing so for all of hub.patience_seconds ({patience_s:.0f} s)"
     advice = {
         401: f". The token is not valid (wrong, expired or revoked): make one of type write at {tokens} and set HF_TOKEN to it",
         403: f". The token may not write to {repo_id}: give one of type write, or a fine-grained one with write access to the "

@@ -48,7 +48,7 @@ def find_accelerator(name: str) -> Accelerator:
     if name in ACCELERATORS:
         return ACCELERATORS[name]
     if name == "NvidiaTeslaP100":
-        raise AcceleratorError(f"machine_shape NvidiaTeslaP100: today's torch has nothing for that GPU, choose {DEFAULT}")
+        raise AcceleratorError(f"machine_shape NvidiaTeslaP100: today's torch does not support that GPU; choose {DEFAULT}")
     known = ", ".join(f"{one} ({found.count} x {found.gpu})" for one, found in ACCELERATORS.items())
     raise AcceleratorError(f"no accelerator {name!r}: expected one of {known}")
 
@@ -71,7 +71,7 @@ def check_accelerator(name: str, config: RunConfig) -> Accelerator:
     processes = config.training.num_processes
     if isinstance(processes, int) and processes > found.count:
         raise AcceleratorError(
-            f"training.num_processes is {processes}, but {name} has {found.describe()}: each process needs a GPU of its own. Set "
+            f"training.num_processes is {processes}, but {name} has {found.describe()}: each process needs its own GPU. Set "
             f"training.num_processes={found.count}"
         )
     return found

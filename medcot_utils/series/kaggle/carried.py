@@ -1,4 +1,4 @@
-"""What a pushed notebook carries: package, notebooks and pins as compressed text, and no secret among them."""
+"""The content of a pushed notebook: package, notebooks and pins as compressed text, and no secret among them."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def refuse_secrets(files: dict[str, bytes], settings: list[str]) -> None:
     texts |= {f"--set {pair.partition('=')[0]}": pair for pair in settings}
     if found := redaction.name_holders(texts, known):
         raise KaggleError(
-            f"{'; '.join(found)}. What is built is pushed as it is: take it out, put it into the environment or attach it as a "
-            f"secret in Kaggle's editor, and build again"
+            f"{'; '.join(found)}. The build is pushed as it is: remove the secret, set it in the environment or attach it "
+            f"in Kaggle's editor, and build again"
         )
 
 

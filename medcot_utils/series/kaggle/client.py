@@ -1,4 +1,4 @@
-"""Pushing to Kaggle with its own client, the answer judged by its fields: the client's command exits with 0 for errors too."""
+"""Push to Kaggle with its own client, and judge the answer by its fields: the client's command exits with 0 for errors too."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def client() -> KaggleApi:
         except SystemExit:
             raise KaggleError(_NO_CREDENTIALS) from None
         except ImportError as error:
-            raise KaggleError(f"Kaggle's client is not here ({error}): pip install kaggle==2.2.4 six==1.17.0") from None
+            raise KaggleError(f"Kaggle's client is not installed ({error}): pip install kaggle==2.2.4 six==1.17.0") from None
     return api
 
 
@@ -115,7 +115,7 @@ def push(folder: Path) -> Pushed:
     for kind in ("dataset", "competition", "kernel", "model"):
         if invalid := getattr(answer, f"invalid_{kind}_sources"):
             raise KaggleError(
-                f"Kaggle knows no such {kind}_sources, or they are not yours to read: {', '.join(invalid)}. It saved the kernel "
+                f"Kaggle knows no such {kind}_sources, or you may not read them: {', '.join(invalid)}. It saved the kernel "
                 f"without them: fix {METADATA} and push again"
             )
     if not answer.version_number:
@@ -135,7 +135,7 @@ def _with_owner(folder: Path, metadata: KernelMetadata, api: Any) -> KernelMetad
         return metadata
     user = api.config_values.get(api.CONFIG_NAME_USER)
     if not user:
-        raise KaggleError(f"{METADATA} names no owner: medcot kaggle build --id NAME/{slug}, with your name at Kaggle")
+        raise KaggleError(f"{METADATA} names no owner: medcot kaggle build --id NAME/{slug}, with your Kaggle name")
     owned = validated(metadata.model_dump() | {"id": f"{user}/{slug}"})
     notebook = folder / metadata.code_file
     write_atomic(notebook, notebook.read_text(encoding="utf-8").replace(metadata.id, owned.id))
@@ -152,7 +152,7 @@ def session_state(kernel: str) -> str:
     if state in _FAILED:
         why = " ".join((answer.failure_message or "no reason given").split())
         raise KaggleError(
-            f"the session of {kernel} ended as {state.lower()}: {why}. What it made can be fetched: medcot kaggle output {kernel}"
+            f"the session of {kernel} ended as {state.lower()}: {why}. To fetch its output: medcot kaggle output {kernel}"
         )
     return state.lower()
 
@@ -165,7 +165,7 @@ def output(kernel: str, run_dir: Path, everything: bool = False) -> Fetched:
     Raises KaggleError if there is no run in the output, a file did not arrive whole, or `run_dir` is taken, and OutsideError,
     before anything is written, if a file's name leads out of the output."""
     if run_dir.exists() and any(run_dir.iterdir()):
-        raise KaggleError(f"{run_dir} is not empty: give another folder with --run-dir")
+        raise KaggleError(f"{run_dir} is not empty: choose another folder with --run-dir")
     api = client()
     make_private(run_dir.absolute().parent)
     download = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.absolute().parent))
@@ -173,7 +173,7 @@ def output(kernel: str, run_dir: Path, everything: bool = False) -> Fetched:
         archive = download / f"{RUN_NAME}.zip"
         _fetch(api, kernel, download, rf"^{re.escape(archive.name)}$")
         if archive.exists() and not zipfile.is_zipfile(archive):
-            raise KaggleError(f"{archive.name} of {kernel} did not arrive whole: fetch it again")
+            raise KaggleError(f"{archive.name} of {kernel} arrived incomplete: fetch it again")
         packed = find_earlier(download, lambda line: None)  # said below, of the whole output
         # A trained adapter no longer needs its checkpoints; a paused training resumes from them.
         left = (
@@ -233,7 +233,5 @@ def _verified(run_dir: Path, kernel: str) -> Fetched:
         else:
             broken.append(ARTIFACTS[name].file)
     if broken:
-        raise KaggleError(
-            f"{', '.join(broken)} of {kernel} did not arrive as the manifest records: remove {run_dir} and fetch it again"
-        )
+        raise KaggleError(f"{', '.join(broken)} of {kernel} differ from the manifest: remove {run_dir} and fetch it again")
     return Fetched(run, verified, absent)

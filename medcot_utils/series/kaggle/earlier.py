@@ -86,7 +86,7 @@ def _folder_beside(path: Path, manifest: PurePosixPath, members: Iterable[zipfil
     for member in members:
         require_inside(member.orig_filename, path.name)  # with a NUL, where zipfile cuts the name off
         if stat.S_ISLNK(member.external_attr >> 16):
-            raise OutsideError(f"{path.name}: {member.filename} is a link, and a run is packed without links: pack the file")
+            raise OutsideError(f"{path.name}: {member.filename} is a link, but a run is packed without links: pack the file")
     resolve_below(path.parent, path.name, path.parent.name)  # the zip itself may be a link
     inside = manifest.parent
     folder = resolve_below(path.parent, str(inside), path.name) if inside.parts else path.parent
@@ -105,9 +105,9 @@ def _earlier(source: Path, folder: Path, manifest: Any, config: Any) -> EarlierR
         states = [step.get("state") for step in manifest["steps"].values()]
         made = [entry["made"] for entry in manifest["artifacts"].values()]
     except (KeyError, TypeError, AttributeError):
-        raise ValueError("it does not list steps and artifacts as a run does") from None
+        raise ValueError("it does not list steps and artifacts like a run") from None
     if not all(isinstance(text, str) for text in (model, *states, *made)):
-        raise ValueError("its model, states or times are no texts")
+        raise ValueError("its model, states, or times are not text")
     return EarlierRun(source, folder, manifest, config.get("profile"), model)
 
 

@@ -127,7 +127,7 @@ def read_unvalidated(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise KaggleError(f"{METADATA} is not JSON ({error}): fix it, or remove it and build again") from None
     if not isinstance(values, dict):
-        raise KaggleError(f"{METADATA} is no JSON object: fix it, or remove it and build again")
+        raise KaggleError(f"{METADATA} is not a JSON object: fix it, or remove it and build again")
     return values
 
 

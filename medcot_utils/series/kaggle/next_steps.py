@@ -1,4 +1,4 @@
-"""What to do after `medcot kaggle build`, what comes back from the session, and what does not."""
+"""The steps after `medcot kaggle build`, what comes back from the session, and what does not."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def list_next_steps(built: Built, folder: Path) -> list[str]:
         _verify(built),
         "a token, once: make one at https://www.kaggle.com/settings/api and set KAGGLE_API_TOKEN to it",
         f"push: medcot kaggle push{place}; the session starts at once{_machine(built)}",
-        f"secrets ({_need_of_secrets(config)}): no push can attach them. Open {page}/edit, attach them under Add-ons > Secrets, "
-        f"then push again; they stay attached",
+        f"secrets ({_need_of_secrets(config)}): a push cannot attach them. Open {page}/edit, attach them under Add-ons > "
+        f"Secrets, then push again; they stay attached",
         f"look: medcot kaggle status{place or f' {kernel}'}, or the log at {page}",
         f"fetch, when it has ended: medcot kaggle output{place or f' {kernel}'} --run-dir runs/kaggle",
     ]
@@ -38,7 +38,7 @@ def _machine(built: Built) -> str:
     if not built.metadata.machine_shape:
         return ", without a GPU"
     found = find_accelerator(built.metadata.machine_shape)
-    limits = "" if found.given_to_all else "; Kaggle gives it to participants of some competitions alone"
+    limits = "" if found.given_to_all else "; Kaggle gives it only to participants of some competitions"
     return f" on {found.describe()}{limits}"
 
 
@@ -56,7 +56,7 @@ def _what_stays(config: RunConfig) -> list[str]:
     lost = [name for name in large if name not in sent]
     lines = ["comes back: adapter, answers, scores, report, executed notebooks, and checkpoints while the training needs them"]
     if sent:
-        lines.append(f"goes to the Hub alone ({config.hub.repo_id}), since the output holds 20 GB: {', '.join(sent)}")
+        lines.append(f"goes only to the Hub ({config.hub.repo_id}), because the output holds 20 GB: {', '.join(sent)}")
     if lost:
         lines.append(
             f"ends with the session, since the output holds 20 GB: {', '.join(lost)}. To keep it, build with --set "

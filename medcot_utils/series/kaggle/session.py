@@ -187,11 +187,11 @@ def end(code: int, kernel: str, profile: str, settings: Iterable[str] = ()) -> N
     if code == 0:
         say(f"The series is complete. To fetch the run: medcot kaggle output {kernel}")
     elif code == EX_PAUSED:
-        say(f"Paused in good time, nothing failed. To resume it in another session, from a checkout: {again}")
+        say(f"Paused before the session's time was over; nothing failed. To resume in another session, from a checkout: {again}")
     else:
         raise SessionError(
-            f"the series ended with exit code {code}; its last lines above say why. What was made is in the output. After fixing "
-            f"the cause, resume there: {again}"
+            f"the series ended with exit code {code}; its last lines above say why. The finished work is in the output. After "
+            f"fixing the cause, resume there: {again}"
         )
 
 

@@ -88,7 +88,7 @@ def test_ctrl_c_stops_the_answers_to_one_question_only(capsys, typed):
     typed("Why?", "/base", "Why?")
     Terminal(chat, True).talk()
     help_line, *lines = lines_of(capsys)
-    assert help_line == HELP and lines[2:4] == ["(stopped)", "the tuned model alone"] and lines[-1] == "yes"
+    assert help_line == HELP and lines[2:4] == ["(stopped)", "only the tuned model answers"] and lines[-1] == "yes"
     assert chat.asked == ["base", "tuned"]
 
 

@@ -18,6 +18,6 @@ def test_a_judgement_of_answers_made_again_is_not_kept(run_factory, write_all):
         desk.judge(desk.pairs[0], "tie", "see hf_" + "aB3" * 11)
     desk.judge(desk.pairs[0], "tie", "")
     run.write("tuned_answers", [{"id": "q0", "sample": 0, "thinking": "", "answer": "another"}])
-    with pytest.raises(GradingError, match="made again since this page was started: start medcot grade again"):
+    with pytest.raises(GradingError, match="have changed since this page was started: run medcot grade again"):
         desk.judge(desk.pairs[0], "a", "")
     assert len((run.path / GRADES).read_text().splitlines()) == 1

@@ -26,11 +26,11 @@ def build(monkeypatch, tmp_path):
 def test_build_shows_the_hours_of_each_notebook_as_an_estimate(build, profile):
     said = build("--profile", profile)
     assert "time on 2 x Tesla T4: an estimate from published rates" in said
-    assert all(step in said for step in (*STEPS, "all seven")) and "one session will do" in said
+    assert all(step in said for step in (*STEPS, "all seven")) and "one session is enough" in said
 
 
 def test_build_says_that_a_session_will_not_do(build):
-    assert "one session may not do. 05_training takes longest: lower training.max_steps" in build("--profile", "full")
+    assert "one session may not be enough. 05_training takes longest: lower training.max_steps" in build("--profile", "full")
     assert "about 2 sessions. 05_training" in build("--profile", "full", "--set", "training.num_processes=1")
 
 
@@ -39,12 +39,12 @@ def test_build_for_a_cpu_tells_no_time(build):
 
 
 def test_build_of_a_model_of_unknown_size_says_so(build):
-    assert "no estimate of the time" in build("--profile", "article", "--set", "model.name=me/unknown")
+    assert "no time estimate" in build("--profile", "article", "--set", "model.name=me/unknown")
 
 
 def test_build_for_gpus_without_published_rates_tells_no_time(build):
     said = build("--profile", "article", "--accelerator", "NvidiaTeslaA100")
-    assert "not of NvidiaTeslaA100" in said and "time on" not in said
+    assert "not for NvidiaTeslaA100" in said and "time on" not in said
 
 
 def test_the_time_is_that_of_the_settings_built_with(build):

@@ -254,7 +254,7 @@ def test_a_run_directory_that_cannot_be_written_is_named(medcot_here, tmp_path):
 def test_a_folder_that_holds_something_else_is_not_taken(medcot_here, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     line = the_one_line(medcot_here("run", "--profile", "smoke", "--run-dir", tmp_path))
-    assert "is not empty and holds no run" in line
+    assert "is not empty and is not a run" in line
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -352,7 +352,7 @@ def test_status_shows_the_headline_metrics_that_there_are(tmp_path, medcot_here,
     table, stored = medcot_here("status", run.path), medcot_here("status", run.path, "--json")
     assert table.returncode == stored.returncode == 0, table.stderr
     assert list(json.loads(stored.stdout)["metrics"]) == sorted(left, reverse=True)
-    assert ("before and after: none of the headline metrics was measured" in table.stdout) is (not left)
+    assert ("before and after: no headline metric was measured" in table.stdout) is (not left)
     assert ("length of the answer (tokens)" in table.stdout) is bool(left)
 
 
@@ -365,7 +365,7 @@ def test_status_has_a_column_for_the_merged_model(tmp_path, medcot_here, monkeyp
     table, stored = medcot_here("status", run.path), json.loads(medcot_here("status", run.path, "--json").stdout)
     assert max(len(line) for line in table.stdout.splitlines() if str(run.path) not in line and "What you" not in line) <= 80
     assert ("merged" in table.stdout.partition("before and after")[2][:500]) is measured
-    expected = "What you load behaves as what was measured: no" if measured else "Merged model: see notebook 07."
+    expected = "The model that you load behaves as measured: no" if measured else "Merged model: see notebook 07."
     assert expected in table.stdout and stored["merged_verdict"].startswith(expected)
     assert list(stored["merged"]) == (list(HEADLINE) if measured else [])
     assert list(stored["forced"]) == ["rouge_l", "answer_tokens"]

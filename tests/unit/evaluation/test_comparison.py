@@ -88,7 +88,7 @@ def test_identical_answers_show_no_difference_and_no_claim():
         assert metric["difference"]["needed"] is None and metric["difference"].get("p", 1) == 1
         what = "held-out rows" if name in ("eval_loss", "perplexity") else "questions"
         assert verdict(name, metric) == f"no difference shown with 30 {what}"
-    assert "**Shown**, the interval of the difference lies clear of zero:\n\n- nothing" in conclusions(metrics)
+    assert "**Shown**: the interval of the difference excludes zero:\n\n- nothing" in conclusions(metrics)
 
 
 def test_a_true_rise_of_a_rate_rose_and_is_better():

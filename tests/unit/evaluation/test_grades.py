@@ -212,7 +212,7 @@ def test_judgements_of_answers_that_have_changed_do_not_count(run):
     run.write("tuned_answers", changed)
     graded = summarize_grades(run)
     assert graded.counts["tuned"] == 0 and graded.n == 1 and graded.stale == 1
-    assert "not counted: 1 judgement(s)" in describe_grades(graded)
+    assert "not counted: 1 judgment(s)" in describe_grades(graded)
     desk = Desk(run, "grader")
     assert desk.stale == 1 and desk.next_pair().id == "q0", "it is asked again"
     judge(run, {"q0": "base"})

@@ -58,7 +58,7 @@ def verdicts(measured):
 def test_the_same_answers_and_loss_behave_as_measured():
     found = compared()
     assert set(verdicts(found).values()) == {AS_MEASURED} and found["behaves"] == "yes"
-    assert found["summary"] == "What you load behaves as what was measured: yes; as measured: form, length, loss"
+    assert found["summary"] == "The model that you load behaves as measured: yes; as measured: form, length, loss"
     assert found["same_answers"] == found["n_questions"] == 40
     assert json.loads(json.dumps(found)) == found
 

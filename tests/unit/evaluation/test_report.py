@@ -135,7 +135,7 @@ def test_multiple_choice_has_a_line_for_each_reading(measured_more):
 
 def test_the_merged_model_has_its_verdict_and_difference(measured_more):
     page = shown(measured_more)
-    assert "What you load behaves as what was measured: no, because its form differs." in page
+    assert "The model that you load behaves as measured: no, because its form differs." in page
     assert "form: thinking closed once, text on both sides: differs: fell, worse" in page
     closed = next(row for row in table(measured_more, "merged")[1:] if row[0].startswith("thinking closed"))
     assert [cell.split(" [")[0] for cell in closed[1:3]] == ["1.00", "0.71"] and closed[3].startswith("-0.29")
@@ -180,7 +180,7 @@ def test_a_forced_answer_is_labeled_below_what_was_written(tmp_path, closed_by, 
     page = build_report(fill_more(Run.create(tmp_path / "run", MORE), closed_by=closed_by))
     base, tuned, merged = re.findall(r"<section><h3>(.*?)</section>", page, re.DOTALL)[:3]
     assert base.startswith("base") and tuned.startswith("tuned") and merged.startswith("merged")
-    assert '<details class="thinking" open><summary>all that it wrote by itself' in base and "A murmur, I think." in base
+    assert '<details class="thinking" open><summary>everything that it wrote by itself' in base and "A murmur, I think." in base
     assert f"Answer with forced closing ({why}):" in base and ATTACK in Tags(base).text and ATTACK not in base
     assert "forced closing" not in tuned and "The mitral valve." in tuned and "The merged one." in merged
     assert "(no answer" not in page

@@ -17,7 +17,7 @@ from medcot_utils.run.directory import Run
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
 
 SCORED = [question["id"] for question in QUESTIONS if question["scored"]]
-NONE = "There is no such question: none was asked and scored in all runs"
+NONE = "There is no such question: all runs must ask and score it"
 
 
 def make(folder, *overrides, **given):
@@ -69,11 +69,11 @@ def test_several_runs_stand_beside_each_other(tmp_path):
     page = build_report(make(tmp_path / "run"), make(tmp_path / "other", tuned=("The aortic one.", True)))
     seen = Tags(page)
     assert "<h1>Runs run and other, side by side</h1>" in page and "<title>medcot: runs run and other</title>" in page
-    assert "Run run" in seen.text and "Run other" in seen.text and "What fine-tuning did" not in seen.text
+    assert "Run run" in seen.text and "Run other" in seen.text and "The effects of fine-tuning" not in seen.text
     titles = re.findall(r"<section><h3>([^<]*)</h3>", page)
     assert titles == ["base", "tuned, run", "tuned, other"] * len(QUESTIONS)
     assert seen.text.count(ATTACK) == seen.text.count("The aortic one.") == len(QUESTIONS)
-    assert seen.tags.count("img") == 4 and page.count("What the article claims") == 2
+    assert seen.tags.count("img") == 4 and page.count("The article's claims, tested") == 2
     assert all(page.count(f'<article id="{question["id"]}"') == 1 for question in QUESTIONS)
 
 

@@ -200,7 +200,7 @@ def test_the_model_card_has_numbers_license_and_limits(run):
     text = model_card(run)
     card = ModelCard(text)
     assert card.data.license == "apache-2.0" and card.data.language == "en"
-    assert "Not for clinical use" in card.text and "`apache-2.0`: the base model's licence" in card.text
+    assert "Not for clinical use" in card.text and "`apache-2.0`: the base model's license" in card.text
     for name, metric in run.read("metrics")["metrics"].items():
         cells = " | ".join(format_side(metric, side) for side in ("base", "tuned", "difference"))
         assert f"| {METRICS[name].label.replace('</think>', '`</think>`')} | {cells} | {verdict(name, metric)} |" in card.text
@@ -243,7 +243,7 @@ def test_the_model_card_has_the_base_models_license(tmp_path, name, license_data
     run = fill(Run.create(tmp_path / "run", load_config("smoke", [f"model.name={name}"])))
     card = ModelCard(model_card(run))
     assert {key: value for key, value in card.data.to_dict().items() if key.startswith("license")} == license_data
-    assert f"`{license_data.get('license_name', license_data['license'])}`: the base model's licence" in card.text
+    assert f"`{license_data.get('license_name', license_data['license'])}`: the base model's license" in card.text
 
 
 def test_the_model_card_gives_no_hub_address_to_an_embedded_base(run):

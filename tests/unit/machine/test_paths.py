@@ -97,7 +97,9 @@ def test_a_session_that_has_one_user_keeps_the_usual_modes(tmp_path, umask, monk
 def test_what_another_user_made_is_refused_in_one_line(tmp_path, give_away, made):
     made(tmp_path / "cache")
     give_away(tmp_path / "cache")
-    with pytest.raises(PlatformError, match=r"/cache belongs to another user, .*: set MEDCOT_CACHE to a folder that is yours"):
+    with pytest.raises(
+        PlatformError, match=r"/cache belongs to another user, .*: set MEDCOT_CACHE to a folder that only you can write to"
+    ):
         require_private(tmp_path / "cache", "MEDCOT_CACHE")
 
 

@@ -146,7 +146,7 @@ def test_a_token_file_that_is_no_utf_8_is_named_in_one_line(variable, name, find
     monkeypatch.setenv(variable, str(tmp_path / name if variable != "KAGGLE_CONFIG_DIR" else tmp_path))
     with pytest.raises(PlatformError) as caught:
         find()
-    assert str(caught.value) == f"{tmp_path / name} is not UTF-8 text: log in again, which writes it anew, or save it as UTF-8"
+    assert str(caught.value) == f"{tmp_path / name} is not UTF-8 text: log in again, or save it as UTF-8"
     assert caught.value.__cause__ is None and caught.value.__suppress_context__
 
 

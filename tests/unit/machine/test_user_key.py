@@ -71,7 +71,7 @@ def test_a_short_key_is_refused_in_one_line(place, home, monkeypatch):
         key_file().write_text("\xff short", encoding="latin-1")
     else:
         monkeypatch.setenv("MEDCOT_KEY", "short")
-    with pytest.raises(PlatformError, match=r"and a key needs 20: remove it") as caught:
+    with pytest.raises(PlatformError, match=r"but a key needs 20: remove it") as caught:
         sign("text")
     assert str(caught.value).startswith("MEDCOT_KEY holds 5" if place == "variable" else f"{key_file()} holds 7")
 

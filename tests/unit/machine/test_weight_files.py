@@ -45,7 +45,7 @@ def test_only_files_that_transformers_loads_are_weights(tmp_path, names, index, 
     ],
 )  # fmt: skip
 def test_an_index_that_cannot_be_followed_is_one_clear_error(tmp_path, index):
-    with pytest.raises(WeightFilesError, match=rf"^{INDEX} in .*/ is no index of weights: expected a weight_map"):
+    with pytest.raises(WeightFilesError, match=rf"^{INDEX} in .*/ is not an index of weights: expected a weight_map"):
         weight_files(make(tmp_path, "model-1.safetensors", index=index))
 
 

@@ -78,7 +78,7 @@ FAULTS = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no safetensors (no weights at all)"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "no folder": (remove_all, "no such folder on this machine"),
-    "own code": (need_own_code, "model_type 'evil' (config.json), and asks for code of its own (auto_map): medcot runs no code"),
+    "own code": (need_own_code, "model_type 'evil' (config.json), and needs its own code (auto_map): medcot runs no code"),
     "another kind": (be_of_another_kind, "does not know its model_type 'llama9' (config.json): medcot runs no code"),
     "no EOS": (forget_eos, "its tokenizer names no EOS token"),
 }
@@ -107,7 +107,7 @@ def test_a_model_on_the_hub_is_left_to_notebook_01(tmp_path):
 def test_a_hub_out_of_reach_hides_nothing_else(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = check_model(load_config("smoke", ["model.name=somebody/model"]).model)
-    assert line == "somebody/model: the Hub cannot be asked, not looked at"
+    assert line == "somebody/model: the Hub cannot be reached, so the model was not checked"
 
 
 def test_code_beside_a_known_kind_is_left_alone(model):

@@ -285,13 +285,13 @@ def test_a_merge_requires_safetensors_and_a_lora_adapter(tmp_path):
 
     base, _ = load_base(CONFIG.model, "float32")
     get_peft_model(base, LoraConfig(target_modules=["q_proj"], use_dora=True)).save_pretrained(tmp_path / "dora")
-    with pytest.raises(MergeError, match="dora/ is more than LoRA of one rank"):
+    with pytest.raises(MergeError, match="dora/ is more than plain LoRA of one rank"):
         merge(CONFIG.model, tmp_path / "dora", tmp_path / "merged", "float16")
 
     (tmp_path / "empty").mkdir()
     base.config.save_pretrained(tmp_path / "empty")
     settings = load_config("smoke", [f"model.name={tmp_path / 'empty'}"]).model
-    with pytest.raises(MergeError, match="no safetensors file lies in empty/"):
+    with pytest.raises(MergeError, match="there is no safetensors file in empty/"):
         merge(settings, tmp_path / "dora", tmp_path / "merged", "float16")
 
 

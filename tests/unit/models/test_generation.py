@@ -235,7 +235,7 @@ def test_an_interrupted_call_goes_on_with_what_is_missing(interrupt, tmp_path, c
     assert len(kept) == 6 and all(record in untimed(expected) for record in untimed(kept))
     capsys.readouterr()
     assert interrupt(journal, 1, **settings)[0] == [3]
-    assert "6 of 10 answers are kept from before" in capsys.readouterr().out
+    assert "6 of 10 answers were made before and are kept" in capsys.readouterr().out
     rest, records = interrupt(journal, 99, **settings)
     assert len(rest) == 1 and untimed(records) == untimed(expected)
     assert journal.read()[:6] == kept and all(record in records for record in kept), "seconds too are those of the first time"

@@ -150,5 +150,5 @@ def test_weights_stored_in_another_form_are_one_clear_error(rows, tmp_path):
     weights = load_file(folder / "model.safetensors")
     fused = {name: weight for name, weight in weights.items() if "layers.1.self_attn.q" not in name}
     save_file(fused, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LayerwiseError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight of base/ is stored in another form"):
+    with pytest.raises(LayerwiseError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight of base/ is not stored in the form"):
         layerwise_losses(folder, "float32", rows, 2, "base")

@@ -121,7 +121,7 @@ FAULTS = {
     "a layer twice": (_another_layer, f"{Q} holds"),
     "a norm": (lambda weights: weights["model.norm.weight"].mul_(1.01), "model.norm.weight is not what the base has"),
     "missing": (lambda weights: weights.pop(Q), f"{Q} is missing"),
-    "too many": (lambda weights: weights.update(more=torch.ones(2)), "more is not one of the base's"),
+    "too many": (lambda weights: weights.update(more=torch.ones(2)), "more is not in the base"),
     "shape": (lambda weights: weights.update({Q: weights[Q][:3].clone()}), rf"{Q} has shape \[3, 256\] instead of \[256, 256\]"),
     "infinite": (lambda weights: weights["lm_head.weight"][0].fill_(float("inf")), "lm_head.weight is not what"),
 }

@@ -268,7 +268,7 @@ def test_simulated_out_of_memory_halves_the_batch(unquantized, expected, batch_s
     asked = run_out_of_memory_above(limit, model, monkeypatch)
     assert untimed(answers(model, tokenizer, batch_size=batch_size)) == expected
     assert asked == sizes
-    assert "out of memory: batches of 2 from here on" in capsys.readouterr().out
+    assert "out of memory: from here on, batches of 2" in capsys.readouterr().out
 
 
 @pytest.mark.model

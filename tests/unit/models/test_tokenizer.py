@@ -103,6 +103,6 @@ def test_code_beside_a_tokenizer_is_not_run_even_after_a_yes(load, backend, tmp_
     code = f"from transformers import LlamaConfig as Config\nopen({str(tmp_path / 'was here')!r}, 'w')\n"
     (tmp_path / "evil.py").write_text(code)
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(ModelError, match=rf"{tmp_path} needs code of its own \(auto_map .*\): medcot runs no code"):
+    with pytest.raises(ModelError, match=rf"{tmp_path} needs its own code \(auto_map .*\): medcot runs no code"):
         load_tokenizer_from(tmp_path)
     assert not (tmp_path / "was here").exists()

@@ -65,7 +65,7 @@ def test_a_changed_file_of_ones_own_is_named(run_factory, write_all, tmp_path):
 
 def test_a_missing_file_is_named(done):
     (done.path / "report.html").unlink()
-    assert done.why_stale("06_comparison") == ["report.html is missing or not as recorded"]
+    assert done.why_stale("06_comparison") == ["report.html is missing, or differs from its record"]
 
 
 def test_an_early_record_says_that_settings_changed(done, run_factory):

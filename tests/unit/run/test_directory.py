@@ -116,7 +116,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, smoke_config, below
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path, smoke_config):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(RunError, match="is not empty and holds no run"):
+    with pytest.raises(RunError, match="is not empty and is not a run"):
         Run.create(tmp_path, smoke_config, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

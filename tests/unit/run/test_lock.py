@@ -107,7 +107,7 @@ def test_a_failed_cell_frees_the_run(run_factory):
 def test_a_refused_folder_is_not_touched(tmp_path, smoke_config):
     (tmp_path / "thesis.tex").write_text("x")
     before = tmp_path.stat().st_mtime_ns
-    with pytest.raises(RunError, match="is not empty and holds no run"):
+    with pytest.raises(RunError, match="is not empty and is not a run"):
         Run.create(tmp_path, smoke_config)
     assert tmp_path.stat().st_mtime_ns == before, "not even for a moment"
 

@@ -160,7 +160,7 @@ def test_the_commit_of_an_unpinned_name_is_recorded(run_factory, write_all, tmp_
     capsys.readouterr()
     (tmp_path / "models--a--model" / "refs" / "main").write_text("5" * 40)
     run.write("adapter", content("adapter"))
-    said = f"model.name is not pinned, and has moved on at the Hub: {'5' * 12} now, {'1' * 12} when other parts"
+    said = f"model.name is not pinned, and has changed at the Hub: {'5' * 12} now, {'1' * 12} when other parts"
     assert said in capsys.readouterr().out
     assert not stale(run), "said, not done again: most commits change a README"
     pinned = write_all(run_factory("model.name=a/model", "model.revision=abc", name="pinned")).manifest()["artifacts"]

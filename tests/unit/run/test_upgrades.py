@@ -76,7 +76,7 @@ def test_a_run_of_0_1_0_is_not_run_again(old_run, monkeypatch):
     monkeypatch.setattr(runner, "_run_notebook", lambda run, notebook, *more: pytest.fail(f"{notebook.stem} was started"))
     said, before = [], (old_run.path / "manifest.json").read_bytes()
     finished = runner.run_series(old_run.path, old_run.config, say=said.append)
-    assert said == [f"{step}: done before with the same settings and inputs" for step in STEPS]
+    assert said == [f"{step}: skipped, done before with the same settings and inputs" for step in STEPS]
     assert (finished.path / "manifest.json").read_bytes() == before
 
 
@@ -210,7 +210,7 @@ def a_later_version(unpacked, tmp_path_factory):
 
 
 def test_a_setting_added_to_each_section_retrains_nothing(a_later_version):
-    assert a_later_version["said"] == [f"{step}: done before with the same settings and inputs" for step in STEPS]
+    assert a_later_version["said"] == [f"{step}: skipped, done before with the same settings and inputs" for step in STEPS]
     added = {name for name in leaves(a_later_version["config"]) if name.endswith(".later")}
     assert added == {f"{section}.later" for section in STALE}
 

@@ -149,7 +149,11 @@ def made_of(hours, speed=KAGGLE_T4S, step="05_training"):
     ("hours", "settings", "said"),
     [
         (2, [], "2.0 h (1.3 to 3.0), an estimate from published rates; a session has 12 h, a week 30 h of GPU time: one session"),
-        (10, [], ": one session may not do. Set training.max_hours=11, and the series pauses in time; 05_training takes longest"),
+        (
+            10,
+            [],
+            ": one session may not be enough. Set training.max_hours=11, and the series pauses in time; 05_training takes",
+        ),
         (15, [], ": about 2 sessions. Set training.max_hours=11"),
         (15, ["training.max_hours=10"], ": about 2 sessions. 05_training takes longest: lower training.max_steps or"),
         (9, ["training.max_hours=3"], ": about 3 sessions."),

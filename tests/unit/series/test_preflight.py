@@ -34,7 +34,7 @@ def test_every_check_is_one_line(tmp_path):
     assert lines["data"] == f"12 rows to train on, 40 held out, 6 of them to be asked; {unused}"
     assert lines["questions"] == "4 multiple-choice questions; 56 of 60 are left unused (evaluation.mcq_limit is 4)"
     assert re.fullmatch(r"answers take up to [34]\d\d of the model's 2048 tokens", lines["answers"])
-    assert lines["tracker"] == "tracking: none, as asked"
+    assert lines["tracker"] == "tracking: none, as set"
     assert re.fullmatch(r"\d+\.\d\d GiB needed, and there is room for it", lines["disk"])
     assert not (tmp_path / "run").exists(), "looking changes nothing"
 
@@ -138,7 +138,7 @@ def test_what_a_hub_models_cache_holds_is_checked(tmp_path, monkeypatch):
         with pytest.raises(MedcotError, match=r"context of 2048 tokens: the longest prompt has 3\d\d"):
             checks(config, tmp_path)["answers"]()
     assert asked == [("me/llama", "config.json", "v1")]
-    assert checks(config, tmp_path)["answers"]() == "me/llama: its context is not known before it is downloaded"
+    assert checks(config, tmp_path)["answers"]() == "me/llama: its context length is not known until it is downloaded"
 
 
 def test_for_another_machine_only_shipped_files_are_checked():

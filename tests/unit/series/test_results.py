@@ -114,11 +114,17 @@ def test_the_caption_says_what_became_of_the_form(demo, values, said):
 @pytest.mark.parametrize(
     ("share", "learning", "said"),
     [
-        (0.48, -0.42, "48 % only makes up for what rounding the base to 4 bits had cost. The tuned model's loss is 0.42 below"),
-        (1.3, 0.2, "all only makes up for what rounding the base to 4 bits had cost. The tuned model's loss is 0.20 above"),
-        (-0.1, -0.42, "none only makes up"),
+        (
+            0.48,
+            -0.42,
+            "48 % of the fall of the held-out loss only makes up for the cost of rounding the base to 4 bits. The tuned",
+        ),
+        (1.3, 0.2, "All of the fall of the held-out loss only makes up for the cost of rounding the base to 4 bits. The tuned"),
+        (-0.1, -0.42, "None of the fall"),
+        (1.3, 0.2, "The tuned model's loss is 0.20 above"),
+        (0.48, -0.42, "The tuned model's loss is 0.42 below"),
         (None, 0.0, "The held-out loss did not fall clearly."),
-        (0.5, 0.0, "No difference to the 16-bit base's loss is shown."),
+        (0.5, 0.0, "No difference from the 16-bit base's loss is shown."),
     ],
 )
 def test_the_loss_sentence_tells_learning_from_rounding(demo, share, learning, said):
@@ -131,23 +137,22 @@ def test_the_loss_sentence_tells_learning_from_rounding(demo, share, learning, s
 @pytest.mark.parametrize(
     ("summary", "said"),
     [
-        ("yes", "behaves as what was measured."),
-        ("no, because it differs", "does not behave as what was measured."),
-        ("can't tell, because of few questions", "these questions cannot tell."),
+        ("yes", "The merged model, which people load, behaves as measured."),
+        ("no, because it differs", "does not behave as measured."),
+        ("can't tell, because of few questions", "These questions cannot show whether the merged model"),
     ],
 )
 def test_the_merged_sentence_follows_its_verdict(demo, summary, said):
-    demo["merged"]["summary"] = f"What you load behaves as what was measured: {summary}"
+    demo["merged"]["summary"] = f"The model that you load behaves as measured: {summary}"
     assert said in text_of(demo, "caption") and said in text_of(demo, "merged")
 
 
 def test_claims_are_counted_by_their_verdicts(demo):
-    said = "Of three claims of the article, one holds, one does not hold and one cannot be told with these questions."
+    said = "The article makes three claims: one holds, one does not hold, and one cannot be decided with these questions."
     assert said in text_of(demo, "conclusions")
     key = "claim/Claim A"
-    assert "one does not hold, one cannot be told with these questions and of one the verdict differs" in text_of(
-        demo, "conclusions", {key}
-    )
+    said = "one does not hold, one cannot be decided with these questions, and the verdict on one differs"
+    assert said in text_of(demo, "conclusions", {key})
     assert f"| Claim A | 2.00 to 1.50 | {DIFFERS} |" in text_of(demo, "claims", {key})
 
 

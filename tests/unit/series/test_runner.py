@@ -140,7 +140,7 @@ def test_a_bad_file_of_questions_is_refused_before_it_is_kept(tmp_path, tasks, s
 @pytest.mark.parametrize("force", [False, True])
 def test_a_spent_session_begins_one_notebook_after_01(run_factory, notebooks, force):
     run = run_factory("training.max_hours=0.000001")
-    with pytest.raises(SeriesPaused, match=r"^03_dataset_prep is not begun, because training\.max_hours are nearly over"):
+    with pytest.raises(SeriesPaused, match=r"^03_dataset_prep does not begin, because training\.max_hours is nearly over"):
         run_series(run.path, run.config, force=force)
     assert notebooks.ran == [FIRST, "02_baseline_inference"]
 
@@ -185,11 +185,11 @@ def test_a_run_that_cannot_be_read_has_nothing_to_change(run_factory):
 def test_a_step_done_again_says_why(done, notebooks):
     said = []
     run_series(done.path, load_config("smoke", ["generation.max_new_tokens=20"]), say=said.append)
-    again = [line for line in said if "done again" in line]
-    assert f"{FIRST}: done again, because generation.max_new_tokens 24 -> 20" in again
-    assert "02_baseline_inference: done again, because generation.max_new_tokens 24 -> 20" in again
-    assert "06_comparison: done again, because generation.max_new_tokens 24 -> 20" in again
-    assert "07_export: done again, because generation.max_new_tokens 24 -> 20" in again, "the merged model answers anew"
+    again = [line for line in said if "redone" in line]
+    assert f"{FIRST}: redone, because generation.max_new_tokens 24 -> 20" in again
+    assert "02_baseline_inference: redone, because generation.max_new_tokens 24 -> 20" in again
+    assert "06_comparison: redone, because generation.max_new_tokens 24 -> 20" in again
+    assert "07_export: redone, because generation.max_new_tokens 24 -> 20" in again, "the merged model answers anew"
     assert notebooks.ran == [FIRST, "02_baseline_inference", "06_comparison", "07_export"]
 
 
@@ -221,7 +221,7 @@ def test_a_parameter_that_holds_a_secret_is_refused(value, done, notebooks, monk
 def test_a_parameter_that_does_a_step_again_is_named(done, notebooks):
     said = []
     run_series(done.path, done.config, parameters={"QUESTION": "Why?"}, say=said.append)
-    assert "02_baseline_inference: done again, because QUESTION is given" in said
+    assert "02_baseline_inference: redone, because QUESTION is given" in said
     assert notebooks.ran == ["02_baseline_inference"]
 
 
@@ -229,7 +229,7 @@ def test_many_reasons_are_counted(done, notebooks):
     names = ("max_steps=3", "learning_rate=1", "warmup_steps=2", "weight_decay=1", "logging_steps=3", "optim=sgd", "save_steps=9")
     said = []
     run_series(done.path, load_config("smoke", [f"training.{name}" for name in names]), say=said.append)
-    line = next(line for line in said if line.startswith(f"{TRAINING}: done again"))
+    line = next(line for line in said if line.startswith(f"{TRAINING}: redone"))
     assert line.endswith(", and 2 more") and line.count(" -> ") == 5
 
 

@@ -111,7 +111,7 @@ def test_without_a_repository_readme_and_01_say_what_to_do(checkout):
     assert readme[readme.index("## The notebooks") - 1] == notebooks["01_setup"].split("\n\n")[-2] == without
     assert [name for name in STEPS if "make badges" in notebooks[name]] == ["01_setup"]
     write(checkout, "ann/hearts")
-    assert not any(b"make badges REPO=owner/name`: it" in content for content in texts(checkout).values()), (
+    assert not any(b"make badges REPO=owner/name`. It" in content for content in texts(checkout).values()), (
         "badges took its place"
     )
 

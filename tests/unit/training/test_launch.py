@@ -60,7 +60,7 @@ def test_simulated_launch_out_of_memory_tries_the_next_plan(prepared, ending, ca
     skipped = ending(OUT_OF_MEMORY, OUT_OF_MEMORY, None)
     train_in_processes(prepared, 2)
     assert skipped == [0, 1, 2]
-    assert capsys.readouterr().out.count("out of memory: going on with the next smaller batch plan from the start") == 2
+    assert capsys.readouterr().out.count("out of memory: continuing with the next smaller batch plan from the start") == 2
 
 
 def test_simulated_launch_failure_names_the_process_and_message(prepared, ending):

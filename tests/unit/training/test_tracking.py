@@ -148,6 +148,6 @@ def test_a_tracked_run_of_its_own_name_goes_on(tracked, tmp_path, capsys):
 @pytest.mark.parametrize("values", [{"backend": "../x"}, {"folder": 7}, {"url": None}])
 def test_a_tracking_json_of_another_shape_is_one_line(tracked, values):
     run = tracked(**values)
-    assert "run/tracking.json is no record of a tracked run: remove it" in tracking.describe_tracking(run)
+    assert "run/tracking.json is not a record of a tracked run: remove it" in tracking.describe_tracking(run)
     (run.path / tracking.STATE).write_text("[" * 100_000)
-    assert "run/tracking.json is no record of a tracked run: remove it" in tracking.describe_tracking(run)
+    assert "run/tracking.json is not a record of a tracked run: remove it" in tracking.describe_tracking(run)

@@ -92,10 +92,10 @@ def test_the_loss_at_step_0_is_the_trainers_own_on_the_same_rows(tmp_path):
 def test_an_effective_batch_that_differs_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
     assert check_effective_batch(trainer, CONFIG) == 4
-    with pytest.raises(TrainingError, match=r"4 rows where 8 were asked for.*CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(TrainingError, match=r"4 rows instead of 8.*CUDA_VISIBLE_DEVICES=0"):
         prepare_trainer(trainer, load_config("smoke", [*SETTINGS, "training.gradient_accumulation_steps=4"]))
     trainer.args.gradient_accumulation_steps = 1
-    with pytest.raises(TrainingError, match="2 rows where 4"):
+    with pytest.raises(TrainingError, match="2 rows instead of 4"):
         check_effective_batch(trainer, CONFIG)
 
 
@@ -104,7 +104,7 @@ def test_one_of_two_gpus_is_used_and_the_batch_stays_simulated(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.args._n_gpu = 2  # what the Trainer counts, and what it then makes of its batch
     trainer._train_batch_size = trainer.args.train_batch_size
-    with pytest.raises(TrainingError, match=r"8 rows where 4 were asked for \(2 GPUs visible\)"):
+    with pytest.raises(TrainingError, match=r"8 rows instead of 4 \(2 GPUs visible\)"):
         check_effective_batch(trainer, CONFIG)
     assert trainer.get_train_dataloader().batch_sampler.batch_size == 4
     prepare_trainer(trainer, CONFIG)

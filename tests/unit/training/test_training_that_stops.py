@@ -80,7 +80,7 @@ def test_simulated_out_of_memory_resumes_with_the_next_plan(step, uninterrupted,
     trainer = trained(tmp_path, plans=[plan(2, 2), plan(1, 4)], change=failing([step]))
     said = capsys.readouterr().out
     assert (
-        f"out of memory after step {step - 1} with 2 rows x 2 micro-batches, no checkpointing: going on from there with "
+        f"out of memory after step {step - 1} with 2 rows x 2 micro-batches, no checkpointing: continuing from there with "
         f"1 rows x 4 micro-batches, no checkpointing"
     ) in said
     # After step 2 there is a checkpoint anyway, after step 3 there is none, after step 0 there is nothing to keep.
@@ -130,7 +130,7 @@ def timed(max_hours, *more):
 @pytest.mark.model
 def test_a_spent_budget_stops_after_one_step_and_the_run_resumes(uninterrupted, tmp_path, capsys):
     _, by_step, weights = uninterrupted
-    with pytest.raises(TimeBudgetReached, match=r"stopped after step 1 of 6, before training\.max_hours were over"):
+    with pytest.raises(TimeBudgetReached, match=r"stopped after step 1 of 6, before training\.max_hours ended"):
         trained(tmp_path, timed(1e-6))
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("checkpoint-")] == ["checkpoint-1"]
     assert checkpoint_fault(tmp_path / "checkpoint-1") is None

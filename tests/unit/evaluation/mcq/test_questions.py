@@ -75,22 +75,25 @@ def test_optional_ids_and_specialties_are_used_if_present(write):
         ({"question": "q", "answer": "A"}, r"no options; .*\(it has question, answer\)"),
         ({"question": "q", "options": TEXTS}, "no answer; expected"),
         ({"question": "q", "options": [], "answer": 0}, "no options"),
-        ({"question": "q", "options": TEXTS, "answer": "D"}, "the answer 'D' is no option; expected A, B, C, an index from 0"),
-        ({"question": "q", "options": TEXTS, "answer": 3}, "the answer 3 is no option"),
-        ({"question": "q", "options": TEXTS, "answer": -1}, "the answer -1 is no option"),
+        (
+            {"question": "q", "options": TEXTS, "answer": "D"},
+            "the answer 'D' is not an option; expected A, B, C, an index from 0",
+        ),
+        ({"question": "q", "options": TEXTS, "answer": 3}, "the answer 3 is not an option"),
+        ({"question": "q", "options": TEXTS, "answer": -1}, "the answer -1 is not an option"),
         ({"question": "q", "options": ["x", " ", "z"], "answer": 0}, "option B is ' '; expected a text for every option"),
         ({"question": "q", "options": {"A": "x", "B": ""}, "answer": "A"}, "option B is empty"),
         ({"question": "q", "options": {"A": "x", "B": None}, "answer": "A"}, "option B is empty"),
         ({"question": "q", "options": [{"key": "A", "value": "x"}], "answer": "A"}, "option A is {'key'"),
         ({"question": "q", "options": "A) x B) y", "answer": "A"}, "expected a list, or an object of letters and texts"),
         ({"question": "q", "options": {"A": "x", "C": "y"}, "answer": "A"}, "options are named A, C; expected letters from A on"),
-        ({"id": "row-1", "question": "q", "options": TEXTS, "answer": "A"}, "the id 'row-1' stood there before"),
+        ({"id": "row-1", "question": "q", "options": TEXTS, "answer": "A"}, "the id 'row-1' occurs twice"),
         ({"id": ["a"], "question": "q", "options": TEXTS, "answer": "A"}, r"the id is \['a'\]; expected a text or a number"),
         ({"specialty": {"a": 1}, "question": "q", "options": TEXTS, "answer": "A"}, r"the specialty is \{.*expected a text"),
         ({"question": ["q"], "options": TEXTS, "answer": "A"}, r"the question is \['q'\]; expected a text"),
         ({"question": float("nan"), "options": TEXTS, "answer": "A"}, "no question; expected"),
         ({"question": "q", "options": ["x", float("nan")], "answer": "A"}, "option B is empty"),
-        ({"question": "q", "options": TEXTS, "answer": True}, "the answer True is no option"),
+        ({"question": "q", "options": TEXTS, "answer": True}, "the answer True is not an option"),
         ({"question": "q", "options": ["x", "\ud83d"], "answer": "A"}, "B holds half a character"),
         (
             {"question": "q", "options": {"A": "x", "B": "  "}, "answer": "B"},
@@ -193,7 +196,7 @@ def test_a_data_set_that_cannot_be_reached_is_said_in_one_line(monkeypatch, capl
 
     for module in (datasets.config, huggingface_hub.constants):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
-    with pytest.raises(McqError, match="GBaker/MedQA-USMLE-4-options-hf cannot be had from the Hub") as caught:
+    with pytest.raises(McqError, match="GBaker/MedQA-USMLE-4-options-hf could not be loaded from the Hub") as caught:
         load_questions("medqa")
     assert "\n" not in str(caught.value) and "local .jsonl" in str(caught.value)
     assert not caplog.records and capsys.readouterr() == ("", "")
@@ -279,7 +282,7 @@ def test_uneven_specialties_keep_shares_and_equal_chances():
 def test_all_questions_are_taken_and_reported_below_the_limit(write, capsys):
     path = write({"question": "q", "options": TEXTS, "answer": 0}, {"question": "r", "options": TEXTS, "answer": 0})
     assert len(load_questions(path, limit=5)) == 2
-    assert "has 2 questions, fewer than the 5 asked for" in capsys.readouterr().out
+    assert "has 2 questions, fewer than evaluation.mcq_limit (5)" in capsys.readouterr().out
     assert len(load_questions(path, limit=2)) == 2 and capsys.readouterr().out == ""
 
 

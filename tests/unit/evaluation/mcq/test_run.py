@@ -244,7 +244,7 @@ def test_an_answer_too_long_to_read_again_has_no_letter(tiny, scripted, write, c
     path = write(*({"question": f"The {name} one?", "options": LETTERS, "answer": "B"} for name in ("long", "short")))
     long, short = run_tasks(*tiny, configured(f"evaluation.mcq_tasks=[{path}]"), "base")
     assert "letter" not in long and "letter" in short and "likelihood" in long
-    assert "1 answers are too long to be read once more: they have no letter" in capsys.readouterr().out
+    assert "1 answers are too long to append `Answer:`, so they have no letter" in capsys.readouterr().out
 
 
 @pytest.mark.model

@@ -367,7 +367,7 @@ def test_metadata_that_is_no_json_is_one_line_and_stays(tmp_path):
         ('{"id": "ann/heart-run"}'.encode("utf-16"), "is not JSON .the text is in UTF-16: save it as UTF-8"),
         (b'{"id": "\xe9"}', "is not JSON .*utf-8"),
         (b"[" * 100_000, "is not JSON .*nested too deep"),
-        (b'["ann/heart-run"]', "is no JSON object"),
+        (b'["ann/heart-run"]', "is not a JSON object"),
     ],
     ids=["UTF-16", "no UTF-8", "too deep", "a list"],
 )

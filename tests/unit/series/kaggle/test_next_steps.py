@@ -36,7 +36,7 @@ def test_what_ends_with_the_session_is_named_unless_pushed(said):
     assert lost.startswith("ends with the session") and ": merged. To keep it" in lost and "hub.repo_id=NAME/MODEL" in lost
     assert ": merged, gguf. To keep it" in said("article", "export.gguf=f16")[-1]
     lines = said("article", "hub.repo_id=ann/hearts")
-    assert lines[-1].startswith("goes to the Hub alone (ann/hearts)") and lines[-1].endswith(": merged")
+    assert lines[-1].startswith("goes only to the Hub (ann/hearts)") and lines[-1].endswith(": merged")
     assert "needed: HF_TOKEN or HUGGINGFACE_TOKEN for the push to ann/hearts" in lines[3]
     assert said("article", "hub.repo_id=ann/hearts", "hub.artifacts=adapter")[-1].startswith("ends with the session")
 
@@ -53,7 +53,7 @@ def test_a_run_without_a_gpu_asks_for_none(said):
 
 
 def test_an_accelerator_that_few_are_given_is_named_so(said):
-    assert "4 x L4, 24 GB each, bfloat16; Kaggle gives it to" in said("article", accelerator="NvidiaL4")[2]
+    assert "4 x L4, 24 GB each, bfloat16; Kaggle gives it only to" in said("article", accelerator="NvidiaL4")[2]
 
 
 def test_another_folder_and_a_missing_owner_are_in_the_commands(said, tmp_path):
