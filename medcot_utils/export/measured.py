@@ -34,7 +34,7 @@ def open_merged(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         _get_losses(run, lambda *what: layerwise_losses(folder, dtype, *what))
     model, tokenizer = load_unquantized(folder, dtype)
     if not torch.cuda.is_available():
-        from medcot_utils.models.static_cache import use_grouped_decode
+        from medcot_utils.models.plain_weights import use_grouped_decode
 
         use_grouped_decode(model)  # as the other models answer on a CPU
     return model.eval(), tokenizer

@@ -126,7 +126,7 @@ def choose_batch_size(
 
     A T4 makes no more than 16 under Unsloth (`PACKED_ROWS`).
 
-    `settings.cache_implementation` is decided already, and the model converted for it (see `convert_for_static_cache`)."""
+    `settings.cache_implementation` is decided already, and the model converted for it (see `make_plain`)."""
     from medcot_utils.models.slots import slot_bytes
 
     if settings.batch_size != "auto":

@@ -92,7 +92,7 @@ class WrittenRow:
 
 
 class RowRules:
-    """Say after each token of a row how it goes on: when it is done, and where its thinking is closed for it.
+    """Decide after each token of a row what follows: whether the row is done, and where its thinking is closed for it.
 
     Closing is budget forcing (s1, Muennighoff et al. 2025). A row's text is decoded once, where its own text ends. Without
     answer tokens nothing is written for a row, and `closed_by` tells how its thinking ended; or, of a multiple choice, `Answer:`

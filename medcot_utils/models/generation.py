@@ -127,7 +127,7 @@ def answer_prompts(
 ) -> list[AnswerRecord]:
     """Return the record of each answer, in the order given. Prompts of one length share a batch, sampled or not.
 
-    A static cache converts the given model (see `convert_for_static_cache`), and so does a CPU that holds its weights in
+    A static cache converts the given model (see `make_plain`), and so does a CPU that holds its weights in
     float32: there the adapter's products cost a third of a step. A batch that runs out of memory is halved.
 
     Args:
@@ -225,11 +225,11 @@ def make_writer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how:
 
 def convert_to_write(model: PreTrainedModel, how: HowToWrite) -> PreTrainedModel:
     """Return the model as it writes fastest with the chosen cache. The given one may be used up."""
-    from medcot_utils.models.static_cache import convert_for_static_cache, dequantize
+    from medcot_utils.models.plain_weights import dequantize, make_plain
 
     if how.settings.cache_implementation == "static":
         return dequantize(model) if how.in_16_bits else model.eval()
-    return convert_for_static_cache(model) if _can_merge_here(model) else model
+    return make_plain(model) if _can_merge_here(model) else model
 
 
 def _can_merge_here(model: PreTrainedModel) -> bool:

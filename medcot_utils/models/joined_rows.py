@@ -8,8 +8,8 @@ from typing import TypedDict
 import torch
 from transformers import PreTrainedModel
 
+from medcot_utils.models.plain_weights import GROUPED
 from medcot_utils.models.prefix import TokenizedRow, attends_to_all
-from medcot_utils.models.static_cache import GROUPED
 
 
 def can_join(model: PreTrainedModel) -> bool:

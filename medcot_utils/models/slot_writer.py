@@ -39,7 +39,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Move:
-    """Say where in its slot a row goes on: the token to feed there, and the tokens that are written for it after that one."""
+    """Hold the place in its slot from which a row continues: the token to feed there, and the tokens written for it after that one."""
 
     token: int
     place: int
@@ -49,7 +49,7 @@ class _Move:
 class SlotWriter:
     """Write answers with one model, fewer at once when it runs out of memory.
 
-    What a row writes depends, by rounding, on the number of slots and on the prompts that it is read with; on no other row."""
+    A row's text depends, by rounding, on the number of slots and on the prompts that it is read with; on no other row."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: HowToWrite) -> None:
         """Args: model: see `slots.fits_slots`; as `generation.convert_to_write` gives it."""
@@ -129,7 +129,7 @@ class SlotWriter:
             board.read(prompts, slots, [batch.asked[place].seed for place in slots])
 
     def _follow(self, row: _Row, tokens: Sequence[int], scores: Sequence[dict[int, float]]) -> _Move | None:
-        """Keep what a row has written in a turn. Return where it goes on if not there, so that what is behind is written anew."""
+        """Keep what a row has written in a turn. Return a move if it must continue elsewhere, and write again from there."""
         for token, its in zip(tokens, scores, strict=True):
             row.made += 1
             if row.forced:
@@ -209,7 +209,7 @@ class _Board:
 
     @torch.inference_mode()
     def move(self, moves: dict[int, _Move]) -> None:
-        """Have the rows in these slots go on elsewhere."""
+        """Have the rows in these slots continue elsewhere."""
         if not moves:
             return
         device, width = self.slots.tokens.device, self._forced.shape[1]
@@ -225,7 +225,7 @@ class _Board:
 
     @torch.inference_mode()
     def begin_turn(self) -> None:
-        """Have all slots write for a turn. A GPU does so while this process goes on."""
+        """Have all slots write for a turn. A GPU does so while this process continues."""
         self._column.zero_()
         for _ in range(_TURN):
             if self._graph:

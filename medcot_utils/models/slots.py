@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from medcot_utils.models.plain_weights import GROUPED, grouped_attention
 from medcot_utils.models.prefix import attends_to_all
-from medcot_utils.models.static_cache import GROUPED, grouped_attention
 
 _SLOTS = "slots"
 # Rotary embeddings that do not depend on the longest position, which a recorded graph cannot ask for.
@@ -55,7 +55,7 @@ def _without_adapter(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class _Reading:
-    """Stand in for a layer's cache while prompts are read. What they begin with stands in the slots already."""
+    """Stand in for a layer's cache while prompts are read. Their common beginning stands in the slots already."""
 
     def __init__(self, states: Sequence[torch.Tensor], prefix: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
         self._states, self._prefix, self._slots, self._rows = states, prefix, slots, rows
@@ -193,7 +193,7 @@ class Slots:
     def read(self, prompts: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Read token ids (prompts, tokens), what follows the prefix, and keep those of `rows` (n,) in `slots` (n,).
 
-        What is padding, on the right, is overwritten as the row writes."""
+        Padding, on the right, is overwritten as the row writes."""
         self._read(prompts, len(self._prefix), slots, rows)
 
     def _read(self, prompts: torch.Tensor, begin: int, slots: torch.Tensor, rows: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from medcot_utils.models.embedded import find_model_source
 from medcot_utils.models.engine import TrainerArguments, compute_dtype, get_local_rank, loads_copy
 from medcot_utils.models.joined_rows import JoinedRows, can_join
 from medcot_utils.models.merging import MergeBase
-from medcot_utils.models.static_cache import use_grouped_decode
+from medcot_utils.models.plain_weights import use_grouped_decode
 from medcot_utils.models.targets import check_targets, find_excluded
 from medcot_utils.models.tokenizer import load_tokenizer_from, own_code_refused
 from medcot_utils.plain_text import say

@@ -41,9 +41,9 @@ _JOINED_FROM = (8, 0)
 def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load as the article does, from the pinned pre-quantized copy if there is one; see `_loader` for the class."""
     release_gpu_memory()
-    quantized = loads_copy(settings)
+    quantized, loader = loads_copy(settings), _loader(compute_dtype(settings))
     with own_code_refused(settings.quantized_name if quantized else settings.name):
-        model, tokenizer = _loader(compute_dtype(settings)).from_pretrained(
+        model, tokenizer = loader.from_pretrained(
             model_name=settings.quantized_name if quantized else find_model_source(settings.name),
             revision=settings.quantized_revision if quantized else settings.revision,
             max_seq_length=settings.max_seq_length,
@@ -75,7 +75,8 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
 
     Raises ModelError as `check_targets` does."""
     check_targets(model, settings)
-    return _loader(model.dtype).get_peft_model(
+    loader = _loader(model.dtype)
+    return loader.get_peft_model(
         model,
         r=settings.r,
         lora_alpha=settings.lora_alpha,

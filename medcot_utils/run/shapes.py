@@ -1,4 +1,4 @@
-"""What the JSON files of a run hold. They are compared with it when they are read: the run may be somebody else's."""
+"""The types of the JSON files of a run. Files are compared with them when they are read: the run may be another's."""
 
 from __future__ import annotations
 

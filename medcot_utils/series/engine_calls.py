@@ -14,6 +14,7 @@ from medcot_utils.series.runner import notebooks_dir
 
 _MODELS = HOME / "medcot_utils" / "models"
 _BEGINNING = "The engines make these calls; `settings` is "  # how a written cell begins
+_UNSLOTH = "Unsloth (`loader` is `FastModel` if the GPU computes in bfloat16, else the article's `FastLanguageModel`)"
 # (notebook, heading of the section, whose settings are passed, [(title, [(file, function, what is called)])])
 _SHOWN = (
     (
@@ -21,7 +22,7 @@ _SHOWN = (
         "## 2.2",
         "model",
         [
-            ("Unsloth", [("unsloth_engine.py", "load", "FastLanguageModel.from_pretrained")]),
+            (_UNSLOTH, [("unsloth_engine.py", "load", "loader.from_pretrained")]),
             (
                 "transformers and bitsandbytes",
                 [
@@ -36,7 +37,7 @@ _SHOWN = (
         "## 4.2",
         "lora",
         [
-            ("Unsloth", [("unsloth_engine.py", "add_lora", "FastLanguageModel.get_peft_model")]),
+            (_UNSLOTH, [("unsloth_engine.py", "add_lora", "loader.get_peft_model")]),
             ("PEFT", [("transformers_engine.py", "add_lora", "get_peft_model")]),
         ],
     ),

@@ -1,4 +1,4 @@
-"""What a run records of its training: plan.json and training_log.jsonl."""
+"""The records of a training in a run: plan.json and training_log.jsonl."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StepPlan(TypedDict):
 
 
 class Plan(StepPlan):
-    """What notebook 04 records before the training: plan.json. Earlier runs lack the fields that may be missing."""
+    """The record of notebook 04 before the training: plan.json. Earlier runs lack the fields that may be missing."""
 
     trainable_parameters: int
     total_parameters: int

@@ -13,7 +13,7 @@ from tiny_families import FAMILIES
 
 from medcot_utils.config import load_config
 from medcot_utils.models import transformers_engine
-from medcot_utils.models.dequantized import open_quantized_copy
+from medcot_utils.models.dequantized import four_bit_config, open_quantized_copy
 from medcot_utils.models.embedded import find_model_source
 from medcot_utils.models.merge_check import compare_weights, find_weight_fault
 from medcot_utils.models.merging import load_unquantized, merge, open_16bit_base
@@ -88,6 +88,30 @@ def test_a_quantized_copy_gives_the_values_of_its_own_files(tmp_path, skipped):
         assert stored.get_shape() == published.weights[name].get_shape()
         assert torch.equal(stored[:], used[name] if name in used else published.weights[name][:])
     assert open_quantized_copy(copied, torch.float16).weights[UP][:].dtype == (torch.bfloat16 if skipped else torch.float16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_quantized_copy_is_loaded_whichever_engine_runs(tmp_path, dtype):
+    from transformers import AutoModelForCausalLM
+
+    source = find_model_source(TINY)
+    how = four_bit_config(torch.bfloat16)
+    how.llm_int8_skip_modules = ["lm_head", "model.layers.0.mlp"]
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=how).save_pretrained(tmp_path)
+    load_tokenizer_from(source).save_pretrained(tmp_path)
+    copy = f"model.quantized_name={json.dumps(str(tmp_path))}"
+    copied = settings(TINY, copy, "model.engine=auto", f"model.dtype={dtype}")
+    model, tokenizer = transformers_engine.load(copied)
+    used, found = weights_in_use(model), transformers_engine.open_dequantized(copied).weights
+    assert len(used) == 11 and len(tokenizer) == len(load_tokenizer_from(source))
+    for name, weight in used.items():
+        assert weight.dtype == getattr(torch, dtype), "not in that of the copy's files"
+        assert torch.equal(found[name][:], weight)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()} == {getattr(torch, dtype)}
+    with torch.inference_mode():
+        assert model(torch.tensor([[5, 9, 40]])).logits.isfinite().all()
+    by_name = transformers_engine.load(settings(TINY, copy, "model.engine=transformers"))[0]
+    assert len(weights_in_use(by_name)) == 14, "that engine quantizes the base when it is loaded"
 
 
 def test_only_the_weight_that_is_read_is_made(monkeypatch):

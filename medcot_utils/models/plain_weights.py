@@ -1,7 +1,6 @@
-"""Make many answers fast on a GPU with room: 16-bit weights, and attention that reads a static cache once.
+"""Make plain weights out of 4-bit ones with an adapter, and attend over grouped heads: a step then unpacks nothing.
 
-A compiled step over a static cache needs weights that no kernel has to unpack. The 4-bit weights are therefore dequantized
-once, to the very values the 4-bit layers compute with, and the adapter is added. Unsloth's patches allow none of this."""
+The 4-bit weights are dequantized once, to the very values the 4-bit layers compute with, and the adapter is added."""
 
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 GROUPED = "grouped_decode"
 
 
-def convert_for_static_cache(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model dequantized, with attention that reads the cache once per step. The given model is used up."""
+def make_plain(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model dequantized, with attention that reads a cache once per step. The given model is used up."""
     model = dequantize(model)
     use_grouped_decode(model)
     return model

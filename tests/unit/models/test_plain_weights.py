@@ -12,7 +12,7 @@ from medcot_utils.config import load_config
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.models.engine import get_engine
 from medcot_utils.models.generation import answer_questions, generate_arguments, pad_left, stream_answer
-from medcot_utils.models.static_cache import GROUPED, _grouped_decode, dequantize, use_grouped_decode
+from medcot_utils.models.plain_weights import GROUPED, _grouped_decode, dequantize, use_grouped_decode
 
 on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, what is decided depends on its memory")
 
