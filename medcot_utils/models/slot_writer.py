@@ -39,7 +39,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Move:
-    """Hold the place in its slot from which a row continues: the token to feed there, and the tokens written for it after that one."""
+    """Hold the place in its slot from which a row continues: the token to feed there, and those written for it after that one."""
 
     token: int
     place: int
