@@ -27,7 +27,7 @@ def main() -> None:
     from medcot_utils.data.prompts import inference_prompt
 
     prompts = [inference_prompt(rows[index % len(rows)]["Question"], False) for index in range(options.prompts)]
-    answer, what = {"article": article, "batches": batches}[options.way](options, prompts)
+    answer, what, needed = {"article": article, "batches": batches}[options.way](options, prompts)
     import torch
 
     seconds, made = [], []
@@ -46,6 +46,7 @@ def main() -> None:
         "seconds": seconds,
         "first_call_extra_seconds": round(seconds[0] - min(seconds[1:]), 2),
         "tokens_per_second": round(made[-1] / min(seconds[1:]), 1),
+        "bytes_needed_per_token": round(needed),
     }
     if torch.cuda.is_available():
         result["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
@@ -76,7 +77,7 @@ def article(options: argparse.Namespace, prompts: list[str]):
             lengths.append(_length(made[0, inputs.input_ids.shape[1] :].tolist(), tokenizer.eos_token_id))
         return lengths
 
-    return answer, "Unsloth, 4-bit, one question at a time"
+    return answer, "Unsloth, 4-bit, one question at a time", bytes_needed(model, tokenizer, prompts, options.max_new_tokens)
 
 
 def batches(options: argparse.Namespace, prompts: list[str]):
@@ -107,7 +108,17 @@ def batches(options: argparse.Namespace, prompts: list[str]):
         return [record["completion_tokens"] for records in writer.write(lambda: next(waiting, None)) for record in records]
 
     weights = "16-bit" if how.in_16_bits else "4-bit"
-    return answer, f"{weights}, slots of one cache, compiled" if static else f"{weights}, growing cache"
+    what = f"{weights}, slots of one cache, compiled" if static else f"{weights}, growing cache"
+    return answer, what, bytes_needed(model, tokenizer, prompts, options.max_new_tokens)
+
+
+def bytes_needed(model, tokenizer, prompts: list[str], new_tokens: int) -> float:
+    """Bytes to read for a token of the batch: 16-bit weights that are multiplied, shared by all rows; a row's keys and values."""
+    from medcot_utils.models.slots import slot_bytes
+
+    weights = 2 * (model.num_parameters() - model.get_input_embeddings().weight.numel())
+    held = sum(len(tokenizer(prompt)["input_ids"]) + new_tokens / 2 for prompt in prompts) / len(prompts)
+    return weights / len(prompts) + slot_bytes(model, 1) * held
 
 
 def _length(row: list[int], eos_token_id: int) -> int:

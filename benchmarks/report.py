@@ -45,14 +45,17 @@ def training_table(found: dict[str, Any]) -> list[str]:
 
 
 def generation_table(found: dict[str, Any]) -> list[str]:
-    lines = ["| answers, greedy | prompts at once | tokens/s | compared with one at a time | first call adds | peak reserved |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    heads = "prompts at once | tokens/s | compared with one at a time | share of the limit | first call adds | peak reserved"
+    lines = [f"| answers, greedy | {heads} |", "| --- | --- | --- | --- | --- | --- | --- |"]
     reference = found["generation article"]["tokens_per_second"]
-    for name in ("generation article", "generation 16", "generation 64"):
+    for name in [name for name in found if name.startswith("generation ")]:
         result = found[name]
+        share = "not recorded"  # in the first results files
+        if needed := result.get("bytes_needed_per_token"):
+            share = f"{result['tokens_per_second'] * needed / found['ceiling']['copy_gb_per_second'] / 1e9:.0%}"
         lines.append(
             f"| {result['what']} | {result['prompts']} | {result['tokens_per_second']:,.0f} | "
-            f"{result['tokens_per_second'] / reference:.0f}x | {result['first_call_extra_seconds']:.0f} s | "
+            f"{result['tokens_per_second'] / reference:.0f}x | {share} | {result['first_call_extra_seconds']:.0f} s | "
             f"{result['peak_reserved_gib']:.1f} GiB |"
         )
     return lines

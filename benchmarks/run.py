@@ -34,7 +34,8 @@ def measurements(cards: int) -> dict[str, list[str]]:
     losses = {f"losses a in {dtype}": ["training.py", "a", "--precision", dtype] for dtype in ("bfloat16", "float32")}
     static = _settings(["generation.cache_implementation=static"])
     generation = {"generation article": ["generation.py", "article"]} | {
-        f"generation {prompts}": ["generation.py", "batches", "--prompts", str(prompts), *static] for prompts in (64, 16)
+        f"generation {prompts}": ["generation.py", "batches", "--prompts", str(prompts), *static]
+        for prompts in (1, 16, 64, 128, 192)
     }
     batch32 = _settings(["training.gradient_accumulation_steps=16"])
     several = {

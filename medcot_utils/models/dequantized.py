@@ -24,7 +24,10 @@ def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",  # 16 values where a normal distribution has them
+        bnb_4bit_use_double_quant=True,  # the scales of the blocks are quantized too
+        bnb_4bit_compute_dtype=dtype,  # weights are unpacked to it for each product
     )
 
 

@@ -25,7 +25,7 @@ from medcot_utils.models.batches import (
 )
 from medcot_utils.models.deal import SAMPLED_TOP_K, Asked, Batch, Deal, HowToWrite
 from medcot_utils.models.prefix import count_shared
-from medcot_utils.models.records import AnswerRecord, make_record, record_answer
+from medcot_utils.models.records import AnswerRecord, record_answer
 from medcot_utils.plain_text import say, show_controls
 
 # A checkpoint's own generation_config.json is in force for every argument that is left out: a repetition penalty of 1.3 or
@@ -50,8 +50,7 @@ NEUTRAL_ARGUMENTS: dict[str, Any] = {
 }
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
     from medcot_utils.data.rows import AskedQuestion
     from medcot_utils.models.decoding import WrittenRow
@@ -335,29 +334,12 @@ def pad_left(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> BatchEnc
         tokenizer.padding_side = side  # training pads on the right
 
 
-def stream_answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    question: str,
-    settings: GenerationSettings,
-    newline_after_think: bool,
-    seed: int,
-) -> AnswerRecord:
-    """Answer one question and print the text as it is made. Returns its record, without `id`."""
-    import torch
+def make_streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
+    """Return a streamer for `model.generate`: it prints an answer as it is written, without the prompt or control characters."""
     from transformers import TextStreamer
-
-    prompt = inference_prompt(question, newline_after_think)
-    inputs = tokenizer([prompt], return_tensors="pt").to(model.device)
 
     class PlainStreamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             super().on_finalized_text(show_controls(text), stream_end)
 
-    streamer = PlainStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    torch.manual_seed(seed)
-    began = time.perf_counter()
-    with torch.inference_mode():
-        sequences = model.generate(**inputs, **generate_arguments(settings, tokenizer), streamer=streamer)
-    new_tokens: torch.Tensor = sequences[0, inputs["input_ids"].shape[1] :]
-    return make_record(tokenizer, prompt, new_tokens.tolist(), time.perf_counter() - began)
+    return PlainStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

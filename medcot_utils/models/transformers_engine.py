@@ -46,11 +46,11 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
     with own_code_refused(source):
         model = AutoModelForCausalLM.from_pretrained(
             source,
-            revision=revision,
-            trust_remote_code=False,
-            dtype=dtype,
+            revision=revision,  # a commit, so that the files stay the same
+            trust_remote_code=False,  # no code comes with a model
+            dtype=dtype,  # of all that is not quantized, and of the activations
             quantization_config=quantization,
-            device_map={"": get_local_rank()} if torch.cuda.is_available() else None,
+            device_map={"": get_local_rank()} if torch.cuda.is_available() else None,  # all of it on this process's GPU
         )
     tokenizer = load_tokenizer_from(source, revision)
     compute_in(model, dtype)
@@ -81,14 +81,14 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     return get_peft_model(
         model,
         LoraConfig(
-            r=settings.r,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=settings.lora_dropout,
-            bias=settings.bias,
-            target_modules=list(settings.target_modules),
-            exclude_modules=find_excluded(model),
-            use_rslora=settings.use_rslora,
-            task_type="CAUSAL_LM",
+            r=settings.r,  # the rank: rows of A and columns of B
+            lora_alpha=settings.lora_alpha,  # the correction is multiplied by alpha / r
+            lora_dropout=settings.lora_dropout,  # the share of a layer's inputs that is left out in a training step
+            bias=settings.bias,  # "none": biases stay as they are
+            target_modules=list(settings.target_modules),  # the projections that get matrices
+            exclude_modules=find_excluded(model),  # those of parts that read no text, such as a vision tower
+            use_rslora=settings.use_rslora,  # True: alpha / sqrt(r) instead
+            task_type="CAUSAL_LM",  # the model predicts the next token
         ),
     )
 

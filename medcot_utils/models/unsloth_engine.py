@@ -46,12 +46,12 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
         model, tokenizer = loader.from_pretrained(
             model_name=settings.quantized_name if quantized else find_model_source(settings.name),
             revision=settings.quantized_revision if quantized else settings.revision,
-            max_seq_length=settings.max_seq_length,
-            dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
+            max_seq_length=settings.max_seq_length,  # the longest row, in tokens
+            dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),  # None: what the GPU computes fastest
             load_in_4bit=settings.load_in_4bit,
-            use_exact_model_name=True,
-            trust_remote_code=False,
-            device_map={"": get_local_rank()},
+            use_exact_model_name=True,  # not a copy that Unsloth would choose
+            trust_remote_code=False,  # no code comes with a model
+            device_map={"": get_local_rank()},  # all of it on this process's GPU
         )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
@@ -78,15 +78,15 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     loader = _loader(model.dtype)
     return loader.get_peft_model(
         model,
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        bias=settings.bias,
-        target_modules=list(settings.target_modules),
-        use_rslora=settings.use_rslora,
-        use_gradient_checkpointing=settings.use_gradient_checkpointing,
-        random_state=settings.random_state,
-        loftq_config=None,
+        r=settings.r,  # the rank: rows of A and columns of B
+        lora_alpha=settings.lora_alpha,  # the correction is multiplied by alpha / r
+        lora_dropout=settings.lora_dropout,  # 0: Unsloth's fast path
+        bias=settings.bias,  # "none": biases stay as they are
+        target_modules=list(settings.target_modules),  # the projections that get matrices
+        use_rslora=settings.use_rslora,  # True: alpha / sqrt(r) instead
+        use_gradient_checkpointing=settings.use_gradient_checkpointing,  # "unsloth": a layer's input waits in RAM
+        random_state=settings.random_state,  # seeds A; B begins as zeros
+        loftq_config=None,  # no other start for A and B
     )
 
 

@@ -22,7 +22,7 @@ from medcot_utils.series import setup_cell as shared
 from medcot_utils.series.runner import QUIET_KERNEL, notebooks_dir
 
 _ABSOLUTE_PATH = re.compile(r"(?<![\w/.:~-])/(?:home|root|Users|tmp|var|mnt|opt|usr|work|kaggle|content)/\w")
-_MOST_LINES, _MOST_PARAMETER_LINES = 20, 8
+_MOST_LINES, _MOST_PARAMETER_LINES = 15, 8
 
 
 def clean(notebook: Any) -> Any:
@@ -31,7 +31,8 @@ def clean(notebook: Any) -> Any:
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info") if key in notebook.metadata}
     notebook.metadata["language_info"] = {"name": "python"}
     for cell in notebook.cells:
-        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        kept = ("tags", *shared.COLLAPSED)
+        cell.metadata = {name: cell.metadata[name] for name in kept if cell.metadata.get(name)}
         if cell.cell_type == "code":
             cell.outputs = redaction.clear_outputs(_merged_streams(cell.outputs))
             for output in cell.outputs:

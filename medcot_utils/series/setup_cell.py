@@ -58,6 +58,10 @@ def setup_cell(repository: str) -> str:
     return _TEMPLATE.format(repository=repository, not_found=_NOT_FOUND)
 
 
+# It is collapsed: in JupyterLab, in Colab, at Kaggle.
+COLLAPSED: dict[str, Any] = {"jupyter": {"source_hidden": True}, "cellView": "form", "_kg_hide-input": True}
+
+
 def repository(home: Path = HOME) -> str:
     """Return owner/name from pyproject.toml; empty while it is not known."""
     settings = tomllib.loads((home / "pyproject.toml").read_text(encoding="utf-8"))
@@ -102,6 +106,7 @@ def changed(home: Path = HOME) -> dict[Path, Any]:
         intro, setup = notebook.cells[0], [cell for cell in notebook.cells if cell.cell_type == "code"][1]
         intro.source = with_badges(intro.source, badges(chosen, name), -1)
         setup.source = setup_cell(chosen)
+        setup.metadata.update(COLLAPSED)
         if nbformat.writes(notebook) != before:
             contents[path] = notebook
     return contents

@@ -7,8 +7,8 @@ import pytest
 from medcot_utils.config import load_config
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.models.engine import get_engine
-from medcot_utils.models.generation import answer_questions, generate_arguments, own_generation_settings, pad_left, stream_answer
-from medcot_utils.models.records import by_sample
+from medcot_utils.models.generation import answer_questions, generate_arguments, make_streamer, own_generation_settings, pad_left
+from medcot_utils.models.records import by_sample, make_record
 from medcot_utils.run.clock import SessionClock, TimeBudgetReached
 from medcot_utils.run.journal import Journal
 
@@ -282,7 +282,12 @@ def test_of_a_batch_kept_in_part_only_the_rest_is_asked(interrupt, tmp_path):
 
 
 def test_a_streamed_answer_is_printed_and_is_the_batched_one(loaded, capsys):
-    record = stream_answer(*loaded, QUESTIONS[2]["Question"], settings(), True, 1)
+    model, tokenizer = loaded
+    prompt = inference_prompt(QUESTIONS[2]["Question"], True)
+    inputs = tokenizer([prompt], return_tensors="pt")
+    arguments = generate_arguments(settings(), tokenizer)
+    tokens = model.generate(**inputs, **arguments, streamer=make_streamer(tokenizer))
+    record = make_record(tokenizer, prompt, tokens[0, inputs["input_ids"].shape[1] :].tolist(), 1.0)
     printed = capsys.readouterr().out
     assert record["completion"].strip() and record["completion"].strip() in printed
     assert "### Question" not in printed, "the prompt is not to be repeated"
@@ -292,21 +297,13 @@ def test_a_streamed_answer_is_printed_and_is_the_batched_one(loaded, capsys):
     }
 
 
-def test_a_streamed_answer_cannot_command_the_terminal(loaded, capsys, monkeypatch):
-    import torch
-
-    model, tokenizer = loaded
-    ids = tokenizer("\x1b[2J mitral\n\x9b valve", return_tensors="pt")["input_ids"]
-
-    def generate(input_ids, streamer, **_):
-        streamer.put(input_ids)
-        for token in ids[0]:
-            streamer.put(token[None])
-        streamer.end()
-        return torch.cat([input_ids, ids], dim=1)
-
-    monkeypatch.setattr(model, "generate", generate)
-    stream_answer(model, tokenizer, "Which valve?", settings(), True, 1)
+def test_a_streamed_answer_cannot_command_the_terminal(loaded, capsys):
+    _, tokenizer = loaded
+    streamer = make_streamer(tokenizer)
+    streamer.put(tokenizer("Which valve?", return_tensors="pt")["input_ids"])
+    for token in tokenizer("\x1b[2J mitral\n\x9b valve", return_tensors="pt")["input_ids"][0]:
+        streamer.put(token[None])
+    streamer.end()
     assert r"\x1b[2J mitral" in (said := capsys.readouterr().out) and r"\x9b valve" in said
     assert not {"\x1b", "\x9b"} & set(said)
 

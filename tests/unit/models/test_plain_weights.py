@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from medcot_utils.config import load_config
 from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.models.engine import get_engine
-from medcot_utils.models.generation import answer_questions, generate_arguments, pad_left, stream_answer
+from medcot_utils.models.generation import answer_questions, generate_arguments, pad_left
 from medcot_utils.models.plain_weights import GROUPED, _grouped_decode, dequantize, use_grouped_decode
 
 on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, what is decided depends on its memory")
@@ -238,7 +238,8 @@ def test_a_static_cache_gives_the_same_after_for_inference(load_tuned):
     engine = get_engine(config().model)
     expected = untimed(answers(*as_loaded, cache_implementation="static"))
     model, tokenizer = engine.for_inference(dequantized[0]), dequantized[1]
-    stream_answer(model, tokenizer, "Why fever?", settings(), True, 1)  # as notebook 02
+    with torch.inference_mode():  # as notebook 02
+        model.generate(prompt_ids(tokenizer), **generate_arguments(settings(), tokenizer))
     assert untimed(answers(model, tokenizer, cache_implementation="static")) == expected
 
 

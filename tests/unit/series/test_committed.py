@@ -10,6 +10,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from medcot_utils.run.artifacts import STEPS
+from medcot_utils.series import setup_cell
 from medcot_utils.series.committed import check, clean, faults, read_setup_cell
 from medcot_utils.series.runner import notebooks_dir
 
@@ -146,7 +147,7 @@ def test_cleaning_strips_widgets_and_times_but_keeps_tags():
     result = clean(notebook)
     assert set(result.metadata) == {"kernelspec", "language_info"}
     assert result.metadata["language_info"] == {"name": "python"}
-    assert all(set(cell.metadata) <= {"tags"} for cell in result.cells)
+    assert all(set(cell.metadata) <= {"tags", *setup_cell.COLLAPSED} for cell in result.cells)
     assert the_parameters_cell(result).metadata["tags"] == ["parameters"]
     assert result.metadata.kernelspec.name == "python3"
 
