@@ -56,6 +56,28 @@ def test_slots_write_what_a_growing_cache_writes(loaded, template, batch_size):
     assert untimed(answers(loaded, asked, batch_size, answer_tokens=9)) == expected
 
 
+def test_slots_read_the_letters_that_a_growing_cache_reads(loaded):
+    asked = [Asked(one.id, one.prompt, letters="ABCDE"[: 3 + place % 3]) for place, one in enumerate(make_asked(9))]
+    expected = untimed(answers(loaded, asked, cache="dynamic", answer_tokens=0))
+    assert len({record["letter"] for record in expected}) > 1
+    assert untimed(answers(loaded, asked, 4, answer_tokens=0)) == expected
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "phi3", "olmo2"])
+def test_slots_write_what_other_families_write(loaded, kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, vocab_size=len(loaded[1]), num_key_value_heads=2, **sizes)
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    assert fits_slots(model)
+    asked = make_asked(9)
+    expected = untimed(answers((model, loaded[1]), asked, cache="dynamic"))
+    assert len({record["completion"] for record in expected}) > 5
+    assert untimed(answers((model, loaded[1]), asked, 4)) == expected
+
+
 def test_a_prompt_of_one_token_is_answered(loaded):
     asked = [Asked("one", ""), Asked("another", "a")]
     assert len(loaded[1]("")["input_ids"]) == 1
