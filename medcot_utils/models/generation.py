@@ -124,10 +124,11 @@ def answer_prompts(
     label: str = "answers",
     others: OtherGpus | None = None,
 ) -> list[AnswerRecord]:
-    """Return the record of each answer, in the order given. Prompts of one length share a batch, sampled or not.
+    """Return the record of each answer, in the order given. Prompts of about one length are read together, sampled or not.
 
-    A static cache converts the given model (see `make_plain`), and so does a CPU that holds its weights in
-    float32: there the adapter's products cost a third of a step. A batch that runs out of memory is halved.
+    A static cache has slots (`SlotWriter`); a cache that grows, batches. Slots with room for 16-bit weights use the given model
+    up, and so does a CPU that holds its weights in float32: there the adapter's products cost a third of a step. If memory runs
+    out, half as many are made at once.
 
     Args:
         settings: `max_new_tokens` is the budget of what a model writes by itself.
@@ -135,12 +136,11 @@ def answer_prompts(
             record of what the model wrote by itself, which it does not change. 0: records how the thinking was closed, and
             nothing is written, but for `Answer:` where there are letters to choose from; the likeliest is recorded as
             `letter` if all are single tokens. None: no forced closing.
-        journal: keeps the records of each batch before the next begins, and pauses in time. Answers that it holds are not
-            asked again. Batches are the same whatever it holds, so records equal those of an uninterrupted call exactly (but
-            for `seconds`) if whole batches were kept, as they are after a kill. If the batch size changed in between, they
-            equal up to rounding.
+        journal: keeps records as soon as they are made, and pauses in time. Answers that it holds are not asked again. Records
+            equal those of an uninterrupted call exactly (but for `seconds`): of slots always, of batches if whole ones were
+            kept, as they are after a kill. If the number of answers at once changed in between, they equal up to rounding.
         label: names the progress bar.
-        others: the processes on the other GPUs, which take batches too. The batches, and so the records, are those of one GPU.
+        others: the processes on the other GPUs, which answer too. The records are those of one GPU.
 
     Raises:
         GenerationError: as `choose_cache` and `check_context` do, and if a process on another GPU fails.
