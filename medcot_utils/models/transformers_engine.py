@@ -40,16 +40,16 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
     """Return the base model, 4-bit nf4 with double quantization if set, and its tokenizer; with the adapter on it if given."""
     release_gpu_memory()
     source, revision, dtype = find_model_source(settings.name), settings.revision, compute_dtype(settings)
-    quantization = four_bit_config(dtype) if settings.load_in_4bit else None
+    quantization = {"quantization_config": four_bit_config(dtype)} if settings.load_in_4bit else {}
     if loads_copy(settings):  # its files say how it is quantized
-        source, revision, quantization = settings.quantized_name, settings.quantized_revision, None
+        source, revision, quantization = settings.quantized_name, settings.quantized_revision, {}
     with own_code_refused(source):
         model = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,  # a commit, so that the files stay the same
             trust_remote_code=False,  # no code comes with a model
             dtype=dtype,  # of all that is not quantized, and of the activations
-            quantization_config=quantization,
+            **quantization,  # the object above, if the model is to have 4 bits and its files do not say so
             device_map={"": get_local_rank()} if torch.cuda.is_available() else None,  # all of it on this process's GPU
         )
     tokenizer = load_tokenizer_from(source, revision)

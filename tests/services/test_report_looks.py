@@ -130,7 +130,7 @@ def test_axe_finds_no_serious_barrier_in_the_report(pages, browser, width, schem
 
 def test_the_report_can_be_used_with_the_keyboard(pages, browser):
     open_page(browser, pages[0], TABLET)
-    browser.tab_to("held-out loss: what of its fall is learning")
+    browser.tab_to("held-out loss: how much of the fall is learning")
     browser.key("Enter")
     browser.until("!document.querySelector('details').open")
     browser.key(" ")

@@ -88,7 +88,7 @@ def test_a_token_in_any_argument_is_refused(medcot_here, monkeypatch, tmp_path, 
 @pytest.mark.parametrize("option", ["--set", "--parameter", "-p"])
 def test_a_token_in_a_setting_is_named_by_its_own_check(medcot_here, tmp_path, option):
     line = the_one_line(medcot_here("run", "--run-dir", "runs/x", option, f"QUESTION={TOKEN}", cwd=tmp_path))
-    assert "holds what looks like a Hugging Face token. Settings are kept" in line and TOKEN not in line
+    assert "holds what looks like a Hugging Face token. Settings are stored" in line and TOKEN not in line
 
 
 def test_a_secret_of_this_machine_in_an_argument_is_refused(medcot_here, tmp_path, monkeypatch):

@@ -65,7 +65,8 @@ def test_the_articles_needs_include_downloads_and_checkpoints(tmp_path, monkeypa
     [
         ([], True),
         (["model.engine=unsloth", "export.merge_into=base_16bit"], True),
-        (["export.merge_into=dequantized_4bit"], True),  # `auto` may answer with 16-bit weights, on a GPU with room
+        (["export.merge_into=dequantized_4bit"], False),
+        (["model.engine=transformers", "export.merge_into=dequantized_4bit"], True),
         (["model.engine=unsloth", "export.merge_into=dequantized_4bit"], False),
         (["model.engine=unsloth", "export.merge_into=dequantized_4bit", "evaluation.base_16bit_loss=true"], True),
         (["model.engine=unsloth", "export.merge_into=dequantized_4bit", "model.load_in_4bit=false"], True),

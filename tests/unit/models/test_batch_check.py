@@ -114,7 +114,7 @@ def test_packed_products_that_disagree_are_switched_off(t4, compared, capsys, fi
 
 def test_batches_that_disagree_either_way_end_the_notebook(t4, compared):
     compared(WRONG, WRONG)
-    with pytest.raises(GenerationError, match=r"at most 0\.400 .*Set model\.engine=transformers, or generation\.batch_size=1"):
+    with pytest.raises(GenerationError, match=r"at most 0\.400 .*Set generation\.batch_size=1, which is slow, or"):
         check()
 
 

@@ -73,7 +73,7 @@ def test_a_batch_size_and_a_cache_as_set_are_kept(loaded):
 @pytest.mark.parametrize(
     ("free_gib", "new_tokens", "cache", "batch_size"),
     # The tiny Llama's cache takes 256 bytes a token (2 layers, 2 heads of 16).
-    [(8, 1200, "static", 100), (8, 149, "dynamic", 100), (0.02, 1200, "static", 50), (0.02, 149, "dynamic", 200)],
+    [(8, 1200, "static", 100), (8, 149, "dynamic", 100), (0.02, 1200, "static", 50), (0.02, 149, "dynamic", 100)],
 )
 def test_a_simulated_gpu_gets_what_its_memory_holds(loaded, monkeypatch, free_gib, new_tokens, cache, batch_size):
     model = loaded[0]

@@ -168,7 +168,7 @@ def test_a_quantized_copy_whose_tokenizer_needs_code_is_refused(checkpoint, mode
     change(model / "config.json", model_type="llama")
     change(model / "tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
     (model / "tokenizer.json").unlink()
-    with pytest.raises(ModelError, match=r"needs code of its own .*medcot runs no code"):
+    with pytest.raises(ModelError, match=r"needs its own code .*medcot runs no code"):
         check_model(copied(checkpoint, model))
 
 
@@ -192,5 +192,5 @@ def test_loading_a_model_that_needs_own_code_is_one_line(model):
 
     need_own_code(model)
     for call in (lambda: load(load_config("smoke", settings(model)).model), lambda: load_unquantized(model, "float32")):
-        with pytest.raises(ModelError, match=r"/model needs code of its own .*medcot runs no code"):
+        with pytest.raises(ModelError, match=r"/model needs its own code .*medcot runs no code"):
             call()

@@ -224,19 +224,17 @@ def untimed(records):
     return [{field: value for field, value in record.items() if field != "seconds"} for record in records]
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_an_interrupted_call_goes_on_with_what_is_missing(interrupt, tmp_path, capsys, cache):
-    settings = {"cache_implementation": cache}
-    sizes, expected = interrupt(None, 99, **settings)
-    assert len(expected) == 10 and sizes == ([3, 3, 3, 1] if cache == "dynamic" else [3] * 4)
+def test_an_interrupted_call_goes_on_with_what_is_missing(interrupt, tmp_path, capsys):
+    sizes, expected = interrupt(None, 99)
+    assert len(expected) == 10 and sizes == [3, 3, 3, 1]
     journal = Journal(tmp_path / "answers.jsonl.part", "this")
-    assert interrupt(journal, 2, **settings) == ([3, 3], None)
+    assert interrupt(journal, 2) == ([3, 3], None)
     kept = journal.read()
     assert len(kept) == 6 and all(record in untimed(expected) for record in untimed(kept))
     capsys.readouterr()
-    assert interrupt(journal, 1, **settings)[0] == [3]
+    assert interrupt(journal, 1)[0] == [3]
     assert "6 of 10 answers were made before and are kept" in capsys.readouterr().out
-    rest, records = interrupt(journal, 99, **settings)
+    rest, records = interrupt(journal, 99)
     assert len(rest) == 1 and untimed(records) == untimed(expected)
     assert journal.read()[:6] == kept and all(record in records for record in kept), "seconds too are those of the first time"
 

@@ -129,8 +129,9 @@ def test_a_killed_process_is_told_and_what_was_made_is_kept(loaded, others, else
 
 
 def test_a_process_that_cannot_load_says_why(loaded, monkeypatch):
-    stand_in = types.ModuleType("medcot_utils.models.unsloth_engine")
-    others = OtherGpus(stand_in, CONFIG.model)
+    # Its settings ask for an engine that this machine cannot run.
+    settings = CONFIG.model.model_copy(update={"engine": "unsloth"})
+    others = OtherGpus(types.ModuleType("medcot_utils.models.unsloth_engine"), settings)
     before_each_batch(monkeypatch, lambda: others._workers[0]._process.join(TO_THE_END))
     with pytest.raises(GenerationError, match=r"answering on GPU 1 failed: PlatformError: model\.engine unsloth: the pack"):
         answers(loaded, others=others)

@@ -93,6 +93,27 @@ def test_answers_kept_from_before_change_no_other(loaded, tmp_path):
     assert untimed(answers(loaded, asked, journal=journal)) == untimed(whole)
 
 
+def test_an_interrupted_call_goes_on_with_what_is_missing(loaded, tmp_path, monkeypatch):
+    asked = make_asked(23)
+    whole, journal, turns = answers(loaded, asked), Journal(tmp_path / "answers.jsonl.part", "this"), []
+    begin = slot_writer._Board.begin_turn
+
+    def begin_or_stop(board):
+        turns.append(board)
+        if len(turns) == 8:
+            raise KeyboardInterrupt
+        begin(board)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(slot_writer._Board, "begin_turn", begin_or_stop)
+        with pytest.raises(KeyboardInterrupt):
+            answers(loaded, asked, journal=journal)
+    kept = journal.read()
+    assert 0 < len(kept) < 23 and all(record in untimed(whole) for record in untimed(kept))
+    records = answers(loaded, asked, journal=journal)
+    assert untimed(records) == untimed(whole) and all(record in records for record in kept)
+
+
 def test_seconds_of_all_answers_add_up_to_the_time_taken(loaded):
     import time
 

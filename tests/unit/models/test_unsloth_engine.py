@@ -27,7 +27,7 @@ def public_functions(owner):
 def module(request, monkeypatch):
     if request.param == "unsloth_engine":
         unsloth = types.ModuleType("unsloth")
-        unsloth.FastLanguageModel = object
+        unsloth.FastLanguageModel = unsloth.FastModel = object
         monkeypatch.setitem(sys.modules, "unsloth", unsloth)
         monkeypatch.delitem(sys.modules, "medcot_utils.models.unsloth_engine", raising=False)
     yield importlib.import_module(f"medcot_utils.models.{request.param}")

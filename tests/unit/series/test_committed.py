@@ -105,7 +105,7 @@ BREAKS = {
     "two parameters cells": (second_parameters, "needs one parameters cell"),
     "no parameters cell": (no_parameters, "needs one parameters cell"),
     "long parameters cell": (long_parameters, "needs one parameters cell"),
-    "long cell": (long_cell, "have more than 20 lines"),
+    "long cell": (long_cell, "have more than 15 lines"),
     "nothing marked": (no_marks, "marks no output for comparison"),
 }
 
@@ -123,9 +123,9 @@ def test_a_broken_copy_has_just_the_fault_that_was_put_in(broken, tmp_path):
     assert len(found) == 1 and expected in found[0], found
 
 
-def test_a_cell_of_20_lines_is_not_too_long(tmp_path):
+def test_a_cell_of_15_lines_is_not_too_long(tmp_path):
     notebook = executed()
-    code_cells(notebook)[5].source = "\n".join(f"x = {i}" for i in range(20))
+    code_cells(notebook)[5].source = "\n".join(f"x = {i}" for i in range(15))
     assert faults(written(notebook, tmp_path)) == []
 
 
