@@ -189,7 +189,7 @@ class GenerationSettings(Section):
         "auto", description="questions answered at once; auto: as many as the GPU's memory holds"
     )
     cache_implementation: Literal["auto", "static", "dynamic"] = Field(
-        "auto", description="static: 16-bit weights and a compiled step, for GPUs with room; auto: if it pays"
+        "auto", description="static: slots of one size and compiled steps; dynamic: batches whose cache grows; auto: the faster"
     )
 
 
