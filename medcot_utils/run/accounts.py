@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,11 @@ def settings_that_count(path: Path, values: Any, stored: RunConfig) -> RunConfig
     if ignored:
         _say_ignored(path, stored, ignored, counting)
     return counting
+
+
+def with_accounts_of(config: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration with the settings about accounts that counted when an artifact was made, as its entry records."""
+    return with_values(config, {name: value for name, value in recorded.items() if name.startswith(_ABOUT_ACCOUNTS)})
 
 
 def _set_back(stored: RunConfig, signed: Collection[str]) -> tuple[RunConfig, list[str]]:

@@ -22,7 +22,7 @@ from medcot_utils.machine import paths
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.names import refuse_links_out
 from medcot_utils.plain_text import say
-from medcot_utils.run.accounts import ACCOUNTS, settings_that_count, settings_to_store, sign_settings
+from medcot_utils.run.accounts import ACCOUNTS, settings_that_count, settings_to_store, sign_settings, with_accounts_of
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS, Artifact
 from medcot_utils.run.clock import SessionClock
 from medcot_utils.run.files import (
@@ -207,7 +207,9 @@ class StoredRun:
         try:
             entry = self._entry(name)
             # Nothing is made again because settings about accounts do not count here: it was made when they did.
-            settings = (self.config,) if self.stored is self.config else (self.config, self.stored)
+            settings = [self.config]
+            if self.stored is not self.config:
+                settings += [self.stored, with_accounts_of(self.config, entry.get("settings", {}))]
             made_now = (self.fingerprint(name, entry["inputs"], config) for config in settings)
             if entry["fingerprint"] not in made_now or self._size_on_disk(name) != entry["bytes"]:
                 return False
