@@ -251,6 +251,16 @@ def test_what_is_made_without_the_settings_is_redone_with_them(foreign, write_al
     assert made == {"01_setup", "07_export"}, "so that a push that is allowed later takes place"
 
 
+def test_what_is_made_when_some_settings_count_stays_done(foreign, write_all):
+    path = foreign()
+    config, _ = runner.plan_config(path, None, ["tracking.entity=hospital"])
+    Run.create(path, config)
+    finish(write_all(Run.open(path)))
+    assert states(path) == {"done"}
+    (path / "accounts.json").unlink()  # as on a machine without this user's key
+    assert states(path) == {"done"}
+
+
 def test_settings_that_are_put_back_still_count(run_factory, monkeypatch):
     run = run_factory(*GIVEN)
 
