@@ -130,6 +130,7 @@ READERS = {
 }
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize("name", [name for name in READERS if name not in ("machine.json", "gguf_check.json")])
 def test_a_file_of_other_types_is_one_line(name, run):
     file, refused = run.path / name, []
