@@ -199,8 +199,8 @@ def profile_step(trainer, folder: Path) -> dict[str, float]:
     on_gpu = [event for event in averages if event.device_type == torch.autograd.DeviceType.CUDA]
     kernels = [event for event in on_gpu if not event.is_user_annotation]
     kinds = {
+        "attention": ("attention", "sdpa", "flash", "fmha"),  # first: flash attention's kernels name cutlass too
         "matrix products": ("nvjet", "gemm", "cutlass", "cublas"),
-        "attention": ("attention", "sdpa", "flash", "fmha"),
         "weights unpacked from 4 bits": ("dequant",),
         "optimizer": ("optimizer", "adam"),
     }

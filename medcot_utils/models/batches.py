@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from medcot_utils.models.deal import Asked
 
-# An 8B model on an H100: 128 answers at once make 1.7 times the tokens of 64, 192 make 2.1 times, and 384 about as many.
+# An 8B model on an H100: 128 answers at once make 1.6 times the tokens of 64, 192 make 1.9 times. More were not measured.
 MAX_BATCH = 192
 # 16-bit weights must leave room for so many, to be worth their memory. bitsandbytes multiplies as many by packed 4-bit weights
 # on a T4 (`_gemm_4bit_use_custom_cuda` of its backends/cuda/ops.py); of more, it unpacks all weights at each step.
@@ -28,7 +28,8 @@ READ_AT_ONCE = 16  # prompts, where rows come and go
 # On compute capability 7.5 Unsloth 2026.10.9 multiplies so many rows with packed 4-bit weights (`_BNB_GEMM_4BIT_MAX_ROWS` of its
 # kernels/utils.py). From the next row on it unpacks all weights at each step: 30 GB are moved, about 115 ms on a T4.
 PACKED_ROWS, PACKED_CAPABILITY, PACKED_SWITCH = 16, (7, 5), "UNSLOTH_BNB_GEMM_4BIT"
-# Compiling takes about 10 s; a step of 16 answers that is not compiled, about 60 ms more than one that is (benchmarks/).
+# Compiling takes about 10 s; a step of 16 answers that is not compiled, about 50 ms more than one that is (70 and 18 ms,
+# in 4 bits on an H100).
 STEPS_WORTH_COMPILING = 150
 
 

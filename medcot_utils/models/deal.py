@@ -68,10 +68,6 @@ class Deal:
         self._require_time = require_time
         self.error: Exception | None = None  # why it was stopped
 
-    def __len__(self) -> int:
-        """Return how many batches nobody has taken."""
-        return len(self._waiting)
-
     def take(self) -> Batch | None:
         """Return the next batch, None if there is none or no time is left for one."""
         with self._lock:
