@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 
 from medcot_utils.config import RunConfig, load_config
-from medcot_utils.machine.secrets import SECRET_NAMES
+from medcot_utils.machine import secrets
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import remove
@@ -23,7 +23,7 @@ from medcot_utils.run.files import remove
 # slower. Set before torch is imported; the processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-_SECRETS = [name for names in SECRET_NAMES.values() for name in names]
+_SECRETS = [name for names in secrets.SECRET_NAMES.values() for name in names]
 _PLATFORM = [
     "KAGGLE_KERNEL_RUN_TYPE",
     "COLAB_RELEASE_TAG",
@@ -108,6 +108,7 @@ def _bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
         monkeypatch.delenv(name)
     for name in ("NETRC", "HF_TOKEN_PATH"):  # nor the token files of whoever runs them
         monkeypatch.setenv(name, str(tmp_path_factory.getbasetemp() / "no such file"))
+    monkeypatch.setattr(secrets, "found_secrets", {})  # nor what an earlier test of this process found
 
 
 @pytest.fixture(scope="session")
