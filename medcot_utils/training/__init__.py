@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "trainer": ["sft_arguments", "plan_training", "train"],
+        "trainer": ["sft_arguments", "explain_arguments", "plan_training", "train"],
         "batch_plan": [
             "count_processes",
             "memory_parts",

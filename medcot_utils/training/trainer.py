@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from medcot_utils.training.callbacks import (
 from medcot_utils.training.checkpoints import checkpoint_fault, last_good_checkpoint
 
 if TYPE_CHECKING:
+    import pandas as pd
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTTrainer
@@ -74,9 +75,18 @@ def sft_arguments(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
         "gradient_checkpointing": bool(plan.gradient_checkpointing),
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
-        "ddp_find_unused_parameters": False if plan.num_processes > 1 else None,
         "report_to": "none",
-    }
+    } | ({"ddp_find_unused_parameters": False} if plan.num_processes > 1 else {})
+
+
+def explain_arguments(arguments: Mapping[str, Any]) -> pd.DataFrame:
+    """Return a table of arguments of `trl.SFTConfig`: their values, and the first sentence of what their class says of each."""
+    import pandas as pd
+    from trl import SFTConfig
+
+    helps = {name: str(SFTConfig.__dataclass_fields__[name].metadata.get("help") or "") for name in arguments}
+    said = {name: text.replace("%%", "%").split(". ")[0].rstrip(".") for name, text in helps.items()}
+    return pd.DataFrame({"SFTConfig": {name: str(value) for name, value in arguments.items()}, "in TRL's words": said})
 
 
 # --- resume --------------------------------------------------------------------------------------------------------

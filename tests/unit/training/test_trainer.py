@@ -29,6 +29,7 @@ from medcot_utils.training.trainer import (
     TrainingError,
     check_effective_batch,
     checkpoint_fault,
+    explain_arguments,
     last_good_checkpoint,
     prepare_trainer,
     sft_arguments,
@@ -38,6 +39,12 @@ pytest_plugins = ("training_fixtures",)
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------
+
+
+def test_each_argument_is_explained_in_trls_words():
+    table = explain_arguments(sft_arguments(CONFIG, plan()) | {"padding_free": None, "dataset_kwargs": {}, "loss_type": "nll"})
+    assert (table["in TRL's words"].str.len() > 15).all(), "a class that says nothing of an argument"
+    assert table.loc["learning_rate"].tolist() == [str(CONFIG.training.learning_rate), "The initial learning rate for AdamW"]
 
 
 @pytest.mark.parametrize("asked", ["unsloth", True, False])
