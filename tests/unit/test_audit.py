@@ -99,6 +99,7 @@ def advisories(tmp_path):
     return folder
 
 
+@pytest.mark.server
 def test_a_folders_advisories_are_found_by_version(audit, advisories):
     versions = {
         "thing": ("1.9", "1.10", "1.10+cpu", "2.0"),
@@ -118,6 +119,7 @@ def test_a_folders_advisories_are_found_by_version(audit, advisories):
     ], done.stderr
 
 
+@pytest.mark.server
 def test_a_folders_age_is_said_beside_the_day(audit, advisories):
     done, result = audit([{"name": "steady", "version": "1.0"}], "--advisories", str(advisories))
     assert done.returncode == 0, done.stderr
