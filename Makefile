@@ -85,9 +85,9 @@ badges: $(INSTALLED) ## REPO=owner/name: where the project lies on GitHub; badge
 pins: $(INSTALLED) ## [FILE=requirements-cpu.txt] [ONLY="rich typer"] [WRITE=1]: show which pins could move, or move them
 	$(BIN)/python .ci/pins.py "$(FILE)" $(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write)
 
-audit: $(INSTALLED) ## compare the pins, and all that they bring, with PyPI's advisories, and write .ci/advisories.md
+audit: $(INSTALLED) ## [ADVISORIES=FOLDER]: compare the pins, and all that they bring, with the advisories of PyPI or a folder, and write .ci/advisories.md
 	test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit==2.10.1; }
-	$(BIN)/python .ci/audit.py build/audit/bin/pip-audit
+	$(BIN)/python .ci/audit.py build/audit/bin/pip-audit $(if $(ADVISORIES),--advisories "$(ADVISORIES)")
 
 chromium: ## install the browser that the tests of report, grading and chat page need (Debian, as root), if there is none
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \

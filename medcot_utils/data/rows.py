@@ -13,6 +13,7 @@ from typing_extensions import TypedDict  # pydantic refuses typing's own on Pyth
 from medcot_utils.config import DatasetSettings, RunConfig
 from medcot_utils.data.contamination import Repeat, find_repeats, normalize
 from medcot_utils.data.files import DataError, as_text, is_whole, read_file
+from medcot_utils.data.hub import refuse_references
 from medcot_utils.data.prompts import ARTICLE_ANSWER, ARTICLE_QUESTION
 from medcot_utils.run.artifacts import SHIPPED_CASES
 
@@ -91,6 +92,7 @@ def _load_from_hub(settings: DatasetSettings) -> Dataset:
     from datasets.exceptions import DatasetsError
 
     given = {"path": settings.name, "name": settings.subset, "revision": settings.revision}
+    refuse_references()
     try:
         if settings.sha256:
             files = load_dataset_builder(**given).config.data_files

@@ -84,8 +84,8 @@ def _require_known_tokenizer(settings: ModelSettings, found: _Found) -> None:
 
 
 def _require_known_code(what: str, found: _Found) -> dict[str, Any]:
-    """Return a model's config.json. Raise ModelError if transformers does not know its kind, so that code of its own would have
-    to run."""
+    """Return a model's config.json. Raise ModelError if transformers does not know its kind, or a part of it is in a repository
+    on the Hub, so that code of others would have to run."""
     import transformers
 
     config = json.loads(found.config.read_text(encoding="utf-8"))
@@ -95,7 +95,22 @@ def _require_known_code(what: str, found: _Found) -> dict[str, Any]:
             f"{what}: transformers {transformers.__version__} does not know its model_type {quote(kind)} "
             f"(config.json){asks}: {NO_CODE}"
         )
+    if repository := _find_hub_code(config):
+        raise ModelError(f"{what}: its config.json takes attention or experts from the hub's {quote(repository)}: {NO_CODE}")
     return config
+
+
+def _find_hub_code(config: dict[str, Any]) -> str | None:
+    """Return the repository that a config.json, or a part of it, names where transformers would load compiled code from."""
+    for key, value in config.items():
+        inside = value if isinstance(value, dict) else {}
+        if key.strip("_").removesuffix("_internal") in ("attn_implementation", "experts_implementation"):
+            for name in (value, *inside.values()):
+                if isinstance(name, str) and "/" in name:
+                    return name
+        if found := _find_hub_code(inside):
+            return found
+    return None
 
 
 def _look_into(folder: Path, setting: str) -> _Found:

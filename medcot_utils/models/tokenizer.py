@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_CODE = "medcot runs no code that comes with a model. Name a model whose code is in transformers"
+# What libraries say that will not run a model's code, and whose code it is.
+_REFUSED = {
+    "trust_remote_code": "its own code (auto_map in a .json file of its folder)",
+    "`kernels` is either not installed": "code from a hub (attn_implementation in its config.json)",
+}
 THINK_TAGS = ("<think>", "</think>")
 
 
@@ -39,13 +44,14 @@ def load_tokenizer_from(source: str | Path, revision: str | None = None) -> PreT
 
 @contextmanager
 def own_code_refused(source: str | Path) -> Iterator[None]:
-    """Raise ModelError if what is loaded in the block, with `trust_remote_code=False`, needs code of its own."""
+    """Raise ModelError if what is loaded in the block, with `trust_remote_code=False`, needs code of its own or a hub's."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:  # Unsloth raises the latter
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ModelError(f"{source} needs its own code (auto_map in a .json file of its folder): {NO_CODE}") from error
+    except (ValueError, RuntimeError, ImportError) as error:  # Unsloth raises the second, transformers the third
+        for word, code in _REFUSED.items():
+            if word in str(error):
+                raise ModelError(f"{source} needs {code}: {NO_CODE}") from error
+        raise
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrainedTokenizerBase:

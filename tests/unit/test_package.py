@@ -98,3 +98,11 @@ def test_every_loader_is_told_to_run_no_code_of_others():
                     if by_name.get("trust_remote_code") != "False" and not (None in by_name and told):
                         silent.append(f"{path.name}:{call.lineno}")
     assert silent == [] and calls > 15
+
+
+def test_every_data_set_is_loaded_without_references():
+    loaders = []
+    for path in sorted((ROOT / "medcot_utils").rglob("*.py")):
+        functions = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)]
+        loaders += [text for text in map(ast.unparse, functions) if re.search(r"\bload_dataset\w*\(", text)]
+    assert len(loaders) == 2 and all("\n    refuse_references()\n" in text for text in loaders)

@@ -72,6 +72,18 @@ def remove_all(folder):
     folder.rmdir()
 
 
+def take_attention_from_a_hub(folder):
+    change(folder / "config.json", _attn_implementation="evil/kernel")
+
+
+def take_attention_from_a_hub_inside(folder):  # as CVE-2026-4372 does, and in a part's own configuration
+    change(folder / "config.json", text_config={"_attn_implementation_internal": {"": "evil/kernel@main:attend"}})
+
+
+def take_experts_from_a_hub(folder):
+    change(folder / "config.json", experts_implementation="evil/kernel")
+
+
 FAULTS = {
     "quantized": (quantize, "is quantized already (bitsandbytes), and the adapter is merged into 16-bit weights"),
     "only .bin": (leave_only_bin, "has no safetensors (only .bin), which the merge reads"),
@@ -80,6 +92,9 @@ FAULTS = {
     "no folder": (remove_all, "no such folder on this machine"),
     "own code": (need_own_code, "model_type 'evil' (config.json), and needs its own code (auto_map): medcot runs no code"),
     "another kind": (be_of_another_kind, "does not know its model_type 'llama9' (config.json): medcot runs no code"),
+    "attention": (take_attention_from_a_hub, "takes attention or experts from the hub's 'evil/kernel': medcot runs no code"),
+    "its part's": (take_attention_from_a_hub_inside, "from the hub's 'evil/kernel@main:attend': medcot runs no code"),
+    "experts": (take_experts_from_a_hub, "takes attention or experts from the hub's 'evil/kernel': medcot runs no code"),
     "no EOS": (forget_eos, "its tokenizer names no EOS token"),
 }
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import os
-import subprocess
-import sys
 import types
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,29 +39,6 @@ def own_cache(tmp_path, monkeypatch):
 def token_ids(model, columns=24):
     generator = torch.Generator().manual_seed(7)
     return torch.randint(5, model.config.vocab_size, (2, columns), generator=generator)
-
-
-# --- code of others ---------------------------------------------------------------------------------------------------
-
-# The processor says that it has AVX512-BF16: then bitsandbytes looks for the package `kernels` at its import.
-IMPORTS = """
-import ctypes
-own = ctypes.CDLL.__getattr__
-ctypes.CDLL.__getattr__ = lambda self, name: (lambda: True) if name == "has_avx512bf16_cpu" else own(self, name)
-from medcot_utils.models.engine import quiet_start
-quiet_start()
-import bitsandbytes
-"""
-
-
-@pytest.mark.parametrize("asked", [None, "1"])
-def test_bitsandbytes_fetches_no_code_unless_asked(tmp_path, asked):
-    (tmp_path / "kernels.py").write_text(f"open({str(tmp_path / 'fetched')!r}, 'w')")
-    environment = {name: value for name, value in os.environ.items() if name != "USE_HUB_KERNELS"}
-    environment |= {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[3]}"} | ({"USE_HUB_KERNELS": asked} if asked else {})
-    done = subprocess.run([sys.executable, "-c", IMPORTS], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "fetched").exists() is bool(asked)
 
 
 # --- the embedded model --------------------------------------------------------------------------------------------
