@@ -13,7 +13,7 @@ from typing_extensions import TypedDict  # pydantic refuses typing's own on Pyth
 from medcot_utils.config import DatasetSettings, RunConfig
 from medcot_utils.data.contamination import Repeat, find_repeats, normalize
 from medcot_utils.data.files import DataError, as_text, is_whole, read_file
-from medcot_utils.data.hub import refuse_references
+from medcot_utils.data.hub import find_files
 from medcot_utils.data.prompts import ARTICLE_ANSWER, ARTICLE_QUESTION
 from medcot_utils.run.artifacts import SHIPPED_CASES
 
@@ -88,16 +88,14 @@ def load_rows(settings: DatasetSettings) -> Dataset:
 
 
 def _load_from_hub(settings: DatasetSettings) -> Dataset:
-    from datasets import load_dataset, load_dataset_builder
+    from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    given = {"path": settings.name, "name": settings.subset, "revision": settings.revision}
-    refuse_references()
     try:
+        urls = find_files(settings.name, settings.subset, settings.revision)
         if settings.sha256:
-            files = load_dataset_builder(**given).config.data_files
-            _check_digest(settings, [url for split in (files or {}).values() for url in split])
-        return load_dataset(**given, split="train", trust_remote_code=False)
+            _check_digest(settings, urls)
+        return load_dataset(settings.name, settings.subset, revision=settings.revision, split="train", trust_remote_code=False)
     # Not there, no such subset, no connection, rows of mixed types; RuntimeError: a data set that needs code of its own.
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         pinned = f" at revision {settings.revision}" if settings.revision else ""

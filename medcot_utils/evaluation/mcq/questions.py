@@ -15,7 +15,7 @@ from typing import Any
 from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
 from medcot_utils.data.files import as_text, check_size, is_whole
-from medcot_utils.data.hub import refuse_references
+from medcot_utils.data.hub import find_files
 from medcot_utils.errors import MedcotError, quote
 from medcot_utils.plain_text import say
 from medcot_utils.run.artifacts import SHIPPED_MCQ
@@ -142,9 +142,9 @@ def _download(path: str, name: str | None, split: str | None) -> Sequence[Row]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    refuse_references()
     try:
         with quiet():  # the Hub's client logs every retry
+            find_files(path, name)
             return load_dataset(path, name, split=split, trust_remote_code=False)
     # No network or no such data set; a loading script; no such split; rows of mixed types.
     except (OSError, RuntimeError, ValueError, DatasetsError) as error:

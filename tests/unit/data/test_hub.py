@@ -1,4 +1,4 @@
-"""A data set of others runs no code where it is loaded."""
+"""A data set of others runs no code where it is loaded, and brings no file of this machine."""
 
 from __future__ import annotations
 
@@ -38,3 +38,22 @@ def test_questions_whose_readme_runs_code_are_refused(evil):
     with pytest.raises(McqError, match=REFUSED):
         read_questions(str(evil), split="test")
     assert not (evil / "was-here").exists()
+
+
+@pytest.fixture(params=["file://{}", "{}"])
+def greedy(request, tmp_path):
+    """A data set whose README takes its rows from another folder of this machine."""
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"Question": "My diary?", "Complex_CoT": "Hm.", "Response": "Yes."}) + "\n")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    files = json.dumps(request.param.format(own))
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {files}\n---\n")
+    return folder
+
+
+def test_a_data_set_whose_readme_names_other_files_is_refused(greedy):
+    with pytest.raises(DataError, match=r"its README names '.*own\.jsonl', which is not on the Hub: medcot does not read it"):
+        load_rows(load_config("smoke", [f"dataset.name={json.dumps(str(greedy))}"]).dataset)
+    with pytest.raises(McqError, match="which is not on the Hub"):
+        read_questions(str(greedy), split="train")
