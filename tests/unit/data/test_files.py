@@ -11,11 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
-from datasets.exceptions import DatasetGenerationError
 
 from medcot_utils.config import load_config
 from medcot_utils.data.rows import TEXT_COLUMNS, DataError, load_rows, validate_rows
-from medcot_utils.evaluation.mcq.run import McqError, load_questions
+from medcot_utils.evaluation.mcq.questions import McqError, read_questions
 
 ROWS = [
     {"Question": f"Warum {i}, é?", "Complex_CoT": f"Zunächst; „so“ {i}", "Response": f"Fièvre à 39 °C, {i}."} for i in range(4)
@@ -158,29 +157,28 @@ def test_lists_and_objects_as_labels_are_refused(tmp_path, suffix, column):
         loaded(tmp_path, [row | {column: ["a", "b"]} for row in ROWS], suffix)
 
 
-def test_labels_of_a_data_set_on_the_hub_are_cleaned_too(monkeypatch):
+def test_labels_of_a_data_set_with_classes_are_cleaned_too(tmp_path):
     columns = {"specialty": [1, 0, None, 1], "id": [1.0, None, 3.0, 4.0], "split": ["train", None, "x", "train"]}
     features = Features(
         {name: Value("string") for name in TEXT_COLUMNS}
         | {"specialty": ClassLabel(names=["Urology", "Surgery"]), "id": Value("float64"), "split": Value("string")}
     )
     held = Dataset.from_dict({name: [row[name] for row in ROWS] for name in TEXT_COLUMNS} | columns, features=features)
-    monkeypatch.setattr("datasets.load_dataset", lambda **_: held)
-    found = load_rows(load_config("smoke", ["dataset.name=somebody/rows"]).dataset)
+    held.to_parquet(tmp_path / "train.parquet")
+    found = load_rows(load_config("smoke", [f"dataset.name={tmp_path}"]).dataset)
     assert found["specialty"] == ["Surgery", "Urology", "", "Surgery"]
     assert (found["id"], found["split"]) == (["1", "row-1", "3", "4"], ["train", "", "x", "train"])
     assert texts(found) == ROWS
 
 
-def test_a_data_set_on_the_hub_of_mixed_types_is_one_clear_error(monkeypatch):
-    def fail(*_, **__):
-        raise DatasetGenerationError("An error occurred\nwhile generating the dataset")
-
-    monkeypatch.setattr("datasets.load_dataset", fail)
-    with pytest.raises(DataError, match=r"data set somebody/rows could not be loaded from the Hub: An error occurred while"):
-        load_rows(load_config("smoke", ["dataset.name=somebody/rows"]).dataset)
-    with pytest.raises(McqError, match=r"could not be loaded from the Hub \(An error occurred\)"):
-        load_questions("medqa")
+def test_a_data_set_whose_files_differ_in_type_is_one_clear_error(tmp_path):
+    for name, row in {"a": ROWS[0], "b": {"Question": {"a": 1}, "Response": ["b"]}}.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=r"data set \S+ could not be loaded from the Hub: An error occurred while") as caught:
+        load_rows(load_config("smoke", [f"dataset.name={tmp_path}"]).dataset)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(McqError, match=r"could not be loaded from the Hub \(An error occurred"):
+        read_questions(str(tmp_path), split="train")
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
