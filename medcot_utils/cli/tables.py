@@ -14,8 +14,7 @@ from medcot_utils.series.estimate import SeriesEstimate
 def times_table(estimates: Mapping[str, SeriesEstimate]) -> Table:
     """Return the time that each notebook will take, a column for each profile; all estimates are of one machine."""
     speed = next(iter(estimates.values())).speed
-    how = "by a probe of this machine" if speed.measured else "an estimate from published rates"
-    table = Table("notebook", *estimates, title=f"time on {speed.where}: {how}", title_justify="left")
+    table = Table("notebook", *estimates, title=f"time on {speed.where}: {speed.how}", title_justify="left")
     for step in STEPS:
         table.add_row(step, *(describe_time(estimate.steps[step]) for estimate in estimates.values()))
     table.add_row("all seven", *(describe_time(estimate.total) for estimate in estimates.values()))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
+
+import psutil
 
 from medcot_utils.machine.gpu import release_gpu_memory
 from medcot_utils.machine.hardware import count_gpus_alike, visible_gpus
@@ -15,7 +16,8 @@ from medcot_utils.machine.hardware import count_gpus_alike, visible_gpus
 if TYPE_CHECKING:
     import torch
 
-_TIMES = 7  # each is measured; the middle one counts, since other programs disturb some
+_TIMES = 8  # each is measured; the fastest counts, since other programs slow the others down
+_BUSY_LOAD = 1.5  # processes that ran in the last minute; one of them is the series' own
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,14 @@ class MachineSpeed:
     small_steps: float  # small operations that one core starts, Python included
     capability: tuple[int, int] | None = None  # compute capability of the GPUs
     measured: bool = True  # here; else published or derived
+    busy: bool = False  # other programs used the processor meanwhile
+
+    @property
+    def how(self) -> str:
+        """Return where the numbers come from, in words."""
+        if not self.measured:
+            return "an estimate from published rates"
+        return "by a probe of this machine" + (", which other programs slowed down" if self.busy else "")
 
 
 # Kaggle's two GPUs. `product` is what the public runs of medcot_utils/data/t4_reference.json come to: 60 steps of 8 rows of
@@ -44,28 +54,30 @@ def measure_speed() -> MachineSpeed:
     """Measure this machine, once in a process. Takes two or three seconds, and at most 1.5 GB of memory."""
     import torch
 
-    gpus = visible_gpus()
+    gpus, busy = visible_gpus(), psutil.getloadavg()[0] > _BUSY_LOAD
     small = _count_per_second(_take_small_steps, 20_000)
     if not gpus:
         cores = torch.get_num_threads()
-        return MachineSpeed(f"{cores} CPU cores", 0, 0.0, _measure_product(512, 1024, 4096), _measure_weights(), 1.0, small)
+        return MachineSpeed(
+            f"{cores} CPU cores", 0, 0.0, _measure_product(512, 1024, 4096), _measure_weights(), 1.0, small, busy=busy
+        )
     first = gpus[0]
     same = count_gpus_alike()
     product, memory, upload = _measure_product(4096, 4096, 4096), _measure_copy(), _measure_upload()
     release_gpu_memory()
     where = first.name if same == 1 else f"{same} x {first.name}"
-    return MachineSpeed(where, same, first.memory_gib, product, memory, upload, small, first.capability)
+    return MachineSpeed(where, same, first.memory_gib, product, memory, upload, small, first.capability, busy=busy)
 
 
 def _count_per_second(work: Callable[[], object], amount: float) -> float:
-    """Return how much of an amount is done per second: the median of a few times, after one that warms up."""
+    """Return how much of an amount is done per second, the fastest of a few times."""
     work()
     seconds = []
     for _ in range(_TIMES):
         began = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - began)
-    return amount / statistics.median(seconds)
+    return amount / min(seconds)
 
 
 def _take_small_steps() -> None:

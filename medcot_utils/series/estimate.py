@@ -262,8 +262,7 @@ def describe_sessions(estimate: SeriesEstimate, config: RunConfig, on_kaggle: bo
 
     `on_kaggle`: whether it runs there; by default, whether this is Kaggle."""
     total = estimate.total
-    how = "measured here" if estimate.speed.measured else "an estimate from published rates"
-    line = f"all seven notebooks: about {describe_time(total)}, {how}"
+    line = f"all seven notebooks: about {describe_time(total)}, {estimate.speed.how}"
     if not (platform_name() == "kaggle" if on_kaggle is None else on_kaggle) or not estimate.speed.gpus:
         return line
     limit = config.training.max_hours

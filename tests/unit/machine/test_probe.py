@@ -27,12 +27,18 @@ def test_a_cpu_is_measured_once_within_seconds(cpu):
     assert probe.measure_speed() is speed
 
 
-def test_the_rate_is_the_amount_over_the_median_time(monkeypatch):
-    assert probe._TIMES == 7
-    seconds = [1, 9, 2, 2, 8, 1, 2]
+def test_the_rate_is_the_amount_over_the_shortest_time(monkeypatch):
+    seconds = [4, 9, 2, 2, 8, 5, 2, 3]
     clock = iter([time for number, took in enumerate(seconds) for time in (20 * number, 20 * number + took)])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     assert probe._count_per_second(lambda: None, 100) == 50
+
+
+@pytest.mark.parametrize(("load", "told"), [(0.9, ""), (3.2, ", which other programs slowed down")])
+def test_a_busy_machine_is_told(cpu, monkeypatch, load, told):
+    monkeypatch.setattr("psutil.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(probe, "_count_per_second", lambda work, amount: amount)
+    assert probe.measure_speed().how == f"by a probe of this machine{told}"
 
 
 def test_kaggles_gpus_are_no_measurement():
