@@ -18,7 +18,7 @@ from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.evaluation.report import make_environment
 from medcot_utils.export.merged import find_trained_pair
 from medcot_utils.models.embedded import PREFIX, describe_model, find_hub_address
-from medcot_utils.plain_text import escape_markdown
+from medcot_utils.plain_text import escape_markdown, keep_intervals
 from medcot_utils.run.sources import with_commits_used
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
     )
 
     def show(value: object) -> str:
-        return value if isinstance(value, Markup) else escape_markdown(str(value))
+        return value if isinstance(value, Markup) else escape_markdown(keep_intervals(value))
 
     # Not by ModelCard.from_template, which escapes nothing.
     environment = make_environment(Path(__file__).parent, finalize=show)
