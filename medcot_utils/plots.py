@@ -97,6 +97,7 @@ def length_figure(tokens: Sequence[int], limit: int) -> Figure:
 
 # --- the comparison --------------------------------------------------------------------------------------------------
 
+_AT_LEAST = "≥"
 _MODELS = {"base": ("base", BASE), "tuned": ("tuned", TUNED), "merged": ("merged", MERGED)}
 _FORM = {
     "closed_think_rate": "closes its\nthinking",
@@ -148,7 +149,7 @@ def comparison_figure(measured: Mapping[str, Any], merged: Mapping[str, Any] | N
     _draw_groups(likeness, "Likeness to the reference answer", "likeness, 0 to 1", both)
     lengths = _groups(measured, merged or {}, {"thinking_tokens": "thinking"})
     lengths += _natural_and_forced(measured, merged or {}, "answer_tokens", "answer")
-    unit = "tokens (≥: cut, so at least)" if any(group.at_least for group in lengths) else "tokens"
+    unit = f"tokens ({_AT_LEAST}: cut, so at least)" if any(group.at_least for group in lengths) else "tokens"
     _draw_groups(length, "Length", unit, lengths)
     choices = _reading_groups(measured)
     _draw_groups(readings, "Multiple choice", "share right", choices)
@@ -195,7 +196,7 @@ def _draw_groups(axes: Axes, title: str, unit: str, groups: Sequence[_Group]) ->
     for index, group in enumerate(groups):
         for model, estimate in group.bars.items():
             place = index + (models.index(model) - (len(models) - 1) / 2) * width
-            _draw_bar(axes, place, 0.94 * width, estimate, _MODELS[model][1], "≥" * (model in group.at_least))
+            _draw_bar(axes, place, 0.94 * width, estimate, _MODELS[model][1], _AT_LEAST * (model in group.at_least))
         if group.chance is not None:
             axes.hlines(group.chance, index - 0.5, index + 0.5, color=ACCENT, linestyle="--", linewidth=1.2)
     _label(axes, title, unit, [group.label for group in groups])
@@ -209,7 +210,9 @@ def _draw_bar(axes: Axes, place: float, width: float, estimate: Bounds, color: s
     low, high = (value if estimate[end] is None else estimate[end] for end in ("low", "high"))
     axes.bar(place, value, width, color=color)
     axes.errorbar(place, value, yerr=[[abs(value - low)], [abs(high - value)]], fmt="none", ecolor=GREY, capsize=3, linewidth=1)
-    axes.annotate(text, (place, max(value, high)), (0, 2), textcoords="offset points", ha="center", va="bottom")
+    # A bound's mark is large, or it looks like a part of the interval below it.
+    size = 14 if text == _AT_LEAST else None
+    axes.annotate(text, (place, max(value, high)), (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=size)
 
 
 def _label(axes: Axes, title: str, unit: str, labels: Sequence[str]) -> None:
@@ -255,6 +258,15 @@ def _reading_groups(measured: Mapping[str, Any]) -> list[_Group]:
         for group in _groups(measured, {}, {name: label}):
             groups.append(replace(group, label=f"{label}\nn = {group.bars['base'].get('n')}", chance=chance))
     return groups
+
+
+def describe_figure(figure: Figure) -> str:
+    """Return a figure's alt text: what each of its panels shows, in the order of the titles, units and labels."""
+    said = [figure.get_suptitle()]
+    for axes in figure.axes:
+        units = " over ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
+        said.append(": ".join(filter(None, (axes.get_title(), units))))
+    return ". ".join(filter(None, said))
 
 
 def to_data_uri(figure: Figure) -> str:

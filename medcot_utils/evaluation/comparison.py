@@ -14,6 +14,7 @@ from medcot_utils.evaluation.intervals import format_interval, is_clear, mean_of
 from medcot_utils.evaluation.loss import compare_losses
 from medcot_utils.evaluation.metrics import METRICS, Metric, cut_lengths, embedder, sampled_columns
 from medcot_utils.evaluation.paired import ComparedMetric, CutLengths, Metrics, compare_shares, compare_statistics
+from medcot_utils.plain_text import keep_intervals
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,7 +198,7 @@ def conclusions(metrics: Metrics, forced: Metrics | None = None) -> str:
     found = _conclusions(metrics)
     if forced:
         found = f"### {BY_THEMSELVES.capitalize()}\n\n{found}\n\n### {FORCED.capitalize()}\n\n{_conclusions(forced)}"
-    return f"{found}\n\n**Not tested** at all:\n\n{_NEVER_TESTED}"
+    return keep_intervals(f"{found}\n\n**Not tested** at all:\n\n{_NEVER_TESTED}")
 
 
 def _conclusions(metrics: Metrics) -> str:
@@ -235,28 +236,26 @@ def needed_table(metrics: Metrics, confidence_level: float, sizes: Sequence[floa
             needed = [share_questions_needed(found["changed"], size, confidence_level) for size in sizes]
         else:
             needed = [questions_needed(found["spread"], size, confidence_level) for size in sizes]
-        of_sizes = {f"for {size:.2f}": number for size, number in zip(sizes, needed, strict=True)}
-        lines.append({"metric": METRICS[name].label, "found": f"{found['value']:.2f}", "for that": found["needed"]} | of_sizes)
-    table = pd.DataFrame(lines, columns=["metric", "found", "for that", *(f"for {size:.2f}" for size in sizes)]).set_index(
-        "metric"
-    )
-    return table.astype(dict.fromkeys(table.columns[1:], "Int64"))
+        counts = ["" if number is None else f"{number:,}" for number in (found["needed"], *needed)]
+        lines.append([METRICS[name].label, f"{found['value']:z.2f}", *counts])
+    columns = ["metric", "found", "for that", *(f"for {size:.2f}" for size in sizes)]
+    return pd.DataFrame(lines, columns=columns).set_index("metric")
 
 
 def metrics_table(metrics: Metrics, forced: Metrics | None = None, labels: Labels = LABELS) -> pd.DataFrame:
     """Return the comparison as a table: one line per metric, values with their intervals, and the verdict.
 
-    With `forced`, the columns come twice, for both readings; a metric without the second has empty cells there."""
+    With `forced`, a metric has a line for each reading that it has, one below the other: beside each other they would not fit
+    on a page."""
     import pandas as pd
 
-    tables = {}
-    for reading, measured in {BY_THEMSELVES: metrics, FORCED: forced or {}}.items():
-        lines = {
-            line.metric.label: [line.base, line.tuned, line.difference, line.verdict]
-            for line in metric_lines(measured, labels).values()
-        }
-        columns = [*labels, "difference", "verdict"]
-        tables[reading] = pd.DataFrame.from_dict(lines, orient="index", columns=columns).rename_axis("metric")
-    if not forced:
-        return tables[BY_THEMSELVES]
-    return pd.concat(tables, axis="columns").reindex(tables[BY_THEMSELVES].index).fillna("")
+    lines = {
+        (line.metric.label, reading): [line.base, line.tuned, line.difference, line.verdict]
+        for name in metrics
+        for reading, measured in {BY_THEMSELVES: metrics, FORCED: forced or {}}.items()
+        if name in measured
+        for line in metric_lines({name: measured[name]}, labels).values()
+    }
+    index = pd.MultiIndex.from_frame(pd.DataFrame([*lines], columns=["metric", "reading"]))
+    table = pd.DataFrame([*lines.values()], index=index, columns=[*labels, "difference", "verdict"])
+    return table if forced else table.droplevel(1)

@@ -280,4 +280,5 @@ def format_interval(estimate: Estimate) -> str:
     """Return the estimate as `1.77 [1.70, 1.84]`, with digits to suit its size."""
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return f"{value:.{digits}f}" if low is None else f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    shown = f"z.{digits}f"  # z: a negative number that is rounded to zero loses its sign
+    return f"{value:{shown}}" if low is None else f"{value:{shown}} [{low:{shown}}, {high:{shown}}]"

@@ -18,7 +18,7 @@ from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.evaluation.report import make_environment
 from medcot_utils.export.merged import find_trained_pair
 from medcot_utils.models.embedded import PREFIX, describe_model, find_hub_address
-from medcot_utils.plain_text import escape_markdown
+from medcot_utils.plain_text import escape_markdown, keep_intervals
 from medcot_utils.run.sources import with_commits_used
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
 
     config = with_commits_used(run.config, run.manifest())
     measured, check, report = run.read("metrics"), run.read("export_check"), run.read("data_report")
-    merged = read_merged(run)
+    merged, plan = read_merged(run), run.read("plan")
     kind = kind or ("one" if config.hub.repo_id and config.hub.layout == "one" else "merged")
     if addresses is None:
         pushed = [name for name in config.hub.artifacts if name != "gguf" or config.export.gguf] if config.hub.repo_id else []
@@ -73,7 +73,7 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
     )
 
     def show(value: object) -> str:
-        return value if isinstance(value, Markup) else escape_markdown(str(value))
+        return value if isinstance(value, Markup) else escape_markdown(keep_intervals(value))
 
     # Not by ModelCard.from_template, which escapes nothing.
     environment = make_environment(Path(__file__).parent, finalize=show)
@@ -99,7 +99,8 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
         n_questions=measured["n_questions"],
         multiple_choice="mcq_accuracy" in measured["metrics"],
         confidence=f"{100 * config.evaluation.confidence_level:g}",
-        plan=run.read("plan"),
+        plan=plan,
+        trainable=f"{plan['trainable_parameters']:,}",
         check=check,
         trained_name=trained_name,
         trained=trained,

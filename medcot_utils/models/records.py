@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NotRequired, cast
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 END_OF_THINKING = "</think>"
 # What ends the thinking for the model, as the training text does (`prompts.TRAINING_TEMPLATE`).
 CLOSING = f"\n{END_OF_THINKING}\n"
+# The rest of a word in which a text was cut, if the text has spaces.
+_WORD_BEFORE, _WORD_AFTER = re.compile(r"^\S{1,30}\s+"), re.compile(r"\s+\S{1,30}$")
 ASK_LETTER = "Answer:"  # what stands before the letter of a multiple choice, as its prompt asks
 ClosedBy = Literal["itself", "budget", "end"]
 
@@ -94,12 +97,16 @@ def show_text(record: AnswerRecord, characters: int = 400) -> str:
     """Return what a reader should see of an answer: the answer or, if the model gave none by itself, the end of what it wrote
     and then, labeled, the forced answer. `characters` of each at most."""
     if record["answer"]:
-        return show_controls(f"[...] </think> {record['answer'][:characters]}")
+        return show_controls(f"[...] </think> {_begin(record['answer'], characters)}")
     written = record["completion"].strip()
-    shown = written if len(written) <= characters else f"[...] {written[-characters:]}"
+    shown = written if len(written) <= characters else f"[...] {_WORD_BEFORE.sub('', written[-characters:])}"
     if (forced := record.get("forced")) and forced["closed_by"] != "itself":
-        shown += f"\n[</think> written for it: {forced['closed_by']}] {forced['answer'][:characters]}"
+        shown += f"\n[</think> written for it: {forced['closed_by']}] {_begin(forced['answer'], characters)}"
     return show_controls(shown)
+
+
+def _begin(text: str, characters: int) -> str:
+    return text if len(text) <= characters else f"{_WORD_AFTER.sub('', text[:characters])} [...]"
 
 
 def thinking_is_cut(record: AnswerRecord) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import sys
 import time
 from typing import Any
 
@@ -41,8 +40,8 @@ class Run(StoredRun):
             here = {"pid": os.getpid(), "host": paths.host_name()}
             self.record_step(step, state="running", started=time.time(), **here, error=None)
             if estimate := self.estimate(step):
-                # Times differ from run to run, what a notebook shows need not: so on another stream.
-                say(f"{step}: {describe_time(estimate)}, {describe_end(estimate, time.time())}", stream=sys.stderr)
+                # Not on standard error, which notebooks show on red ground.
+                say(f"{step}: {describe_time(estimate)}, {describe_end(estimate, time.time())}")
         except BaseException:
             let_go(self.path)
             raise

@@ -13,6 +13,7 @@ from medcot_utils.machine.paths import HOME
 from medcot_utils.series.runner import notebooks_dir
 
 _MODELS = HOME / "medcot_utils" / "models"
+_WIDTH = 76  # characters: what a cell of Markdown shows in one line on a page of 800 pixels
 _BEGINNING = "The engines make these calls; `settings` is "  # how a written cell begins
 _UNSLOTH = "Unsloth (`loader` is `FastModel` if the GPU computes in bfloat16, else the article's `FastLanguageModel`)"
 # (notebook, heading of the section, whose settings are passed, [(title, [(file, function, what is called)])])
@@ -61,9 +62,16 @@ def describe_calls(section: str, groups: Iterable[tuple[str, list[tuple[str, str
     """Return one Markdown cell with a block of code for each engine."""
     parts = [f"{_BEGINNING}`config.{section}`:"]
     for title, calls in groups:
-        code = "\n".join(cut_call(*call) for call in calls)
+        code = "\n".join(map(_shorten, "\n".join(cut_call(*call) for call in calls).splitlines()))
         parts.append(f"**{title}**\n\n```python\n{code}\n```")
     return "\n\n".join(parts)
+
+
+def _shorten(line: str) -> str:
+    """Return a line of code that fits on a page, with its comment above it if both are too wide."""
+    code, mark, comment = line.partition("  # ")
+    indent = line[: len(line) - len(line.lstrip())]
+    return f"{indent}# {comment}\n{code}" if mark and len(line) > _WIDTH else line
 
 
 def faults(folder: Path | None = None) -> list[str]:

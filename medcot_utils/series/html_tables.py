@@ -13,24 +13,43 @@ _ROW = re.compile(r"<tr\b.*?</tr>", re.DOTALL)
 _CELL = re.compile(r"<(?P<kind>t[hd])\b(?P<attributes>[^>]*)>(?P<text>.*?)</(?P=kind)>", re.DOTALL)
 _SPAN = re.compile(r'colspan="(\d+)"')
 _TAG = re.compile(r"<[^>]*>")
-# A number, also a bound, in per cent, or with its interval.
-_NUMBER = re.compile(r"((at least|at most) )?[-+]?(\d[\d,]*)?\.?\d+(e[-+]?\d+)?( ?%)?( \[[^\]]*\])?")
+_HEAD = re.compile(r"<thead>.*?</thead>", re.DOTALL)
+# A number, also a bound, with its unit, or with its interval.
+_NUMBER = re.compile(r"((at least|at most) )?[-+]?(\d[\d,]*)?\.?\d+(e[-+]?\d+)?( ?%| [kMG]i?B)?( \[[^\]]*\])?")
+_BOUND = re.compile(r"\bat (?:least|most) (?=[-\d])")
 _NO_VALUE = {"", "-", "...", "None", "NaN", "nan", "<NA>", "not reported"}
-_LONG = 24  # characters: a longer text gets a column that takes a few words a line
+_LONG = 24  # characters: a longer text gets a column that takes a few words a line, and a longer word is broken
+_SHORT = 16  # characters: a shorter text of one word is not broken at a hyphen, and a longer word may be after _ and /
+_WORD = re.compile(rf"[^\s&;]{{{_SHORT + 1},}}")  # not the name of a character, as in &amp;
+_JOINT = re.compile(r"[_/](?=\w)")
 
 
 def lay_out(page: str) -> str:
     """Return the HTML of a table, as `DataFrame.to_html` or `Styler.to_html` writes it, with its cells aligned.
 
-    Every column whose values are all numbers stands to the right, with its head. The texts stay as they are, but for the spaces
-    within an interval, which do not end a line."""
+    Every column whose values are all numbers stands to the right, with its head. The index's names share a row with the columns'.
+    The texts stay as they are, but for the spaces within an interval or a bound, which do not end a line."""
     rows = [[cell for cell in _CELL.finditer(row) if cell["kind"] == "td"] for row in _ROW.findall(page)]
     columns = zip(*(map(_text_of, row) for row in rows if row), strict=True)
     numeric = [
         any(map(_is_number, column)) and all(_is_number(text) or text in _NO_VALUE for text in column) for column in columns
     ]
-    page = _ROW.sub(lambda row: _align_row(row[0], numeric), keep_intervals(page))
+    page = _HEAD.sub(lambda head: _join_names(head[0], len(numeric)), page)
+    page = _BOUND.sub(lambda bound: bound[0].replace(" ", "\N{NO-BREAK SPACE}"), keep_intervals(page))
+    page = _ROW.sub(lambda row: _align_row(row[0], numeric), page)
     return f'<div style="max-width: 100%; overflow-x: auto">\n{page}\n</div>'
+
+
+def _join_names(head: str, columns: int) -> str:
+    """Return a table's head with the names of its index beside those of its `columns`; pandas gives them a row of their own."""
+    *_, above, names = [("", []), ("", []), *((row, [*_CELL.finditer(row)]) for row in _ROW.findall(head))]
+    texts = [[_text_of(cell) for cell in cells] for _, cells in (above, names)]
+    levels = len(names[1]) - columns
+    free = len(texts[0]) == len(texts[1]) and not any(texts[0][:levels]) and not any(texts[1][levels:])
+    if levels < 1 or not columns or not free:
+        return head
+    row = above[0][: above[1][0].start()] + "".join(cell[0] for cell in [*names[1][:levels], *above[1][levels:]]) + "</tr>"
+    return head.replace(above[0], "").replace(names[0], row)
 
 
 def _align_row(row: str, numeric: list[bool]) -> str:
@@ -45,9 +64,24 @@ def _align_row(row: str, numeric: list[bool]) -> str:
         right = numeric[at] if at >= 0 and _span_of(cell) == 1 else _is_number(text)
         style = f"text-align: {'right' if right else 'left'}; vertical-align: top"
         style += "; min-width: 8em" if len(text) > _LONG and not right else ""
-        return f'<{cell["kind"]}{cell["attributes"]} style="{style}">{cell["text"]}</{cell["kind"]}>'
+        style += _style_of_lines(text)
+        return f'<{cell["kind"]}{cell["attributes"]} style="{style}">{_let_words_break(cell["text"])}</{cell["kind"]}>'
 
     return _CELL.sub(align, row)
+
+
+def _style_of_lines(text: str) -> str:
+    """Return where a cell's text goes to the next line: at its own line breaks, not within a short name such as `case-121`, and
+    anywhere in a word that would widen the table."""
+    longest = max(map(len, text.split()), default=0)
+    if longest == len(text) <= _SHORT and "-" in text:
+        return "; white-space: nowrap"
+    return "; white-space: pre-wrap" * ("\n" in text) + "; overflow-wrap: anywhere" * (longest > _LONG)
+
+
+def _let_words_break(text: str) -> str:
+    """Return a cell's HTML with a place for a line break after each joint of a long name, as in `max_<wbr>seq_<wbr>length`."""
+    return text if "<" in text else _WORD.sub(lambda word: _JOINT.sub(r"\g<0><wbr>", word[0]), text)
 
 
 def _span_of(cell: re.Match) -> int:

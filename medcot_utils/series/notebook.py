@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from medcot_utils.machine import installing
 from medcot_utils.plain_text import hide_formulas, say, show_controls
+from medcot_utils.plots import describe_figure
 from medcot_utils.series.html_tables import lay_out
 
 if TYPE_CHECKING:
     import pandas as pd
     from IPython.core.interactiveshell import ExecutionResult
+    from matplotlib.figure import Figure
     from pandas.io.formats.style import Styler
 
     from medcot_utils.run.directory import Run
@@ -78,9 +80,19 @@ def _show_figures() -> None:
     # Figures are made without pyplot, which would keep every one of them alive; IPython must be told to draw them.
     from IPython import get_ipython
     from IPython.core.pylabtools import select_figure_formats
+    from matplotlib.figure import Figure
 
     if shell := get_ipython():
         select_figure_formats(shell, {"png"})
+        shell.display_formatter.formatters["image/png"].for_type(Figure, show_figure)
+
+
+def show_figure(figure: Figure) -> tuple[str, dict[str, str]] | None:
+    """Return the PNG of a figure in base64, with its alt text; None if nothing is drawn in it."""
+    from IPython.core.pylabtools import print_figure
+
+    png = print_figure(figure, base64=True)
+    return (png, {"alt": describe_figure(figure)}) if png else None
 
 
 def _show_tables() -> None:
@@ -144,13 +156,13 @@ def finish(run: Run, step: str) -> pd.DataFrame:
     lines = [
         {
             "artifact": ARTIFACTS[name].file,
-            "size (kB)": round(manifest[name]["bytes"] / 1e3, 1),
+            "size (kB)": f"{manifest[name]['bytes'] / 1e3:,.1f}",
             "sha256": manifest[name]["sha256"][:12],
         }
         for name in run.makes(step)
     ]
-    # Time differs from run to run, the table need not: so on another stream.
-    say(f"{step}: {describe_costs(entry)}", stream=sys.stderr)
+    # Not on standard error, which notebooks show on red ground.
+    say(f"{step}: {describe_costs(entry)}")
     if used := gpu.describe_used_gpus():
-        say(used, stream=sys.stderr)
+        say(used)
     return pd.DataFrame(lines).set_index("artifact")

@@ -136,18 +136,28 @@ class SkippedSteps(TrainerCallback):
     on_train_end = on_step_begin  # if it was the last step
 
 
+# What the log is tabulated with, and in how many digits.
+_LOGGED = {"loss": ".4f", "eval_loss": ".4f", "grad_norm": ".3f", "learning_rate": ".2e"}
+
+
 def skipped_steps(log_history: Sequence[LogEntry]) -> int:
     """Return how many optimizer steps GradScaler skipped, by the trainer's log."""
     return sum(entry.get("skipped_step", 0) for entry in log_history)
 
 
 def tabulate_log(log_history: Sequence[LogEntry]) -> pd.DataFrame:
-    """Return the logged losses by step, with gradient norm and learning rate if they were logged; no line if no step was."""
+    """Return the logged losses, one line per step, with gradient norm and learning rate if they were logged.
+
+    There is no line if no step was logged."""
     import pandas as pd
 
-    lines = [entry for entry in log_history if "loss" in entry or "eval_loss" in entry]
-    columns = [name for name in ("loss", "eval_loss", "grad_norm", "learning_rate") if any(name in line for line in lines)]
-    return pd.DataFrame(lines, columns=["step", *columns]).set_index("step").astype(float).round(5).fillna("")
+    lines: dict[int, dict[str, object]] = {}
+    for entry in log_history:
+        if "loss" in entry or "eval_loss" in entry:
+            shown = {name: f"{float(entry[name]):{digits}}" for name, digits in _LOGGED.items() if name in entry}
+            lines.setdefault(entry["step"], {"step": entry["step"]}).update(shown)
+    columns = [name for name in _LOGGED if any(name in line for line in lines.values())]
+    return pd.DataFrame([*lines.values()], columns=["step", *columns]).set_index("step").fillna("")
 
 
 class TrackLog(TrainerCallback):

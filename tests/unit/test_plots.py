@@ -10,6 +10,7 @@ import math
 import made_up_measures
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from PIL import Image
 
 from medcot_utils.plots import (
@@ -19,6 +20,7 @@ from medcot_utils.plots import (
     TUNED,
     band_figure,
     comparison_figure,
+    describe_figure,
     loss_bars_figure,
     loss_figure,
     to_data_uri,
@@ -82,6 +84,20 @@ def test_the_figure_shows_losses_readings_and_the_merged_model():
     assert bars(choice) == {BASE: [0.0, 0.25, 0.4], TUNED: [0.0, 0.28, 0.38]}
     assert sum(to_hex(line.get_color()) == ACCENT.lower() for line in choice.collections) == 3, "chance, for each reading"
     assert [text.get_text() for text in figure.legends[0].texts] == ["base", "tuned", "merged", "chance"]
+
+
+def test_the_mark_of_a_bound_is_larger_than_a_number():
+    drawn = comparison_figure(made_up_measures.measured())
+    sizes = {text.get_text(): text.get_fontsize() for axes in drawn.axes for text in axes.texts}
+    assert sizes["≥"] > sizes["3.99"]
+
+
+def test_an_alt_text_says_what_each_panel_shows():
+    assert describe_figure(loss_figure(LOG)) == "Loss during fine-tuning: loss (nats per token) over optimizer step"
+    text = describe_figure(comparison_figure(made_up_measures.measured()))
+    assert text.startswith("The effects of fine-tuning, on held-out rows and questions. Held-out loss: nats per token. Form of")
+    assert text.endswith(". Multiple choice: share right")
+    assert describe_figure(Figure()) == ""
 
 
 def test_an_earlier_run_has_no_bar_that_it_did_not_measure():

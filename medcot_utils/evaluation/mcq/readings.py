@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 Reading = Literal["strict", "letter", "likelihood"]
 
 MEASURES: dict[Reading, str] = {
-    "strict": "knowledge and the asked form: a line `Answer: X` after one closed thinking; no such line is not right",
-    "letter": "knowledge after the model's own thinking, closed by it or for it: the likeliest letter after `Answer:`",
+    "strict": 'knowledge and the asked form: a line "Answer: X" after one closed thinking; no such line is not right',
+    "letter": 'knowledge after the model\'s own thinking, closed by it or for it: the likeliest letter after "Answer:"',
     "likelihood": "knowledge without thinking: the likeliest option's text, by its length (leaderboards' acc_norm)",
 }
 # Answers are as likely as another in the last digits only by rounding, as scipy.stats.binomtest has it.
@@ -125,19 +125,20 @@ def _read_share(records: Sequence[McqAnswer], right: np.ndarray, reading: Readin
 
 
 def readings_table(readings: Sequence[McqReading]) -> pd.DataFrame:
-    """Return `compare_readings` as a table: one line per task and reading."""
+    """Return `compare_readings` as a table: for each task and reading a line per model, and one for their difference.
+
+    p: of a model against chance, of the difference McNemar's."""
     import pandas as pd
 
-    lines = []
-    for reading in readings:
-        line = {"task": reading["task"], "reading": reading["reading"], "n": reading["n"], "chance": f"{reading['chance']:.2f}"}
+    lines: list[tuple[object, ...]] = []
+    for one in readings:
         for side in ("base", "tuned"):
-            share = reading[side]
-            line[f"{side}: right"] = format_interval(share)
-            line[f"{side}: p against chance"] = "" if share["p"] is None else f"{share['p']:.3f}"
-            line[f"{side}: abstained"] = share["abstained"]
-        line |= {"difference": format_interval(reading["difference"]), "p (McNemar)": f"{reading['difference']['p']:.3f}"}
-        lines.append(line | {"measures": reading["measures"]})
-    sides = [f"{side}: {what}" for side in ("base", "tuned") for what in ("right", "p against chance", "abstained")]
-    columns = ["task", "reading", "n", "chance", *sides, "difference", "p (McNemar)", "measures"]
-    return pd.DataFrame(lines, columns=columns).set_index(["task", "reading"])
+            share = one[side]
+            p = "" if share["p"] is None else f"{share['p']:.3f}"
+            measured = format_interval(share), f"{one['chance']:.2f}", p, share["abstained"]
+            lines.append((one["task"], one["reading"], side, one["n"], *measured))
+        difference = one["difference"]
+        measured = format_interval(difference), "", f"{difference['p']:.3f}", ""
+        lines.append((one["task"], one["reading"], "difference", one["n"], *measured))
+    index = ["task", "reading", "model"]
+    return pd.DataFrame(lines, columns=[*index, "questions", "right", "chance", "p", "abstained"]).set_index(index)

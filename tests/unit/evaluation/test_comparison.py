@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -231,9 +233,10 @@ def test_the_needed_table_has_found_and_given_differences():
     metrics = compared(answers(well_formed=3), answers(well_formed=9))
     table = needed_table(metrics, 0.95, sizes=(0.2, 0.1))
     closed = table.loc[METRICS["closed_think_rate"].label]
-    assert closed["found"] == "0.20" and closed["for that"] == metrics["closed_think_rate"]["difference"]["needed"]
-    assert closed["for that"] == closed["for 0.20"] < closed["for 0.10"]
-    assert table.loc[METRICS["bullet_rate"].label].isna().tolist() == [False, True, False, False]
+    assert closed["found"] == "0.20" and closed["for that"] == str(metrics["closed_think_rate"]["difference"]["needed"])
+    assert closed["for that"] == closed["for 0.20"] and int(closed["for 0.20"]) < int(closed["for 0.10"])
+    assert [text == "" for text in table.loc[METRICS["bullet_rate"].label]] == [False, True, False, False]
+    assert "," in needed_table(metrics, 0.95, sizes=(0.01,)).loc[METRICS["closed_think_rate"].label, "for 0.01"]
     assert METRICS["thinking_words"].label not in table.index, "words are on no scale from 0 to 1"
 
 
@@ -356,20 +359,18 @@ def test_of_samples_all_cut_answers_are_counted():
 # --- two readings --------------------------------------------------------------------------------------------------
 
 
-def test_both_readings_stand_side_by_side_in_the_table():
+def test_a_metric_has_a_line_for_each_of_its_readings():
     natural = compared(answers(well_formed=3), answers(well_formed=27))
     forced = compare(paired(answers(well_formed=30), answers(well_formed=30)), [], SETTINGS, 7)
     table = metrics_table(natural, forced)
-    assert table.columns.tolist() == [
-        (reading, column)
-        for reading in ("as they answer", "forced closing")
-        for column in ("base", "tuned", "difference", "verdict")
-    ]
+    assert table.columns.tolist() == ["base", "tuned", "difference", "verdict"]
     closed = table.loc[METRICS["closed_think_rate"].label]
-    assert closed["as they answer", "verdict"] == "rose, better"
-    assert closed["forced closing", "verdict"] == "no difference shown with 30 questions"
-    assert list(table.index) == list(metrics_table(natural).index)
-    assert set(table.loc[METRICS["eval_loss"].label]["forced closing"]) == {""}, "the loss has one reading"
+    assert closed["verdict"].to_dict() == {
+        "as they answer": "rose, better",
+        "forced closing": "no difference shown with 30 questions",
+    }
+    assert list(table.index.unique("metric")) == list(metrics_table(natural).index)
+    assert list(table.loc[METRICS["eval_loss"].label].index) == ["as they answer"], "the loss has one reading"
 
 
 def test_conclusions_tell_both_readings_and_what_no_one_tests():
@@ -378,6 +379,7 @@ def test_conclusions_tell_both_readings_and_what_no_one_tests():
     first, second = conclusions(natural, forced).split("### Forced closing")
     assert first.startswith("### As they answer") and "**rose, better**" in first and "**rose, better**" not in second
     assert second.count("**Not tested** at all") == 1 == conclusions(natural).count("**Not tested** at all")
+    assert not re.search(r"\[[^]]* [^]]*\]", first + second), "no interval can end a line"
 
 
 # --- before a model is loaded --------------------------------------------------------------------------------------

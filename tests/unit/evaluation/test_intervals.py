@@ -303,6 +303,7 @@ def test_needed_questions_are_never_too_few_to_show_anything():
         ((-123.4, -150.5, -99.9), "-123 [-150, -100]"),
         ((0.5, None, None), "0.50"),
         ((250.4, None, None), "250"),
+        ((0.0, -0.0002, 0.0003), "0.00 [0.00, 0.00]"),
     ],
 )
 def test_an_interval_is_written_with_digits_to_suit_its_size(entry, expected):

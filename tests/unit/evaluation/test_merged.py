@@ -136,6 +136,6 @@ def test_forced_answers_are_compared_beside_the_natural_ones():
     found = compare_merged(score_merged(questions(24), *sides, REPORT).counted, losses(), SETTINGS, 7)
     assert found["forced"] == {name: metric for name, metric in found["metrics"].items() if name in found["forced"]}
     table = merged_table(found)
-    assert table.columns.get_level_values(0).unique().tolist() == ["as they answer", "forced closing"]
-    assert table.columns.get_level_values(1).unique().tolist() == ["measured (4-bit)", "merged", "difference", "verdict"]
+    assert table.index.unique("reading").tolist() == ["as they answer", "forced closing"]
+    assert table.columns.tolist() == ["measured (4-bit)", "merged", "difference", "verdict"]
     assert merged_verdicts_table(found).index.get_level_values("about").tolist() == ["form", "form", "length", "loss"]

@@ -202,11 +202,11 @@ def test_the_model_card_has_numbers_license_and_limits(run):
     assert card.data.license == "apache-2.0" and card.data.language == "en"
     assert "Not for clinical use" in card.text and "`apache-2.0`: the base model's license" in card.text
     for name, metric in run.read("metrics")["metrics"].items():
-        cells = " | ".join(format_side(metric, side) for side in ("base", "tuned", "difference"))
+        cells = keep_intervals(" | ".join(format_side(metric, side) for side in ("base", "tuned", "difference")))
         assert f"| {METRICS[name].label.replace('</think>', '`</think>`')} | {cells} | {verdict(name, metric)} |" in card.text
-    cut = "at least 7.00 [7.00, 7.00] | 7.00 [7.00, 7.00] | at most 0.00 [0.00, 0.00]"
+    cut = keep_intervals("at least 7.00 [7.00, 7.00] | 7.00 [7.00, 7.00] | at most 0.00 [0.00, 0.00]")
     assert f"| length of the thinking (tokens) | {cut} |" in card.text, "the base model's were cut off"
-    assert "2.00 [2.00, 2.00] | 1.50 [1.50, 1.50] | -0.50 [-0.50, -0.50] | fell, better" in card.text
+    assert keep_intervals("2.00 [2.00, 2.00] | 1.50 [1.50, 1.50] | -0.50 [-0.50, -0.50] | fell, better") in card.text
     assert "the rest on 4 held-out questions" in card.text and "117 training rows" in card.text
     assert "0.0012" in card.text and "3 of 3 prompts" in card.text
     assert "1.81 nats per token, that of the 4-bit base + adapter 1.95" in card.text and "1 of 3 prompts" in card.text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from made_up_runs import CONFIG, MORE, QUESTIONS, Tags, fill, fill_more
 
@@ -72,6 +74,17 @@ def test_the_card_has_a_column_for_the_merged_model(measured_more):
     assert "merged into the 16-bit base. **The model that you load behaves as measured: no" in card.text
     assert "form: thinking closed once, text on both sides: differs: fell, worse" in card.text
     assert "| shipped, letter |" in card.text and "With forced closing" in card.text and "16-bit base has" in card.text
+
+
+def test_the_cards_tables_keep_intervals_whole_and_numbers_right(measured_more):
+    text = model_card(measured_more)
+    assert len(re.findall(r"\[-?\d\S*,\xa0-?\d\S*\]", text)) > 50 and not re.search(r"\[-?\d[\d.]*, -?\d", text)
+    tables = re.findall(r"^\| (.*) \|\n\| (.*) \|$", text, re.MULTILINE)
+    sides = [dict(zip(head.split(" | "), rule.split(" | "), strict=True)) for head, rule in tables if set(rule) <= set("-:| ")]
+    texts = {"metric", "verdict", "task and reading", "what it measures"}
+    assert len(sides) == 4
+    assert all(rule == (":---" if name in texts else "---:") for side in sides for name, rule in side.items())
+    assert "32,768 trainable parameters" in text
 
 
 def test_the_hub_is_told_the_scores_of_what_people_load(measured_more):

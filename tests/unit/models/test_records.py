@@ -6,7 +6,7 @@ import pytest
 
 from medcot_utils.config import load_config
 from medcot_utils.models.engine import load_tokenizer
-from medcot_utils.models.records import CLOSING, make_forced, make_record, thinking_is_cut, with_forced_closing
+from medcot_utils.models.records import CLOSING, make_forced, make_record, show_text, thinking_is_cut, with_forced_closing
 
 pytestmark = pytest.mark.model
 
@@ -111,3 +111,13 @@ def test_thinking_is_cut_by_the_budget_alone(tokenizer, ids):
     for record in cut.values():
         del record["forced"]  # as a run without forced closing has it
     assert {by: thinking_is_cut(record) for by, record in cut.items()} == {"itself": False, "end": False, "budget": True}
+
+
+def test_a_shown_text_is_not_cut_within_a_word():
+    words, record = "pleurisy " * 20, {"completion": "", "answer": ""}
+    assert show_text(record | {"answer": words}, 50) == "[...] </think> pleurisy pleurisy pleurisy pleurisy pleurisy [...]"
+    forced = {"closed_by": "budget", "answer": words}
+    ends = "[...] pleurisy pleurisy\n[</think> written for it: budget] pleurisy pleurisy [...]"
+    assert show_text(record | {"completion": words, "forced": forced}, 24) == ends
+    assert show_text(record | {"answer": "胸膜炎" * 20}, 30) == f"[...] </think> {'胸膜炎' * 10} [...]", "a script without spaces"
+    assert show_text(record | {"answer": "It hurts."}) == "[...] </think> It hurts."

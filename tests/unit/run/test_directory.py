@@ -355,7 +355,8 @@ def test_an_estimate_stands_beside_the_time_it_took(run_factory, capsys):
     run = run_factory()
     run.write("machine", {"estimate": {"01_setup": ESTIMATE, "04_lora_config": {"seconds": "long"}}})
     run.begin("01_setup")
-    assert capsys.readouterr().err.startswith("01_setup: 4 min (3 to 6), until about ")
+    said = capsys.readouterr()
+    assert said.out.startswith("01_setup: 4 min (3 to 6), until about ") and said.err == "", "no red ground in a notebook"
     entry = run.record_done("01_setup")
     assert entry["estimate"] == run.manifest()["steps"]["01_setup"]["estimate"] == ESTIMATE
     assert ", estimated 4 min (3 to 6), peak memory" in describe_costs(entry)
@@ -368,7 +369,7 @@ def test_a_run_without_an_estimate_begins_in_silence(run_factory, capsys, machin
     if machine is not None:
         (run.path / "machine.json").write_text(machine)
     run.begin("01_setup")
-    assert run.estimate("01_setup") is None and capsys.readouterr().err == ""
+    assert run.estimate("01_setup") is None and capsys.readouterr() == ("", "")
     assert describe_costs(run.record_done("01_setup")).count(",") == 1
 
 

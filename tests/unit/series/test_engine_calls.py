@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 
 import nbformat
@@ -37,3 +38,16 @@ def test_a_cell_is_replaced_and_not_added(tmp_path):
         cells = nbformat.read(folder / f"{name}.ipynb", as_version=4).cells
         assert sum(cell.source.startswith(engine_calls._BEGINNING) for cell in cells) == 1
     assert engine_calls.faults(folder) == []
+
+
+def test_a_comment_that_is_too_wide_stands_above_its_line():
+    short, code = "    r=settings.r,  # the rank", "    target_modules=list(settings.target_modules),"
+    assert engine_calls._shorten(short) == short and engine_calls._shorten(code + "," * 80) == code + "," * 80
+    assert (
+        engine_calls._shorten(f"{code}  # the projections that get matrices")
+        == f"    # the projections that get matrices\n{code}"
+    )
+    for _, _, section, groups in engine_calls._SHOWN:
+        shown = engine_calls.describe_calls(section, groups)
+        assert not [line for line in shown.splitlines() if "  # " in line.lstrip() and len(line) > 76]
+        assert [ast.parse(code) for code in re.findall(r"```python\n(.*?)```", shown, re.DOTALL)], "still code"

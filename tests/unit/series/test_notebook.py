@@ -17,7 +17,7 @@ from medcot_utils.config import load_config
 from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.plain_text import say
 from medcot_utils.run.directory import Run
-from medcot_utils.series.notebook import show_table, table, wrap_texts
+from medcot_utils.series.notebook import finish, show_table, table, wrap_texts
 from medcot_utils.series.runner import notebooks_dir
 
 __all__ = ["statistics_computed_once", "undrawn_figures"]
@@ -123,6 +123,34 @@ def test_a_notebooks_start_lets_every_table_be_shown_so(monkeypatch):
     formatted, _ = shell.display_formatter.format(pd.DataFrame({"a": ["$5"]}))
     assert "<span>&#36;</span>5" in formatted["text/html"]
     InteractiveShell.clear_instance()
+
+
+def test_a_notebooks_figure_has_an_alt_text(monkeypatch):
+    from IPython.core.interactiveshell import InteractiveShell
+    from matplotlib.figure import Figure
+
+    from medcot_utils.plots import length_figure
+    from medcot_utils.series import notebook
+
+    shell = InteractiveShell.instance()
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    notebook._show_figures()
+    data, metadata = shell.display_formatter.format(length_figure([300, 310], 640))
+    assert data["image/png"].startswith("iVBOR") and metadata["image/png"] == {
+        "alt": "Length of the training rows: rows over tokens per row"
+    }
+    assert "image/png" not in shell.display_formatter.format(Figure())[0], "nothing is drawn in it"
+    InteractiveShell.clear_instance()
+
+
+def test_the_end_of_a_notebook_is_not_said_as_an_error(tmp_path, capsys):
+    run = fill(Run.create(tmp_path / "run", load_config("smoke")))
+    run.begin("04_lora_config")
+    capsys.readouterr()
+    sizes = finish(run, "04_lora_config")["size (kB)"]
+    said = capsys.readouterr()
+    assert said.out.startswith("04_lora_config: ") and "peak memory" in said.out and said.err == ""
+    assert all(re.fullmatch(r"[\d,]+\.\d", size) for size in sizes)
 
 
 # --- 05 --------------------------------------------------------------------------------------------------------------

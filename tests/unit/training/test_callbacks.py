@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from medcot_utils.training.callbacks import LossFigure, ProgressFile, skipped_steps
+from medcot_utils.training.callbacks import LossFigure, ProgressFile, skipped_steps, tabulate_log
 from medcot_utils.training.launch import _show
 
 LOG = [{"step": 1, "loss": 7.25}, {"step": 2, "loss": 6.5}, {"step": 2, "eval_loss": 7.0}]
@@ -149,3 +149,17 @@ def test_simulated_display_shows_nothing_before_the_first_line(tell, shown):
 def test_skipped_steps_are_counted_by_their_entries():
     assert skipped_steps(LOG) == 0
     assert skipped_steps([*LOG, {"step": 1, "skipped_step": 1}, {"step": 3, "skipped_step": 1}]) == 2
+
+
+def test_a_logged_step_has_one_line_in_equal_digits():
+    logged = [
+        {"step": 2, "loss": 3.3465, "grad_norm": 0.442, "learning_rate": 0.00067},
+        {"step": 10, "loss": 3.36104, "grad_norm": 0.5, "learning_rate": 0.002},
+        {"step": 10, "eval_loss": float("nan")},
+        {"step": 12, "skipped_step": 1},
+    ]
+    table = tabulate_log(logged)
+    assert table.columns.tolist() == ["loss", "eval_loss", "grad_norm", "learning_rate"]
+    assert table.loc[2].tolist() == ["3.3465", "", "0.442", "6.70e-04"]
+    assert table.loc[10].tolist() == ["3.3610", "nan", "0.500", "2.00e-03"] and len(table) == 2
+    assert tabulate_log([{"step": 6, "train_loss": 1.5}]).empty

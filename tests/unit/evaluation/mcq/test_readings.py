@@ -90,13 +90,15 @@ def test_each_task_has_its_own_readings_and_chance():
     assert [(reading["task"], reading["n"], reading["chance"]) for reading in found] == [("four", 8, 0.25), ("two", 6, 0.5)]
 
 
-def test_the_table_of_readings_has_a_line_for_each():
+def test_the_table_of_readings_has_a_line_for_each_model():
     base = answered({0}, abstained=range(1, 8), letter="AAABBBBB", likelihood="ABBBBBBB")
     table = readings_table(compare_readings(base, base, SETTINGS))
-    assert list(table.index) == [("shipped", reading) for reading in MEASURES]
-    line = table.loc[("shipped", "letter")]
-    assert line["base: right"].startswith("0.38 [") and line["p (McNemar)"] == "1.000" and line["chance"] == "0.25"
-    assert line["base: p against chance"] == "0.422" and line["measures"] == MEASURES["letter"]
-    assert list(table["tuned: abstained"]) == [7, 0, 0]
+    lines = [("shipped", reading, model) for reading in MEASURES for model in ("base", "tuned", "difference")]
+    assert list(table.index) == lines
+    letter = table.xs("letter", level="reading").droplevel("task")
+    assert letter.loc["base", "right"].startswith("0.38 [") and set(letter["questions"]) == {8}
+    assert letter["p"].to_dict() == {"base": "0.422", "tuned": "0.422", "difference": "1.000"}
+    assert letter["chance"].to_dict() == {"base": "0.25", "tuned": "0.25", "difference": ""}
+    assert table["abstained"].xs("tuned", level="model").tolist() == [7, 0, 0]
     unread = answered((), abstained=range(8))
-    assert readings_table(compare_readings(unread, unread, SETTINGS)).iloc[0]["base: p against chance"] == ""
+    assert readings_table(compare_readings(unread, unread, SETTINGS)).iloc[0]["p"] == ""
