@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -356,9 +358,14 @@ def _profile_file(profile: str) -> dict[str, Any]:
         match = difflib.get_close_matches(str(profile), PROFILES, 1)
         hint = f"; did you mean {match[0]}?" if match else ""
         raise ConfigError(f"unknown profile {profile!r}: expected one of {choices}{hint}")
-    values = yaml.safe_load((PROFILES_DIR / f"{profile}.yaml").read_text(encoding="utf-8"))
+    values = copy.deepcopy(_read_yaml(PROFILES_DIR / f"{profile}.yaml"))
     parent = values.pop("extends", None)
     return _merge(_profile_file(parent), values) if parent else values
+
+
+@cache  # a command asks for the same profile dozens of times
+def _read_yaml(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -185,7 +185,8 @@ class StoredRun:
 
         With `recorded`, files that the record does not have do not count, since earlier versions did not look at them; and
         those that are gone count as unchanged: a run that was copied to another machine is not undone for that."""
-        digests = {name: self._entry(name)["sha256"] for name in artifact.inputs if self.wants(name)}
+        entries = self.manifest()["artifacts"]
+        digests = {name: self._entry(name, entries)["sha256"] for name in artifact.inputs if self.wants(name)}
         if recorded is None:
             # A file that is edited while the step works was read before that.
             found = self._sources.get(artifact) or digest_sources(artifact, self.config)
@@ -195,8 +196,8 @@ class StoredRun:
             found = {key: found.get(key, digest) for key, digest in kept.items()} | _only(found, DATA_FILE)
         return digests | found
 
-    def _entry(self, name: str) -> ArtifactEntry:
-        artifact, entry = ARTIFACTS[name], self.manifest()["artifacts"].get(name)
+    def _entry(self, name: str, entries: Mapping[str, ArtifactEntry] | None = None) -> ArtifactEntry:
+        artifact, entry = ARTIFACTS[name], (self.manifest()["artifacts"] if entries is None else entries).get(name)
         if entry is None:
             raise RunError(f"{artifact.file} is not in {self.path.name}/ yet: run notebook {artifact.step} first")
         return entry

@@ -373,6 +373,7 @@ def test_status_has_a_column_for_the_merged_model(tmp_path, medcot_here, monkeyp
     assert "with forced closing" in " ".join(table.stdout.split())
 
 
+@pytest.mark.embedded
 def test_doctor_says_of_every_profile_whether_it_can_run_here(tmp_path):
     result = medcot("doctor", "--run-dir", tmp_path / "run")
     assert (result.returncode, result.stderr) == (0, "")
