@@ -78,7 +78,7 @@ class Environment(TypedDict):
 class Machines(TypedDict):
     """Hold the content of benchmarks/results/demo-machines.json: the demo's verdicts in several environments.
 
-    environments: {name: its verdicts}, with names such as `1 thread`, `2 threads`, `AVX2 only`, and `as is`."""
+    environments: {name: its verdicts}, with names such as `an EPYC with AVX2, 1 thread`."""
 
     what: str
     environments: dict[str, Environment]
