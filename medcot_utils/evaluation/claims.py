@@ -209,7 +209,7 @@ def _values(names: Iterable[str], metrics: Metrics) -> str:
 
 
 def _article(article_seen: Sequence[str]) -> ClaimVerdict:
-    seen = f"; it stands in the training rows ({', '.join(article_seen)})" if article_seen else ""
+    seen = f"; it is in the training rows ({', '.join(article_seen)})" if article_seen else ""
     return {
         "claim": ARTICLE_CLAIM,
         "tested_by": "nothing: shown in the report, never scored",

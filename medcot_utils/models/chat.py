@@ -125,7 +125,7 @@ class Chat:
         inputs = self.tokenizer([prompt], return_tensors="pt")
         length, room = inputs["input_ids"].shape[1], config.model.max_seq_length
         if length >= room:
-            raise ChatError(f"the question is too long: with the prompt {length} tokens, and model.max_seq_length is {room}")
+            raise ChatError(f"the question is too long: with the prompt it has {length} tokens; model.max_seq_length is {room}")
         return inputs.to(self.model.device)
 
     def _pieces(self, inputs: BatchEncoding, who: Who, stop: threading.Event) -> Iterator[str]:

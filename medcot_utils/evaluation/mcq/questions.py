@@ -166,7 +166,7 @@ def _question(row: Row, number: int) -> McqQuestion:
     options = _options(row["options"])
     texts = {column: _text(column, row.get(column)) for column in ("id", "question", "specialty")}
     if broken := [name for name, text in (texts | options).items() if not is_whole(text)]:
-        raise McqError(f"{broken[0]} holds half a character, which a cut in the text leaves")
+        raise McqError(f"{broken[0]} holds half a character: the text was cut inside it")
     right = _right_letter(answer, options)
     _check_distinct(options, right)
     return {

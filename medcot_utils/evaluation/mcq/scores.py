@@ -131,7 +131,7 @@ def compare_records(
 
     Raises ValueError unless both answered the same questions in the same order."""
     if [(r["task"], r["id"]) for r in base] != [(r["task"], r["id"]) for r in tuned]:
-        raise ValueError("base and tuned records are of different questions: same task, limit and seed for both")
+        raise ValueError("base and tuned records are of different questions: use the same task, limit, and seed for both")
     ours, theirs = (_column(records, key) for records in (base, tuned))
     return {**count_pairs(ours, theirs), **compare_shares(ours, theirs, settings)}
 

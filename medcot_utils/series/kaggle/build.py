@@ -170,12 +170,12 @@ def _refuse_files_of_this_machine(setting: str, paths: list[str]) -> None:
 _INTRO = """# medcot on Kaggle
 
 Fine-tunes and judges a reasoning model on medical chain-of-thought data, in seven notebooks, headless. This notebook needs
-nothing but itself and **Internet** (settings, right): package and notebooks are in it as text. It runs on Python 3.11, 3.12,
-and 3.13, and leaves the session's own torch and kernel as they are. It was written by `medcot kaggle build`; change it there.
+only **Internet** (in the settings on the right), because it holds package and notebooks as text. It runs on Python 3.11, 3.12,
+and 3.13, and leaves the session's own torch and kernel as they are. `medcot kaggle build` wrote it; to change it, build it again.
 Not for clinical use.
 
 Secrets are optional and attached once, in the editor (Add-ons > Secrets): {hub}, and {wandb}.
-To resume an earlier session, add its output as input. Afterwards the output holds `{run}.zip`, `{run}/adapter`
+To resume an earlier session, add its output as input. At the end, the output holds `{run}.zip`, `{run}/adapter`,
 and `{run}/report.html`."""
 
 _PARAMETERS = """PROFILE = {profile}
@@ -236,7 +236,7 @@ def cells(metadata: KernelMetadata, profile: str, settings: list[str], files: di
         ("markdown", "## The series", {}),
         ("code", _RUN, {}),
         ("code", _REPORT, {}),
-        ("markdown", "## What is left as output", {}),
+        ("markdown", "## The output", {}),
         ("code", _LEAVE, {}),
     ]
     made = []

@@ -116,7 +116,7 @@ def push(folder: Path) -> Pushed:
     for kind in ("dataset", "competition", "kernel", "model"):
         if invalid := getattr(answer, f"invalid_{kind}_sources"):
             raise KaggleError(
-                f"Kaggle knows no such {kind}_sources, or you may not read them: {', '.join(invalid)}. It saved the kernel "
+                f"Kaggle has no such {kind}_sources, or you may not read them: {', '.join(invalid)}. It saved the kernel "
                 f"without them: fix {METADATA} and push again"
             )
     if not answer.version_number:
@@ -124,8 +124,8 @@ def push(folder: Path) -> Pushed:
     saved = "/".join(answer.ref.strip("/").split("/")[-2:])  # some answers put /code before it
     if saved.lower() != metadata.id.lower():
         raise KaggleError(
-            f"Kaggle saved {saved or 'a kernel without a name'} ({answer.url}), not {metadata.id}: is its owner yours, and "
-            f"id_no in {METADATA}, if there is one, its number?"
+            f"Kaggle saved {saved or 'a kernel without a name'} ({answer.url}), not {metadata.id}: check that its owner is you, "
+            f"and that id_no in {METADATA}, if there is one, is its number"
         )
     return Pushed(metadata.id, answer.version_number, answer.url)
 
