@@ -103,7 +103,7 @@ def _require_known_code(what: str, found: _Found) -> dict[str, Any]:
 
 
 def _find_hub_code(config: dict[str, Any]) -> str | None:
-    """Return the repository that a config.json, or a part of it, names where transformers would load compiled code from."""
+    """Return the repository, named in a config.json or a part of it, from which transformers would load compiled code."""
     for key, value in config.items():
         inside = value if isinstance(value, dict) else {}
         if key.strip("_").removesuffix("_internal") in ("attn_implementation", "experts_implementation"):

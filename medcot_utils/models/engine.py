@@ -75,7 +75,7 @@ def quiet_start(seed: int = 3407) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # If the package `kernels` is installed, bitsandbytes loads compiled code from a hub on import, and so does transformers for
-    # some models. Their own code is fast enough. To allow it, set transformers' variable USE_HUB_KERNELS to 1.
+    # some models. Their own code is fast enough. To use the hub's code, set transformers' variable USE_HUB_KERNELS to 1.
     if os.environ.setdefault("USE_HUB_KERNELS", "0").upper() not in ("1", "ON", "YES", "TRUE"):
         sys.modules.setdefault("kernels", cast(ModuleType, None))  # importing it fails, as if it were not installed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on every import, it would warn that `kernels` is missing

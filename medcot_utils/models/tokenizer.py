@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_CODE = "medcot runs no code that comes with a model. Name a model whose code is in transformers"
-# What libraries say that will not run a model's code, and whose code it is.
+# {words in a library's refusal to run code: what code it is}
 _REFUSED = {
     "trust_remote_code": "its own code (auto_map in a .json file of its folder)",
     "`kernels` is either not installed": "code from a hub (attn_implementation in its config.json)",
