@@ -33,7 +33,7 @@ def attends_to_all(config: PretrainedConfig) -> bool:
 
 
 def read_prefix(model: PreTrainedModel, ids: Sequence[int]) -> DynamicCache | None:
-    """Return the keys and values of one row of token ids. Return None without ids, or if a layer has a sliding window.
+    """Return the keys and values of one row of token ids. Return None without ids, or unless `attends_to_all`.
 
     A sliding window counts positions, and padding between the prefix and the rest of a row would take some of them."""
     import torch
