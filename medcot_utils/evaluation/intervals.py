@@ -281,5 +281,5 @@ def format_interval(estimate: Estimate) -> str:
     """Return the estimate as text, as in `1.77 [1.70, 1.84]`. The number of digits depends on its size."""
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    shown = f"z.{digits}f"  # z: a negative number that is rounded to zero loses its sign
+    shown = f"z.{digits}f"  # z: a negative number that rounds to zero loses its sign
     return f"{value:{shown}}" if low is None else f"{value:{shown}} [{low:{shown}}, {high:{shown}}]"

@@ -68,7 +68,7 @@ def describe_calls(section: str, groups: Iterable[tuple[str, list[tuple[str, str
 
 
 def _shorten(line: str) -> str:
-    """Return a line of code that fits on a page, with its comment above it if both are too wide."""
+    """Return a line of code that fits on a page. If code and comment are too wide together, the comment is above the code."""
     code, mark, comment = line.partition("  # ")
     indent = line[: len(line) - len(line.lstrip())]
     return f"{indent}# {comment}\n{code}" if mark and len(line) > _WIDTH else line

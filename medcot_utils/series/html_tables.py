@@ -41,7 +41,7 @@ def lay_out(page: str) -> str:
 
 
 def _join_names(head: str, columns: int) -> str:
-    """Return a table's head with the names of its index beside those of its `columns`; pandas gives them a row of their own."""
+    """Return a table's head with the index's names in the row of its `columns`. pandas gives them a separate row."""
     *_, above, names = [("", []), ("", []), *((row, [*_CELL.finditer(row)]) for row in _ROW.findall(head))]
     texts = [[_text_of(cell) for cell in cells] for _, cells in (above, names)]
     levels = len(names[1]) - columns
@@ -71,8 +71,10 @@ def _align_row(row: str, numeric: list[bool]) -> str:
 
 
 def _style_of_lines(text: str) -> str:
-    """Return where a cell's text goes to the next line: at its own line breaks, not within a short name such as `case-121`, and
-    anywhere in a word that would widen the table."""
+    """Return the style that says where a cell's text may break.
+
+    It may break at its own line breaks, not inside a short name such as `case-121`, and anywhere in a word that would widen the
+    table."""
     longest = max(map(len, text.split()), default=0)
     if longest == len(text) <= _SHORT and "-" in text:
         return "; white-space: nowrap"
@@ -80,7 +82,7 @@ def _style_of_lines(text: str) -> str:
 
 
 def _let_words_break(text: str) -> str:
-    """Return a cell's HTML with a place for a line break after each joint of a long name, as in `max_<wbr>seq_<wbr>length`."""
+    """Return a cell's HTML with a possible line break after each joint of a long name, as in `max_<wbr>seq_<wbr>length`."""
     return text if "<" in text else _WORD.sub(lambda word: _JOINT.sub(r"\g<0><wbr>", word[0]), text)
 
 

@@ -88,7 +88,7 @@ def _show_figures() -> None:
 
 
 def show_figure(figure: Figure) -> tuple[str, dict[str, str]] | None:
-    """Return the PNG of a figure in base64, with its alt text; None if nothing is drawn in it."""
+    """Return a figure's PNG in base64, with its alt text; None if the figure is empty."""
     from IPython.core.pylabtools import print_figure
 
     png = print_figure(figure, base64=True)

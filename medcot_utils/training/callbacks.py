@@ -138,7 +138,7 @@ class SkippedSteps(TrainerCallback):
     on_train_end = on_step_begin  # for a step skipped at the very end
 
 
-# What the log is tabulated with, and in how many digits.
+# {name in the log: its number format in the table}
 _LOGGED = {"loss": ".4f", "eval_loss": ".4f", "grad_norm": ".3f", "learning_rate": ".2e"}
 
 

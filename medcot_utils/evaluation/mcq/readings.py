@@ -126,9 +126,9 @@ def _read_share(records: Sequence[McqAnswer], right: np.ndarray, reading: Readin
 
 
 def readings_table(readings: Sequence[McqReading]) -> pd.DataFrame:
-    """Return `compare_readings` as a table: for each task and reading a line per model, and one for their difference.
+    """Return `compare_readings` as a table: for each task and reading, one line per model and one for their difference.
 
-    p: of a model against chance, of the difference McNemar's."""
+    The column p has a model's p against chance, and McNemar's p for the difference."""
     import pandas as pd
 
     lines: list[tuple[object, ...]] = []
