@@ -1,4 +1,4 @@
-"""What the card itself can do: a large bf16 matrix product, one of the model's own shape, and a copy."""
+"""Measure the limits of the GPU itself: a large bf16 matrix product, one with the model's own shape, and a copy."""
 
 from __future__ import annotations
 

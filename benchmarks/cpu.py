@@ -1,8 +1,8 @@
-"""The embedded model on a processor: which dtype and which weights train and answer fastest, side by side in one run.
+"""Measure with which dtype and which weights the embedded model trains and answers fastest on a CPU, all in one run.
 
     python benchmarks/cpu.py --out benchmarks/results/NAME.json [--threads 2]
 
-Each way is measured in turn, in several rounds, so that a busy moment of the machine does not fall on one way alone."""
+Each way is measured in turn, in several rounds, so that a busy moment of the machine does not affect only one of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batches", type=int, nargs="*", default=[25, 50], help="none: training alone")
+    parser.add_argument("--batches", type=int, nargs="*", default=[25, 50], help="none: only training")
     options = parser.parse_args()
     engines.quiet_start()
     import torch
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def measure(dtype: str, weights: str, batches: list[int]) -> dict[str, float]:
-    """Return the seconds of one trained row (forward and backward) and of one token for each batch of answers."""
+    """Return the seconds for one trained row (forward and backward), and for one token of each batch of answers."""
     import torch
 
     demo = configs.load_config("demo", [f"model.dtype={dtype}"])

@@ -1,4 +1,4 @@
-"""One way to answer, measured in a process of its own: the article's one question at a time, or this project's batches."""
+"""Measure one way to generate answers, in its own process: the article's single questions, or this project's batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("way", choices=["article", "batches"])
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", required=True)
-    parser.add_argument("--prompts", type=int, default=1, help="how many, all in one batch")
+    parser.add_argument("--prompts", type=int, default=1, help="number of prompts, all in one batch")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--out", required=True)
@@ -54,8 +54,10 @@ def main() -> None:
 
 
 def article(options: argparse.Namespace, prompts: list[str]):
-    """The article's call: Unsloth, 4 bits, one prompt, `generate(max_new_tokens=..., use_cache=True)`."""
-    import unsloth  # noqa: F401 - before torch's other users
+    """Prepare the article's call: Unsloth, 4 bits, one prompt, `generate(max_new_tokens=..., use_cache=True)`.
+
+    Return a function that answers all prompts and returns the tokens of each, a description, and `bytes_needed`."""
+    import unsloth  # noqa: F401 - before other libraries that use torch
     from unsloth import FastLanguageModel
 
     model, tokenizer = FastLanguageModel.from_pretrained(
@@ -81,7 +83,7 @@ def article(options: argparse.Namespace, prompts: list[str]):
 
 
 def batches(options: argparse.Namespace, prompts: list[str]):
-    """This project's way, as `generation.decide` decides."""
+    """Prepare this project's way, as `generation.decide` decides. Return the same as `article`."""
     from medcot_utils.config import load_config
     from medcot_utils.models.engine import get_engine
 
@@ -97,7 +99,7 @@ def batches(options: argparse.Namespace, prompts: list[str]):
     asked = [Asked(str(index), prompt) for index, prompt in enumerate(prompts)]
     how = decide(model, tokenizer, asked, config.generation, None)
     how = replace(how, settings=how.settings.model_copy(update={"batch_size": len(prompts)}))
-    writer = make_writer(convert_to_write(model, how), tokenizer, how)  # one for all calls: the first compiles
+    writer = make_writer(convert_to_write(model, how), tokenizer, how)  # one for all calls, because the first compiles
     static = how.settings.cache_implementation == "static"
     together = split(
         sorted(asked, key=lambda one: -len(one.prompt)), count_read_at_once(len(prompts)) if static else len(prompts)
@@ -113,7 +115,7 @@ def batches(options: argparse.Namespace, prompts: list[str]):
 
 
 def bytes_needed(model, tokenizer, prompts: list[str], new_tokens: int) -> float:
-    """Bytes to read for a token of the batch: 16-bit weights that are multiplied, shared by all rows; a row's keys and values."""
+    """Return the bytes to read per token: the multiplied 16-bit weights, shared by all rows, and a row's keys and values."""
     from medcot_utils.models.slots import slot_bytes
 
     weights = 2 * (model.num_parameters() - model.get_input_embeddings().weight.numel())

@@ -1,8 +1,8 @@
-"""Answers on one GPU and on all: the same questions through the project's own call, their seconds, and whether records agree.
+"""Compare answers on one GPU and on all: the project's own call with the same questions, in seconds, and whether records agree.
 
     python benchmarks/gpus.py --model PATH --rows FILE --out benchmarks/results/NAME-gpus.json
 
-As on a T4: float16, 14.5 GiB, 16 rows a batch. What the processes on the other GPUs take to load stands apart."""
+The settings are those of a T4: float16, 14.5 GiB, 16 rows per batch. The time to load the other GPUs' processes is separate."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from run import REHEARSAL, environment
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder or Hub id; benchmarks/make_random_8b.py makes one")
-    parser.add_argument("--rows", required=True, help="jsonl with Question")
+    parser.add_argument("--rows", required=True, help="a .jsonl file with Question")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--answers", type=int, default=128)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--set", action="append", default=[], help="a setting over profile article and the T4's")
+    parser.add_argument("--set", action="append", default=[], help="a setting that overrides those of profile article and a T4")
     options = parser.parse_args()
     from medcot_utils.config import load_config
     from medcot_utils.models.engine import get_engine
@@ -54,9 +54,9 @@ def main() -> None:
     found["gpus"] = 1 + others.count_for(-(-options.answers // options.batch_size))
     began = time.perf_counter()
     for worker in others._start(found["gpus"] - 1):
-        worker._connection.poll(None)  # a notebook answers meanwhile
+        worker._connection.poll(None)  # a notebook would answer meanwhile
     found["seconds_until_others_are_loaded"] = round(time.perf_counter() - began, 1)
-    # In their first call they compile.
+    # The first call compiles.
     found["seconds_of_their_first_call"], _ = answer(others, questions[: found["gpus"] * options.batch_size])
     found["seconds_on_all"], again = answer(others)
     others.close()

@@ -1,10 +1,12 @@
-"""The demo in several environments: which of its verdicts depend on the machine.
+"""Run the demo in several environments, and find which of its verdicts depend on the machine.
 
-    python benchmarks/machines.py --out benchmarks/results/demo-machines.json [--name "this machine"] [--only "1 thread" ...]
+    python benchmarks/machines.py --out benchmarks/results/demo-machines.json [--name "this machine"]
+        [--only "as is, 1 thread" ...]
 
-Greedy answers follow the likeliest token, and rounding decides between two that are nearly as likely: another number of
-threads or another processor writes other texts and trains another adapter. The thresholds of the verdicts are those of the
-package and are the same everywhere. A later call adds to the file; the README marks what is not the same throughout."""
+Greedy answers follow the likeliest token, and rounding decides between two tokens that are nearly equally likely. So another
+number of threads, or another processor, writes different texts and trains a different adapter. The thresholds of the verdicts are
+those of the package, the same everywhere. A later call adds to the file. The README and docs/results.md mark verdicts that
+differ."""
 
 from __future__ import annotations
 
@@ -32,12 +34,12 @@ ENVIRONMENTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--name", default="this machine", help="what to call the machine in the file")
+    parser.add_argument("--name", default="this machine", help="name of the machine in the file")
     parser.add_argument("--only", nargs="+", choices=[*ENVIRONMENTS], default=[*ENVIRONMENTS])
     parser.add_argument("--at-once", type=int, default=1)
     parser.add_argument("--profile", default="demo")
-    parser.add_argument("--runs", type=Path, help="where the runs are kept; a temporary folder if not given")
-    parser.add_argument("--commit", help="that of the code, if this is no git checkout")
+    parser.add_argument("--runs", type=Path, help="folder of the run directories; if not given, a temporary folder")
+    parser.add_argument("--commit", help="the commit of the code, if this is not a git checkout")
     options = parser.parse_args()
     folder = options.runs or Path(tempfile.mkdtemp())
     with ThreadPoolExecutor(options.at_once) as pool:
@@ -56,7 +58,7 @@ def empty() -> results.Machines:
 
 
 def run_in(name: str, folder: Path, options: argparse.Namespace) -> results.Environment:
-    """Run the series in one environment, and return what it found. Raises CalledProcessError if it fails."""
+    """Run the series in one environment, and return its verdicts and machine. Raises CalledProcessError if the run fails."""
     run_dir = folder / name.replace(" ", "-").replace(",", "")
     command = [sys.executable, "-m", "medcot_utils", "run", "--profile", options.profile, "--run-dir", str(run_dir)]
     with (folder / f"{run_dir.name}.log").open("w", encoding="utf-8") as log:

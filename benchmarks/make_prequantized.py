@@ -1,8 +1,8 @@
-"""A copy of a model quantized to 4 bits with bfloat16 quantization states, as the Hub has them for Unsloth:
+"""Make a 4-bit copy of a model with bfloat16 quantization states, like the copies for Unsloth on the Hub:
 
     python benchmarks/make_prequantized.py MODEL OUT
 
-`model.quantized_name=OUT` with `model.dtype=float16` then rehearses what a T4 does with such a copy."""
+`model.quantized_name=OUT` with `model.dtype=float16` then does what a T4 does with such a copy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""An 8B Llama of random weights in the shape of DeepSeek-R1-Distill-Llama-8B, with a Llama-3 vocabulary.
+"""Make an 8B Llama of random weights in the shape of DeepSeek-R1-Distill-Llama-8B, with a Llama 3 vocabulary.
 
-Speed, memory, resume and several cards can be studied on it where the real weights cannot be had; its answers mean nothing.
+Use it to study speed, memory, resuming, and several GPUs if the real weights are not available. Its answers mean nothing.
 
     python benchmarks/make_random_8b.py OUT --tokenizer-model tokenizer.model
 
@@ -16,20 +16,20 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-# Of Llama 3's tokenizer: how it splits text before the byte-pair merges, and how many special tokens follow the 128,000.
+# How Llama 3's tokenizer splits text before the byte-pair merges, and how many special tokens follow its 128,000 tokens.
 PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIAL_TOKENS = 256
-# Of the R1-Distill tokenizer: ids 128000, 128001, 128013 and 128014; unsloth pads with 128004.
+# Names in the R1-Distill tokenizer, for ids 128000, 128001, 128013, and 128014; Unsloth pads with 128004.
 NAMES = {0: "<｜begin▁of▁sentence｜>", 1: "<｜end▁of▁sentence｜>", 4: "<|finetune_right_pad_id|>", 13: "<think>", 14: "</think>"}
 
 
 def make_tokenizer(tokenizer_model: Path) -> PreTrainedTokenizerFast:
-    """Llama 3's byte-pair encoding with the R1-Distill's special tokens; it prepends BOS."""
+    """Return Llama 3's byte-pair encoding with R1-Distill's special tokens. It prepends BOS."""
     from tokenizers import AddedToken
     from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
     extra = [NAMES.get(index, f"<|reserved_special_token_{index}|>") for index in range(SPECIAL_TOKENS)]
-    # The think tags are ordinary added tokens there: decoding with skip_special_tokens keeps them.
+    # The think tags are ordinary added tokens, so decoding with skip_special_tokens keeps them.
     backend = TikTokenConverter(vocab_file=str(tokenizer_model), pattern=PATTERN, extra_special_tokens=[]).converted()
     for index, text in enumerate(extra):
         backend.add_tokens([AddedToken(text, special=index not in (13, 14), normalized=False)])
@@ -41,7 +41,7 @@ def make_tokenizer(tokenizer_model: Path) -> PreTrainedTokenizerFast:
 
 
 def make_model(layers: int = 32) -> LlamaForCausalLM:
-    """Normal(0, 0.02) weights in bfloat16, made on the card where there is one."""
+    """Return a model with Normal(0, 0.02) weights in bfloat16, made on the GPU if there is one."""
     config = LlamaConfig(
         vocab_size=128256,
         hidden_size=4096,
@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokenizer-model", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=32, help="fewer for a quick look")
+    parser.add_argument("--layers", type=int, default=32, help="fewer for a quick test")
     arguments = parser.parse_args()
     began = time.time()
     tokenizer = make_tokenizer(arguments.tokenizer_model)

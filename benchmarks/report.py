@@ -1,4 +1,4 @@
-"""The table and the figure of docs/benchmarks.md, made from a results file of `run.py`:
+"""Make the table and the figure of docs/benchmarks.md from a results file of `run.py`:
 
 python benchmarks/report.py benchmarks/results/NAME.json [benchmarks/results/NAME-series.json]"""
 
@@ -11,20 +11,20 @@ from typing import Any
 
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- begin: made by benchmarks/report.py -->", "<!-- end -->"
-# Multiplications and additions that LoRA training needs per token and weight: forward 2, gradients of the inputs 2. The
-# weights' own gradients are not needed, recomputed activations and padding are not counted.
+# Multiplications and additions that LoRA training needs per token and weight: 2 for the forward pass, and 2 for the gradients of
+# the inputs. The weights' own gradients are not needed; recomputed activations and padding are not counted.
 OPERATIONS = 4
-# Weights in matrix products: all of the 8.03e9 but the token embedding, which is looked up.
+# Weights in matrix products: all of the 8.03e9 except the token embedding, which is looked up.
 MULTIPLIED_WEIGHTS = 8.03e9 - 128256 * 4096
 
 
 def share_of_ceiling(tokens_per_second: float, found: dict[str, Any]) -> float:
-    """Needed operations per second over the GPU's measured bf16 matrix product."""
+    """Return the needed operations per second divided by the GPU's measured rate of a bf16 matrix product."""
     return tokens_per_second * OPERATIONS * MULTIPLIED_WEIGHTS / (found["ceiling"]["matrix_product_tflops"] * 1e12)
 
 
 def worst_loss_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """The largest relative difference of two runs' losses at any logged step."""
+    """Return the largest relative difference of two runs' losses at any logged step."""
     return max(abs(a - b) / b for a, b in zip(ours["losses"], theirs["losses"], strict=True))
 
 
@@ -74,7 +74,7 @@ def cards_table(found: dict[str, Any]) -> list[str]:
 
 
 def series_table(series: dict[str, Any] | None) -> list[str]:
-    """Seconds of every notebook of whole runs, training's memory, and the most that a notebook held of the GPU."""
+    """Return lines with the seconds of each notebook of whole runs, training's memory, and the peak GPU memory of a notebook."""
     if series is None:
         return []
     runs = {name: run for name, run in series.items() if isinstance(run, dict)}
@@ -103,7 +103,7 @@ def series_table(series: dict[str, Any] | None) -> list[str]:
 
 
 def _shown(name: str) -> str:
-    return name.replace("card", "GPU")  # as the first results files have it
+    return name.replace("card", "GPU")  # the first results files say card
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
@@ -139,7 +139,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
 
 
 def figure(found: dict[str, Any]):
-    """Two panels of horizontal bars: training and answering, tokens per second."""
+    """Return a figure with two panels of horizontal bars, training and answering, in tokens per second."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(8.4, 2.9), layout="constrained", dpi=110)

@@ -1,8 +1,8 @@
-"""Everything that the speed claims stand on, in one go on one machine:
+"""Make all measurements for the speed claims in one call on one machine:
 
     python benchmarks/run.py --model PATH --rows FILE --out benchmarks/results/NAME.json
 
-Each measurement runs in a process of its own, one after the other. A later call with `--only` adds to the same file.
+The measurements run one after the other, each in its own process. A later call with `--only` adds to the same file.
 `benchmarks/report.py` makes the table and the figure of docs/benchmarks.md from it."""
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# A T4 as far as another card can play one: float16, its memory, Unsloth's unpadded batches.
+# The settings of a T4, as far as another GPU can imitate one: float16, its memory, Unsloth's unpadded batches.
 REHEARSAL = ["model.dtype=float16", "model.gpu_memory_gib=14.5", "training.padding=padding_free"]
 
 
 def measurements(cards: int) -> dict[str, list[str]]:
-    """{name: command line} in the order they run; those of several cards only where there are as many."""
+    """Return {name: command line} in the order of their runs. Measurements on several GPUs are included if there are enough."""
     training = {
         "training a": ["training.py", "a"],
         "training b": ["training.py", "b"],
         "training c": ["training.py", "c", "--profile"],
         "training c as on a T4": ["training.py", "c", *_settings(REHEARSAL)],
     }
-    # Why a's losses are not b's and c's: it keeps more digits between the layers. Here none of them more, and all of them.
+    # a's losses differ from those of b and c, because a keeps more digits between the layers. These measure a with bfloat16
+    # there, as in b and c, and with float32 everywhere.
     losses = {f"losses a in {dtype}": ["training.py", "a", "--precision", dtype] for dtype in ("bfloat16", "float32")}
     static = _settings(["generation.cache_implementation=static"])
     generation = {"generation article": ["generation.py", "article"]} | {
@@ -51,7 +52,7 @@ def _settings(pairs: list[str]) -> list[str]:
 
 
 def environment() -> dict[str, object]:
-    """Card, driver and library versions: what the figures hold for."""
+    """Return the names of the GPUs and the versions of CUDA, Python, and libraries, for which the figures hold."""
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
@@ -69,9 +70,9 @@ def environment() -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder or Hub id; benchmarks/make_random_8b.py makes one")
-    parser.add_argument("--rows", required=True, help="jsonl with Question, Complex_CoT, Response")
+    parser.add_argument("--rows", required=True, help="a .jsonl file with Question, Complex_CoT, Response")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", help="names that begin so: training, losses, generation, ceiling, cards")
+    parser.add_argument("--only", nargs="*", help="beginnings of names: training, losses, generation, ceiling, cards")
     options = parser.parse_args()
     found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     found["environment"] = environment()
@@ -86,13 +87,13 @@ def main() -> None:
 
 
 def measure(name: str, command: list[str], options: argparse.Namespace) -> dict[str, object]:
-    """Run one measurement; its result, or {"error": the end of what it said}."""
+    """Run one measurement. Return its result, or {"error": the end of its output}."""
     with tempfile.TemporaryDirectory() as work:
         out = Path(work) / "result.json"
         script, *arguments = command
         launcher, env = [sys.executable], dict(os.environ)
         if not name.startswith("cards ") or name == "cards 1":
-            # A second visible card would be used through DataParallel, with twice the rows to a step.
+            # A second visible GPU would be used through DataParallel, with twice the rows per step.
             env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         else:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={name.removeprefix('cards ')}"]

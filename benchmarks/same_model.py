@@ -1,9 +1,9 @@
-"""How often the comparison shows a difference where there is none: one model's sampled answers against others of its own.
+"""Count how often the comparison shows a difference that does not exist, between sampled answers of one and the same model.
 
     python benchmarks/same_model.py RUN [--model base] [--answers SAMPLED.jsonl] [--pairs 200] [--out RESULT.json]
 
-RUN has been through notebook 06 with evaluation.n_samples of 2 or more (4 and more say more) and evaluation.answer_tokens
-set. At a confidence level of 95 %, 10 of 200 comparisons are expected for each metric; 19 or more come up once in 150."""
+RUN has finished notebook 06 with evaluation.answer_tokens set and evaluation.n_samples of 2 or more; 4 or more are better.
+At a confidence level of 95 %, 10 of 200 comparisons are expected for each metric; 19 or more occur once in 150."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ def count_differences(
     pairs: int = 200,
     seed: int = 3407,
 ) -> dict[str, int]:
-    """Return in how many of `pairs` comparisons each metric shows a difference, with forced closing.
+    """Return {metric: in how many of `pairs` comparisons it shows a difference}, with forced closing.
 
-    A length counts even if its verdict would be "can't tell" because answers were cut: it is the intervals that are counted.
+    A length counts even if its verdict would be "can't tell" because answers were cut, because only intervals are counted.
 
-    samples: for each question, two or more sampled answers of the same model. In each comparison two of them, drawn at random,
-    stand for base and tuned."""
+    Args:
+        samples: for each question, two or more sampled answers of the same model. Each comparison draws two of them at random
+            as the answers of base and tuned."""
     generator, shown = np.random.default_rng(seed), Counter()
     for pair in range(pairs):
         drawn = []
@@ -68,7 +69,7 @@ def main() -> None:
     questions = [question for question in run.read("questions") if question["scored"]]
     by_id: dict[str, list[AnswerRecord]] = {}
     for record in records:
-        if record["sample"] > 0:  # the greedy answer is none that was drawn
+        if record["sample"] > 0:  # the greedy answer is not a sample
             by_id.setdefault(record["id"], []).append(record)
     samples = [by_id.get(question["id"], []) for question in questions]
     if min(map(len, samples)) < 2:

@@ -1,8 +1,8 @@
-"""Whole runs of the series at full size, all seven notebooks headless, and what each notebook took:
+"""Run the whole series with the full-size model, all seven notebooks headless, and record what each notebook needed:
 
     python benchmarks/series.py --model PATH --rows FILE --work FOLDER --out benchmarks/results/NAME-series.json
 
-The run directories stay in FOLDER: the same command goes on where a run was cut off. `benchmarks/report.py` makes a table."""
+The run directories stay in FOLDER, so the same command resumes an interrupted run. `benchmarks/report.py` makes a table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import nbformat
 from run import REHEARSAL, environment
 
 RUNS = {"a large card": ["generation.cache_implementation=static"], "as on a T4": REHEARSAL}
-# Profile article with fewer steps, questions and tokens: enough for every notebook to do all that it does.
+# Profile article with fewer steps, questions, and tokens: enough for every notebook to do all of its work.
 SETTINGS = {
     "dataset.num_rows": 80,
     "dataset.held_out_rows": 20,
@@ -42,7 +42,7 @@ WHAT = (
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run, or go on with, one series; what its manifest says of it, finished or not."""
+    """Run or resume one series, and return what its manifest says, whether the series is complete or not."""
     run_dir = options.work / name.replace(" ", "-")
     settings = [*RUNS[name], *options.set]
     pairs = [f"model.name={options.model}", f"dataset.path={options.rows}", *(f"{key}={SETTINGS[key]}" for key in SETTINGS)]
@@ -51,12 +51,14 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     done = subprocess.run(command, check=False)
     print(f"{name}: exit {done.returncode}", flush=True)
     if not (run_dir / "manifest.json").exists():
-        sys.exit(done.returncode)  # refused before it began; medcot has said why
+        sys.exit(done.returncode)  # medcot refused to begin and has said why
     return {"settings": settings, "exit": done.returncode} | read_run(run_dir)
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """{steps: {notebook: {state, seconds, peak_memory_mb, peak_gpu_memory_mb}}, memory_gb, skipped_steps} as far as it went."""
+    """Return the run's record so far: {steps: {notebook: {state, seconds, peak_memory_mb, peak_gpu_memory_mb}}}.
+
+    If notebook 05 is done, memory_gb and skipped_steps are added."""
     steps = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["steps"]
     keys = ("state", "seconds", "peak_memory_mb", "peak_gpu_memory_mb")
     found: dict[str, Any] = {"steps": {step: {key: entry.get(key) for key in keys} for step, entry in steps.items()}}
@@ -68,7 +70,9 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 
 
 def training_memory_gb(executed: Path) -> dict[str, float]:
-    """{estimated, in use, reserved} of training alone, from the notebook's table 5.6; the manifest has the whole notebook's."""
+    """Return the GB {estimated, in use, reserved} of training alone, from the notebook's table 5.6.
+
+    The manifest has only the memory of the whole notebook."""
     outputs = [output for cell in nbformat.read(executed, 4).cells for output in cell.get("outputs", [])]
     shown = "\n".join(output["data"].get("text/plain", "") for output in outputs if "data" in output)
     found = {name: re.search(rf"^memory, .*\b{name} \(GB\) +([\d.]+)$", shown, re.MULTILINE) for name in MEMORY}
@@ -78,11 +82,11 @@ def training_memory_gb(executed: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder or Hub id; benchmarks/make_random_8b.py makes one")
-    parser.add_argument("--rows", required=True, help="jsonl with Question, Complex_CoT, Response")
-    parser.add_argument("--work", type=Path, required=True, help="where the run directories lie")
+    parser.add_argument("--rows", required=True, help="a .jsonl file with Question, Complex_CoT, Response")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the run directories")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=list(RUNS), default=list(RUNS))
-    parser.add_argument("--set", action="append", default=[], help="a setting over all of these")
+    parser.add_argument("--set", action="append", default=[], help="a setting that overrides all of these")
     options = parser.parse_args()
     found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     cards = environment()["cards"]

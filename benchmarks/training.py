@@ -1,4 +1,4 @@
-"""One way to train, measured in a process of its own; `run.py` calls it for each and puts the results side by side.
+"""Measure one way to train, in its own process. `run.py` calls it for each way and collects the results.
 
 a: TRL + PEFT + bitsandbytes with the article's arguments. b: Unsloth with the article's arguments. c: this project's plan."""
 
@@ -15,7 +15,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 EPOCHS = 2  # the first warms up and compiles, the second is measured
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# What the article passes to its trainer, by the names these arguments have today.
+# The arguments that the article passes to its trainer, by their current names.
 ARTICLE = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 4,
@@ -36,7 +36,7 @@ def article_texts(rows: list[dict[str, str]], eos_token: str) -> list[str]:
 
 
 def variant_a(options: argparse.Namespace, rows: list[dict[str, str]]):
-    """(trainer, tokens of all rows, description)"""
+    """Return (trainer, tokens of all rows, description)."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -54,7 +54,7 @@ def variant_a(options: argparse.Namespace, rows: list[dict[str, str]]):
     torch.manual_seed(3407)
     if options.precision == "bfloat16":
         model.requires_grad_(False).enable_input_require_grads()
-    else:  # makes the embedding and the norms, and with them what passes from layer to layer, float32
+    else:  # this makes embedding and norms float32, and with them the values that pass from layer to layer
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=PROJECTIONS, task_type="CAUSAL_LM"))
     texts = article_texts(rows, tokenizer.eos_token)
@@ -70,9 +70,9 @@ def variant_a(options: argparse.Namespace, rows: list[dict[str, str]]):
 
 
 def variant_b(options: argparse.Namespace, rows: list[dict[str, str]]):
-    """(trainer, tokens of all rows, description)"""
+    """Return (trainer, tokens of all rows, description)."""
     from datasets import Dataset
-    from unsloth import FastLanguageModel, is_bfloat16_supported  # before trl, transformers and peft
+    from unsloth import FastLanguageModel, is_bfloat16_supported  # before trl, transformers, and peft
 
     from trl import SFTConfig, SFTTrainer  # isort: skip
 
@@ -104,7 +104,7 @@ def variant_b(options: argparse.Namespace, rows: list[dict[str, str]]):
 
 
 def variant_c(options: argparse.Namespace, rows: list[dict[str, str]]):
-    """(trainer, tokens of all rows, description)"""
+    """Return (trainer, tokens of all rows, description)."""
     from medcot_utils.config import load_config
     from medcot_utils.models.engine import get_engine
 
@@ -147,7 +147,7 @@ def count_tokens(tokenizer, texts: list[str]) -> int:
 
 
 def make_clock():
-    """A callback with the seconds of every optimizer step, the card's queue emptied before and after."""
+    """Return a callback that records the seconds of every optimizer step. It waits for the GPU before and after each step."""
     import torch
     from transformers import TrainerCallback
 
@@ -172,7 +172,7 @@ def _wait(torch) -> None:
 
 
 def profile_step(trainer, folder: Path) -> dict[str, float]:
-    """{kind of work: seconds on the card} of two more steps, and their wall time; the full table goes to a file."""
+    """Return {kind of work: GPU seconds per step} and the wall time per step, from two more steps. Write the table to a file."""
     import torch
     from torch.profiler import ProfilerActivity, profile
     from transformers import TrainerCallback
@@ -195,7 +195,7 @@ def profile_step(trainer, folder: Path) -> dict[str, float]:
     trainer.add_callback(profiler)
     trainer.train()
     averages = profiler.profile.key_averages()
-    # Ranges that a library names, such as the optimizer's step, hold the kernels within them once more.
+    # Ranges that a library names, such as the optimizer's step, would count the kernels inside them again.
     on_gpu = [event for event in averages if event.device_type == torch.autograd.DeviceType.CUDA]
     kernels = [event for event in on_gpu if not event.is_user_annotation]
     kinds = {
@@ -217,16 +217,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("variant", choices=["a", "b", "c"])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--rows", required=True, help="jsonl with Question, Complex_CoT, Response")
+    parser.add_argument("--rows", required=True, help="a .jsonl file with Question, Complex_CoT, Response")
     parser.add_argument("--num-rows", type=int, default=80)
     parser.add_argument("--work", required=True, help="a scratch folder")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--set", action="append", default=[], help="c only: a setting over profile article")
+    parser.add_argument("--set", action="append", default=[], help="c only: a setting that overrides profile article")
     parser.add_argument(
         "--precision",
         choices=["as PEFT advises", "bfloat16", "float32"],
         default="as PEFT advises",
-        help="a only. As PEFT advises: bfloat16, with embedding and norms, and so what passes between the layers, in float32",
+        help="a only; as PEFT advises: bfloat16, with embedding, norms, and so the values between the layers in float32",
     )
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()

@@ -1,1 +1,1 @@
-"""Start here: the commands of `medcot`, and the pages that they serve."""
+"""The commands of `medcot`, and the pages that they serve."""

@@ -1,4 +1,4 @@
-"""Run `medcot chat`: the tuned model in the terminal, or on a page of this machine."""
+"""Run `medcot chat`: chat with the tuned model in the terminal, or on a page that this machine serves."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ HELP = "/show: the thinking of the last answer   /base: turn the base model's an
 
 def chat(
     run_dir: Annotated[Path | None, typer.Argument(parser=expand_home, help="a run that notebook 05 has trained")] = None,
-    question: Annotated[list[str] | None, typer.Option("--question", "-q", help="ask this and exit; may be repeated")] = None,
+    question: Annotated[list[str] | None, typer.Option("--question", "-q", help="ask this and exit; can be repeated")] = None,
     show: Annotated[bool, typer.Option("--show", help="with --question: print the thinking before the answer")] = False,
-    base_too: Annotated[bool, typer.Option("--base-too", help="let the untrained model answer beside the tuned one")] = False,
-    page: Annotated[bool, typer.Option("--page", help="a page in the browser instead of the terminal")] = False,
+    base_too: Annotated[bool, typer.Option("--base-too", help="also show the untrained model's answers")] = False,
+    page: Annotated[bool, typer.Option("--page", help="use a page in the browser instead of the terminal")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="port of the page; 0: any free port")] = 0,
     open_browser: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
 ) -> None:
-    """Ask the tuned model of a run, in the terminal or on a page of this machine.
+    """Chat with the tuned model of a run, in the terminal or in the browser.
 
-    Each question stands alone, as in training: the model does not know what was said before."""
+    The model answers each question by itself, as in training: it does not know the questions before."""
     from medcot_utils.run.directory import Run
 
     run = Run.open(choose_run(run_dir))
@@ -46,7 +46,7 @@ def chat(
     if question and page:
         raise ChatError("--page takes no --question: ask it on the page")
     if show and not question:
-        raise ChatError("--show goes with --question; in the conversation, type /show after an answer")
+        raise ChatError("--show needs --question; in the conversation, type /show after an answer")
     if question and not all(text.strip() for text in question):
         raise ChatError("the question is empty")  # before the model is loaded
 
@@ -59,23 +59,23 @@ def chat(
 
 
 class Terminal:
-    """Hold the conversation on standard input and output. Colors and folding thinking appear only on a terminal.
+    """Hold the conversation on standard input and output. Only a terminal shows colors and folds thinking.
 
-    Ctrl-C stops the answer that is being made, and gives a hint at any other moment. Its handler raises only while a question
-    is typed: an exception anywhere else could be lost in a library, or end the chat between an answer and the next prompt."""
+    Ctrl-C stops the current answer, and shows a hint at any other time. Its handler raises only while a question is typed: an
+    exception elsewhere could be lost in a library, or end the chat between an answer and the next prompt."""
 
     def __init__(self, chat: Chat, base_too: bool, questions: Iterator[str] | None = None, show: bool = False):
         self.chat, self.base_too, self.questions, self.show = chat, base_too, questions, show
         self.interactive = questions is None and sys.stdin.isatty()
         self.console = PlainConsole(highlight=False, soft_wrap=True)
         self.last: dict[Who, Answer] = {}
-        self._stop: threading.Event | None = None  # of the answer that is being made
+        self._stop: threading.Event | None = None  # it stops the current answer
         self._typing, self._hint_owed = False, False
 
     def talk(self) -> None:
-        """Answer the given questions, or those that are typed, until they end.
+        """Answer the given questions, or those that the user types, until they end.
 
-        Raises KeyboardInterrupt after Ctrl-C if nobody types the questions at a terminal."""
+        Raises ChatError and, after Ctrl-C, KeyboardInterrupt, unless a user types the questions at a terminal."""
         from medcot_utils.models.chat import WARNING, ChatError
 
         self.console.print(WARNING, style="yellow")
@@ -104,7 +104,7 @@ class Terminal:
         if self._stop is not None:
             self._stop.set()
         elif self._typing or not self.interactive:
-            self._typing = False  # one exception for each prompt: a second could leave the handler of the first
+            self._typing = False  # raise only once for each prompt: a second exception could escape the handler of the first
             raise KeyboardInterrupt
         else:
             self._hint_owed = True
@@ -130,7 +130,7 @@ class Terminal:
                 yield line
 
     def _command(self, line: str) -> bool:
-        """Obey a line that begins with a slash. Returns False if it ends the chat."""
+        """Execute a line that begins with a slash. Return False if it ends the chat."""
         if line in ("/exit", "/quit"):
             return False
         if line == "/base":
@@ -146,7 +146,7 @@ class Terminal:
         return True
 
     def _ask(self, question: str) -> bool:
-        """Show the answers to one question. Returns True if Ctrl-C stopped them."""
+        """Show the answers to one question. Return True if Ctrl-C stopped them."""
         from medcot_utils.models.chat import NO_ANSWER, choose_sides
 
         self._stop = stop = threading.Event()
@@ -170,7 +170,7 @@ class Terminal:
     def _show(self, who: Who, growing: Iterator[Answer]) -> None:
         """Print one answer as it comes. The thinking streams in a live region that folds into one line when it ends."""
         printed = 0
-        # Off a terminal rich prints nothing of a transient region.
+        # If the output is not a terminal, rich prints nothing of a transient region.
         with Live(console=self.console, transient=True, refresh_per_second=8) as fold:
             for answer in growing:
                 self.last[who] = answer
@@ -189,6 +189,6 @@ class Terminal:
             self.console.print()
 
     def _end_of(self, thinking: str) -> Text:
-        """Return as much of the thinking's end as fits the screen, dim."""
+        """Return the last lines of the thinking that fit on the screen, dimmed."""
         lines = Text(show_controls(thinking), style="dim").wrap(self.console, max(20, self.console.width - 1))
         return Text("\n").join(list(lines)[-max(3, self.console.height - 4) :])

@@ -1,6 +1,6 @@
-"""Show the chat on a page of this machine: tuned and base model side by side, thinking folded, everything as plain text.
+"""Serve the chat as a local page: tuned and base model side by side, with folded thinking, and all texts as plain text.
 
-gradio's ChatInterface has one column, and Chatbot's `reasoning_tags` a fold that cannot say how long the thinking took."""
+gradio's ChatInterface has only one column, and the fold of Chatbot's `reasoning_tags` cannot say how long the thinking took."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from medcot_utils.run.directory import Run
 if TYPE_CHECKING:
     import gradio
 
-# gradio's fold is a button, and its arrow another one within it, without a name: only the arrow's picture is kept.
+# gradio's fold is a button, and its arrow is a button without a name inside it. Only the arrow's picture stays visible.
 CSS = """
 .message { white-space: pre-wrap; overflow-wrap: anywhere; }
 .thought-group .arrow button { visibility: hidden; }
@@ -24,9 +24,9 @@ CSS = """
 
 
 def build_column(question: str, answer: Answer) -> list[gradio.ChatMessage]:
-    """Return the messages of one model's column: the question, the thinking in a fold of its own, and the answer.
+    """Return the messages of one model's column: the question, the thinking in its own fold, and the answer.
 
-    Texts are escaped, because gradio renders HTML tags even with Markdown off."""
+    Texts are escaped, because gradio renders HTML tags even if Markdown is off."""
     from gradio import ChatMessage
 
     ended = answer.done or answer.seconds_thinking is not None
@@ -41,13 +41,13 @@ def build_column(question: str, answer: Answer) -> list[gradio.ChatMessage]:
 
 
 def build_page(chat: Chat, base_too: bool) -> gradio.Blocks:
-    """Build the page over a chat. Each question stands alone, so each answer replaces the one before."""
+    """Build the page of a chat. The model answers each question by itself, so each answer replaces the one before."""
     import gradio as gr
 
     def ask(question: str, with_base: bool) -> Iterator[list[list]]:
         columns: dict[Who, list] = {"base": [], "tuned": []}
         try:
-            if len(question) > web.MOST_CHARACTERS:  # the box's own limit is the browser's
+            if len(question) > web.MOST_CHARACTERS:  # only the browser enforces the text box's own limit
                 raise ChatError(f"the question is too long: at most {web.MOST_CHARACTERS:,} characters")
             for who in choose_sides(with_base):
                 for answer in chat.stream(question, who):
@@ -69,16 +69,16 @@ def build_page(chat: Chat, base_too: bool) -> gradio.Blocks:
             send, stop = gr.Button("Ask", variant="primary"), gr.Button("Stop")
         both = gr.Checkbox(label="Also the base model", value=base_too)
         both.change(lambda on: gr.Chatbot(visible=on), both, base, api_name=False, queue=False)
-        # One answer at a time: the adapter is on or off for everyone.
+        # Only one answer at a time, because the adapter is on or off for all of them.
         asked = send.click(ask, [question, both], [base, tuned], api_name="ask", concurrency_limit=1)
         stop.click(None, cancels=[asked], api_name=False)
     return page
 
 
 def serve(run: Run, base_too: bool, port: int, open_browser: bool) -> None:
-    """Load the run's model and serve the chat on 127.0.0.1 until interrupted.
+    """Load the run's model, and serve the chat on 127.0.0.1 until interrupted.
 
-    Raises ChatError if the port is taken, and RunError if there is no adapter, before anything is loaded."""
+    Before anything is loaded, raises ChatError if the port is taken, and RunError if there is no adapter."""
     listener = web.listen(port, ChatError)
     say(WARNING)
     chat = Chat.open(run)

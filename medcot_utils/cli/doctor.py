@@ -1,4 +1,4 @@
-"""The facts behind `medcot doctor`: which profiles this machine can run."""
+"""Find out for `medcot doctor` which profiles this machine can run."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", 
 
 @dataclass(frozen=True)
 class Diagnosis:
+    """Hold whether this machine can run a profile, and what that needs."""
+
     profile: str
     ok: bool
     reason: str  # what is missing, or what to expect
-    memory_gib: float  # main memory that one kernel needs
-    disk_gib: float | None  # what the whole series still writes; None if nobody can say
+    memory_gib: float  # RAM that one kernel needs
+    disk_gib: float | None  # disk space that the whole series still needs; None if it is unknown
     estimate: SeriesEstimate | None  # how long it will take; None if it cannot run here
 
 
 def profiles_here(run_root: Path) -> list[Diagnosis]:
-    """Return one diagnosis per profile; the reasons name everything that is missing."""
+    """Return one diagnosis per profile. Its reason names everything that is missing."""
     gpus = hardware.visible_gpus()
     return [_diagnose(profile, run_root, gpus) for profile in PROFILES]
 
@@ -58,7 +60,7 @@ def _diagnose(profile: str, run_root: Path, gpus: list[hardware.Gpu]) -> Diagnos
 
 def _failed_checks(config: RunConfig, run_root: Path) -> list[str]:
     made, faults = preflight.checks(config, run_root, online=False), []
-    made["profile"] = lambda: preflight.check_environment(config, run_root)  # its GPU is told in fewer words above
+    made["profile"] = lambda: preflight.check_environment(config, run_root)  # `_diagnose` reports the GPU in fewer words
     for check in made.values():
         try:
             check()

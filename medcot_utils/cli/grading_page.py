@@ -1,4 +1,4 @@
-"""Serve the page for blind grading to this machine only. It never learns which model is shown as A."""
+"""Serve the page for blind grading, only to this machine. The page never knows which model is shown as A."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ CHOICES = {"a": "A better", "b": "B better", "tie": "Tie", "both_wrong": "Both w
 
 
 class Desk:
-    """Hold one grader's session. The page knows only a pair's token, so a click means the pair on which it was made, even
-    after a restart. Everything else comes from the file."""
+    """Hold one grader's session.
+
+    The page knows only a pair's token, so a click counts for the pair it was made on, even after a restart. Everything else
+    comes from the file."""
 
     def __init__(self, run: Run, grader: str):
         self.run, self.grader, self.pairs = run, grader, read_pairs(run)
@@ -50,22 +52,22 @@ class Desk:
         return next((pair for pair in self.pairs[at:] + self.pairs[:at] if pair.id not in self.judged), None)
 
     def previous_pair(self, shown: Pair | None) -> Pair | None:
-        """Return the pair judged before the one shown, or the last judged one if that is not judged yet; None if none is."""
+        """Return the pair judged before the shown one or, if that is not judged yet, the last judged one; None without one."""
         names = list(self.judged)
         before = names[: names.index(shown.id)] if shown and shown.id in names else names
         return next((pair for pair in self.pairs if pair.id in before[-1:]), None)
 
     def judge(self, pair: Pair, choice: str, note: str) -> None:
-        """Record a judgement; `choice` is one of CHOICES.
+        """Record a judgment; `choice` is one of CHOICES.
 
-        Raises OSError if it cannot be written, and GradingError if the note is too long or holds a secret, or the answers were
-        made again meanwhile."""
+        Raises OSError if it cannot be written. Raises GradingError if the note is too long or holds a secret, or if the answers
+        have changed meanwhile."""
         if self._answers() != self._judged:
             raise GradingError("the answers have changed since this page was started: run medcot grade again")
-        if len(note) > web.MOST_CHARACTERS:  # the box's own limit is the browser's
+        if len(note) > web.MOST_CHARACTERS:  # only the browser enforces the text box's own limit
             raise GradingError(f"the note is too long: at most {web.MOST_CHARACTERS:,} characters")
         if kind := kind_of(note, secrets_at_hand()):
-            raise GradingError(f"the note holds {kind}: take it out")
+            raise GradingError(f"the note holds {kind}: remove it")
         now = datetime.now(UTC).replace(microsecond=0)
         verdict = dict(zip("ab", pair.shown, strict=True)).get(choice, choice)
         kept = {"note": note.strip(), "shown_as_a": pair.shown[0], "grader": self.grader, "at": now, "answers": pair.digest}
@@ -76,7 +78,7 @@ class Desk:
             self.judged[pair.id] = grade
 
     def heading(self, pair: Pair | None) -> str:
-        """Return progress, specialty and this grader's earlier judgement of the pair, as HTML."""
+        """Return progress, specialty, and this grader's earlier judgment of the pair, as HTML."""
         progress = f"{len(self.judged)} of {len(self.pairs)} judged"
         if pair is None:
             return f"<p>{progress}. That was the last one. You can close this page.</p>"
@@ -89,12 +91,12 @@ class Desk:
 
 
 def _plain(text: str, kind: str = "", missing: str = "") -> str:
-    """Return HTML that shows a text as it is, or what stands there if it is empty."""
+    """Return HTML that shows a text unchanged, or `missing` if it is empty."""
     return f'<div class="text {kind}">{web.escape(text)}</div>' if text.strip() else f'<div class="missing">{missing}</div>'
 
 
 def build_page(desk: Desk) -> gradio.Blocks:
-    """Build the page over a desk. Every click replaces the whole view, so nothing of the last question remains."""
+    """Build the page of a desk. Every click replaces the whole view, so nothing of the previous question remains."""
     import gradio as gr
 
     def view(pair: Pair | None, said: str = "", note: str | None = None) -> list[Any]:
@@ -126,7 +128,7 @@ def build_page(desk: Desk) -> gradio.Blocks:
                 desk.judge(pair, act, note)
             except (OSError, MedcotError) as error:
                 why = f"{GRADES} cannot be written ({error.strerror})" if isinstance(error, OSError) else error
-                return view(pair, f"Not kept: {why}", note)  # Gradio's own errors show no reason on such a page
+                return view(pair, f"Not saved: {why}", note)  # gradio's own errors show no reason on this page
         return view(desk.next_pair(pair))
 
     with gr.Blocks(title="Blind grading", analytics_enabled=False) as page:
@@ -158,13 +160,13 @@ def build_page(desk: Desk) -> gradio.Blocks:
 
 
 def serve(run: Run, port: int = 0, open_browser: bool = False, grader: str = "grader") -> None:
-    """Serve the grading page on 127.0.0.1 until interrupted, from this grader's first ungraded question on.
+    """Serve the grading page on 127.0.0.1 until interrupted. It begins with this grader's first ungraded question.
 
-    `port` 0 means any free one; the address is printed. Raises RunError or GradingError, in one line, if the run has no
-    answers or no question, the name is empty or the port is taken."""
+    `port` 0 means any free port; the address is printed. Raises RunError or GradingError, in one line, if the run has no answers
+    or no questions, if the name is empty, or if the port is taken."""
     if not grader.strip():
         raise GradingError("the grader needs a name: give one with --grader, or leave it out")
-    with hold(run.path, "medcot grade"):  # only to see that nobody is making other answers: two graders may work at a time
+    with hold(run.path, "medcot grade"):  # this only makes sure that no answers are being made; two graders may work at a time
         desk = Desk(run, grader.strip())
     listener = web.listen(port, GradingError)
     progress = f"of {len(desk.pairs)} questions judged by {desk.grader}"

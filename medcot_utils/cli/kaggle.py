@@ -28,13 +28,13 @@ def build(
         typer.Option(help=f"{', '.join(PROFILES)} or auto; if not given, as in the last build here, else article"),
     ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="a setting of the run: --set training.max_steps=10")] = None,
-    kernel: Annotated[str | None, typer.Option("--id", help="owner/slug; your name and medcot-series if not given")] = None,
+    kernel: Annotated[str | None, typer.Option("--id", help="owner/slug; if not given, your name and medcot-series")] = None,
     continue_from: Annotated[list[str] | None, typer.Option(help="owner/slug of the session to resume")] = None,
     dataset: Annotated[
         list[str] | None,
-        typer.Option(help="owner/slug of a data set to attach: rows that a setting names, or an earlier session's run"),
+        typer.Option(help="owner/slug of a data set to attach: a file that a setting names, or an earlier session's run"),
     ] = None,
-    public: Annotated[bool | None, typer.Option("--public/--private", help="private if not given")] = None,
+    public: Annotated[bool | None, typer.Option("--public/--private", help="if not given, private")] = None,
     accelerator: Annotated[
         str | None,
         typer.Option(
@@ -42,7 +42,7 @@ def build(
             "not given, as in the last build here, else two T4s, and none for a profile that needs no GPU"
         ),
     ] = None,
-    keep_image: Annotated[bool, typer.Option("--keep-image", help="keep docker_image of kernel-metadata.json")] = False,
+    keep_image: Annotated[bool, typer.Option("--keep-image", help="keep docker_image in kernel-metadata.json")] = False,
     folder: Folder = Path(),
 ) -> None:
     """Write the self-contained notebook and kernel-metadata.json, for `medcot kaggle push` or `kaggle kernels push -p .`"""
@@ -55,10 +55,10 @@ def build(
     )
     say(f"{built.notebook}: {built.bytes / 1e3:.0f} kB, profile {built.profile}")
     for setting in built.added:
-        say(f"added: {setting}, since Kaggle ends a session after 12 hours")
+        say(f"added: {setting}, because Kaggle ends a session after 12 hours")
     if built.left_out:
         names = ", ".join(built.left_out)
-        say(f"not carried, because they are not files of the project (git add makes them so): {names}")
+        say(f"left out, because they are not files of the project (git add adds them to it): {names}")
     if built.dropped_image:
         dropped = f"docker_image {built.dropped_image} is dropped: it may name an old image, or one for the CPU"
         say(f"{dropped}; --keep-image keeps it")
@@ -74,7 +74,7 @@ def build(
 
 def _warn_of_image(image: str | None) -> None:
     if image:
-        warning = f"kernel-metadata.json pins docker_image {image}: the session starts that one, which may be old or for the CPU"
+        warning = f"kernel-metadata.json pins docker_image {image}: the session starts it, and it may be old or for the CPU"
         say(f"{warning}; medcot kaggle build drops it")
 
 
@@ -97,7 +97,7 @@ def _print_times(profile: str, settings: list[str], accelerator: str) -> None:
 
 @app.command()
 def push(folder: Folder = Path()) -> None:
-    """Push what build wrote. It counts as pushed only when Kaggle's answer says so in every field."""
+    """Push the notebook that build wrote. The push succeeds only if every field of Kaggle's answer says so."""
     from medcot_utils.series.kaggle import client
     from medcot_utils.series.kaggle.metadata import read_metadata
 
@@ -108,7 +108,7 @@ def push(folder: Folder = Path()) -> None:
 
 @app.command()
 def status(kernel: Kernel = None, folder: Folder = Path()) -> None:
-    """Show the state of the kernel's latest session; a failed one is an error with Kaggle's reason."""
+    """Show the state of the kernel's latest session. If it failed, report Kaggle's reason as an error."""
     from medcot_utils.series.kaggle import client
     from medcot_utils.series.kaggle.metadata import read_metadata
 
@@ -125,7 +125,7 @@ def output(
     everything: Annotated[bool, typer.Option("--all", help="also fetch the merged 16-bit model and old checkpoints")] = False,
     folder: Folder = Path(),
 ) -> None:
-    """Fetch the run of the kernel's latest session, verified, as a run directory for `medcot status` and `medcot report`."""
+    """Fetch and verify the run of the kernel's latest session, as a run directory for `medcot status` and `medcot report`."""
     from medcot_utils.series.kaggle import client
     from medcot_utils.series.kaggle.metadata import read_metadata
 

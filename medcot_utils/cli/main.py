@@ -1,4 +1,4 @@
-"""`medcot`: the series from the command line."""
+"""The `medcot` command."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _options(
 
 RunDir = Annotated[
     Path | None,
-    typer.Option("--run-dir", parser=expand_home, metavar="<path>", help="where the run is kept; runs/<profile> if not given"),
+    typer.Option("--run-dir", parser=expand_home, metavar="<path>", help="the run directory; if not given, runs/<profile>"),
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="override a setting: --set training.max_steps=10")]
 
@@ -74,9 +74,9 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="redo the notebooks even if nothing changed")] = False,
     parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="a notebook parameter: NAME=VALUE")] = None,
 ) -> None:
-    """Run the notebooks in order. A second call resumes at the first unfinished one.
+    """Run the notebooks in order. A second call resumes at the first unfinished notebook.
 
-    With --profile the settings are that profile's with --set over it; without, those of the run in --run-dir are kept."""
+    With --profile, the settings are the profile's, changed by --set. Without it, the run in --run-dir keeps its settings."""
     from medcot_utils.machine import hardware
 
     if first > last:
@@ -95,13 +95,13 @@ def train(
     ] = None,
     settings: Settings = None,
 ) -> None:
-    """Train a prepared run (notebook 05), on several GPUs if asked; the effective batch stays as set.
+    """Train a prepared run (notebook 05), on several GPUs if asked. The effective batch stays as set.
 
-    A stopped training resumes from its last checkpoint. On several machines, see docs/gpu.md."""
+    A stopped training resumes from its last checkpoint. For several machines, see docs/gpu.md."""
     from medcot_utils.run.directory import Run
 
     run_dir = choose_run(run_dir)
-    Run.open(run_dir)  # must be there: train prepares nothing
+    Run.open(run_dir)  # the run must exist, because train prepares nothing
     processes = [] if nproc is None else [f"training.num_processes={nproc}"]
     _run_notebooks(run_dir, None, [*processes, *(settings or [])], 5, 5, False, {})
 
@@ -135,7 +135,7 @@ def _run_notebooks(
 
         def count(name: str, cell: int, cells: int) -> None:
             progress.update(task, completed=cell, total=cells)
-            if cell == 1 and not console.is_terminal:  # no bar there: a line, so that a log shows what is running
+            if cell == 1 and not console.is_terminal:  # a log has no bar, so a line says which notebook is running
                 say(f"{name}: started")
 
         finished = runner.run_series(
@@ -209,7 +209,7 @@ def _print_status(found: Status, run: Run) -> None:
 
 
 def _places(run: Run) -> list[tuple[str, Path]]:
-    """Return what a reader or another program wants of a finished run, and where it lies."""
+    """Return (name, path) of each part of a finished run that a person or another program may want."""
     wanted = {"report": "report", "adapter": "adapter", "merged model": "merged", "GGUF": "gguf", "model card": "model_card"}
     there = [(what, run.place(name)) for what, name in wanted.items()]
     return [(what, path) for what, path in (*there, ("executed notebooks", run.path / "notebooks")) if path.exists()]
@@ -228,7 +228,7 @@ def _metrics_table(found: Status) -> Table:
         table.add_column(column, no_wrap=True)
     for name, (label, line) in lines.items():
         numbers = [line.base, line.tuned, *([merged.get(name, "")] if merged else []), line.difference]
-        # Number and interval on lines of their own, which do not break: so the table fits 80 columns.
+        # Number and interval are on separate lines that do not break, so that the table fits in 80 columns.
         table.add_row(f"{label}: {line.verdict}", *(number.replace(" [", "\n[", 1) for number in numbers))
     return table
 
@@ -240,10 +240,10 @@ def report(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(parser=expand_home, metavar="<path>", help="the HTML file; report.html in the first run if not given"),
+        typer.Option(parser=expand_home, metavar="<path>", help="the HTML file; if not given, report.html in the run"),
     ] = None,
 ) -> None:
-    """Make the HTML report again; with several runs, one that compares them side by side."""
+    """Write the HTML report again. With several runs, write a report that compares them side by side."""
     from medcot_utils.evaluation.report import build_report
     from medcot_utils.run.directory import Run
     from medcot_utils.run.files import write_atomic
@@ -251,7 +251,7 @@ def report(
 
     run_dirs = run_dirs or [choose_run(None)]
     if out is None and len(run_dirs) > 1:
-        raise MedcotError("a report of several runs needs a file of its own: name one with --out")
+        raise MedcotError("a report of several runs needs its own file: name one with --out")
     runs = [Run.open(run_dir) for run_dir in run_dirs]
     if out is None:
         with hold(runs[0].path, "medcot report"):
@@ -269,10 +269,10 @@ def grade(
         Path | None, typer.Argument(parser=expand_home, help="a run whose base and tuned model have answered")
     ] = None,
     grader: Annotated[str, typer.Option(help="name of the person who judges")] = "grader",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port of the page; 0: any free port")] = 0,
     open_browser: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
 ) -> None:
-    """Serve a page on this machine to judge the answers blind, without knowing which model wrote which."""
+    """Serve a page on this machine for blind grading: you judge answers without knowing which model wrote them."""
     from medcot_utils.cli.grading_page import serve
     from medcot_utils.run.directory import Run
 
@@ -284,7 +284,7 @@ app.command()(chat)
 
 @app.command()
 def doctor(run_dir: RunDir = None) -> None:
-    """Say which profiles this machine can run, why not, what they need, how long they take, and the command to start one."""
+    """Show which profiles this machine can run, what they need, how long they take, and how to start one."""
     from medcot_utils.cli import doctor
     from medcot_utils.cli.tables import times_table
 
@@ -308,7 +308,7 @@ def list_settings(
     ] = None,
     profile: Annotated[str, typer.Option(help=f"profile whose values are shown: {', '.join(PROFILES)} or auto")] = "demo",
 ) -> None:
-    """List the settings that --set takes: value in a profile, meaning, choices, and default."""
+    """List the settings for --set: value in a profile, meaning, choices, and default."""
     from medcot_utils.cli.settings_table import settings_table
     from medcot_utils.config import load_config
 
@@ -328,31 +328,33 @@ def _prepare_environment() -> None:
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
+            stream.reconfigure(errors="replace")  # a terminal shows a question mark for a character that it cannot show
     guard_streams()
     if left := environment.forget_process_group():
         typer.echo(environment.tell_forgotten(left), err=True)
 
 
 def _refuse_secrets(arguments: Sequence[str]) -> None:
-    """Raise MedcotError for an argument that holds a secret: names and paths are written, and lists of processes show them all.
+    """Raise MedcotError for an argument that holds a secret: names and paths are written to files, and process lists show all.
 
-    Those of --set and --parameter are left to their own checks, which name the setting."""
+    The values of --set and --parameter have their own checks, which name the setting."""
     option = ""
     for text in arguments:
         name, _, value = text.partition("=")
         option, value = (name, value) if text.startswith("--") else (option, text)
         if value and option not in ("--set", "--parameter", "-p") and (kind := kind_of(value, secrets_at_hand())):
             raise MedcotError(
-                f"{option or 'an argument'} holds {kind}. Take it out: arguments are written to files, and others can see them. "
+                f"{option or 'an argument'} holds {kind}. Remove it: arguments are written to files, and others can see them. "
                 f"A secret belongs in the environment or the platform's secret store"
             )
         option = text if text.startswith("-") and "=" not in text else ""
 
 
 def main() -> None:
-    """Run the command line. An error that the user can fix is one line and exit code 1; a paused training is exit code
-    EX_PAUSED, and Ctrl-C in a series EX_INTERRUPTED."""
+    """Run the command line.
+
+    An error that the user can fix becomes one line and exit code 1. The exit code is EX_PAUSED for a paused training, and
+    EX_INTERRUPTED after Ctrl-C in a series."""
     try:
         installing.require_linux()
         _prepare_environment()

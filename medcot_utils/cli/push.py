@@ -1,4 +1,4 @@
-"""`medcot push`: a finished run to the Hugging Face Hub."""
+"""`medcot push`: push a finished run to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from medcot_utils.machine.paths import expand_home
 
 def push(
     run_dir: Annotated[Path | None, typer.Argument(parser=expand_home, help="a run that notebook 07 has exported")] = None,
-    repo_id: Annotated[str | None, typer.Option("--repo-id", help="user/name; hub.repo_id if not given")] = None,
-    public: Annotated[bool | None, typer.Option("--public/--private", help="who can see it; private if not given")] = None,
+    repo_id: Annotated[str | None, typer.Option("--repo-id", help="user/name; if not given, hub.repo_id")] = None,
+    public: Annotated[bool | None, typer.Option("--public/--private", help="who can see it; if not given, private")] = None,
     layout: Annotated[str | None, typer.Option(help="one repository, or separate: -lora, -merged, -gguf")] = None,
     what: Annotated[
         list[str] | None,
@@ -26,13 +26,13 @@ def push(
     verify_all: Annotated[
         bool | None, typer.Option("--verify-all", help="download every byte again, not only both ends of large files")
     ] = None,
-    patience: Annotated[float | None, typer.Option(help="seconds to keep trying while the Hub is busy or away")] = None,
+    patience: Annotated[float | None, typer.Option(help="seconds to keep trying while the Hub is busy or unreachable")] = None,
 ) -> None:
-    """Push a run's adapter, merged model and GGUF to the Hub, and compare every file there with the run.
+    """Push a run's adapter, merged model, and GGUF file to the Hub, and compare every file there with the run.
 
-    Every file's size and digest as the Hub lists them are compared; small files and both ends of large ones are downloaded.
-    An interrupted push resumes: files that are there already are not sent again. medcot only replaces or deletes files that
-    it uploaded itself; if others are in the way, it refuses before it sends anything. Exit code 0 only if every file agrees."""
+    It compares each file's size and digest in the Hub's list, and downloads small files and both ends of large ones. An
+    interrupted push resumes: files that are already there are not sent again. medcot only replaces or deletes files that it
+    uploaded itself. If other files are in the way, it refuses before it sends anything. The exit code is 0 only if all agree."""
     from medcot_utils.export.hub import push, records
     from medcot_utils.run.directory import Run
     from medcot_utils.run.lock import hold
@@ -49,7 +49,7 @@ def push(
         "verify_all": verify_all,
     }
     settings = push.hub_settings(run, **changes)
-    with hold(run.path, "medcot push"):  # what is sent must not be made again meanwhile
+    with hold(run.path, "medcot push"):  # the files must not change while they are sent
         record = push.push_run(run, settings, say=say)
     table = Table("file", "bytes", "sha256", "sent", "read back", title="what the Hub lists and returns", title_justify="left")
     for line in records.file_lines(record):

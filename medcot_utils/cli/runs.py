@@ -1,4 +1,4 @@
-"""The run that a command works on: the one it is given, or a line that lists those that are here."""
+"""The run that a command works on. If none is given, an error lists the runs that are here."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from medcot_utils.errors import MedcotError
 
-RUNS = Path("runs")  # where `medcot run` keeps them, if it is not told
+RUNS = Path("runs")  # the default folder of `medcot run`
 
 
 def choose_run(run_dir: Path | None) -> Path:
-    """Return the run directory that was given. Raises MedcotError that lists the runs below runs/ if none was."""
+    """Return the run directory that was given. If none was given, raise a MedcotError that lists the runs below runs/."""
     from medcot_utils.run.store import CONFIG
 
     if run_dir is not None:

@@ -1,4 +1,4 @@
-"""The table of `medcot settings`: every setting with its value in a profile, what it means, and what it may be."""
+"""The table of `medcot settings`: every setting with its value in a profile, its meaning, and its possible values."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _KINDS = {"integer": "an integer", "number": "a number", "string": "a text", "bo
 
 
 def settings_table(config: RunConfig, words: Iterable[str] = ()) -> Table:
-    """Return a table of the settings whose name or meaning holds one of the words; of all, if no word is given.
+    """Return a table of the settings with one of the words in their name or meaning; of all settings if no word is given.
 
-    Raises ConfigError for a word that no setting holds."""
+    Raises ConfigError for a word that occurs in no setting."""
     schema = RunConfig.model_json_schema()
     rows = {name: _field(schema, name) for name in setting_names() if name != "profile"}
     chosen: set[str] = set() if (words := list(words)) else set(rows)
@@ -50,7 +50,7 @@ def _resolve(schema: Mapping[str, Any], field: Mapping[str, Any]) -> Mapping[str
 
 
 def describe_kind(schema: Mapping[str, Any], field: Mapping[str, Any]) -> str:
-    """Return what a setting may be, from its JSON schema: its choices, or its type with the bounds."""
+    """Return the possible values of a setting, from its JSON schema: its choices, or its type with the bounds."""
     if "anyOf" in field:
         return " or ".join(describe_kind(schema, one) for one in field["anyOf"])
     if "enum" in field or "const" in field:

@@ -1,4 +1,4 @@
-"""Tables that several commands show."""
+"""Tables that several commands print."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from medcot_utils.series.estimate import SeriesEstimate
 
 
 def times_table(estimates: Mapping[str, SeriesEstimate]) -> Table:
-    """Return the time that each notebook will take, a column for each profile; all estimates are of one machine."""
+    """Return a table of the time that each notebook will take, one column per profile. All estimates must be for one machine."""
     speed = next(iter(estimates.values())).speed
     table = Table("notebook", *estimates, title=f"time on {speed.where}: {speed.how}", title_justify="left")
     for step in STEPS:

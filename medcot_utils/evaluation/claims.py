@@ -34,11 +34,13 @@ if TYPE_CHECKING:
 class Claim:
     """Hold a claim and the metrics that test it.
 
-    expected: each metric must move this way (+1 up, -1 down) by SMALLEST or more. before: the same, in runs that lack one of
-    those. most: shares that must be on their side of one half; ("base", "bullet_rate", +1) says that most of the base's
-    answers are lists. beside: metrics that must not clearly say the opposite.
-    of_answers: the claim is about answers, so it is tested with forced closing or, in runs without it, on the questions that
-    both models answered."""
+    expected: each metric must move this way (+1 up, -1 down) by SMALLEST or more.
+    of_answers: whether the claim is about answers. Such a claim is tested with forced closing or, in runs without it, on the
+    questions that both models answered.
+    before: the metrics that replace `expected` in runs that lack one of them.
+    most: shares that must be above (+1) or below (-1) one half; ("base", "bullet_rate", +1) says that most of the base's
+    answers are lists.
+    beside: metrics that must not clearly move the other way."""
 
     text: str
     expected: Mapping[str, Literal[-1, 1]]
@@ -81,12 +83,13 @@ ARTICLE_CLAIM = "The tuned model answers the article's test question better"
 
 
 class ClaimVerdict(TypedDict):
-    """Say what became of a claim. Runs of earlier versions lack the fields that may be missing.
+    """Hold the verdict on a claim. Runs of earlier versions lack the optional fields.
 
-    verdict: holds; does not hold, and why; or can't tell, and why; with what it was judged on.
-    reading: how answers were read, and which questions count; n: how many. answered_result: what stands beside and must not
-    contradict it: of answers, the questions that both models answered by themselves; "" if nothing does. needed: how many
-    questions would tell; None if these do, or if more would not."""
+    verdict: begins with `holds`, `does not hold`, or `can't tell`, and says on how many questions, and why.
+    reading: how answers were read, and which questions count. n: the number of these questions or rows.
+    answered_result: the results that must not contradict the claim: for a claim about answers, those on the questions that
+    both models answered by themselves; "" if there are none.
+    needed: how many questions would decide the claim; None if these decide it, or if more would not."""
 
     claim: str
     tested_by: str  # the metrics' labels
@@ -99,7 +102,7 @@ class ClaimVerdict(TypedDict):
 
 
 def outcome(judged: ClaimVerdict) -> Outcome:
-    """Return how a claim's verdict begins: whether it holds, does not hold, or cannot be decided."""
+    """Return the outcome that a claim's verdict begins with."""
     return next(one for one in (HOLDS, DOES_NOT, CANNOT_TELL) if judged["verdict"].startswith(one))
 
 
@@ -120,13 +123,15 @@ def judge(
     """Judge every claim.
 
     Args:
-        metrics: what `compare` gives over the counted questions, with those of multiple choice if they were measured.
-        answered: the same over the questions that both models answered in full form by themselves; empty if there are none.
-        sampled: what `compare_sampled` gives. If it clearly says the opposite, neither is believed.
-        article_seen: ids of training rows that hold the article's question.
-        forced, sampled_forced: the same as `metrics` and `sampled` with forced closing. Without it a claim about answers is
-            judged on `answered`: a model that never answers has no length and no likeness of answers.
-        losses: the loss of the 16-bit base beside the others, if it was taken."""
+        metrics: what `compare` returns for the counted questions, plus the multiple-choice metrics if they were measured.
+        answered: what `compare` returns for the questions that both models answered in full form by themselves; empty if
+            there are none.
+        sampled: what `compare_sampled` returns. If a metric clearly moves the other way there, the claim is left undecided.
+        article_seen: ids of training rows that repeat the article's question.
+        forced, sampled_forced: the same as `metrics` and `sampled` with forced closing. Without them, a claim about answers is
+            judged on `answered`, because a model that never answers has no answers to measure.
+        losses: the losses of 16-bit base, base, and tuned model; None if the 16-bit base was not measured.
+        confidence_level: evaluation.confidence_level."""
     verdicts = []
     for claim in CLAIMS:
         if claim.of_answers:
@@ -204,7 +209,7 @@ def _values(names: Iterable[str], metrics: Metrics) -> str:
 
 
 def _article(article_seen: Sequence[str]) -> ClaimVerdict:
-    seen = f"; it stands in the training rows ({', '.join(article_seen)})" if article_seen else ""
+    seen = f"; it is in the training rows ({', '.join(article_seen)})" if article_seen else ""
     return {
         "claim": ARTICLE_CLAIM,
         "tested_by": "nothing: shown in the report, never scored",
@@ -217,7 +222,7 @@ def _article(article_seen: Sequence[str]) -> ClaimVerdict:
 
 
 def claims_table(verdicts: Sequence[ClaimVerdict]) -> pd.DataFrame:
-    """Return the claims as a table, one line each; with what stands beside the result, if anything does."""
+    """Return the claims as a table, one line per claim. Leave out the column `beside it` if it is empty for all claims."""
     import pandas as pd
 
     columns = {

@@ -1,4 +1,4 @@
-"""The effects of fine-tuning: held-out loss, format, style, and similarity, each with an interval, paired."""
+"""The effects of fine-tuning: paired differences in held-out loss, format, style, and similarity, with intervals."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ if TYPE_CHECKING:
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
-# What the models of both sides are called in tables and verdicts.
+# The names of both models in tables and verdicts.
 Labels = tuple[str, str]
 LABELS: Labels = ("base", "tuned")
-# How answers are read: in tables, conclusions and claims.
+# The names of both readings of answers in tables, conclusions, and claims.
 BY_THEMSELVES, FORCED = "as they answer", "forced closing"
 _NEVER_TESTED = """- whether an answer is medically right: no metric here checks that
 - anything about questions unlike these, or about patients"""
 
 
 def check_questions(config: RunConfig) -> str:
-    """Return one line on the multiple-choice questions to be asked, after a look at all that the evaluation needs: its
-    questions and its embedding model. Raises McqError or MetricError, before a model is loaded."""
+    """Return one line on the multiple-choice questions to be asked.
+
+    This loads the questions and the embedding model, so that a missing one raises McqError or MetricError before the language
+    model is loaded."""
     from medcot_utils.evaluation.mcq.run import load_questions
 
     settings = config.evaluation
@@ -60,16 +62,17 @@ def compare(
 ) -> dict[str, ComparedMetric]:
     """Return every metric of two models' greedy answers; an empty dict if there is nothing to compare.
 
-    The metrics of the loss are left out unless both models have `losses`, those of answers without `questions`."""
+    Loss metrics are left out unless both models have `losses`. Answer metrics are left out without `questions`. Raises
+    ValueError if the losses are of different rows."""
     metrics = compare_losses(losses, models, settings, seed)
     answers = ([[one.greedy[model] for one in questions]] for model in models)
     return metrics | (_compare_answers(*answers, questions, settings, seed) if questions else {})
 
 
 def compare_sampled(questions: Sequence[AnsweredQuestion], settings: EvaluationSettings, seed: int) -> dict[str, ComparedMetric]:
-    """Return what `compare` gives of answers, over the sampled ones; an empty dict without samples.
+    """Return the answer metrics of `compare` over the sampled answers; an empty dict without samples.
 
-    Each question counts with its mean, and questions, not answers, are what is resampled."""
+    Each question counts with its mean over the samples. The bootstrap resamples questions, not answers."""
     n_samples = len(questions[0].samples.get("base", [])) if questions else 0
     answers = ([[one.samples[model][k] for one in questions] for k in range(n_samples)] for model in ("base", "tuned"))
     return _compare_answers(*answers, questions, settings, seed) if n_samples else {}
@@ -78,7 +81,7 @@ def compare_sampled(questions: Sequence[AnsweredQuestion], settings: EvaluationS
 def compare_all(
     questions: Sequence[AnsweredQuestion], losses: Sequence[RowLoss], settings: EvaluationSettings, seed: int
 ) -> dict[str, dict[str, ComparedMetric]]:
-    """Compare each model with the first: {its label: what `compare` gives with the first as base}."""
+    """Compare each model with the first. Return {its label: what `compare` returns with the first as base}."""
     first, *others = questions[0].greedy
     return {label: compare(questions, losses, settings, seed, (first, label)) for label in others}
 
@@ -90,7 +93,9 @@ def _compare_answers(
     settings: EvaluationSettings,
     seed: int,
 ) -> dict[str, ComparedMetric]:
-    """Compare answers: one sequence per sample, each over the questions. The mean of several is no yes or no."""
+    """Compare answers: one sequence per sample, each over the questions.
+
+    The mean of several yes-or-no answers is no longer yes or no, so its interval is the bootstrap's."""
     asked = [one.question for one in questions]
     ours, theirs = (sampled_columns(samples, asked, settings.embedding_model) for samples in (base, tuned))
     cut_base, cut_tuned = (
@@ -124,7 +129,7 @@ class MetricLine:
 
 
 def metric_lines(metrics: Metrics | None, labels: Labels = LABELS) -> dict[str, MetricLine]:
-    """Return a line for every metric by its name: values with their intervals, and the verdict; none without metrics."""
+    """Return {name of the metric: its line, with values, intervals, and verdict}; an empty dict without metrics."""
     return {
         name: MetricLine(
             METRICS[name],
@@ -142,25 +147,25 @@ def count_of(name: str, n: int) -> str:
 
 
 def format_side(metric: ComparedMetric, side: Side | Literal["difference"]) -> str:
-    """Return a number of a metric with its interval; with `at least` or `at most` if cut lengths make it a bound."""
+    """Return one number of a metric with its interval. Begin with `at least` or `at most` if cut lengths make it a bound."""
     cut = metric.get("cut", {"base": 0, "tuned": 0})
-    # Longer base answers would make the difference smaller, longer tuned ones larger; with both it has no bound.
+    # If base answers were longer, the difference would be smaller; if tuned answers were, larger. With both, it has no bound.
     below = cut["base"] == 0 < cut["tuned"] if side == "difference" else cut[side] > 0
     above = side == "difference" and cut["tuned"] == 0 < cut["base"]
     return "at least " * below + "at most " * above + format_interval(metric[side])
 
 
 def undone_by_cut(name: str, metric: ComparedMetric, labels: Labels = LABELS) -> str:
-    """Say which cut answers could undo a difference if they were whole; an empty text if none could.
+    """Say which cut answers could undo a difference if they were whole; return an empty text if none could.
 
-    A length that fell did so all the more if base answers were cut, but not if tuned ones were."""
+    If a length fell and base answers were cut, it really fell by more. If tuned answers were cut, it may not have fallen."""
     value = metric["difference"]["value"]
     side = "tuned" if value < 0 else "base"
     return describe_cut(name, metric, labels, (side,)) if value else ""
 
 
 def describe_cut(name: str, metric: ComparedMetric, labels: Labels = LABELS, sides: Sequence[Side] = SIDES) -> str:
-    """Say how many of the models' answers were cut, as in `the thinking of 5 of 24 base answers was cut`; "" if none was."""
+    """Say how many answers were cut, as in `the thinking of 5 of 24 base answers was cut`; return "" if none was."""
     cut = metric.get("cut", {"base": 0, "tuned": 0})
     counts = [
         f"{cut[side]} of {cut['answers']} {label} answers"
@@ -172,14 +177,14 @@ def describe_cut(name: str, metric: ComparedMetric, labels: Labels = LABELS, sid
 
 
 def is_shown(name: str, metric: ComparedMetric) -> bool:
-    """Return whether a difference is clear, and would be if no answer had been cut."""
+    """Return whether a difference is clear and would stay clear if no answer had been cut."""
     return is_clear(metric["difference"]) and not undone_by_cut(name, metric)
 
 
 def verdict(name: str, metric: ComparedMetric, labels: Labels = LABELS) -> str:
     """Say whether the metric rose or fell, and for better or worse, or that no difference is shown.
 
-    It goes by interval and test alone, and by what was cut."""
+    The verdict depends only on the interval, the exact test, and the cut answers."""
     difference = metric["difference"]
     if not np.isfinite(difference["value"]):
         return "can't tell: not a finite number"
@@ -194,7 +199,7 @@ def verdict(name: str, metric: ComparedMetric, labels: Labels = LABELS) -> str:
 
 
 def conclusions(metrics: Metrics, forced: Metrics | None = None) -> str:
-    """Return what the numbers do and do not show, in both readings, as Markdown, computed from the intervals."""
+    """Return Markdown that says what the numbers do and do not show, in both readings, computed from the intervals."""
     found = _conclusions(metrics)
     if forced:
         found = f"### {BY_THEMSELVES.capitalize()}\n\n{found}\n\n### {FORCED.capitalize()}\n\n{_conclusions(forced)}"
@@ -222,7 +227,7 @@ def _conclusions(metrics: Metrics) -> str:
 
 
 def needed_table(metrics: Metrics, confidence_level: float, sizes: Sequence[float] = (0.05, 0.1, 0.2)) -> pd.DataFrame:
-    """Return how many questions each metric from 0 to 1 needs to show the difference found, and ones of the given sizes.
+    """Return how many questions each metric from 0 to 1 needs to show the difference found, and differences of given sizes.
 
     The power is 0.8. A cell is empty if nothing differs between questions."""
     import pandas as pd
@@ -243,10 +248,9 @@ def needed_table(metrics: Metrics, confidence_level: float, sizes: Sequence[floa
 
 
 def metrics_table(metrics: Metrics, forced: Metrics | None = None, labels: Labels = LABELS) -> pd.DataFrame:
-    """Return the comparison as a table: one line per metric, values with their intervals, and the verdict.
+    """Return the comparison as a table: one line per metric, with values, intervals, and verdict.
 
-    With `forced`, a metric has a line for each reading that it has, one below the other: beside each other they would not fit
-    on a page."""
+    With `forced`, a metric has one line per reading, one below the other, because the columns of both would not fit on a page."""
     import pandas as pd
 
     lines = {

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from medcot_utils.data.contamination import NGRAM_WORDS, normalize
 from medcot_utils.data.words import counts_characters, find_pieces, split_words
 
-# A Chinese word has about one and a half characters, and the name of one disease can have eight and more (慢性阻塞性肺疾病):
-# sequences of eight characters would take such a name for a copy. English names are one to four words.
+# A Chinese word has about one and a half characters, and the name of a disease can have eight or more (慢性阻塞性肺疾病).
+# Sequences of only eight characters would count such a name as a copy. English names have one to four words.
 _CHARACTERS_PER_WORD = 2
 
 
 def remove_copied(answer: str, question: str) -> tuple[str, float]:
-    """Return the answer without the word sequences that stand in the question too, and their share of its words.
+    """Return the answer without the word sequences that are also in the question, and their share of its words.
 
-    A sequence has NGRAM_WORDS words, compared as `contamination.normalize` has them, and twice as many characters in a script
-    without spaces between words. All else stays as it was written. Nothing is left if no word is."""
+    A sequence has NGRAM_WORDS words or, in a script without spaces between words, twice as many characters. Words are compared
+    after `contamination.normalize`. The rest of the answer stays as it was written. If every word is copied, the text is ""."""
     asked = split_words(normalize(question))
     spans = find_pieces(answer)
     pieces = [split_words(normalize(answer[start:end])) for start, end in spans]
@@ -30,7 +30,7 @@ def remove_copied(answer: str, question: str) -> tuple[str, float]:
 
     kept, at, copied = [], 0, False
     for (start, _), piece, (end, _) in zip(spans, pieces, [*spans[1:], (len(answer), 0)], strict=True):
-        # A mark between words has no word of its own and goes with the piece before it.
+        # Punctuation between words has no word of its own, so it stays or goes with the piece before it.
         copied = all(marks[at : at + len(piece)]) if piece else copied
         at += len(piece)
         if not copied:
@@ -39,7 +39,7 @@ def remove_copied(answer: str, question: str) -> tuple[str, float]:
 
 
 def _mark_copied(words: Sequence[str], asked: Sequence[str], length: int) -> list[bool]:
-    """Return for each word whether it lies in a sequence of `length` words that the question has."""
+    """Return for each word whether it is part of a sequence of `length` words that is also in the question."""
     sequences = {tuple(asked[i : i + length]) for i in range(len(asked) - length + 1)}
     marks = [False] * len(words)
     for i in range(len(words) - length + 1):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Outcome = Literal["holds", "does not hold", "can't tell"]
 HOLDS, DOES_NOT, CANNOT_TELL = "holds", "does not hold", "can't tell"
-# A difference that lies wholly within this, either way, is none that a reader would notice. In the metrics' own units.
+# A reader would not notice a difference whose whole interval is smaller than this in size. In the metrics' own units.
 SMALLEST = {
     "eval_loss": 0.01,
     "thinking_words": 5.0,
@@ -53,7 +53,7 @@ class Beside:
 class Evidence:
     """Hold the evidence for a claim: the metrics that should move, how they were read, and what must not contradict them.
 
-    among: what the verdict says of its questions. shown: what stands in `answered_result`."""
+    among: the words for its questions in the verdict. shown: the text for `answered_result`."""
 
     reading: str
     among: str
@@ -65,7 +65,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Decision:
-    """A verdict before it is put in words; see `ClaimVerdict`."""
+    """Hold a verdict before it becomes text; see `ClaimVerdict`."""
 
     outcome: Outcome
     why: str = ""
@@ -73,7 +73,7 @@ class Decision:
 
 
 def fewest(names: Iterable[str], metrics: Metrics) -> int:
-    """Return on how many questions these metrics were measured, of unlike numbers the lowest."""
+    """Return on how many questions these metrics were measured: the lowest number if they differ."""
     return min(metrics[name]["difference"]["n"] for name in names)
 
 
@@ -81,9 +81,13 @@ def fewest(names: Iterable[str], metrics: Metrics) -> int:
 
 
 def decide(claim: Claim, evidence: Evidence, level: float) -> Decision:
-    """Decide of a claim: refuted, open because lengths were cut, for want of questions or of agreement, or else it holds.
+    """Decide whether a claim holds.
 
-    `level`: evaluation.confidence_level, which the numbers of questions are for."""
+    The first that applies decides: the claim is refuted; it is open because lengths were cut, because there are too few
+    questions, or because other metrics contradict it; or else it holds.
+
+    Args:
+        level: evaluation.confidence_level, which the numbers of questions are computed for."""
     tested = {name: evidence.metrics[name] for name in evidence.expected}
     if fewest(tested, tested) < FEWEST_QUESTIONS:
         return Decision(CANNOT_TELL, f"at least {FEWEST_QUESTIONS} are needed", FEWEST_QUESTIONS)
@@ -111,7 +115,7 @@ def _refute(claim: Claim, evidence: Evidence, tested: Metrics) -> Decision | Non
 
 
 def _find_cut(evidence: Evidence, tested: Metrics) -> Decision | None:
-    """Find a length that cannot be judged, because whole answers could undo what is claimed or are needed to show it."""
+    """Find a length that cannot be judged, because whole answers could undo the claim or are needed to show it."""
     for name, sign in evidence.expected.items():
         undoing = describe_cut(name, tested[name], sides=("tuned" if sign < 0 else "base",))
         if undoing or (not _moved(name, tested[name], sign) and describe_cut(name, tested[name])):
@@ -120,7 +124,7 @@ def _find_cut(evidence: Evidence, tested: Metrics) -> Decision | None:
 
 
 def _want_questions(claim: Claim, evidence: Evidence, level: float) -> Decision | None:
-    """Find what these questions leave open, with the number that it would take; of several, what takes most."""
+    """Find what these questions leave open and how many it would take; if there are several, the one that takes most."""
     wanting = [
         _need_for(name, evidence.metrics[name]["difference"], sign, level)
         for name, sign in evidence.expected.items()
@@ -141,9 +145,10 @@ def _cannot_tell_yet(needed: int | None, what: str) -> Decision:
 
 
 def _need_for(name: str, difference: Difference, sign: int, level: float) -> tuple[int | None, str]:
-    """Return how many questions it takes, and to show what: a difference as found or, if none was, the smallest that counts.
+    """Return how many questions it takes, and what they would show.
 
-    If there are enough to show the smallest, then to tell what was found from that."""
+    They would show the difference found or, if it is smaller than the smallest that counts, a difference of that size. If
+    these questions are enough for that, they would show on which side of the smallest the difference found lies."""
 
     def need(size: float) -> int | None:
         if "changed" in difference:
@@ -157,7 +162,7 @@ def _need_for(name: str, difference: Difference, sign: int, level: float) -> tup
         needed, what = need(smallest), f"a difference of {smallest:g} ({text})"
         if is_clear(difference) or (needed and needed <= difference["n"]):
             needed, what = need(smallest - found), f"whether {text} differs by {smallest:g}"
-    return needed and max(needed, difference["n"] + 1), what  # these were too few, whatever a power of 0.8 takes
+    return needed and max(needed, difference["n"] + 1), what  # the present number has proved too few
 
 
 def _contradict(beside: Sequence[Beside]) -> Decision | None:
@@ -189,7 +194,7 @@ def _beyond_half(share: Estimate, sign: int) -> bool:
 
 
 def decide_learning(bars: LossBars | None, level: float) -> Decision:
-    """Decide of a loss that fell below the 4-bit base's whether it fell below the 16-bit base's too."""
+    """Decide whether a loss that fell below the 4-bit base's also fell below the 16-bit base's."""
     if bars is None:
         return Decision(HOLDS, "below the 4-bit base; the 16-bit base was not measured")
     learning, smallest = bars["learning"], SMALLEST["eval_loss"]
@@ -206,7 +211,7 @@ def decide_learning(bars: LossBars | None, level: float) -> Decision:
 
 
 def describe_rounding(bars: LossBars) -> str:
-    """Say how much of the fall the rounding had cost, as in `0.39 of 0.81, 48 % [45 %, 52 %]`."""
+    """Say how much of the fall the rounding had cost, in nats per token, as in `0.39 of 0.81, 48 % [45 %, 52 %]`."""
     rounding, fall = bars["rounding"]["value"], bars["base"]["value"] - bars["tuned"]["value"]
     share = bars["share"]
     text = f"; 16-bit base {format_interval(bars['base_16bit'])}: the 4-bit rounding had cost {rounding:.2f}"

@@ -1,6 +1,6 @@
 """Blind grading: a person says which answer is better without being told which model wrote it.
 
-Judgements go to grades.jsonl in the run directory, one line a click; `cli/grading_page.py` shows the page."""
+Judgments are written to grades.jsonl in the run directory, one line per click. `cli/grading_page.py` shows the page."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class GradingError(MedcotError):
 
 
 class Grade(BaseModel):
-    """Hold one judgement: a line of grades.jsonl. `answers` is the digest of what was judged (see `Pair`)."""
+    """Hold one judgment: a line of grades.jsonl. `answers` is the digest of the judged pair (see `Pair`)."""
 
     id: str
     verdict: Verdict
@@ -54,8 +54,8 @@ class Grade(BaseModel):
 class Pair:
     """Hold a question with both models' answers; `shown` are the models behind A and B.
 
-    `digest`: sha256 of question, thinking and answers, base first. The page names the pair by `token`, the same with A first,
-    as a digest with base first would tell which of A and B is base."""
+    digest: sha256 of question, thinking, and answers, base first. token: the same with A first. The page names the pair by
+    its token, because the digest would reveal which of A and B is base."""
 
     id: str
     question: Question
@@ -66,11 +66,12 @@ class Pair:
 
 
 def read_pairs(run: Run) -> list[Pair]:
-    """Return the run's questions with both answers, in their order, those that are only shown (`scored: false`) last.
+    """Return the run's questions with both answers, in their order; questions that are only shown (`scored: false`) come last.
 
-    The run's seed and the question's id decide which model is A: the same for every grader and session.
-    Raises RunError naming the notebook to run if answers are missing, GradingError if they do not fit the questions."""
-    # The greedy answers: sampled ones stand behind them in the same file.
+    The run's seed and the question's id decide which model is A, so it is the same for every grader and session.
+    Raises RunError, which names the notebook to run, if answers are missing, and GradingError if they do not match the
+    questions."""
+    # Only the greedy answers: sampled ones follow them in the same file.
     answers = {side: {record["id"]: record for record in by_sample(run.read(f"{side}_answers"))[0]} for side in SIDES}
     questions = run.read("questions")
     if not questions:
@@ -94,10 +95,10 @@ def read_pairs(run: Run) -> list[Pair]:
 
 
 def read_grades(run: Run) -> list[Grade]:
-    """Return every judgement in the run, oldest first; none if there is no file. Prints how many lines cannot be read. Raises
-    GradingError for a file that cannot be.
+    """Return every judgment in the run, oldest first; an empty list if there is no file.
 
-    A line that a crash cut off is skipped, not removed: it stays in the file for whoever wants to see it."""
+    Unreadable lines, as a crash leaves them, are counted in a message and skipped. They stay in the file. Raises GradingError
+    if the file cannot be read."""
     path, grades, unreadable = run.path / GRADES, [], 0
     try:
         lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -114,23 +115,23 @@ def read_grades(run: Run) -> list[Grade]:
 
 
 def append_grade(run: Run, grade: Grade) -> None:
-    """Add a judgement to the file. It is on the disk when this returns; raises OSError if it cannot be."""
+    """Add a judgment to the file. It is on the disk when this returns. Raises OSError if it cannot be written."""
     path = run.path / GRADES
     if not path.exists():
         write_atomic(path, "")  # makes the new name durable too
     with path.open("a+b") as stream:
         stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
-        torn = stream.read(1) not in (b"", b"\n")  # a crash cut the last line off: begin a new one
+        torn = stream.read(1) not in (b"", b"\n")  # a crash cut off the last line, so begin a new one
         stream.write(b"\n" * torn + grade.model_dump_json().encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def latest_grades(pairs: Sequence[Pair], grades: Sequence[Grade]) -> tuple[dict[tuple[str, str], Grade], int]:
-    """Return ({(grader, question id): the judgement that counts, last made last}, how many count no more).
+    """Return ({(grader, question id): the judgment that counts, newest last}, how many no longer count).
 
-    A grader's last judgement of a question counts. A judgement of answers that have changed since does not; it is in the
-    second number unless its grader has judged the new ones."""
+    A grader's last judgment of a question counts. A judgment of answers that have changed since does not. The second number
+    leaves it out if its grader has judged the new answers."""
     digests, latest = {pair.id: pair.digest for pair in pairs}, {}
     for grade in grades:
         if digests.get(grade.id) == grade.answers:
@@ -143,10 +144,10 @@ def latest_grades(pairs: Sequence[Pair], grades: Sequence[Grade]) -> tuple[dict[
 
 
 def cohen_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
-    """Return the agreement of two graders beyond chance, at most 1; None, as undefined, if both gave one same verdict throughout.
+    """Return the agreement of two graders beyond chance, at most 1; None (undefined) if both gave a single verdict throughout.
 
-    It is (observed - expected) / (1 - expected), where expected is what their own shares of each verdict would give
-    (Cohen 1960, doi:10.1177/001316446002000104)."""
+    It is (observed - expected) / (1 - expected), where `expected` is the agreement by chance, from each grader's shares of
+    the verdicts (Cohen 1960, doi:10.1177/001316446002000104)."""
     n, one, other = len(first), Counter(first), Counter(second)
     observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
     expected = sum(one[name] * other[name] for name in one) / n**2
@@ -155,7 +156,7 @@ def cohen_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
 
 @dataclass(frozen=True)
 class Kappa:
-    """Hold Cohen's kappa of two graders on the `n` questions that both graded; `value` None if undefined."""
+    """Hold Cohen's kappa of two graders on the `n` questions that both graded; `value` is None if kappa is undefined."""
 
     graders: tuple[str, str]
     value: float | None
@@ -164,15 +165,16 @@ class Kappa:
 
 @dataclass(frozen=True)
 class GradingResult:
-    """Say how a run's answers were judged, over the scored questions that no training row repeats.
+    """Hold how a run's answers were judged, over the scored questions that no training row repeats.
 
-    A question counts once, however many graders, so that pairs stay independent: by the verdict that more graders gave than
-    any other, as `split` if there is none.
+    A question counts once, whatever its number of graders, so that pairs stay independent. Its verdict is the one that most
+    graders gave, or `split` if two verdicts lead with the same number.
 
-    of: scored questions. counts: {base, tuned, tie, both_wrong, split: graded questions}.
+    of: the number of scored questions. counts: {base, tuned, tie, both_wrong, split: graded questions}.
     win_rate: the share of tuned among the decided pairs, with its exact (Clopper-Pearson) interval at
-    evaluation.confidence_level; p: exact, two-sided, against a coin. Both None if no pair is decided.
-    graders: {name: {verdict: how often}}. stale: judgements of answers that have changed since; they do not count."""
+    evaluation.confidence_level; p: the exact two-sided p against a fair coin. Both are None if no pair is decided.
+    graders: {name: {verdict: how often}}. stale: the number of judgments of answers that have changed since, which do not
+    count."""
 
     of: int
     counts: Mapping[str, int]
@@ -240,7 +242,7 @@ def _kappas(scored: Sequence[str], by_grader: Mapping[str, Mapping[str, Verdict]
 
 
 def describe_grades(result: GradingResult | None) -> str:
-    """Say what `summarize_grades` gave, one fact a line."""
+    """Return the result of `summarize_grades` as text, one fact per line."""
     if result is None:
         return "nothing is graded yet"
     counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in result.counts.items())

@@ -1,4 +1,4 @@
-"""Estimates with their intervals, exact tests and numbers of questions, for one model and for two on the same questions."""
+"""Intervals, exact tests, and the number of questions needed, for one model and for two models on the same questions."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing_extensions import TypedDict  # pydantic refuses typing's own on Pyth
 from medcot_utils.config import EvaluationSettings
 
 Array = np.ndarray
-# A number computed from the questions whose positions are given along the last axis; axes before it are resamples.
+# A function of question positions, which lie along the last axis; the axes before it are resamples.
 Statistic = Callable[[Array], Array]
 FEWEST_QUESTIONS = 6
-# Beyond this many questions the normal approximation of an exact test's power is as good.
+# For more questions than this, the normal approximation of the exact test's power is close enough.
 _EXACT_POWER_UP_TO = 5000
 
 
 class Estimate(TypedDict):
     """Hold a number measured on `n` questions, with its interval at evaluation.confidence_level.
 
-    low, high: None if one question is all there is, or none, and if the value is no finite number."""
+    low, high: None if the value is not finite, or if a bootstrap had fewer than two questions."""
 
     value: float
     low: float | None
@@ -34,8 +34,8 @@ class Difference(Estimate):
     """Hold the tuned model's number minus the base's, over the same questions.
 
     needed: how many questions show a difference of this size with a power of 0.8; None if nothing differs.
-    spread: of a mean or ratio, the standard deviation of the difference between questions.
-    p, alpha, changed: of a share, McNemar's exact p, what it must stay below, and the share of questions that changed."""
+    spread: the standard deviation of the difference over questions, for a mean or a ratio.
+    p, alpha, changed: McNemar's exact p, the level it must stay below, and the share of questions that changed, for a share."""
 
     needed: int | None
     spread: NotRequired[float]
@@ -48,12 +48,12 @@ class Difference(Estimate):
 
 
 def mean_of(column: Array) -> Statistic:
-    """Return the statistic that is the mean of a column with one value per question."""
+    """Return a statistic: the mean of a column with one value per question."""
     return lambda drawn: column[drawn].mean(axis=-1)
 
 
 def ratio_of(numerator: Array, denominator: Array) -> Statistic:
-    """Return the statistic that is one column's sum over another's, as in a loss per token."""
+    """Return a statistic: the sum of one column divided by the sum of another, as in a loss per token."""
     return lambda drawn: numerator[drawn].sum(axis=-1) / denominator[drawn].sum(axis=-1)
 
 
@@ -66,13 +66,12 @@ def estimate_all(statistics: Sequence[Statistic], n: int, settings: EvaluationSe
     """Return statistics over the same `n` questions with their bootstrap intervals, from the same resamples.
 
     Questions are resampled whole, so both models' answers to one question stay together (scipy.stats.bootstrap).
-    The percentiles are the expanded ones of Hesterberg 2015 ("What Teachers Should Know About the Bootstrap",
-    doi:10.1080/00031305.2015.1089789), which make the plain percentile interval, too narrow for few questions, as wide as
-    Student's."""
+    The plain percentile interval is too narrow for few questions. The expanded percentiles of Hesterberg 2015 ("What Teachers
+    Should Know About the Bootstrap", doi:10.1080/00031305.2015.1089789) make it as wide as Student's."""
     from scipy.stats import bootstrap
 
     questions = np.arange(n)
-    with np.errstate(all="ignore"):  # a diverged model's loss or perplexity is no finite number
+    with np.errstate(all="ignore"):  # a diverged model's loss or perplexity is not finite
         values = [float(statistic(questions)) for statistic in statistics]
         found: list[Estimate] = [{"value": value, "low": None, "high": None, "n": n} for value in values]
         finite = [i for i, value in enumerate(values) if n > 1 and math.isfinite(value)]
@@ -101,9 +100,9 @@ def _expanded(level: float, n: int) -> float:
 def questions_needed(spread: float, difference: float, confidence_level: float = 0.95, power: float = 0.8) -> int | None:
     """Return how many questions a paired comparison needs to show a mean difference of this size with this power.
 
-    By the normal approximation: ((z_confidence + z_power) x spread / difference)^2, where `spread` is the standard
-    deviation of the difference between questions; at least FEWEST_QUESTIONS. None if nothing differs, or by no finite number.
-    Source: Chow, Shao and Wang, "Sample Size Calculations in Clinical Research", 3.1."""
+    The normal approximation gives ((z_confidence + z_power) x spread / difference)^2, where `spread` is the standard
+    deviation of the difference over questions. The number is at least FEWEST_QUESTIONS, and None if nothing differs or a
+    value is not finite. Source: Chow, Shao and Wang, "Sample Size Calculations in Clinical Research", 3.1."""
     from scipy.stats import norm
 
     if not difference or not spread or not math.isfinite(spread / difference):
@@ -117,8 +116,8 @@ def questions_needed_within(
 ) -> int | None:
     """Return how many questions a paired comparison needs for an interval within `margin` on both sides, with this power.
 
-    By the normal approximation, as `questions_needed` with what lies between the difference found and the margin; None if
-    the difference found is not within the margin, or if nothing differs."""
+    It is `questions_needed` for the distance between the difference found and the margin. None if the difference found is not
+    within the margin, or if nothing differs."""
     return questions_needed(spread, margin - abs(difference), confidence_level, power) if abs(difference) < margin else None
 
 
@@ -128,7 +127,7 @@ def questions_needed_within(
 def estimate_share(values: Array, confidence_level: float) -> Estimate:
     """Return the share of ones with Wilson's interval (1927, as in scipy).
 
-    It keeps its level if the share is near 0 or 1, where the bootstrap has no width."""
+    This interval keeps its level if the share is near 0 or 1, while a bootstrap interval would have no width there."""
     from scipy.stats import binomtest
 
     n = len(values)
@@ -137,7 +136,7 @@ def estimate_share(values: Array, confidence_level: float) -> Estimate:
 
 
 class PairedCounts(TypedDict):
-    """Count how many of `n` questions are a yes for both models, for one of them alone, and for neither."""
+    """Hold how many of `n` questions are a yes for both models, for one of them alone, and for neither."""
 
     n: int
     both: int
@@ -160,8 +159,8 @@ def count_pairs(base: Array, tuned: Array) -> PairedCounts:
 def estimate_share_difference(base: Array, tuned: Array, settings: EvaluationSettings) -> Difference:
     """Return the tuned share minus the base's, from two columns of ones and zeros over the same questions.
 
-    low and high: Newcombe's interval for paired shares (1998, Statistics in Medicine 17:2635, method 10), which joins
-    Wilson's two through their correlation."""
+    `low` and `high` are Newcombe's interval for paired shares (1998, Statistics in Medicine 17:2635, method 10). It combines
+    the Wilson intervals of both shares through their correlation."""
     level, counts = settings.confidence_level, count_pairs(base, tuned)
     before, after = estimate_share(base, level), estimate_share(tuned, level)
     value, correlation = after["value"] - before["value"], _correlation(counts)
@@ -193,7 +192,7 @@ def _correlation(counts: PairedCounts) -> float:
 def exact_p(base: Array, tuned: Array) -> float:
     """Return McNemar's exact two-sided p for yes-or-no answers to the same questions; 1 if they differ on none.
 
-    If nothing had changed, as many of the questions on which the models differ should go either way
+    If the models were equally good, a question on which they differ would be equally likely to favor either
     (scipy.stats.binomtest)."""
     from scipy.stats import binomtest
 
@@ -205,8 +204,9 @@ def exact_p(base: Array, tuned: Array) -> float:
 def share_questions_needed(changed: float, difference: float, confidence_level: float = 0.95, power: float = 0.8) -> int | None:
     """Return how many questions McNemar's exact test needs to show a difference of two shares with this power.
 
-    The models differ on the share `changed` of the questions. Up to some thousands of questions the power is the test's
-    own (`exact_power`), beyond that the normal approximation's. At least FEWEST_QUESTIONS; None if nothing differs."""
+    The models differ on the share `changed` of the questions. Up to a few thousand questions, the power is the test's own
+    (`exact_power`); for more, it is that of the normal approximation. The number is at least FEWEST_QUESTIONS, and None if
+    nothing differs."""
     from scipy.stats import norm
 
     if difference == 0:
@@ -222,9 +222,10 @@ def share_questions_needed(changed: float, difference: float, confidence_level: 
 def share_questions_needed_within(
     changed: float, difference: float, margin: float, confidence_level: float = 0.95, power: float = 0.8
 ) -> int | None:
-    """Return the same for a difference of two shares that differ on the share `changed` of the questions.
+    """Return what `questions_needed_within` returns, for two models that differ on the share `changed` of the questions.
 
-    If they differ on none, Wilson's interval of a share of 0 ends at z^2 / (n + z^2)."""
+    The number is large enough for the case that they differ on none: Wilson's interval of a share of 0 ends at
+    z^2 / (n + z^2)."""
     from scipy.stats import norm
 
     z = norm.ppf(0.5 + confidence_level / 2)
@@ -238,7 +239,7 @@ def share_questions_needed_within(
 def half_questions_needed(share: float, confidence_level: float = 0.95, power: float = 0.8) -> int | None:
     """Return how many questions show, with this power, that a share of this size is not one half; None if it is one half.
 
-    By the normal approximation. Source: Chow, Shao and Wang, "Sample Size Calculations in Clinical Research", 4.1."""
+    It is the normal approximation of Chow, Shao and Wang, "Sample Size Calculations in Clinical Research", 4.1."""
     from scipy.stats import norm
 
     if share == 0.5:
@@ -250,13 +251,13 @@ def half_questions_needed(share: float, confidence_level: float = 0.95, power: f
 def exact_power(n: int, changed: float, difference: float, confidence_level: float = 0.95) -> float:
     """Return the probability that McNemar's exact test of `n` questions is clear.
 
-    The models differ on the share `changed` of all questions, and more in one direction than in the other by the share
-    `difference`. Summed over how many questions may differ and which way they may fall."""
+    The models differ on the share `changed` of all questions, and their shares differ by `difference`. The probability is
+    summed over the number of questions on which they may differ, and over how these may divide."""
     from scipy.stats import binom
 
     differ = np.arange(n + 1)
     share = (changed + abs(difference)) / (2 * changed)
-    most = binom.ppf((1 - confidence_level) / 2, differ, 0.5) - 1  # so few in one direction are clear still
+    most = binom.ppf((1 - confidence_level) / 2, differ, 0.5) - 1  # at most this many in one direction are still clear
     clear = binom.cdf(most, differ, share) + binom.sf(differ - most - 1, differ, share)
     return float((binom.pmf(differ, n, changed) * clear).sum())
 
@@ -267,8 +268,8 @@ def exact_power(n: int, changed: float, difference: float, confidence_level: flo
 def is_clear(difference: Difference) -> bool:
     """Return True if the interval lies wholly on one side of zero and the exact test, if there is one, agrees.
 
-    Fewer than six questions show nothing: a bootstrap interval has no width if every question says the same, however few
-    they are. Even if all five went one way, a sign test would give p = 2/2^5."""
+    Fewer than six questions show nothing. If they all agree, a bootstrap interval has no width, however few they are; yet
+    a sign test of five questions that all go one way gives p = 2/2^5, which is above 0.05."""
     if difference["n"] < FEWEST_QUESTIONS or difference["low"] is None:
         return False
     if not (difference["low"] > 0 or difference["high"] < 0):
@@ -277,8 +278,8 @@ def is_clear(difference: Difference) -> bool:
 
 
 def format_interval(estimate: Estimate) -> str:
-    """Return the estimate as `1.77 [1.70, 1.84]`, with digits to suit its size."""
+    """Return the estimate as text, as in `1.77 [1.70, 1.84]`. The number of digits depends on its size."""
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    shown = f"z.{digits}f"  # z: a negative number that is rounded to zero loses its sign
+    shown = f"z.{digits}f"  # z: a negative number that rounds to zero loses its sign
     return f"{value:{shown}}" if low is None else f"{value:{shown}} [{low:{shown}}, {high:{shown}}]"

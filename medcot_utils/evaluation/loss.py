@@ -1,4 +1,4 @@
-"""The held-out loss of two models, and how much of its fall the rounding of the base to 4 bits had cost."""
+"""The held-out loss of two models, and how much of its fall only makes up for rounding the base to 4 bits."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class LossBars(TypedDict):
     """Hold the held-out loss of three models on the same rows, in nats per trained token.
 
-    rounding: the 4-bit base minus the 16-bit base: what rounding had cost. learning: the tuned model minus the 16-bit base.
-    share: rounding over the whole fall from base to tuned; None if the loss did not fall."""
+    rounding: the 4-bit base minus the 16-bit base, which is the cost of rounding.
+    learning: the tuned model minus the 16-bit base.
+    share: rounding divided by the fall from base to tuned; None if the loss did not clearly fall."""
 
     base_16bit: Estimate
     base: Estimate
@@ -39,9 +40,9 @@ _Columns = tuple[Array, Array]
 def compare_losses(
     losses: Sequence[RowLoss], models: tuple[str, str], settings: EvaluationSettings, seed: int
 ) -> dict[str, ComparedMetric]:
-    """Return eval_loss and perplexity of two models by their labels; an empty dict unless both have losses.
+    """Return eval_loss (nats per trained token) and perplexity of two models; an empty dict unless both have losses.
 
-    Raises ValueError unless they are of the same rows."""
+    `models` are their labels. Raises ValueError if the losses are of different rows."""
     sides = _columns_of(losses, models)
     if not sides:
         return {}
@@ -50,14 +51,14 @@ def compare_losses(
     perplexity = compare_statistics(
         lambda drawn: np.exp(ours(drawn)), lambda drawn: np.exp(theirs(drawn)), _changes(*sides), settings, seed
     )
-    perplexity["difference"]["needed"] = loss["difference"]["needed"]  # the same rows tell both apart
+    perplexity["difference"]["needed"] = loss["difference"]["needed"]  # perplexity is a function of the loss
     return {"eval_loss": loss, "perplexity": perplexity}
 
 
 def compare_loss_bars(losses: Sequence[RowLoss], settings: EvaluationSettings, seed: int) -> LossBars | None:
-    """Return the loss of 16-bit base, base and tuned model, from records labeled `base_16bit`, `base` and `tuned`.
+    """Return the losses of 16-bit base, base, and tuned model, from records labeled `base_16bit`, `base`, and `tuned`.
 
-    None if one of them was not taken. Raises ValueError unless all three are of the same rows."""
+    Return None if one of them was not measured. Raises ValueError if the three are of different rows."""
     sides = _columns_of(losses, ("base_16bit", "base", "tuned"))
     if not sides:
         return None
@@ -68,7 +69,7 @@ def compare_loss_bars(losses: Sequence[RowLoss], settings: EvaluationSettings, s
     def share(drawn: Array) -> Array:
         return (of_base(drawn) - of_whole(drawn)) / (of_base(drawn) - of_tuned(drawn))
 
-    fell = is_clear(fall["difference"]) and fall["difference"]["value"] > 0  # of no fall there is no share
+    fell = is_clear(fall["difference"]) and fall["difference"]["value"] > 0  # without a fall, its share is undefined
     return {
         "base_16bit": rounding["base"],
         "base": rounding["tuned"],
@@ -80,7 +81,7 @@ def compare_loss_bars(losses: Sequence[RowLoss], settings: EvaluationSettings, s
 
 
 def losses_table(metrics: Mapping[str, ComparedMetric], bars: LossBars | None) -> pd.DataFrame:
-    """Return the loss of each model, and what its changes mean, one line each, with intervals; in nats per trained token."""
+    """Return a table of each model's loss and of the differences, with intervals, in nats per trained token."""
     import pandas as pd
 
     loss = metrics.get("eval_loss")
@@ -115,5 +116,5 @@ def _compare_loss(base: _Columns, tuned: _Columns, settings: EvaluationSettings,
 
 
 def _changes(base: _Columns, tuned: _Columns) -> Array:
-    # A row of the loss counts by its tokens; its own loss is near enough to say how much rows differ.
+    # The loss weights a row by its tokens. The unweighted loss of each row is close enough for the spread over rows.
     return tuned[0] / tuned[1] - base[0] / base[1]

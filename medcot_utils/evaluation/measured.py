@@ -27,17 +27,17 @@ _COUNTED_BY_CHARACTER = (
 
 
 class Measured(TypedDict):
-    """Hold the content of metrics.json, all of greedy answers unless a field says otherwise.
+    """Hold the content of metrics.json. Metrics are of greedy answers unless a field says otherwise.
 
-    n_questions, metrics: the questions that count, and their metrics as the models answer by themselves, with those of loss
-    and multiple choice. forced: the answers' metrics with forced closing over the same questions; absent without it, as in
-    earlier runs, and so are the other fields marked so.
+    n_questions, metrics: the number of questions that count, and the metrics as the models answer by themselves, plus loss
+    and multiple choice. forced: the answers' metrics with forced closing over the same questions. It is absent in runs
+    without forced closing, as earlier runs are; so is `sampled_forced`.
     claims: the article's claims, judged. notes: lines that the report shows below its tables.
-    n_samples, sampled: sampled answers a question, and their metrics; None without samples. sampled_forced: with forced
-    closing.
+    n_samples, sampled: the number of sampled answers per question, and their metrics; None without samples.
+    sampled_forced: the same with forced closing.
     n_answered, answered: the counted questions that both models answered in full form; empty if there are none.
     n_contaminated, contaminated: the questions that training rows repeat; None if there are none.
-    losses: the loss in three bars; absent if the 16-bit base's was not taken.
+    losses: the losses of 16-bit base, base, and tuned model; absent if the 16-bit base was not measured.
     mcq_readings: multiple choice in each of its readings, without the questions that training rows repeat."""
 
     n_questions: int
@@ -60,9 +60,12 @@ def measure(scored: ScoredSet, losses: Sequence[RowLoss], mcq_metrics: Metrics, 
     """Compare base and tuned model in every metric and reading, and judge the claims.
 
     Args:
-        losses: of the models labeled `base`, `tuned` and, if it was taken, `base_16bit`, on all held-out rows; those that
-            training rows repeat are left out here.
-        mcq_metrics: what `mcq.compare_mcq` gives."""
+        losses: the losses of the models labeled `base`, `tuned`, and, if it was measured, `base_16bit`, on all held-out rows.
+            Rows that training rows repeat are left out here.
+        mcq_metrics: what `mcq.compare_mcq` returns.
+
+    Raises:
+        ValueError: if the models' losses are of different rows."""
     settings, seed, counted = config.evaluation, config.seed, scored.counted
     held_out = [record for record in losses if record["id"] not in scored.repeated_by]
     metrics = compare(counted, held_out, settings, seed) | mcq_metrics
@@ -92,13 +95,13 @@ def measure(scored: ScoredSet, losses: Sequence[RowLoss], mcq_metrics: Metrics, 
 
 
 def describe_counting(questions: Sequence[AnsweredQuestion]) -> list[str]:
-    """Return what a reader must know of how these questions' texts were counted, one note a line; nothing for most scripts."""
+    """Return notes on how words were counted, for scripts without spaces between words; an empty list for other scripts."""
     texts = [text for one in questions for text in (one.question["Response"], *(a["answer"] for a in one.greedy.values()))]
     return [_COUNTED_BY_CHARACTER] if any(map(counts_characters, texts)) else []
 
 
 def describe_closing(questions: Sequence[AnsweredQuestion]) -> list[str]:
-    """Return whose thinking was closed for how many of the greedy answers, one note a model; nothing without forced closing."""
+    """Return one note per model on how many greedy answers had their thinking closed; an empty list without forced closing."""
     notes = []
     for model in questions[0].greedy if questions else ():
         records = [one.greedy[model] for one in questions]

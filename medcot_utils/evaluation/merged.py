@@ -1,4 +1,4 @@
-"""Whether the merged model, which people load, behaves as the 4-bit model that was measured."""
+"""Whether the merged model, which people load, behaves like the 4-bit model that was measured."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 LABELS: Labels = ("measured (4-bit)", "merged")
 AS_MEASURED, DIFFERS = "behaves as measured", "differs"
 Behaves = Literal["yes", "no", "can't tell"]
-# A reader who loads the model notices one answer in ten that no longer closes its thinking, or no longer ends, and an answer
-# that is a tenth longer or shorter. Of the loss the same is noticed as in the claims: 0.01 nats are 1 % of perplexity, ten
-# times what batching and rounding do.
+# A reader who loads the model notices if one answer in ten no longer closes its thinking or no longer ends, and if answers
+# are a tenth longer or shorter. For the loss, the margin is that of the claims: 0.01 nats are 1 % of perplexity, ten times the
+# effect of batching and rounding.
 _NOTICED_SHARE, _NOTICED_LENGTH = 0.1, 0.1
-# {metric: what it says of the model}.
+# {metric: what it says about the model}
 _JUDGED = {"closed_think_rate": "form", "finished_rate": "form", "completion_words": "length", "eval_loss": "loss"}
 
 
 class MergedVerdict(TypedDict):
-    """Say whether the merged model differs in one metric by more than `margin`, which is in the metric's own units.
+    """Hold whether the merged model differs in one metric by `margin` or more, which is in the metric's own units.
 
-    needed: how many questions or rows would tell, if these could not."""
+    needed: how many questions or rows would decide it, if these do not."""
 
     about: str  # form, length or loss
     metric: str  # a key of METRICS
@@ -58,11 +58,11 @@ class MergedVerdict(TypedDict):
 class MergedMeasured(TypedDict):
     """Hold the content of merged_metrics.json: the measured 4-bit model beside the merged one, on the same questions.
 
-    n_questions: the counted ones that the merged model answered; 0 if its answers were not measured.
-    metrics, forced: as in `Measured`, of greedy answers, and of the loss. In each, `base` is the measured 4-bit model and
-    `tuned` the merged one.
-    same_answers: to how many of the questions both wrote the same, word for word.
-    not_measured: why the merged model was not asked, as in `needs 15.0 GiB`; None if it was.
+    n_questions: the number of counted questions that the merged model answered; 0 if its answers were not measured.
+    metrics, forced: the metrics of greedy answers and of the loss, as in `Measured`. In each, `base` is the measured 4-bit
+    model and `tuned` is the merged model.
+    same_answers: the number of questions that both models answered word for word the same.
+    not_measured: why the merged model was not asked, as in `needs 15.0 GiB`; None if it was asked.
     behaves: whether the model that people load behaves as measured. summary: the same in one line, with the reasons."""
 
     n_questions: int
@@ -85,8 +85,13 @@ def compare_merged(
     """Compare the merged model with the measured one.
 
     Args:
-        questions: the counted ones of `score_merged`, with greedy answers labeled `tuned` and `merged`; none if not asked.
-        losses: on the same held-out rows, without those that training rows repeat, labeled the same."""
+        questions: the counted questions of `score_merged`, with greedy answers labeled `tuned` and `merged`; empty if the
+            merged model was not asked.
+        losses: both models' losses on the same held-out rows, with the same labels, without rows that training rows repeat.
+        not_measured: why the merged model was not asked.
+
+    Raises:
+        ValueError: if the models' losses are of different rows."""
     models = ("tuned", "merged")
     metrics = compare(questions, losses, settings, seed, models)
     forced = compare(force_closing(questions), [], settings, seed, models)
@@ -134,7 +139,7 @@ def _margin(name: str, metric: ComparedMetric) -> float:
 
 
 def _needed(metric: ComparedMetric, margin: float, level: float) -> int | None:
-    """Return how many questions would show that the models differ by less than the margin or, if they differ by more, that."""
+    """Return how many questions would show that the models differ by less than the margin or, if they do not, by more."""
     difference = metric["difference"]
     if abs(difference["value"]) >= margin:
         return difference["needed"]
@@ -151,7 +156,7 @@ def _behaves(verdicts: Sequence[MergedVerdict]) -> Behaves:
 
 
 def _summarize(verdicts: Sequence[MergedVerdict], not_measured: str | None) -> str:
-    """Return the one line: yes, no or can't tell, with the reasons for it and what is as measured all the same."""
+    """Return one line: yes, no, or can't tell, with the reasons, and with the aspects that are as measured."""
     behaves = _behaves(verdicts)
     as_measured = [one["about"] for one in verdicts if one["verdict"] == AS_MEASURED]
     beginning = {"no": DIFFERS, "can't tell": CANNOT_TELL, "yes": AS_MEASURED}[behaves]
@@ -168,12 +173,12 @@ def _summarize(verdicts: Sequence[MergedVerdict], not_measured: str | None) -> s
 
 
 def merged_table(measured: MergedMeasured) -> pd.DataFrame:
-    """Return the comparison as `metrics_table` does, in both readings, with the merged model's column."""
+    """Return `metrics_table` of the measured and the merged model, in both readings."""
     return metrics_table(measured["metrics"], measured.get("forced"), LABELS)
 
 
 def merged_verdicts_table(measured: MergedMeasured) -> pd.DataFrame:
-    """Return whether the merged model behaves as measured: one line for form, length and loss each."""
+    """Return a table that says for each metric of form, length, and loss whether the merged model behaves as measured."""
     import pandas as pd
 
     lines = [

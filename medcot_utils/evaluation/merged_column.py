@@ -1,4 +1,4 @@
-"""The merged model beside base and tuned model: what report, status and model card say of it."""
+"""The lines about the merged model in report, status, and model card."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ SEE_NOTEBOOK_07 = "Merged model: see notebook 07"
 
 
 def is_made(run: Run, name: str) -> bool:
-    """Return whether the run makes this artifact of notebook 07 and has made it from what it holds now."""
+    """Return whether the run makes this artifact of notebook 07 and the one it holds is fresh."""
     return run.wants(name) and run.is_fresh(name, deep=False)
 
 
 def read_merged(run: Run) -> MergedMeasured | None:
-    """Return what notebook 07 measured of the merged model; None until it has, and if it does not (evaluation.measure_merged)."""
+    """Return what notebook 07 measured of the merged model.
+
+    Return None before that, and if evaluation.measure_merged is false."""
     merged: MergedMeasured | None = run.read("merged_metrics") if is_made(run, "merged_metrics") else None
     return merged
 
 
 def describe_merged(run: Run) -> str:
-    """Return one line on whether people load what was measured; an empty text if the run does not measure it."""
+    """Return one line on whether the merged model behaves as measured; an empty text if the run does not measure that."""
     if not run.wants("merged_metrics"):
         return ""
     merged = read_merged(run)

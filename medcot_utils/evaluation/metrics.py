@@ -1,4 +1,4 @@
-"""The metrics of one answer: form, style, repetition, and likeness to a reference text."""
+"""The metrics of one answer: form, style, repetition, and similarity to a reference text."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class MetricError(MedcotError):
 
 @dataclass(frozen=True)
 class Metric:
-    """Say how a metric is named and read.
+    """Hold how a metric is named and read.
 
-    text: what it says. unit: "" if it has none. better: the direction that is better, 0 for neither.
-    yes_or_no: each question gives a yes or a no, which an exact test can judge."""
+    text: what it measures. unit: "" if it has none. better: the better direction; 0 if neither is better.
+    yes_or_no: whether each question gives a yes or a no, which an exact test can judge."""
 
     text: str
     unit: str
@@ -41,7 +41,7 @@ class Metric:
 
     @property
     def from_0_to_1(self) -> bool:
-        """Return whether its differences can be compared with those of other metrics."""
+        """Return whether the metric lies on a scale from 0 to 1, so that its differences are comparable with others."""
         return self.unit in ("share", "F1", "0 to 1", "cosine")
 
     @property
@@ -74,11 +74,11 @@ METRICS: dict[str, Metric] = {
     "mcq_likelihood": Metric("questions whose right option is the likeliest text, without thinking", "share", 1, yes_or_no=True),
     "mcq_accuracy_answered": Metric("questions answered rightly, of those that both models answered", "share", 1, yes_or_no=True),
 }
-# What is compared with a reference is the answer without what it copied: a copied question is like any text on its subject.
-# A model that never closes its tag has no answer: its style is read off what it wrote last, which is its thinking.
+# An answer is compared with the reference without the words it copied: a copied question resembles any text on its subject.
+# A model that never closes its tag has no answer, so its style is measured on its thinking.
 
-# A bullet, a number or both in bold; in Chinese and Japanese the marks stand right before the text. The indent stays on its
-# line: over blank lines, the search would begin anew at each of them.
+# A bullet, or a number, plain or bold. In Chinese and Japanese no space follows the mark. The indent may not match a line
+# break: over blank lines, the search would start again at each of them.
 _SPACED = r"[-+*•‣◦▪●○■□–—]|(?:\*\*|__)?(?:\d+[.)]|\(\d+\))(?:\*\*|__)?"
 _UNSPACED = r"(?:\*\*|__)?(?:(?:\d+|[一二三四五六七八九十]+)[、．]|（(?:\d+|[一二三四五六七八九十]+)）|[①-⑳])|[・·]"
 _BULLET = re.compile(rf"^[^\S\n]*(?:(?:{_SPACED})\s+|(?:{_UNSPACED})[^\S\n]*)\S", re.MULTILINE)
@@ -86,9 +86,9 @@ _REPEATED_WORDS = 4
 
 
 def is_bullet_list(text: str) -> bool:
-    """Return True for two or more lines that begin with a bullet or a number, as in `- a`, `1. a`, `**1. a**` or `1、a`.
+    """Return whether two or more lines begin with a bullet or a number, as in `- a`, `1. a`, `**1. a**`, or `1、a`.
 
-    That is what the article says the base model does."""
+    The article says that the base model answers in such lists."""
     return len(_BULLET.findall(text)) >= 2
 
 
@@ -98,7 +98,7 @@ def count_paragraphs(text: str) -> int:
 
 
 def repetition(text: str) -> float:
-    """Return the share of 4-word sequences that stood in the text before; 0 for a shorter text. A loop comes near 1."""
+    """Return the share of 4-word sequences that occurred earlier in the text; 0 for a shorter text. A loop comes near 1."""
     words = split_words(text.lower())
     sequences = [tuple(words[i : i + _REPEATED_WORDS]) for i in range(len(words) - _REPEATED_WORDS + 1)]
     return 1 - len(set(sequences)) / len(sequences) if sequences else 0.0
@@ -107,22 +107,22 @@ def repetition(text: str) -> float:
 def rouge_l(answer: str, reference: str) -> float:
     """Return ROUGE-L F1 of an answer against the reference response; 0 for an empty answer.
 
-    rouge-score's own words are those of ASCII letters alone. These are the same for ASCII texts, and words of any script for
-    others; all are stemmed as there (Porter's stemmer, words of more than 3 letters)."""
+    The rouge-score package finds words of ASCII letters and digits only. Words here are the same for ASCII texts, and include
+    every script. They are stemmed as in rouge-score (Porter's stemmer, words of more than 3 letters)."""
     from rapidfuzz.distance import LCSseq
     from rouge_score.scoring import fmeasure
 
     ours, theirs = ([_stem(word) for word in split_words(normalize(text))] for text in (answer, reference))
     if not ours or not theirs:
         return 0.0
-    # Not rouge-score's table of words against words, which takes a gigabyte for a text of some thousand lines.
+    # rouge-score's own table of words against words would take a gigabyte for a text of a few thousand lines.
     common = LCSseq.similarity(ours, theirs)
     return fmeasure(common / len(ours), common / len(theirs))
 
 
 @cache
 def _stem(word: str) -> str:
-    """Return the stem of a word. Stemming takes half of the time that measuring an answer does, and words come again."""
+    """Return the stem of a word. The cache helps because words repeat, and stemming takes half the time of measuring."""
     from nltk.stem.porter import PorterStemmer
 
     return PorterStemmer().stem(word) if len(word) > 3 else word
@@ -131,28 +131,29 @@ def _stem(word: str) -> str:
 def chrf(answer: str, reference: str) -> float:
     """Return chrF2 of an answer against the reference, from 0 to 1; 0 for an empty answer.
 
-    Source: Popović 2015, over character 6-grams, as in sacrebleu."""
+    It counts character n-grams up to 6, as in sacrebleu. Source: Popović 2015."""
     from sacrebleu import sentence_chrf
 
     return sentence_chrf(answer, [reference]).score / 100
 
 
 def cut_lengths(record: AnswerRecord) -> set[str]:
-    """Return the lengths of an answer that are lower bounds, because a budget ended what they are the length of."""
+    """Return the names of an answer's lengths that are lower bounds, because a token budget ended the text."""
     thinking = {"thinking_tokens", "thinking_words"} if thinking_is_cut(record) else set()
     rest = set() if record["finished"] else {"answer_tokens", "answer_words"}
     return thinking | rest | ({"completion_words"} if thinking or rest else set())
 
 
 def measure_answer(record: AnswerRecord, question: Question) -> dict[str, float]:
-    """Return every metric of one answer but the losses, by name.
+    """Return {name: value} of every metric of one answer, except the losses.
 
-    Likeness to the reference is that of the answer without what it copied from the question (`copied.remove_copied`)."""
+    The similarity to the reference is that of the answer without the words it copied from the question
+    (`copied.remove_copied`)."""
     answer, thinking = record["answer"], record["thinking"]
     written = answer or thinking
     own, copied = remove_copied(answer, question["Question"])
     return {
-        # Well formed: closed exactly once with text on both sides; a bare or doubled tag is no closed reasoning.
+        # Well-formed thinking is closed exactly once, with text on both sides. A bare or doubled tag does not count.
         "closed_think_rate": float(record["well_formed"]),
         "finished_rate": float(record["finished"]),
         "answered_rate": float(bool(answer.strip())),
@@ -173,9 +174,9 @@ def measure_answer(record: AnswerRecord, question: Question) -> dict[str, float]
 def answer_columns(
     records: Sequence[AnswerRecord], questions: Sequence[Question], embedding_model: str | None = None
 ) -> dict[str, np.ndarray]:
-    """Return one column per metric, with one value per answer, each to the question beside it.
+    """Return {metric: column}, with one value per answer; `records` and `questions` are in the same order.
 
-    With an embedding model, `embedding_similarity` is among them."""
+    With an embedding model, `embedding_similarity` is among the metrics. Raises MetricError as `embedder` does."""
     values = [measure_answer(record, question) for record, question in zip(records, questions, strict=True)]
     columns = {name: np.array([row[name] for row in values], dtype=float) for name in values[0]}
     if embedding_model is not None:
@@ -190,9 +191,9 @@ def answer_columns(
 def sampled_columns(
     samples: Sequence[Sequence[AnswerRecord]], questions: Sequence[Question], embedding_model: str | None = None
 ) -> dict[str, np.ndarray]:
-    """Return one column per metric, with each question's mean over its samples.
+    """Return {metric: column}, with each question's mean over its samples.
 
-    `samples` holds one sequence per sample, with the questions in the same order in each."""
+    `samples` holds one sequence of answers per sample, each in the order of `questions`."""
     columns = [answer_columns(records, questions, embedding_model) for records in samples]
     return {name: np.mean([column[name] for column in columns], axis=0) for name in columns[0]}
 
@@ -200,10 +201,10 @@ def sampled_columns(
 def embedding_similarity(answers: Sequence[str], references: Sequence[str], name: str) -> np.ndarray:
     """Return the cosine of each answer's sentence embedding and its reference's; 0 for an empty answer.
 
-    It is likeness of meaning as that model sees it, which takes a denial for nearly the same as what it denies.
+    It is similarity of meaning as that model sees it. Such models find a denial very similar to the statement it denies.
     Raises MetricError as `embedder` does."""
     model = embedder(name)
-    # In float64, because a 16-bit model would normalize in 16 bits, and a text would be 0.999 like itself.
+    # In float64: a 16-bit model would normalize in 16 bits, and a text's similarity to itself would be 0.999.
     ours, theirs = (np.asarray(model.encode(list(texts), show_progress_bar=False), float) for texts in (answers, references))
     cosine = (ours * theirs).sum(axis=1) / (np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1))
     return np.where([bool(answer.strip()) for answer in answers], cosine, 0.0)

@@ -25,7 +25,7 @@ from medcot_utils.evaluation.metrics import METRICS
 
 def _require_known(name: str) -> str:
     if name not in METRICS:
-        raise ValueError("it is no metric of this version")
+        raise ValueError("expected the name of a metric of this version")
     return name
 
 
@@ -33,7 +33,7 @@ MetricName = Annotated[str, AfterValidator(_require_known)]  # where a run is re
 
 
 class CutLengths(TypedDict):
-    """Count the answers of each model that a budget cut, of `answers` each: such a length is a lower bound."""
+    """Hold how many of each model's `answers` a token budget cut. The length of a cut answer is a lower bound."""
 
     base: int
     tuned: int
@@ -43,7 +43,7 @@ class CutLengths(TypedDict):
 class ComparedMetric(TypedDict):
     """Hold one metric of two models on the same questions. The difference is tuned minus base, paired.
 
-    cut: of a length, if an answer was cut; then that model's mean is a lower bound."""
+    cut: for a length, if an answer was cut. Then that model's mean is a lower bound."""
 
     base: Estimate
     tuned: Estimate
@@ -51,7 +51,7 @@ class ComparedMetric(TypedDict):
     cut: NotRequired[CutLengths]
 
 
-# By the metric's name, a key of METRICS.
+# {name of the metric, a key of METRICS: both models' values}
 Metrics = Mapping[MetricName, ComparedMetric]
 
 
@@ -65,7 +65,10 @@ def compare_shares(base: Array, tuned: Array, settings: EvaluationSettings) -> C
 def compare_statistics(
     base: Statistic, tuned: Statistic, changes: Array, settings: EvaluationSettings, seed: int
 ) -> ComparedMetric:
-    """Compare a statistic of both models. `changes`: what it changed by from base to tuned, question by question."""
+    """Compare a statistic of both models, with bootstrap intervals.
+
+    Args:
+        changes: tuned minus base, one value per question; its standard deviation gives `needed`."""
     n = len(changes)
     statistics = [base, tuned, lambda drawn: tuned(drawn) - base(drawn)]
     of_base, of_tuned, difference = estimate_all(statistics, n, settings, seed)

@@ -45,16 +45,15 @@ if TYPE_CHECKING:
     from medcot_utils.models.losses import RowLoss
     from medcot_utils.run.directory import Run
 
-# Settings in which runs may differ, those that change how the answers were made and judged first.
+# Sections of settings in which runs may differ. Those that change how answers are made and judged come first.
 _SECTIONS = ("seed", "generation", "evaluation", "prompt", "model", "dataset", "lora", "training", "profile")
 
 
 def build_report(*runs: Run) -> str:
-    """Return HTML with the claims, metrics and figures of each run, and every question with all answers side by side.
+    """Return HTML with the claims, metrics, and figures of each run, and every question with all answers side by side.
 
-    Several runs stand beside each other: each base that differs, each run's tuned model, what differs between the runs, and
-    the tuned models compared on the questions that all runs scored. The template escapes model text. Raises RunError if an
-    artifact that it reads is missing."""
+    For several runs, the page also shows what differs between them, and compares their tuned models on the questions that all
+    runs scored. The template escapes model text. Raises RunError if an artifact that it reads is missing."""
     from markupsafe import Markup
 
     def show(value: object) -> str:
@@ -77,14 +76,14 @@ def build_report(*runs: Run) -> str:
         differences=_differences(shown) if several else {},
         tuned=_tuned_compared(shown) if several else None,
         questions=questions,
-        # As text: a data set may number its specialties.
+        # A data set may number its specialties.
         specialties=sorted({str(one.question["specialty"]) for one in questions} - {""}),
         outcomes=sorted({one.outcome for one in questions}),
     )
 
 
 def make_environment(folder: Path, **options: Any) -> Environment:
-    """Return the environment of the templates in a folder. To compute with an entry that a run's file lacks is a RunError."""
+    """Return the Jinja environment of a folder's templates. A template that uses an entry a run's file lacks raises RunError."""
     from jinja2 import Environment, FileSystemLoader, Undefined
 
     class Missing(Undefined):
@@ -95,14 +94,14 @@ def make_environment(folder: Path, **options: Any) -> Environment:
 
 
 def _percent(run: Run) -> str:
-    """Return the run's evaluation.confidence_level as text, in per cent: `95`."""
+    """Return the run's evaluation.confidence_level as text, in percent: `95`."""
     return f"{100 * run.config.evaluation.confidence_level:g}"
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each run that no other has: its folder's, with as many parents as tell it from the others.
+    """Return a unique name for each run: its folder's name, with as many parent folders as are needed.
 
-    A folder that is given twice gets a number."""
+    If a folder is given twice, the second name ends in a number."""
     parts = [path.resolve().parts for path in paths]
     names: list[str] = []
     for own in parts:
@@ -120,8 +119,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Row:
-    """A metric of a table: as the models answer by themselves and with forced closing, then the merged model's against the
-    tuned one's in both readings. None: not measured."""
+    """Hold one metric of a table in both readings: base against tuned, then tuned against merged. None: not measured."""
 
     metric: Metric
     natural: MetricLine | None
@@ -132,7 +130,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _LossBar:
-    """A line on the held-out loss: a model's, or a difference with its meaning."""
+    """Hold a line on the held-out loss: that of a model, or a difference and its meaning."""
 
     text: str
     value: str
@@ -140,7 +138,7 @@ class _LossBar:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A figure as data addresses: as it is for a wide page, and for a telephone."""
+    """Hold a figure as data URIs, for a wide page and for a phone."""
 
     wide: str
     narrow: str
@@ -148,9 +146,9 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class _RunSection:
-    """The page's section of one run. tables: {title: rows}.
+    """Hold what the page shows of one run. tables: {title: rows}.
 
-    decided, undecided: the claims that hold or do not hold, and the others. merged_line: `describe_merged`."""
+    decided: the claims that hold or do not hold; undecided: the others. merged_line: the text of `describe_merged`."""
 
     title: str
     config: RunConfig
@@ -197,7 +195,7 @@ def _run_section(shown: ShownRun, named: bool, anchors: Mapping[Key, str]) -> _R
 
 
 def _loss_before_training(run: Run) -> float | None:
-    """Return the base's loss, in nats per token, on the rows that the trainer took the held-out loss on."""
+    """Return the base's loss, in nats per token, on the rows on which the trainer measured the held-out loss."""
     base = [record for record in run.read("held_out_loss") if record["model"] == "base"]
     return mean_loss(base[: run.config.training.eval_rows]) if base else None
 
@@ -208,7 +206,7 @@ def _draw(figure: Callable[..., Figure], *data: object) -> _Drawn:
 
 def _tables(measured: Measured, merged: MergedMeasured | None) -> dict[str, list[_Row]]:
     answered, apart = measured["n_answered"], measured["n_contaminated"]
-    # Title: metrics as they answer, with forced closing, and of the merged model in both readings.
+    # {title: (as they answer, with forced closing, then the merged model in both readings)}
     titled: dict[str, tuple[Metrics | None, ...]] = {
         f"greedy answers, {measured['n_questions']} questions": (
             *(measured["metrics"], measured.get("forced")),
@@ -232,7 +230,7 @@ def _rows(*readings: Metrics | None) -> list[_Row]:
 
 
 def _loss_bars(measured: Measured) -> list[_LossBar]:
-    """Return the losses of 16-bit base, 4-bit base and tuned model, and what lies between them; nothing without the first."""
+    """Return the losses of 16-bit base, 4-bit base, and tuned model, and their differences; nothing without the 16-bit base's."""
     if "losses" not in measured:
         return []
     losses = measured["losses"]
@@ -251,7 +249,7 @@ def _loss_bars(measured: Measured) -> list[_LossBar]:
 
 
 def _differences(shown: Sequence[ShownRun]) -> dict[str, list[str]]:
-    """Return what differs between the runs: the questions they asked, then settings, each with its value in every run."""
+    """Return what differs between the runs, with its value in every run: the questions they asked, then settings."""
     common = set.intersection(*(set(one.questions) for one in shown))
     found = {}
     if any(set(one.questions) != common for one in shown):
@@ -266,7 +264,7 @@ def _differences(shown: Sequence[ShownRun]) -> dict[str, list[str]]:
 
 
 def _format_setting(value: object) -> str:
-    """Return a setting's value as text, of a path on this machine the last part only."""
+    """Return a setting's value as text; of an absolute path, only the last part."""
     if isinstance(value, str):
         return f"…/{Path(value).name}" if Path(value).is_absolute() else value
     return "not set" if value is None else json.dumps(value, ensure_ascii=False)
@@ -274,9 +272,10 @@ def _format_setting(value: object) -> str:
 
 @dataclass(frozen=True)
 class _TunedCompared:
-    """Each run's tuned model against the first run's, on `n` questions. losses: whether the held-out loss is compared too.
+    """Hold each run's tuned model compared with the first run's, on `n` questions.
 
-    lines: for every metric, the lines of all other models, the first run's as base; empty if there is no such question."""
+    losses: whether the held-out loss is compared too. lines: for every metric, one line per other model, with the first run's
+    as base; empty if there are no common questions."""
 
     n: int
     confidence: str
@@ -286,9 +285,9 @@ class _TunedCompared:
 
 
 def _tuned_compared(shown: Sequence[ShownRun]) -> _TunedCompared:
-    """Compare the tuned models on the questions that all runs asked, scored and did not train on.
+    """Compare the tuned models on the questions that all runs asked and scored and that no run trained on.
 
-    The held-out loss is compared too if all runs took it on the same rows."""
+    The held-out loss is compared too if all runs measured it on the same rows."""
     first = shown[0]
     keys = [key for key in first.questions if all(_counts(one, key) for one in shown)]
     labels = [f"tuned, {one.name}" for one in shown]
@@ -299,7 +298,7 @@ def _tuned_compared(shown: Sequence[ShownRun]) -> _TunedCompared:
         for key in keys
     ]
     losses = _common_losses(shown, labels)
-    # The embedding model is not loaded again for this.
+    # Without embedding_similarity: it would load the embedding model again.
     settings = first.run.config.evaluation.model_copy(update={"embedding_model": None})
     compared = compare_all(questions, losses, settings, first.run.config.seed)
     lines = zip(*(metric_lines(metrics).values() for metrics in compared.values()), strict=True)
@@ -311,7 +310,7 @@ def _counts(shown: ShownRun, key: Key) -> bool:
 
 
 def _common_losses(shown: Sequence[ShownRun], labels: Sequence[str]) -> list[RowLoss]:
-    """Return the tuned models' losses on the held-out rows that no run trained on, if all runs have the same rows, else none."""
+    """Return the tuned models' losses on the held-out rows that no run trained on; none unless all runs have the same rows."""
     rows = {one.run.manifest()["artifacts"].get("held_out_rows", {}).get("sha256") for one in shown}
     if len(rows) > 1 or rows == {None}:
         return []

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class AnsweredQuestion:
     """Hold a question with the answers of several models, by the model's label (`base`, `tuned`).
 
-    greedy: one answer of each model. samples: its sampled answers in their order, as many of each model."""
+    greedy: one answer per model. samples: the sampled answers in their order, the same number per model."""
 
     question: Question
     greedy: Mapping[str, AnswerRecord]
@@ -27,22 +27,22 @@ class AnsweredQuestion:
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """Hold all questions in their order, those that are only shown included.
+    """Hold all questions in their order, including those that are only shown.
 
-    repeated_by: {question id: ids of the training rows that repeat it}, for what the model was trained on; held-out rows
-    are in it too."""
+    repeated_by: {id of a question or held-out row: ids of the training rows that repeat it}, for rows that the model was
+    trained on."""
 
     asked: Sequence[AnsweredQuestion]
     repeated_by: Mapping[str, Sequence[str]]
 
     @property
     def counted(self) -> list[AnsweredQuestion]:
-        """Return the scored questions that no training row repeats: the ones that every figure is about."""
+        """Return the scored questions that no training row repeats. All metrics are computed on these."""
         return [one for one in self._scored if str(one.question["id"]) not in self.repeated_by]
 
     @property
     def apart(self) -> list[AnsweredQuestion]:
-        """Return the scored questions that a training row repeats: never mixed with the others."""
+        """Return the scored questions that a training row repeats. They are never mixed with the others."""
         return [one for one in self._scored if str(one.question["id"]) in self.repeated_by]
 
     @property
@@ -65,8 +65,10 @@ def score(
 def score_merged(
     questions: Sequence[Question], tuned: Sequence[AnswerRecord], merged: Sequence[AnswerRecord], data_report: DataReport
 ) -> ScoredSet:
-    """Return the set that notebook 07 works on: the greedy answers, labeled `tuned` and `merged`, to what the merged model
-    was asked, which may be fewer questions, or none."""
+    """Return the set that notebook 07 works on: the greedy answers, labeled `tuned` and `merged`.
+
+    It holds the questions that the merged model was asked, which may be fewer, or none. Raises ValueError as `pair_answers`
+    does."""
     ids = {record["id"] for record in merged}
     asked = [question for question in questions if question["id"] in ids]
     answers = {"tuned": [record for record in tuned if record["id"] in ids and record["sample"] == 0], "merged": merged}
@@ -81,16 +83,16 @@ def _repeated_by(data_report: DataReport) -> dict[str, list[str]]:
 
 
 def pair_answers(questions: Sequence[Question], answers: Mapping[str, Sequence[AnswerRecord]]) -> list[AnsweredQuestion]:
-    """Return each question with its answers of all models. `answers`: {label: records of `models.answer_questions`}.
+    """Return each question with all models' answers to it. `answers`: {label: records of `models.answer_questions`}.
 
-    Raises ValueError unless all models answered these questions, in this order and equally often."""
+    Raises ValueError unless all models answered these questions, in this order, with the same number of samples."""
     by_model = {model: by_sample(records) for model, records in answers.items()}
     asked = [question["id"] for question in questions]
     for samples in by_model.values():
         if any([record["id"] for record in records] != asked for records in samples):
             raise ValueError(f"{' and '.join(answers)} answers are to different questions: run notebooks 02 and 06 of one run")
     if len({len(samples) for samples in by_model.values()}) > 1:
-        raise ValueError(f"{' and '.join(answers)} have unlike numbers of samples: run notebooks 02 and 06 of one run")
+        raise ValueError(f"{' and '.join(answers)} have different numbers of samples: run notebooks 02 and 06 of one run")
     return [
         AnsweredQuestion(
             question,
@@ -104,8 +106,8 @@ def pair_answers(questions: Sequence[Question], answers: Mapping[str, Sequence[A
 def force_closing(questions: Sequence[AnsweredQuestion]) -> list[AnsweredQuestion]:
     """Return the questions with all answers as they read with forced closing (`records.with_forced_closing`).
 
-    The list is empty if a greedy answer has none, as in runs without evaluation.answer_tokens, and a question is without
-    samples if one of them has none."""
+    The list is empty if a greedy answer has no forced closing, as in runs without evaluation.answer_tokens. A question has no
+    samples if one of them has no forced closing."""
     found = []
     for one in questions:
         greedy = {model: with_forced_closing(record) for model, record in one.greedy.items()}

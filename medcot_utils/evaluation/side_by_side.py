@@ -1,4 +1,4 @@
-"""Every question of one or several runs with all answers to it, for the report."""
+"""Every question of one or more runs with all answers to it, for the report."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ if TYPE_CHECKING:
     from medcot_utils.models.records import AnswerRecord
     from medcot_utils.run.directory import Run
 
-# A length that is half or twice the base model's is marked.
+# A length is marked if it is at most half or at least twice the base model's.
 _MARKED_RATIO = 2.0
 _CLOSED_BY = {"budget": "its budget ended its thinking", "end": "it ended its text without closing its thinking"}
 _SAME_BASE = ("model.name", "model.revision", "model.load_in_4bit")
 
-# A question is the same in two runs only where id, text and reference are: ids are often no more than row numbers.
+# A question is the same in two runs only if id, text, and reference are: ids are often mere row numbers.
 Key = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class ShownRun:
-    """Hold the parts of a run that the page shows, read once. No other run has `name`; `seen`: ids that a trained row repeats."""
+    """Hold the parts of a run that the page shows, read once.
+
+    name: unique among the runs. seen: ids of questions and held-out rows that a row the model was trained on repeats."""
 
     run: Run
     name: str
@@ -55,7 +57,7 @@ def read_run(run: Run, name: str) -> ShownRun:
 
 @dataclass(frozen=True)
 class Column:
-    """A model's answers on the page. `base`: the answers that they are set against. merged: whether it is a merged model's."""
+    """Hold a model's answers on the page. base: the base model's, to compare with. merged: whether it is a merged model."""
 
     label: str
     answers: Mapping[Key, AnswerRecord]
@@ -64,7 +66,9 @@ class Column:
 
 
 def columns_of(shown: Sequence[ShownRun]) -> list[Column]:
-    """Return each base that is another model, or answered otherwise, followed by the tuned and merged models of its runs."""
+    """Return each distinct base, followed by the tuned and merged models of its runs.
+
+    Two runs have the same base if it is the same model and answered their common questions alike."""
     groups: list[list[ShownRun]] = []
     for one in shown:
         group = next((group for group in groups if all(_same_base(one, other) for other in group)), None)
@@ -91,12 +95,12 @@ def _same_base(one: ShownRun, other: ShownRun) -> bool:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names as text: `a and b`."""
+    """Join names, as in `a and b`."""
     return " and ".join(names)
 
 
 def anchors_of(shown: Sequence[ShownRun]) -> dict[Key, str]:
-    """Return {question: what it is linked by}: its id, with a number if another question has that id too."""
+    """Return {question: anchor of its link}: its id, followed by a number if another question has the same id."""
     anchors: dict[Key, str] = {}
     taken: set[str] = set()
     for key in itertools.chain.from_iterable(one.questions for one in shown):
@@ -110,10 +114,11 @@ def anchors_of(shown: Sequence[ShownRun]) -> dict[Key, str]:
 
 @dataclass(frozen=True)
 class ShownAnswer:
-    """An answer under its question.
+    """Hold an answer as the page shows it under its question.
 
-    thinking_words, answer_words: lengths of what the model wrote by itself. marks: where it differs from its base model's.
-    forced, closed_by: the answer with forced closing and what ended the thinking, if the model did not close it."""
+    thinking_words, answer_words: lengths of what the model wrote by itself. marks: notes on its form, and on its length
+    compared with the base model's answer. forced, closed_by: the answer with forced closing and what ended the thinking, if the
+    model did not close it."""
 
     label: str
     thinking: str
@@ -126,16 +131,16 @@ class ShownAnswer:
 
     @property
     def shown(self) -> str:
-        """Return the text that is set against other models': the answer, the forced one, or all that was written."""
+        """Return the text to compare with other models': the answer, else the forced answer, else the thinking."""
         return self.answer or self.forced or self.thinking
 
 
 @dataclass(frozen=True)
 class ShownQuestion:
-    """A question with all answers to it.
+    """Hold a question with all answers to it.
 
-    anchor: what it is linked by. outcome: how base and tuned models ended their reasoning. differ: whether differently.
-    apart: see `_apart`."""
+    anchor: the anchor of its link. outcome: how base and tuned models ended their reasoning. differ: whether they ended it
+    differently. apart: see `_apart`."""
 
     question: Question
     anchor: str
@@ -147,7 +152,7 @@ class ShownQuestion:
 
 
 def show_question(key: Key, anchor: str, shown: Sequence[ShownRun], columns: Sequence[Column]) -> ShownQuestion:
-    """Return a question with the answers of all models that were asked it."""
+    """Return a question with the answers of all models that were asked it. `key` must be in one of the `shown` runs."""
     asking = [one for one in shown if key in one.questions]
     alone = f"{listed(one.name for one in asking)} alone" if len(asking) < len(shown) else ""
     given = [column for column in columns if key in column.answers]
@@ -176,13 +181,13 @@ def _tags(asking: Sequence[ShownRun], key: Key, named: bool) -> list[str]:
 
 
 def _apart(texts: Sequence[str]) -> float:
-    """Return how unlike the two texts least alike are, 0 to 1, by chrF; two empty ones are alike."""
+    """Return the largest distance between two of the texts: 1 - chrF, from 0 to 1. Equal texts have distance 0."""
     pairs = itertools.combinations(texts, 2)
     return max((round(1 - chrf(last, first), 3) for first, last in pairs if first != last), default=0.0)
 
 
 def _outcome(labels: Sequence[str], records: Sequence[AnswerRecord], n_runs: int) -> str:
-    """Say how the models ended their reasoning, which takes no judgement of medicine."""
+    """Say how the models ended their reasoning, which needs no medical judgment."""
     ends, closed = {True: "reasons and answers", False: "does not"}, [bool(record["well_formed"]) for record in records]
     both = n_runs == 1 and len(closed) == 2
     if len(set(closed)) == 1:

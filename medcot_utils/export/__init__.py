@@ -1,4 +1,4 @@
-"""Weights and their publication."""
+"""Merge weights, check them, and publish them."""
 
 import lazy_loader
 

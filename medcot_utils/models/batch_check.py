@@ -1,4 +1,4 @@
-"""Whether a batch's logits are those of its rows alone: looked at before hours are spent with kernels that only a T4 runs."""
+"""Check that a batch's logits equal those of its rows alone, before a T4 spends hours on kernels that only a T4 runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Largest difference allowed, as a share of the logits' scale. float16 with padding, of 12 prompts on an H100, gave up to
+# Largest difference allowed, as a share of the logits' scale. With float16 and padding, 12 prompts on an H100 differed by up to
 # 0.06 on a scale of 6.5: a hundredth. A kernel that reads a wrong weight or scale is off by the scale itself.
 TOLERANCE = 0.05
 
@@ -33,8 +33,8 @@ TOLERANCE = 0.05
 class BatchCheck:
     """Hold how far the logits of one decoding step in a batch are from those of the same rows alone.
 
-    difference: the largest, absolute. scale: the largest distance of a logit alone from its row's mean. finite: no logit is
-    infinite or no number."""
+    rows: the number of rows. difference: the largest absolute difference. scale: the largest distance of a row's logit from
+    the row's mean, alone. finite: whether no logit is infinite or NaN."""
 
     rows: int
     difference: float
@@ -43,7 +43,7 @@ class BatchCheck:
 
     @property
     def agrees(self) -> bool:
-        """Whether all logits are finite and within TOLERANCE of the scale."""
+        """Return whether all logits are finite and differ by at most TOLERANCE times the scale."""
         return self.finite and self.difference <= TOLERANCE * self.scale
 
     def __str__(self) -> str:
@@ -54,12 +54,12 @@ class BatchCheck:
 
 
 def check_batches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> None:
-    """On a T4, compare a batch's logits with those of its rows alone, and say how far they differ; elsewhere do nothing.
+    """Compare a batch's logits with those of its rows alone, on a T4, and say how much they differ. Do nothing on other devices.
 
-    If they differ too much, Unsloth's product with packed 4-bit weights is switched off for this process and those it starts.
+    If they differ too much, Unsloth's product with packed 4-bit weights is turned off for this process and those it starts.
 
     Raises:
-        GenerationError: if they differ too much without that product as well."""
+        GenerationError: if they still differ too much without that product."""
     import torch
 
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != PACKED_CAPABILITY or settings.batch_size == 1:
@@ -79,15 +79,15 @@ def check_batches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, se
 
 def _make_prompts() -> list[str]:
     words = ARTICLE_QUESTION.split()
-    return [inference_prompt(" ".join(words[row:])) for row in range(PACKED_ROWS)]  # of unequal lengths, so most are padded
+    return [inference_prompt(" ".join(words[row:])) for row in range(PACKED_ROWS)]  # lengths differ, so most are padded
 
 
 def compare_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], settings: GenerationSettings
 ) -> BatchCheck:
-    """Compare the logits after one and the same first token of each prompt: in one batch, and each prompt alone.
+    """Compare the logits that follow the same first new token of each prompt, in one batch and for each prompt alone.
 
-    That token goes through the model by itself, as every further one does. The prompts take other kernels."""
+    That token goes through the model on its own, as every later token does. Prompts go through other kernels."""
     together = _take_step(model, tokenizer, prompts, settings)
     alone = together.new_empty(together.shape)
     for row, prompt in enumerate(prompts):
@@ -114,7 +114,7 @@ def _take_step(
 
 
 def switch_off_packed() -> None:
-    """Have Unsloth unpack 4-bit weights before it multiplies, in this process and those it starts."""
+    """Make Unsloth unpack 4-bit weights before it multiplies, in this process and those it starts."""
     os.environ[PACKED_SWITCH] = "0"
     if kernels := sys.modules.get("unsloth.kernels.utils"):
-        kernels._BNB_GEMM_4BIT = False  # it reads the environment once, at the first step
+        kernels._BNB_GEMM_4BIT = False  # Unsloth reads the environment only once, at the first step

@@ -1,4 +1,4 @@
-"""Decide how many answers are made at once, with which cache, and whether they fit the model's context."""
+"""Decide how many answers are generated at once, with which cache, and whether they fit the model's context."""
 
 from __future__ import annotations
 
@@ -18,36 +18,38 @@ if TYPE_CHECKING:
 
     from medcot_utils.models.deal import Asked
 
-# An 8B model on an H100: 128 answers at once make 1.6 times the tokens of 64, 192 make 1.9 times. More were not measured.
+# With an 8B model on an H100, 128 answers at once make 1.6 times the tokens per second of 64, and 192 make 1.9 times. More were
+# not measured.
 MAX_BATCH = 192
-# 16-bit weights must leave room for so many, to be worth their memory. bitsandbytes multiplies as many by packed 4-bit weights
-# on a T4 (`_gemm_4bit_use_custom_cuda` of its backends/cuda/ops.py); of more, it unpacks all weights at each step.
+# 16-bit weights are worth their memory only if they leave room for this many answers. On a T4, bitsandbytes multiplies this many
+# by packed 4-bit weights (`_gemm_4bit_use_custom_cuda` in its backends/cuda/ops.py). For more, it unpacks all weights at each
+# step.
 ENOUGH = 64
 CPU_BATCH = 8
-READ_AT_ONCE = 16  # prompts, where rows come and go
-# On compute capability 7.5 Unsloth 2026.10.9 multiplies so many rows with packed 4-bit weights (`_BNB_GEMM_4BIT_MAX_ROWS` of its
-# kernels/utils.py). From the next row on it unpacks all weights at each step: 30 GB are moved, about 115 ms on a T4.
+READ_AT_ONCE = 16  # prompts, if each row has a slot
+# On compute capability 7.5, Unsloth 2026.10.9 multiplies up to this many rows with packed 4-bit weights
+# (`_BNB_GEMM_4BIT_MAX_ROWS` in its kernels/utils.py). For more rows, it unpacks all weights at each step, which moves 30 GB and
+# takes about 115 ms on a T4.
 PACKED_ROWS, PACKED_CAPABILITY, PACKED_SWITCH = 16, (7, 5), "UNSLOTH_BNB_GEMM_4BIT"
-# Compiling takes about 10 s; a step of 16 answers that is not compiled, about 50 ms more than one that is (70 and 18 ms,
-# in 4 bits on an H100).
+# Compiling takes about 10 s. A compiled step of 16 answers takes 18 ms instead of 70 ms (in 4 bits on an H100).
 STEPS_WORTH_COMPILING = 150
 
 
 class GenerationError(MedcotError):
-    """Say why answers cannot be made as asked, and what to set."""
+    """Say why answers cannot be generated as asked, and what to set."""
 
 
 def count_new_tokens(
     tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, answer_tokens: int | None, asks_letter: bool = False
 ) -> int:
-    """Return the most tokens that an answer may get: its own, and with forced closing the closing and what comes after it."""
+    """Return the most tokens that an answer may get: its own and, with forced closing, the closing and the tokens after it."""
     if asks_letter:
         return max_new_tokens + len(closing_tokens(tokenizer, asks_letter)) + 1
     return max_new_tokens + (len(closing_tokens(tokenizer)) + answer_tokens if answer_tokens else 0)
 
 
 def closing_tokens(tokenizer: PreTrainedTokenizerBase, asks_letter: bool = False) -> list[int]:
-    """Return the token ids of `CLOSING`, and of `ASK_LETTER` after it if a letter is asked for."""
+    """Return the token ids of `CLOSING`, followed by those of `ASK_LETTER` if a letter is asked for."""
     return tokenizer(CLOSING + ASK_LETTER if asks_letter else CLOSING, add_special_tokens=False)["input_ids"]
 
 
@@ -59,11 +61,13 @@ def check_context(
     answer_tokens: int,
     budget: str = "generation.max_new_tokens",
 ) -> str:
-    """Return one line on how the longest prompt and all that may be written after it fit the model's context.
+    """Check that the longest prompt and the longest answer to it fit the model's context, and return one line that says so.
 
     Args:
-        tokenizer: None: not at hand. Then a word counts as one token and the closing as none: what is refused would not fit.
-        budget: the name of the setting that `max_new_tokens` is.
+        tokenizer: None if it is not available. Then a word counts as one token and the closing as none. This never refuses
+            prompts that would fit.
+        max_new_tokens, answer_tokens: the most tokens of an answer, and of an answer after forced closing.
+        budget: the name of the setting that gives `max_new_tokens`.
 
     Raises:
         GenerationError: if they do not fit."""
@@ -83,16 +87,18 @@ def check_context(
 def choose_cache(
     model: PreTrainedModel, settings: GenerationSettings, answers: int, prompt_tokens: int, new_tokens: int
 ) -> Literal["static", "dynamic"]:
-    """Return the kind of key-value cache for many answers: as set, or with `auto` the one that is faster here.
+    """Return the kind of key-value cache for many answers: the setting or, with `auto`, the one that is faster here.
 
-    A static cache needs a GPU with room for 16-bit weights and enough steps to repay the compilation.
+    `auto` chooses a static cache on a GPU, if the model fits its slots, Unsloth has not patched the process, and there are
+    enough steps to repay the compilation.
 
     Args:
-        prompt_tokens: of the longest prompt.
-        new_tokens: the most that an answer may get, see `count_new_tokens`.
+        answers: how many answers are generated.
+        prompt_tokens: the tokens of the longest prompt.
+        new_tokens: the most tokens that an answer may get; see `count_new_tokens`.
 
     Raises:
-        GenerationError: for a static cache in a process that unsloth has patched."""
+        GenerationError: if a static cache is set, and Unsloth has patched the process or the model does not fit the slots."""
     from medcot_utils.models.slots import fits_slots
 
     if settings.cache_implementation == "dynamic":
@@ -111,7 +117,7 @@ def choose_cache(
 
 
 def has_room_for_16_bits(model: PreTrainedModel, answers: int, prompt_tokens: int, new_tokens: int) -> bool:
-    """Return whether 4-bit weights should be unpacked once for all steps: on a CPU, or where the GPU has room for them.
+    """Return whether to unpack 4-bit weights once for all steps: on a CPU, or if the GPU has room for them.
 
     The arguments are those of `choose_cache`."""
     from medcot_utils.models.slots import slot_bytes
@@ -123,16 +129,15 @@ def has_room_for_16_bits(model: PreTrainedModel, answers: int, prompt_tokens: in
 def choose_batch_size(
     model: PreTrainedModel, settings: GenerationSettings, answers: int, prompt_tokens: int, new_tokens: int
 ) -> int:
-    """Return how many answers to make at once: as set, or with `auto` what the GPU's free memory holds, in even batches.
+    """Return how many answers to generate at once: the setting or, with `auto`, as many as fit the GPU, in batches of equal size.
 
-    A T4 makes no more than 16 under Unsloth (`PACKED_ROWS`).
-
-    `settings.cache_implementation` is decided already, and the model converted for it (see `make_plain`)."""
+    A T4 generates at most 16 with Unsloth (`PACKED_ROWS`). `settings.cache_implementation` must be decided already, and the model
+    converted for it (`generation.convert_to_write`)."""
     from medcot_utils.models.slots import slot_bytes
 
     if settings.batch_size != "auto":
         return min(settings.batch_size, answers)
-    # A cache that grows is copied when it does. One of fixed size exists once.
+    # A cache that grows is copied each time. A cache of fixed size exists once.
     copies = 1.2 if settings.cache_implementation == "static" else 2.5
     row, free = slot_bytes(model, prompt_tokens + new_tokens), available_gpu_memory()
     fits = CPU_BATCH if math.isinf(free) else int(free / (row * copies))
@@ -143,17 +148,17 @@ def choose_batch_size(
 
 
 def count_read_at_once(at_once: int) -> int:
-    """Return how many prompts are read together where so many answers are made at once: when a quarter of them is done."""
+    """Return how many prompts are read together if `at_once` answers are generated at once: a quarter, at most READ_AT_ONCE."""
     return max(1, min(READ_AT_ONCE, at_once // 4))
 
 
 def split(asked: Sequence[Asked], size: int) -> list[list[Asked]]:
-    """Return what is asked in parts of `size`, the last one perhaps smaller."""
+    """Split `asked` into parts of `size`; the last part may be smaller."""
     return [list(asked[start : start + size]) for start in range(0, len(asked), size)]
 
 
 def multiplies_packed(model: PreTrainedModel) -> bool:
-    """Return whether Unsloth multiplies small batches with a model's packed 4-bit weights here: on a T4, unless switched off."""
+    """Return whether Unsloth multiplies small batches with the model's packed 4-bit weights: on a T4, unless it is turned off."""
     import torch
 
     if "unsloth" not in sys.modules or os.environ.get(PACKED_SWITCH) == "0" or not getattr(model, "is_loaded_in_4bit", False):
@@ -162,7 +167,7 @@ def multiplies_packed(model: PreTrainedModel) -> bool:
 
 
 def describe_batches(settings: GenerationSettings, answers: int, gpus: int = 1) -> str:
-    """Return one line that says how many answers are made at once, how, and on how many GPUs if on several."""
+    """Return one line on how many answers are generated at once, how, and on how many GPUs if there are several."""
     import torch
 
     how = f"in batches of {settings.batch_size}: a cache that grows"

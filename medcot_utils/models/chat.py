@@ -1,7 +1,7 @@
-"""Talk with a run's tuned model: one answer at a time, streamed, the thinking apart from the answer as it comes.
+"""Chat with a run's tuned model: one answer at a time, streamed, with the thinking apart from the answer.
 
-The terminal and the page of `medcot chat` both show what `Chat.stream` yields. transformers' TextIteratorStreamer makes the
-pieces. It has no way to stop a generation and passes no error on, so this module adds both."""
+The terminal and the page of `medcot chat` both show what `Chat.stream` yields. The pieces come from transformers'
+TextIteratorStreamer. It cannot stop a generation and does not pass on errors, so this module does both."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _CUT_TAG = re.compile(r"</?[think]{0,5}$")
 
 
 def choose_sides(base_too: bool) -> tuple[Who, ...]:
-    """Return whose answers to ask for, in the order in which they are shown."""
+    """Return the models to ask, in the order in which their answers are shown."""
     return ("base", "tuned") if base_too else ("tuned",)
 
 
 class ChatError(MedcotError):
-    """Say why a question cannot be answered as asked. The chat itself continues."""
+    """Say why a question cannot be answered. The chat itself continues."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Hold what has come of an answer so far.
+    """Hold an answer as far as it has been generated.
 
-    `seconds_thinking` is None until the thinking has ended; `done` is true once nothing more will come."""
+    `seconds_thinking` is None until the thinking has ended. `done` is true once the answer is complete."""
 
     thinking: str = ""
     text: str = ""
@@ -52,7 +52,7 @@ class Answer:
     done: bool = False
 
     def summarize_thinking(self) -> str:
-        """Return the thinking as one line: its length, and how long it took or that it never ended."""
+        """Return one line on the thinking: its length in words, and how long it took or that it did not end."""
         words = len(split_words(self.thinking))
         if self.seconds_thinking is None:
             return f"thinking, not finished: {words} words"
@@ -62,7 +62,7 @@ class Answer:
 def grow_answer(pieces: Iterable[str]) -> Iterator[Answer]:
     """Yield the answer after each piece of a completion whose `<think>` the prompt has opened; the last one is `done`.
 
-    `parse_completion` takes it apart, as it does scored answers. The start of a tag is held back until the next piece."""
+    `parse_completion` parses it, as it does scored answers. The start of a tag is held back until the next piece."""
     began, completion, answer = time.perf_counter(), "", Answer()
     for piece in pieces:
         completion += piece
@@ -77,8 +77,10 @@ def grow_answer(pieces: Iterable[str]) -> Iterator[Answer]:
 
 
 class Chat:
-    """Answer questions with a run's tuned model, loaded once. The base model is the same one with its adapter switched off,
-    unless the training changed biases of the base too (lora.bias): then it is loaded beside it."""
+    """Answer questions with a run's tuned model, loaded once.
+
+    The base model is the same model with its adapter turned off. If the training also changed biases of the base (lora.bias),
+    the base model is loaded separately."""
 
     def __init__(self, run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.run, self.model, self.tokenizer = run, model, tokenizer
@@ -87,18 +89,17 @@ class Chat:
 
     @classmethod
     def open(cls, run: Run) -> Chat:
-        """Load base and adapter with the run's engine. Raises RunError naming the notebook if there is no adapter."""
+        """Load base and adapter with the run's engine. Raises RunError, which names the notebook, if there is no adapter."""
         adapter = run.require("adapter")
         engine = get_engine(run.config.model)
         model, tokenizer = engine.load(run.config.model, adapter)
         return cls(run, engine.for_inference(model), tokenizer)
 
     def stream(self, question: str, who: Who = "tuned", stop: threading.Event | None = None) -> Iterator[Answer]:
-        """Yield the growing answer to one question, made with the run's prompt and generation settings.
+        """Yield the growing answer to one question, generated with the run's prompt and generation settings.
 
-        Setting `stop` ends the answer after the token that is being made; so does closing the iterator. Raises ChatError,
-        before the model is asked, for an empty question or one that leaves no room for an answer. Errors of the generation are
-        raised here too."""
+        Setting `stop`, or closing the iterator, ends the answer after the current token. Raises ChatError, before the model is
+        asked, if the question is empty or leaves no room for an answer. Errors of the generation are raised here too."""
         return self._stream(self._encode(question), who, stop or threading.Event())
 
     def _stream(self, inputs: BatchEncoding, who: Who, stop: threading.Event) -> Iterator[Answer]:
@@ -106,7 +107,7 @@ class Chat:
             yield from grow_answer(pieces)
 
     def choose_model(self, who: Who) -> tuple[PreTrainedModel, contextlib.AbstractContextManager[None]]:
-        """Return the model that answers, and the context in which it does so."""
+        """Return the model that answers, and the context manager in which it must generate."""
         if who == "tuned":
             return self.model, contextlib.nullcontext()
         if self.run.config.lora.bias == "none":
@@ -124,7 +125,7 @@ class Chat:
         inputs = self.tokenizer([prompt], return_tensors="pt")
         length, room = inputs["input_ids"].shape[1], config.model.max_seq_length
         if length >= room:
-            raise ChatError(f"the question is too long: with the prompt {length} tokens, and model.max_seq_length is {room}")
+            raise ChatError(f"the question is too long: with the prompt it has {length} tokens; model.max_seq_length is {room}")
         return inputs.to(self.model.device)
 
     def _pieces(self, inputs: BatchEncoding, who: Who, stop: threading.Event) -> Iterator[str]:

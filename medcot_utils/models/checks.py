@@ -1,4 +1,4 @@
-"""Checks of a model before it is loaded: whether notebook 07 could merge it, and whether tokenizer and context fit."""
+"""Check a model before it is loaded: whether notebook 07 can merge it, and whether its tokenizer and context fit."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class _Found:
 
 
 def is_at_hand(settings: ModelSettings) -> bool:
-    """Return whether a model is embedded or a local folder, so that nothing of it has to be asked of the Hub."""
+    """Return whether a model is embedded or a local folder, so that the Hub is not needed."""
     return settings.name.startswith((PREFIX, ".", "~", "/")) or Path(settings.name).is_dir()
 
 
 def check_model(settings: ModelSettings) -> str:
-    """Return one line on the model, from its config.json, the names of its files, and for a local folder its tokenizer.
+    """Check a model by its config.json, its file names and, for a local folder, its tokenizer. Return one line on it.
 
     Raises:
-        ModelError: for a folder that is missing or holds no model, weights that are quantized already or no safetensors, and a
-            tokenizer as `load_tokenizer_from` refuses it, and a model, or its quantized copy, whose code is not in
+        ModelError: if the folder is missing or holds no model, if the weights are quantized already or are not safetensors, if
+            `load_tokenizer_from` refuses the tokenizer, or if the code of the model or of its quantized copy is not in
             transformers."""
     if settings.quantized_name and settings.load_in_4bit and settings.engine != "transformers":
         _check_copy(settings.model_copy(update={"name": settings.quantized_name, "revision": settings.quantized_revision}))
@@ -71,7 +71,7 @@ def check_model(settings: ModelSettings) -> str:
 
 
 def _check_copy(copy: ModelSettings) -> None:
-    """Raise ModelError if a quantized copy, named like a model, is no model's folder or needs code of its own."""
+    """Raise ModelError if a quantized copy, given as the settings of a model, is not a model's folder or needs its own code."""
     found = _look_into(Path(copy.name), "model.quantized_name") if is_at_hand(copy) else _look_up(copy)
     if found:
         _require_known_code(f"model.quantized_name {copy.name}", found)
@@ -80,12 +80,14 @@ def _check_copy(copy: ModelSettings) -> None:
 
 def _require_known_tokenizer(settings: ModelSettings, found: _Found) -> None:
     if found.tokenizer and "auto_map" in json.loads(found.tokenizer.read_text(encoding="utf-8")):
-        load_tokenizer_from(settings.name, settings.revision)  # downloaded for its code alone: it may do without
+        load_tokenizer_from(settings.name, settings.revision)  # downloaded only to find out whether it loads without that code
 
 
 def _require_known_code(what: str, found: _Found) -> dict[str, Any]:
-    """Return a model's config.json. Raise ModelError if transformers does not know its kind, or a part of it is in a repository
-    on the Hub, so that code of others would have to run."""
+    """Return a model's config.json.
+
+    Raises ModelError if transformers does not know its type, or if a part of it is in another repository on the Hub, so that code
+    of others would have to run."""
     import transformers
 
     config = json.loads(found.config.read_text(encoding="utf-8"))
@@ -101,7 +103,7 @@ def _require_known_code(what: str, found: _Found) -> dict[str, Any]:
 
 
 def _find_hub_code(config: dict[str, Any]) -> str | None:
-    """Return the repository that a config.json, or a part of it, names where transformers would load compiled code from."""
+    """Return the repository, named in a config.json or a part of it, from which transformers would load compiled code."""
     for key, value in config.items():
         inside = value if isinstance(value, dict) else {}
         if key.strip("_").removesuffix("_internal") in ("attn_implementation", "experts_implementation"):
@@ -115,14 +117,14 @@ def _find_hub_code(config: dict[str, Any]) -> str | None:
 
 def _look_into(folder: Path, setting: str) -> _Found:
     if not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "is no folder"
+        what = "has no config.json" if folder.is_dir() else "is not a folder"
         raise ModelError(f"{setting} {folder} {what}: expected a model's folder, a name on the Hub, or an embedded model")
     tokenizer = folder / "tokenizer_config.json"
     return _Found(folder / "config.json", [file.name for file in folder.iterdir()], tokenizer if tokenizer.is_file() else None)
 
 
 def _look_up(settings: ModelSettings) -> _Found | None:
-    """Return what the Hub says of a model; None if it cannot be asked. If the Hub refuses, notebook 02's download says why."""
+    """Return what the Hub has of a model; None if it does not answer. If the Hub refuses, notebook 02's download says why."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -141,12 +143,12 @@ def _look_up(settings: ModelSettings) -> _Found | None:
 
 
 def check_answers(config: RunConfig, mcq_prompts: Sequence[str] = ()) -> str:
-    """Return one line on how the held-out questions and their answers under forced closing fit the model's context.
+    """Check that the held-out questions and their answers with forced closing fit the model's context; return one line on it.
 
-    The network is asked for rows alone: of a model on the Hub that is read which its cache holds. An embedded model is made.
+    Only the rows may be downloaded. A model on the Hub is read from the cache, and an embedded model is made.
 
     Args:
-        mcq_prompts: those of the multiple-choice questions, which must fit with evaluation.mcq_max_new_tokens more.
+        mcq_prompts: the prompts of the multiple-choice questions, which must leave room for evaluation.mcq_max_new_tokens.
 
     Raises:
         GenerationError: as `check_context` does."""
@@ -165,7 +167,7 @@ def check_answers(config: RunConfig, mcq_prompts: Sequence[str] = ()) -> str:
 
 
 def _find_cached(settings: ModelSettings) -> Path | None:
-    """Return the folder with a model's config.json on this machine, None if there is none."""
+    """Return the folder with a model's config.json on this machine; None if there is none."""
     from huggingface_hub import try_to_load_from_cache
 
     if is_at_hand(settings):

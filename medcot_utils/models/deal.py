@@ -1,4 +1,4 @@
-"""The questions to answer, how, and who takes the next batch: this process, or one on another GPU."""
+"""Which answers to generate, how, and which process takes the next batch: this one, or one on another GPU."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from medcot_utils.config import GenerationSettings
 from medcot_utils.models.records import AnswerRecord
 from medcot_utils.run.clock import TimeBudgetReached
 
-SAMPLED_TOP_K = 50  # transformers' own default: what a checkpoint that sets nothing samples from
+SAMPLED_TOP_K = 50  # transformers' own default, which applies to a checkpoint that sets nothing
 
 
 @dataclass(frozen=True)
 class Asked:
-    """An answer to be made: greedy, or sampled if it has a seed."""
+    """Hold an answer to be generated: greedy, or sampled if it has a seed."""
 
     id: str  # the question's
     prompt: str
     sample: int = 0  # as in `AnswerRecord`
     seed: int | None = None
-    letters: str = ""  # of a multiple choice: those to choose from
+    letters: str = ""  # for multiple choice: the letters to choose from
 
     @property
     def key(self) -> tuple[str, int, str]:
-        """Return what tells an answer from the others of its list: with the prompt, for ids of two sources may be equal."""
+        """Return a key that is unique in a list of answers. It has the prompt, because ids of two sources may be equal."""
         return self.id, self.sample, self.prompt
 
 
 @dataclass(frozen=True)
 class HowToWrite:
-    """Hold how the answers of one call are written; `settings` has batch size and cache decided."""
+    """Hold how the answers of one call are written; in `settings`, batch size and cache are decided."""
 
     settings: GenerationSettings
     answer_tokens: int | None  # as in `answer_prompts`
-    letters: str = ""  # all that answers choose from
-    # Of a cache of fixed size:
-    new_tokens: int = 0  # the most that an answer may get
-    longest: int = 0  # tokens of the longest prompt
+    letters: str = ""  # all letters that answers choose from
+    # For a cache of fixed size:
+    new_tokens: int = 0  # the most tokens that an answer may get
+    longest: int = 0  # the tokens of the longest prompt
     prefix: tuple[int, ...] = ()  # token ids that all prompts begin with
     sampled: bool = False  # whether there are answers with a seed
     in_16_bits: bool = False  # whether 4-bit weights are unpacked once, for all steps
@@ -47,29 +47,29 @@ class HowToWrite:
 
 @dataclass(frozen=True)
 class Batch:
-    """Answers that are asked together; those of an earlier call, which are kept already, among them."""
+    """Hold answers that are generated together. `missing` leaves out those that an earlier call has generated."""
 
     asked: list[Asked]
     missing: list[Asked]
 
 
 class Deal:
-    """Deal the batches of one call out to whoever is free, this process or another one, and keep their records at once."""
+    """Give the batches of one call to any process that is free, this one or another, and keep their records immediately."""
 
     def __init__(
         self, batches: Sequence[Batch], keep: Callable[[list[AnswerRecord]], None], require_time: Callable[[], None]
     ) -> None:
-        """Make the deal of one call. Neither function is called twice at a time.
+        """Make the deal of one call. Each function is called by one thread at a time.
 
         Args:
-            keep: takes the records of a batch, or of a part of one.
-            require_time: called before a batch is taken; raises TimeBudgetReached if it might not end in time."""
+            keep: called with the records of a batch, or of a part of one.
+            require_time: called before a batch is taken; raises TimeBudgetReached if the batch might not end in time."""
         self._waiting, self._keep, self._lock = deque(batches), keep, threading.Lock()
         self._require_time = require_time
         self.error: Exception | None = None  # why it was stopped
 
     def take(self) -> Batch | None:
-        """Return the next batch, None if there is none or no time is left for one."""
+        """Return the next batch; None if there is none, or no time for one."""
         with self._lock:
             if not self._waiting:
                 return None
@@ -81,7 +81,7 @@ class Deal:
             return self._waiting.popleft()
 
     def stop(self, error: Exception) -> None:
-        """Deal out no further batch. Those that were taken are finished and kept; then the first such error is raised."""
+        """Give out no further batch. Batches already taken are finished and kept; then the caller raises the first error."""
         with self._lock:
             self._stop(error)
 
@@ -90,6 +90,6 @@ class Deal:
         self._waiting.clear()
 
     def keep(self, records: list[AnswerRecord]) -> None:
-        """Keep the records of answers that are made."""
+        """Keep the records of finished answers."""
         with self._lock:
             self._keep(records)

@@ -1,4 +1,4 @@
-"""The weights that 4-bit layers compute with, read one by one: of a base quantized as it is loaded, or of a quantized copy."""
+"""The weights that 4-bit layers compute with, read one by one, from a base that is quantized on load or a quantized copy."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from bitsandbytes.nn import Params4bit
     from transformers import BitsAndBytesConfig, PretrainedConfig
 
-_STATE = ".quant_state.bitsandbytes__nf4"  # beside each packed weight, with its scales (absmax) and tables
+_STATE = ".quant_state.bitsandbytes__nf4"  # stored for each packed weight, with its scales (absmax) and tables
 
 
 def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return how a base is quantized as it is loaded: nf4 with double quantization (Dettmers et al. 2023)."""
+    """Return the configuration that quantizes a base on load: nf4 with double quantization (Dettmers et al. 2023)."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -32,12 +32,12 @@ def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def open_quantized(settings: ModelSettings, dtype: torch.dtype) -> MergeBase:
-    """Return the base with the weights that its 4-bit layers compute with: of the pre-quantized copy if that is loaded."""
+    """Return the base with the weights that its 4-bit layers compute with, from the pre-quantized copy if that is loaded."""
     return open_quantized_copy(settings, dtype) if loads_copy(settings) else open_quantized_on_load(settings, dtype)
 
 
 def open_quantized_on_load(settings: ModelSettings, dtype: torch.dtype) -> MergeBase:
-    """Return the 16-bit base with the weights of its 4-bit layers as they are after `from_pretrained` with `four_bit_config`.
+    """Return the 16-bit base with the weights that its 4-bit layers have after `from_pretrained` with `four_bit_config`.
 
     Args:
         dtype: the run's compute dtype. transformers casts weights to it before it quantizes them."""
@@ -55,9 +55,9 @@ def open_quantized_on_load(settings: ModelSettings, dtype: torch.dtype) -> Merge
 
 
 def open_quantized_copy(settings: ModelSettings, dtype: torch.dtype) -> MergeBase:
-    """Return the pre-quantized copy of a base (`model.quantized_name`), the weights of its 4-bit layers dequantized to `dtype`.
+    """Return the pre-quantized copy of a base (`model.quantized_name`), with its 4-bit weights dequantized to `dtype`.
 
-    A "dynamic" copy leaves some layers in 16 bits; their weights are as its files have them."""
+    A "dynamic" copy leaves some layers in 16 bits. Their weights stay as the files have them."""
     folder = find_weights_folder(settings.quantized_name, settings.quantized_revision)
     slices = open_weights(folder)
     packed = [name.removesuffix(_STATE) for name in slices if name.endswith(_STATE)]
@@ -71,7 +71,7 @@ def open_quantized_copy(settings: ModelSettings, dtype: torch.dtype) -> MergeBas
 
 
 class _Weight:
-    """Stand for a weight as safetensors' lazy slices do. It is made when it is first read, and kept with this object."""
+    """Stand in for a weight, as safetensors' lazy slices do. The weight is computed when first read, then kept in this object."""
 
     def __init__(self, shape: list[int], make: Callable[[], torch.Tensor]):
         self._shape, self._make = shape, make
@@ -88,7 +88,7 @@ class _Weight:
 
 
 class _Dequantized(Mapping[str, Any]):
-    """Give the weights of a 4-bit model by name. Each look makes a new `_Weight`, so none outlives its use."""
+    """Map names to the weights of a 4-bit model. Each access makes a new `_Weight`, so none outlives its use."""
 
     def __init__(self, weights: Mapping[str, Any], rounded: Mapping[str, Callable[[], _Weight]]):
         self._weights, self._rounded = weights, rounded
@@ -104,7 +104,7 @@ class _Dequantized(Mapping[str, Any]):
 
 
 def _find_4bit_weights(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Params4bit]:
-    """Return the weights, empty ones, of the layers that transformers replaces by 4-bit ones, by the model's own names."""
+    """Return {the model's own name: empty weight} for the layers that transformers replaces with 4-bit layers."""
     import torch
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForCausalLM
@@ -118,7 +118,7 @@ def _find_4bit_weights(config: PretrainedConfig, dtype: torch.dtype) -> dict[str
 
 
 def _round(weight: Any, like: Params4bit, dtype: torch.dtype) -> torch.Tensor:
-    """Quantize a weight as transformers does (`Bnb4bitQuantize`), and return what the layer computes with."""
+    """Quantize a weight as transformers does (`Bnb4bitQuantize`), and return the values that the layer computes with."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Params4bit
 
@@ -132,7 +132,7 @@ def _packed_weight(packed: Any, state: Mapping[str, Any], dtype: torch.dtype) ->
 
     def unpack() -> torch.Tensor:
         found = read_state(_device())
-        found.dtype = dtype  # Unsloth computes in the run's dtype, not in that of the copy's file
+        found.dtype = dtype  # the engines compute in the run's dtype, not in the one that the copy's files name
         return dequantize_4bit(packed[:].to(_device()), found).cpu()
 
     def read_state(device: str) -> QuantState:
@@ -144,4 +144,4 @@ def _packed_weight(packed: Any, state: Mapping[str, Any], dtype: torch.dtype) ->
 def _device() -> str:
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"  # where the engines quantize: other kernels may round otherwise
+    return "cuda" if torch.cuda.is_available() else "cpu"  # the engines' device, because other kernels may round differently

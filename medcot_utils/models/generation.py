@@ -1,4 +1,4 @@
-"""Answer questions: in batches for scoring, streamed for reading. Each answer is one record."""
+"""Generate answers: in batches for scoring, streamed for reading. Each answer is one record."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from medcot_utils.models.prefix import count_shared
 from medcot_utils.models.records import AnswerRecord, record_answer
 from medcot_utils.plain_text import say, show_controls
 
-# A checkpoint's own generation_config.json is in force for every argument that is left out: a repetition penalty of 1.3 or
-# `top_k` 1 would change the answers of one model unseen. These are the values without any effect.
+# A checkpoint's own generation_config.json applies to every argument that is left out. A repetition penalty of 1.3 or `top_k` 1
+# would change the answers of one model unnoticed. These values have no effect.
 NEUTRAL_ARGUMENTS: dict[str, Any] = {
     "num_beams": 1,
     "num_beam_groups": 1,
     "num_return_sequences": 1,
     "return_dict_in_generate": False,
     "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,  # of a decoder's prompt too
+    "encoder_repetition_penalty": 1.0,  # it also applies to the prompt of a decoder
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
     "min_length": 0,
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 
 def generate_arguments(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the keyword arguments of `model.generate`, those included that keep a checkpoint's own settings out of force.
+    """Return the keyword arguments of `model.generate`, including those that override a checkpoint's own settings.
 
     Sampling settings are passed only if sampling is on."""
     arguments = {
@@ -70,13 +70,13 @@ def generate_arguments(settings: GenerationSettings, tokenizer: PreTrainedTokeni
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    # None, not left out: a model's own generation_config would put its temperature back in and warn.
+    # They are None, not left out, or a model's own generation_config would put its temperature back and warn.
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": SAMPLED_TOP_K}
     return NEUTRAL_ARGUMENTS | arguments | (sampling if settings.do_sample else {"temperature": None, "top_p": None})
 
 
 def own_generation_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what the checkpoint's generation_config.json would set and `generate_arguments` keeps out of force."""
+    """Return the settings of the checkpoint's generation_config.json that `generate_arguments` overrides."""
     neutral = {**NEUTRAL_ARGUMENTS, "do_sample": False, "use_cache": True, "top_k": SAMPLED_TOP_K}
     neutral |= {"temperature": 1.0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
     given = {name: getattr(model.generation_config, name, None) for name in neutral}
@@ -97,8 +97,8 @@ def answer_questions(
 ) -> list[AnswerRecord]:
     """Return one greedy record per question, in the questions' order, then `n_samples` times one sampled record per question.
 
-    Sampling takes the settings' temperature and top_p, whatever `do_sample` says (that is for the one question of notebook
-    02), and a seed of its own for each answer, made from `seed`, the question's id and the sample's number. The rest is as in
+    Sampling uses the settings' temperature and top_p. `do_sample` does not matter here; it is for the one question of notebook
+    02. Each sampled answer has its own seed, made from `seed`, the question's id, and the sample's number. All else is as in
     `answer_prompts`."""
     prompts = [inference_prompt(question["Question"], newline_after_think) for question in questions]
     asked = [
@@ -111,7 +111,7 @@ def answer_questions(
 
 def _seed_of(seed: int, question: str, sample: int) -> int:
     digest = hashlib.sha256(json.dumps([seed, question, sample]).encode()).digest()
-    return int.from_bytes(digest[:4])  # torch's generator on the CPU reads no more
+    return int.from_bytes(digest[:4])  # torch's CPU generator uses no more bytes of a seed
 
 
 def answer_prompts(
@@ -124,27 +124,27 @@ def answer_prompts(
     label: str = "answers",
     others: OtherGpus | None = None,
 ) -> list[AnswerRecord]:
-    """Return the record of each answer, in the order given. Prompts of about one length are read together, sampled or not.
+    """Return the record of each answer, in the order given. Prompts of similar length are read together, sampled or not.
 
-    A static cache has slots (`SlotWriter`); a cache that grows, batches. Slots with room for 16-bit weights use the given model
-    up, and so does a CPU that holds its weights in float32: there the adapter's products cost a third of a step. If memory runs
-    out, half as many are made at once.
+    A static cache has slots (`SlotWriter`); a cache that grows has batches (`BatchWriter`). The model passed in cannot be used
+    afterward if its 4-bit weights are unpacked for the slots, or if the adapter is merged into float32 weights on a CPU, where
+    the adapter's products take a third of a step. If memory runs out, half as many answers are generated at once.
 
     Args:
-        settings: `max_new_tokens` is the budget of what a model writes by itself.
-        answer_tokens: the most tokens of an answer after forced closing (`ForcedClosing`), recorded as `forced` beside the
-            record of what the model wrote by itself, which it does not change. 0: records how the thinking was closed, and
-            nothing is written, but for `Answer:` where there are letters to choose from; the likeliest is recorded as
-            `letter` if all are single tokens. None: no forced closing.
-        journal: keeps records as soon as they are made, and pauses in time. Answers that it holds are not asked again. Records
-            equal those of an uninterrupted call exactly (but for `seconds`): of slots always, of batches if whole ones were
-            kept, as they are after a kill. If the number of answers at once changed in between, they equal up to rounding.
+        settings: `max_new_tokens` is the token budget for what a model writes by itself.
+        answer_tokens: the most tokens of an answer after forced closing (`ForcedClosing`). This answer is recorded as `forced`
+            and does not change the record of what the model wrote by itself. 0: only how the thinking was closed is recorded.
+            Nothing is written then, except `Answer:` if there are letters to choose from; the likeliest letter is recorded as
+            `letter` if all letters are single tokens. None: no forced closing.
+        journal: keeps records as soon as they are made, and stops in time. Answers that it holds are not generated again. Records
+            equal those of an uninterrupted call, except for `seconds`: always with slots, and with batches if whole batches were
+            kept, as they are after a kill. If the number of answers at once changed in between, they are equal up to rounding.
         label: names the progress bar.
-        others: the processes on the other GPUs, which answer too. The records are those of one GPU.
+        others: the processes on the other GPUs, which generate answers too. The records equal those of one GPU.
 
     Raises:
         GenerationError: as `choose_cache` and `check_context` do, and if a process on another GPU fails.
-        TimeBudgetReached: if training.max_hours are nearly over; what was made is in the journal."""
+        TimeBudgetReached: if training.max_hours is nearly over; the journal keeps what was made."""
     from tqdm.auto import tqdm
 
     kept = {(record["id"], record["sample"], record["prompt"]): record for record in (journal.read() if journal else [])}
@@ -160,7 +160,7 @@ def answer_prompts(
     model = convert_to_write(model, how)
     at_once = choose_batch_size(model, how.settings, len(asked), how.longest, how.new_tokens)
     how = replace(how, settings=how.settings.model_copy(update={"batch_size": at_once}))
-    # The longest prompts come first, so that a batch has little padding and the last to be taken is the quickest.
+    # The longest prompts come first, so that a batch has little padding and the last batch is the fastest.
     together = at_once if how.settings.cache_implementation == "dynamic" else count_read_at_once(at_once)
     parts = split(sorted(asked, key=lambda one: len(one.prompt), reverse=True), together)
     batches = [Batch(part, left) for part in parts if (left := [one for one in part if one.key not in made])]
@@ -194,7 +194,9 @@ def decide(
     settings: GenerationSettings,
     answer_tokens: int | None,
 ) -> HowToWrite:
-    """Decide how answers are written, but for how many at once: by all that are asked, so the same whatever is made already."""
+    """Decide how answers are written, except how many at once.
+
+    The decision depends on all answers that are asked for, so it stays the same if some are already made."""
     ids = [tokenizer(prompt)["input_ids"] for prompt in {one.prompt for one in asked}]
     letters = "".join(sorted(set("".join(one.letters for one in asked)))) if answer_tokens == 0 else ""
     new_tokens = count_new_tokens(tokenizer, settings.max_new_tokens, answer_tokens, bool(letters))
@@ -214,7 +216,7 @@ def decide(
 
 
 def make_writer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: HowToWrite) -> BatchWriter | SlotWriter:
-    """Return what writes answers as decided. Args: model: as `convert_to_write` gives it."""
+    """Return the writer of answers for this decision. Args: model: what `convert_to_write` returns."""
     if how.settings.cache_implementation == "dynamic":
         return BatchWriter(model, tokenizer, how)
     from medcot_utils.models.slot_writer import SlotWriter
@@ -223,7 +225,7 @@ def make_writer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how:
 
 
 def convert_to_write(model: PreTrainedModel, how: HowToWrite) -> PreTrainedModel:
-    """Return the model as it writes fastest with the chosen cache. The given one may be used up."""
+    """Return the model in the form that writes fastest with the chosen cache. The model passed in may become unusable."""
     from medcot_utils.models.plain_weights import dequantize, make_plain
 
     if how.settings.cache_implementation == "static":
@@ -234,21 +236,21 @@ def convert_to_write(model: PreTrainedModel, how: HowToWrite) -> PreTrainedModel
 def _can_merge_here(model: PreTrainedModel) -> bool:
     import torch
 
-    # In 16 bits the sum of weights and adapter would be rounded: another model.
+    # In 16 bits, the sum of weights and adapter would be rounded, which makes another model.
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     return base.device.type == "cpu" and base.dtype == torch.float32 and not getattr(base, "is_quantized", False)
 
 
 class BatchWriter:
-    """Write batches with one model, in ever smaller parts once one runs out of memory."""
+    """Write batches with one model. If a batch runs out of memory, this and later batches are halved."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: HowToWrite) -> None:
-        """Args: model: as `convert_to_write` gives it."""
+        """Args: model: what `convert_to_write` returns."""
         self._model, self._tokenizer, self.how = model, tokenizer, how
         self._size = how.settings.batch_size
 
     def write(self, take: Callable[[], Batch | None]) -> Iterator[list[AnswerRecord]]:
-        """Yield the records of each batch that `take` gives, until it gives None; in parts if one did not fit the memory."""
+        """Yield the records of each batch that `take` returns, until it returns None. A batch that does not fit is split."""
         while batch := take():
             yield from self._write(batch.missing)
 
@@ -265,7 +267,7 @@ class BatchWriter:
                 if len(part) == 1 or not should_reduce_batch_size(error):
                     raise
                 written = None
-            if written is None:  # out of the except block: its traceback would keep the cache alive
+            if written is None:  # outside the except block, whose traceback would keep the cache alive
                 self._size = len(part) // 2
                 say(f"out of memory: from here on, batches of {self._size}")
                 torch.cuda.empty_cache()
@@ -278,7 +280,7 @@ class BatchWriter:
 def _write_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Asked], how: HowToWrite
 ) -> list[WrittenRow]:
-    """Return what is written for each row, all in one call of `generate`."""
+    """Return what each row wrote, all in one call of `generate`."""
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     from medcot_utils.models.decoding import ForcedClosing, RowRules, RowSampler, Sampling, StopDoneRows, WrittenRow
@@ -315,7 +317,7 @@ def complete(
     settings: GenerationSettings,
     **arguments: Any,
 ) -> list[list[int]]:
-    """Return the token ids after each prompt, all answered in one batch. `arguments` of `generate` replace those of settings."""
+    """Return the token ids generated after each prompt, in one batch. `arguments` of `generate` override those of `settings`."""
     import torch
 
     arguments = generate_arguments(settings, tokenizer) | arguments
@@ -335,7 +337,8 @@ def pad_left(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> BatchEnc
 
 
 def make_streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
-    """Return a streamer for `model.generate`: it prints an answer as it is written, without the prompt or control characters."""
+    """Return a streamer for `model.generate` that prints an answer as it is written. It leaves out the prompt and makes control
+    characters visible."""
     from transformers import TextStreamer
 
     class PlainStreamer(TextStreamer):

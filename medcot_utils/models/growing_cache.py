@@ -1,6 +1,6 @@
-"""Write a batch on a CPU without waste: rows that are done leave it, and the cache grows by pages.
+"""Write a batch on a CPU without waste: finished rows leave it, and the cache grows by pages.
 
-transformers' own cache copies all keys and values for each token, and its `generate` keeps a row until the last one ends."""
+transformers' own cache copies all keys and values for each token, and its `generate` keeps every row until the last one ends."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from medcot_utils.models.decoding import ForcedClosing
 
 _PAGE = 64  # tokens
-_TURN = 32  # tokens after which rows that are done leave the batch
-_READ_AT_ONCE = 8  # prompts; of 60 at once a processor's own cache holds too little: they take twice as long
+_TURN = 32  # tokens after which finished rows leave the batch
+_READ_AT_ONCE = 8  # prompts; 60 at once do not fit the processor's cache and take twice as long
 
 
 class PagedLayer(DynamicLayer):
-    """Extend transformers' layer of keys and values, (rows, heads, tokens, width), by room for the tokens to come."""
+    """Extend transformers' layer of keys and values, (rows, heads, tokens, width), with room for later tokens."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         """Take the arguments of DynamicLayer."""
@@ -31,7 +31,7 @@ class PagedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *arguments: Any, **named: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the new tokens' keys and values; return those of all tokens so far."""
+        """Add the keys and values of new tokens, and return those of all tokens so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held = self.get_seq_length()
@@ -48,25 +48,26 @@ class PagedLayer(DynamicLayer):
         return self.keys, self.values
 
     def _is_in_room(self) -> bool:
-        # Rows may have been chosen or reordered since: then `keys` is another tensor.
+        # If rows were selected or reordered since, `keys` is another tensor.
         return self.get_seq_length() == 0 or self.keys.data_ptr() == self._room[0].data_ptr()
 
 
 def make_growing_cache(model: PreTrainedModel) -> DynamicCache:
-    """Return an empty cache for one `generate` call. Layers of other kinds, such as sliding windows, stay transformers' own."""
+    """Return an empty cache for one `generate` call. Other kinds of layers, such as sliding windows, stay transformers' own."""
     cache = DynamicCache(config=model.config)
     cache.layers = [PagedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 def generate_in_turns(model: PreTrainedModel, inputs: BatchEncoding, closing: ForcedClosing, arguments: dict[str, Any]) -> None:
-    """Call `generate` for some tokens at a time, and between two calls take the rows that are done out of the batch.
+    """Call `generate` for some tokens at a time, and remove finished rows from the batch between calls.
 
-    The text written is in `closing.rows`: as one call would write it, up to rounding, since fewer rows are multiplied at once.
+    `closing.rows` then holds the text. It is what one call would write, up to rounding, because fewer rows are multiplied at
+    once.
 
     Args:
         inputs: token ids and mask (rows, tokens), padded on the left.
-        arguments: those of one call of `generate`, with `closing` among its logits processors."""
+        arguments: the arguments of one call of `generate`, with `closing` among the logits processors."""
     ids, mask, left = inputs["input_ids"], inputs["attention_mask"], arguments["max_new_tokens"]
     rows = [row[real].tolist() for row, real in zip(ids, mask.bool(), strict=True)]
     shared = count_shared(rows)
@@ -91,7 +92,7 @@ def generate_in_turns(model: PreTrainedModel, inputs: BatchEncoding, closing: Fo
 
 
 def _move_padding(ids: torch.Tensor, mask: torch.Tensor, shared: int) -> None:
-    """Move each row's padding from its left end behind its first `shared` tokens, in place."""
+    """Move each row's padding from its left end to the place after its first `shared` tokens, in place."""
     for row, real in zip(ids, mask, strict=True):
         padding = int((real == 0).sum())
         for tensor in (row, real):
@@ -99,7 +100,7 @@ def _move_padding(ids: torch.Tensor, mask: torch.Tensor, shared: int) -> None:
 
 
 def _read_prompts(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, prefix: DynamicCache | None) -> DynamicCache:
-    """Return the cache of the prompts, read some rows at a time, what follows the prefix they begin with."""
+    """Return the cache of the prompts. Some rows are read at a time, from the end of the prefix that they share."""
     shared = 0 if prefix is None else prefix.get_seq_length()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     can_join = all(isinstance(layer, DynamicLayer) for layer in make_growing_cache(model).layers)

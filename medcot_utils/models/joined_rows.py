@@ -1,4 +1,4 @@
-"""Join rows so that what they begin with together is run once: on a CPU, where arithmetic is what takes time."""
+"""Join rows so that their common beginnings run once, on a CPU, where arithmetic takes most of the time."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from medcot_utils.models.prefix import TokenizedRow, attends_to_all
 
 
 def can_join(model: PreTrainedModel) -> bool:
-    """Return whether a model takes joined rows: on a CPU, with attention that takes any mask and looks at all before."""
+    """Return whether a model can run joined rows: on a CPU, with attention to all earlier tokens that accepts any mask."""
     config = model.config.get_text_config()
     return model.device.type == "cpu" and config._attn_implementation in ("sdpa", GROUPED) and attends_to_all(config)
 
 
 class JoinedRow(TypedDict):
-    """Hold rows joined into one, as a model's forward pass takes them."""
+    """Hold rows joined into one: the arguments of a model's forward pass."""
 
     input_ids: torch.Tensor  # (1, tokens)
     position_ids: torch.Tensor  # (1, tokens)
-    attention_mask: torch.Tensor  # (1, 1, tokens, tokens), True where a token looks
-    logits_to_keep: torch.Tensor  # (labels,), the token before each label
+    attention_mask: torch.Tensor  # (1, 1, tokens, tokens), True where a token attends to another
+    logits_to_keep: torch.Tensor  # (labels,), position of the token before each label
 
 
 def join_rows(batch: Sequence[TokenizedRow]) -> tuple[JoinedRow, torch.Tensor, torch.Tensor]:
-    """Join rows so that tokens which several begin with stand once. Each token looks at what its own row has before it.
+    """Join rows so that beginnings shared by several rows occur once. Each token attends to the earlier tokens of its own row.
 
-    The last token of a row is left out: nothing is read after it.
+    The last token of a row is left out, because no label follows it.
 
     Returns:
-        the joined row, the labels (labels,) that its logits are for, and the index (labels,) of the row each is of."""
+        The joined row, the labels (labels,) of its logits, and for each label the index (labels,) of its row."""
     tokens: list[int] = []
     positions: list[int] = []
     parents: list[int] = []
@@ -68,9 +68,9 @@ def join_rows(batch: Sequence[TokenizedRow]) -> tuple[JoinedRow, torch.Tensor, t
 
 
 class JoinedRows:
-    """Collate a micro-batch by `join_rows` for TRL's trainer, whose loss must be "nll". It is the loss of padded rows."""
+    """Collate a micro-batch with `join_rows` for TRL's trainer, with loss_type "nll". The loss equals that of padded rows."""
 
     def __call__(self, batch: Sequence[TokenizedRow]) -> dict[str, torch.Tensor]:
-        """Return the joined row and its labels, (1, labels), once as transformers' loss takes them and once as Trainer asks."""
+        """Return the joined row and its labels (1, labels): `shift_labels` for transformers' loss, and `labels` for Trainer."""
         joined, labels, _ = join_rows(batch)
         return {**joined, "shift_labels": labels[None], "labels": labels[None]}

@@ -1,4 +1,4 @@
-"""Take the held-out loss of a model that is not quantized: whole if memory holds it, else one decoder layer at a time."""
+"""Compute the held-out loss of an unquantized model: with the whole model if it fits in memory, else one layer at a time."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from tqdm import tqdm
     from transformers import PretrainedConfig, PreTrainedModel
 
-    Device = int | str  # a GPU's index or `cpu`, as safetensors and accelerate both take it
+    Device = int | str  # a GPU's index or `cpu`, which both safetensors and accelerate accept
 
-# Hidden states of a group: those that go into a layer, the pieces that come out, and these joined; and as much again for the
-# last norm, which computes in float32.
+# Copies of a group's hidden states in memory: the input of a layer, the pieces of its output, and the joined output; and as much
+# again for the last norm, which computes in float32.
 _COPIES = 6
 
 
@@ -38,28 +38,30 @@ class LayerwiseError(MedcotError):
 
 
 def base_16bit_losses(config: RunConfig, rows: Dataset) -> list[RowLoss]:
-    """Return the loss of a run's base before its 4-bit rounding on each tokenized row, labeled `base_16bit`.
+    """Return the loss of a run's base before 4-bit rounding on each tokenized row, labeled `base_16bit`.
 
-    It computes in the run's own dtype, so that only the rounding tells it from the 4-bit base."""
+    The base computes in the run's dtype, so that it differs from the 4-bit base only by the rounding."""
     dtype = str(compute_dtype(config.model)).removeprefix("torch.")
     batch_size = config.training.per_device_eval_batch_size
     return unquantized_losses(config.model.name, config.model.revision, dtype, rows, batch_size, "base_16bit")
 
 
 def describe_16bit_base(config: RunConfig) -> str:
-    """Return one line on what the 16-bit weights of a run's base are."""
+    """Return one line on the origin of the 16-bit weights of a run's base."""
     if config.model.name == f"{PREFIX}smollm2-135m-instruct":
         return "The 16-bit base is itself unpacked from 4-bit weights (Q4_1): the cost of that rounding cannot be measured here."
     return "The 16-bit base is the checkpoint as published, before any rounding to 4 bits."
 
 
 def unquantized_losses(name: str, revision: str | None, dtype: str, rows: Dataset, batch_size: int, label: str) -> list[RowLoss]:
-    """Return the loss of each tokenized row as `row_losses` does, of a model that is not quantized.
+    """Return the loss of each tokenized row, as `row_losses` does, for a model that is not quantized.
 
-    A model that the GPUs, or RAM without a GPU, cannot hold is run by `layerwise_losses`.
+    If the model does not fit in the GPUs' memory, or in RAM without a GPU, `layerwise_losses` runs it.
 
     Args:
-        name: as in the settings: a Hub id, a folder, or an embedded model."""
+        name: a Hub id, a folder, or an embedded model, as in the settings.
+        dtype: a dtype's name in torch.
+        label: the model's label in the records."""
     folder = find_weights_folder(name, revision)
     if fits_in_memory(count_weight_bytes(folder, dtype)):
         model, _ = load_unquantized(folder, dtype)
@@ -68,11 +70,11 @@ def unquantized_losses(name: str, revision: str | None, dtype: str, rows: Datase
 
 
 def layerwise_losses(folder: Path, dtype: str, rows: Dataset, batch_size: int, label: str) -> list[RowLoss]:
-    """Return the loss of each tokenized row with only embeddings, output layer and one decoder layer in memory at a time.
+    """Return the loss of each tokenized row, with only embeddings, output layer, and one decoder layer in memory at a time.
 
-    As many rows as memory holds the hidden states of go through together, so each layer is read once for all of them. Within
-    a layer, and for the logits, they go in batches. Equal to `row_losses` up to rounding. Raises LayerwiseError for a model
-    whose weights are stored otherwise than it computes with them."""
+    Rows go through the layers in groups, as many as have hidden states that fit in memory, so a layer is read once per group.
+    Within a layer, and for the logits, they go in batches. The losses equal those of `row_losses` up to rounding. Raises
+    LayerwiseError if a weight is not stored in the form that the model computes with."""
     import torch
     from tqdm.auto import tqdm
 
@@ -96,7 +98,7 @@ def layerwise_losses(folder: Path, dtype: str, rows: Dataset, batch_size: int, l
 
 
 def _open_model(folder: Path, kind: torch.dtype, device: Device) -> tuple[PreTrainedModel, OffloadedWeightsLoader]:
-    """Return the model with its text weights on the device, except those of the decoder layers, and what reads weights."""
+    """Return the model with its text weights on the device, except those of the decoder layers, and the loader of weights."""
     from accelerate import init_empty_weights
     from accelerate.utils import set_module_tensor_to_device
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -119,7 +121,7 @@ def _open_model(folder: Path, kind: torch.dtype, device: Device) -> tuple[PreTra
 def _weights_by_own_name(
     model: PreTrainedModel, config: PretrainedConfig, folder: Path, device: Device
 ) -> OffloadedWeightsLoader:
-    """Return accelerate's loader of the weights of decoder and output layer, by the model's own names, from the checkpoint."""
+    """Return accelerate's loader of the checkpoint's weights for decoder and output layer, by the model's own names."""
     from accelerate.utils import OffloadedWeightsLoader
     from safetensors import safe_open
 
@@ -142,11 +144,11 @@ def _weights_by_own_name(
 
 
 def _stream_layers(model: PreTrainedModel, weights: OffloadedWeightsLoader, device: Device, batch_size: int, bar: tqdm) -> None:
-    """Let each decoder layer read its weights when it is called, use them for all rows, and drop them."""
+    """Make each decoder layer read its weights when it is called, use them for all rows, and free them."""
     from accelerate.hooks import attach_align_device_hook
 
     for index, layer in enumerate(_decoder_layers(model)):
-        layer.forward = _in_pieces(layer.forward, batch_size, bar)  # below the hook: one reading serves all pieces
+        layer.forward = _in_pieces(layer.forward, batch_size, bar)  # inside the hook, so weights are read once for all pieces
         attach_align_device_hook(
             layer,
             execution_device=device,
@@ -159,7 +161,7 @@ def _stream_layers(model: PreTrainedModel, weights: OffloadedWeightsLoader, devi
 
 
 def _in_pieces(forward: Callable[..., Any], size: int, bar: tqdm) -> Callable[..., Any]:
-    """Return a layer's forward that takes `size` rows of its batch at a time and joins what comes out."""
+    """Return a layer's forward that runs `size` rows of its batch at a time and joins the outputs."""
     import torch
     from accelerate.utils import recursively_apply
 
@@ -167,7 +169,7 @@ def _in_pieces(forward: Callable[..., Any], size: int, bar: tqdm) -> Callable[..
         rows = len(hidden)
 
         def cut(tensor: torch.Tensor, piece: slice) -> torch.Tensor:
-            # Masks and positions have one row for all, or one for each row of the batch.
+            # Masks and positions have one row for the whole batch, or one per row.
             return tensor[piece] if tensor.ndim > 1 and len(tensor) == rows else tensor
 
         outputs = []
@@ -175,7 +177,7 @@ def _in_pieces(forward: Callable[..., Any], size: int, bar: tqdm) -> Callable[..
             own_args, own_kwargs = recursively_apply(cut, (args, kwargs), slice(at, at + size))
             outputs.append(forward(hidden[at : at + size], *own_args, **own_kwargs))
         bar.update()
-        if isinstance(outputs[0], tuple):  # hidden states first, as in older families and with Unsloth's patches
+        if isinstance(outputs[0], tuple):  # hidden states come first, in older families and with Unsloth's patches
             return torch.cat([output[0] for output in outputs]), *outputs[0][1:]
         return torch.cat(outputs)
 
@@ -200,7 +202,7 @@ def _name_of(model: PreTrainedModel, part: torch.nn.Module) -> str:
 
 
 def _split_into_groups(lengths: Sequence[int], model: PreTrainedModel, device: Device) -> list[list[int]]:
-    """Return the rows' indices, longest first, in groups whose hidden states take half of the free memory."""
+    """Return the rows' indices, longest first, in groups whose hidden states take at most half of the free memory."""
     free = available_memory_of_gpus()[0] if device == 0 else virtual_memory().available
     per_token = _COPIES * model.config.get_text_config().hidden_size * model.dtype.itemsize
     left, groups = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True), []
@@ -234,11 +236,11 @@ def _run_decoder(model: PreTrainedModel, token_ids: Sequence[Sequence[int]], dev
 
 
 def _losses_of(model: PreTrainedModel, hidden: torch.Tensor, group: Sequence[Any], batch_size: int) -> list[tuple[float, int]]:
-    """Return (nll, labels) of each row from its last hidden states, with the model's own output layer and what follows it."""
+    """Return (nll in nats, number of labels) of each row from its last hidden states, through the model's own output layer."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     decoder, found = model.get_decoder(), []
-    lengths = [len(row["input_ids"]) for row in group]  # longest first, so batches are of rows that follow each other
+    lengths = [len(row["input_ids"]) for row in group]  # longest first, so the rows of a batch are consecutive
     for chosen in split_into_batches(lengths, batch_size, model.config.get_text_config().vocab_size):
         own = BaseModelOutputWithPast(last_hidden_state=hidden[chosen[0] : chosen[-1] + 1, : lengths[chosen[0]]])
         decoder.forward = lambda *args, _own=own, **kwargs: _own

@@ -1,4 +1,4 @@
-"""Measure the held-out loss, row by row."""
+"""Compute the held-out loss, row by row."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
 _LOGITS_BYTES = 2e9
-# In 16 bits as the model makes them, and once more in 32: what accelerate's mixed precision hands out after a training.
+# The model's 16-bit logits, and a 32-bit copy, which accelerate's mixed precision returns after training.
 _BYTES_PER_LOGIT = 6
 
 
 class RowLoss(TypedDict):
-    """Hold one model's loss on one row. `nll`: the labels' negative log-likelihoods in nats, summed; `tokens`: how many."""
+    """Hold one model's loss on one row. `nll`: sum of the labels' negative log-likelihoods, in nats; `tokens`: their number."""
 
     model: str
     id: str
@@ -32,9 +32,9 @@ class RowLoss(TypedDict):
 def row_losses(model: PreTrainedModel, rows: Dataset, batch_size: int, label: str) -> list[RowLoss]:
     """Return the loss of each tokenized row (see `TokenizedRow`), in the rows' order; `label` names the model.
 
-    On a CPU, where arithmetic is what takes time, tokens without labels that all rows begin with are run once. A batch has at
-    most `batch_size` rows, and fewer if its logits would take more than 2 GB (two rows of 1,018 tokens with Llama 3's 128,256
-    words)."""
+    On a CPU, where arithmetic takes most of the time, tokens without labels that all rows begin with run once. A batch has at
+    most `batch_size` rows, and fewer if its logits would take more than 2 GB. That is room for two rows of 1,018 tokens with
+    Llama 3's vocabulary of 128,256."""
     from tqdm.auto import tqdm
 
     model.eval()
@@ -68,7 +68,7 @@ def split_into_batches(lengths: Sequence[int], batch_size: int, vocab_size: int)
 
 
 def _count_shared(rows: Dataset) -> int:
-    """Return how many tokens all rows begin with, without those whose logits are needed."""
+    """Return how many tokens all rows share at the beginning, without those whose logits are needed."""
     unlabeled = [next((place for place, label in enumerate(labels) if label != -100), len(labels)) for labels in rows["labels"]]
     return min(count_shared(rows["input_ids"]), max(0, min(unlabeled, default=0) - 1))
 
@@ -76,10 +76,10 @@ def _count_shared(rows: Dataset) -> int:
 def batch_losses(
     model: PreTrainedModel, batch: Sequence[TokenizedRow], device: torch.device, prefix: DynamicCache | None = None
 ) -> list[tuple[float, int]]:
-    """Return (nll, labels) of each row. As a function it frees its logits before the next batch makes its own.
+    """Return (nll in nats, number of labels) of each row. Logits are freed on return, before the next batch needs memory.
 
     Args:
-        prefix: what `read_prefix` gives for tokens without labels that all rows begin with."""
+        prefix: what `read_prefix` returns for the tokens without labels that all rows begin with."""
     import torch
     from transformers import DynamicCache
 
@@ -88,7 +88,7 @@ def batch_losses(
     if prefix is not None:
         shared = prefix.get_seq_length()
         given = {"past_key_values": begin_with(prefix, len(ids), DynamicCache(config=model.config))}
-    if ids.device.type == "cpu":  # there logits take a quarter of the time
+    if ids.device.type == "cpu":  # logits take a quarter of the time on a CPU, so only those of labels are computed
         positions = (labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(1)
         given |= {"logits_to_keep": positions - shared}
     with torch.inference_mode():
@@ -96,7 +96,7 @@ def batch_losses(
     found = []
     for own_logits, own_labels in zip(logits, labels[:, positions + 1], strict=True):
         wanted = own_labels != -100
-        # Only the label positions become float32: a full copy of the logits would be the largest tensor of the step.
+        # Only the label positions become float32, because a full copy of the logits would be the largest tensor of the step.
         picked = own_logits[: len(wanted)][wanted].float()
         nll = torch.nn.functional.cross_entropy(picked, own_labels[wanted], reduction="sum")
         found.append((float(nll), int(wanted.sum())))

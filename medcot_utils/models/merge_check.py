@@ -20,25 +20,26 @@ if TYPE_CHECKING:
     Change = Callable[[], torch.Tensor]
     Slices = Mapping[str, Any]  # safetensors' lazy slices by the weights' names
 
-PIECE = 2**22  # numbers of a weight that are compared at once: 16 MiB in float32
+PIECE = 2**22  # values of a weight that are compared at once: 16 MiB in float32
 _LEAST_KEPT = 0.5
 
 
 class WeightCheck(TypedDict):
-    """The weights of a merged model compared with base + adapter."""
+    """Hold the comparison of a merged model's weights with base + adapter."""
 
-    weights: int  # of the base
-    changed: int  # by the adapter
+    weights: int  # the number of the base's weights
+    changed: int  # the number of weights that the adapter changes
     wrong: list[str]  # weights that are not the rounded sum, each with what is wrong
     kept: float | None  # share of the adapter's change that is left after rounding; None if it changes nothing
 
 
 def compare_weights(settings: ModelSettings, adapter: Path, merged: Path, base: MergeBase | None = None) -> WeightCheck:
-    """Compare each weight in `merged` with the base's plus what PEFT says that the adapter adds.
+    """Compare each weight in `merged` with the base's weight plus the change that PEFT computes from the adapter.
 
-    The base is the 16-bit one unless another is given: what the adapter was merged into. A weight is right if each of its
-    numbers is as near to the float32 sum as its dtype allows. That bound does not grow with the model, and an adapter that is
-    lost or added twice breaks it in any dtype. In memory are one layer's change and a piece of its weight."""
+    `base` is what the adapter was merged into; by default, the 16-bit base. A weight is right if each of its values is as near to
+    the float32 sum as its dtype allows. That bound does not grow with the model, and an adapter that is lost or added twice
+    breaks it in any dtype. Memory holds one layer's change and a piece of its weight at a time. Raises MergeError if files are
+    missing or damaged."""
     into = base or open_16bit_base(settings)
     ours, found = into.weights, open_weights(merged)
     changes = _read_peft_changes(into.folder, adapter, ours)
@@ -64,7 +65,7 @@ def compare_weights(settings: ModelSettings, adapter: Path, merged: Path, base: 
 
 
 def find_weight_fault(check: WeightCheck) -> str | None:
-    """Return what is wrong with a merged model's weights in one phrase, or None."""
+    """Return in one phrase what is wrong with a merged model's weights, or None."""
     if check["wrong"]:
         return f"{len(check['wrong'])} of {check['weights']} weights are not base + adapter, first {check['wrong'][0]}"
     if check["kept"] is not None and check["kept"] < _LEAST_KEPT:
@@ -79,8 +80,8 @@ def _compare_weight(base: Any, found: Any, change: torch.Tensor | None) -> tuple
     """Return whether a merged weight is the rounded sum, (merged - base) . change, and change . change.
 
     Args:
-        base, found: lazy slices of one shape.
-        change: what the adapter adds, in float32; None for a weight that it leaves alone."""
+        base, found: lazy slices of the same shape.
+        change: the adapter's change, in float32; None for a weight that it leaves alone."""
     import torch
 
     shape = base.get_shape()
@@ -105,15 +106,15 @@ def _is_rounded_sum(base: torch.Tensor, found: torch.Tensor, added: torch.Tensor
         return False
     if rounded.equal(found):
         return True
-    # The same products summed in another order differ in float32, which may move a sum that lies between two numbers.
+    # In float32, the order of summation matters a little. That may move a sum that lies halfway between two values of the dtype.
     slack = 1e-6 * expected.abs() + (0.0 if added is None else 1e-5 * added.abs().max())
     return bool(((found.float() - expected).abs() <= (rounded.float() - expected).abs() + slack).all())
 
 
 def _read_peft_changes(folder: Path, adapter: Path, base: Slices) -> dict[str, Change]:
-    """Return for each weight that the adapter changes a function that makes its change, in float32, as PEFT computes it.
+    """Return {weight that the adapter changes: function that returns its change, in float32, as PEFT computes it}.
 
-    PEFT's layers are built around a model without memory, so that only the adapter's own matrices are read."""
+    PEFT's layers are built around a model on the meta device, so that only the adapter's own matrices need memory."""
     import torch
     from peft import PeftConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
@@ -121,7 +122,7 @@ def _read_peft_changes(folder: Path, adapter: Path, base: Slices) -> dict[str, C
     from transformers import AutoModelForCausalLM
 
     config, settings = read_config(folder), PeftConfig.from_pretrained(str(adapter))
-    settings.base_model_name_or_path = None  # PEFT would warn that the embedded model's name is not its folder's
+    settings.base_model_name_or_path = None  # PEFT would warn that the embedded model's name differs from its folder's
     with torch.device("meta"):
         tuned = get_peft_model(AutoModelForCausalLM.from_config(config, trust_remote_code=False), settings)
     weights = {name: weight.float() for name, weight in load_peft_weights(str(adapter), device="cpu").items()}

@@ -1,4 +1,4 @@
-"""Merge an adapter into its base, file by file, and load models that are not quantized: the same for both engines."""
+"""Merge an adapter into its base, file by file, and load models that are not quantized, for both engines."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
-# Configuration and tokenizer, of whatever kind; the chat template is a file of its own in newer repositories.
+# Configuration and tokenizer of any kind; newer repositories have the chat template in its own file.
 _BESIDE_THE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
 class MergeError(MedcotError):
-    """Say where the adapter and the base do not fit together."""
+    """Say why an adapter cannot be merged into its base."""
 
 
 def load_unquantized(source: str | Path, dtype: str, revision: str | None = None, adapter: Path | None = None) -> Loaded:
     """Return (model, tokenizer) in `dtype`, never quantized, with the PEFT adapter if one is given.
 
-    The model is on one GPU if its weights and a quarter more for computing fit, else on all visible GPUs together. If they are
-    too small, that quarter stays free, and weights that don't fit stay in RAM: accelerate copies them when they are needed. An
-    8B model in 16 bits takes 15 GiB, and a T4 has 14.6."""
+    The model is on one GPU if its weights and a quarter more for computing fit, else on all visible GPUs together. If these are
+    too small, that quarter stays free, and weights that don't fit stay in RAM; accelerate copies them when they are needed. An
+    8B model in 16 bits takes 15 GiB, and a T4 has 14.6. Raises ModelError as `load_tokenizer_from` does."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -62,10 +62,10 @@ def load_base(settings: ModelSettings, dtype: str, adapter: Path | None = None) 
 
 @dataclass(frozen=True)
 class MergeBase:
-    """Hold what an adapter is added to.
+    """Hold the base that an adapter is added to.
 
-    name: the base's, for messages. folder: its configuration and tokenizer. weights: its weights by their names in files,
-    read like safetensors' lazy slices: `get_shape()`, `[:]`, `[first:last]`."""
+    name: its name, for messages. folder: the folder with its configuration and tokenizer. weights: its weights by their names
+    in files, which are read like safetensors' lazy slices: `get_shape()`, `[:]`, `[first:last]`."""
 
     name: str
     folder: Path
@@ -73,7 +73,9 @@ class MergeBase:
 
 
 def open_16bit_base(settings: ModelSettings) -> MergeBase:
-    """Return a configuration's 16-bit base as its files have it; downloaded first if it is on the Hub."""
+    """Return a configuration's 16-bit base as its files have it. Download it first if it is on the Hub.
+
+    Raises MergeError as `open_weights` does."""
     folder = find_weights_folder(settings.name, settings.revision)
     return MergeBase(settings.name, folder, open_weights(folder))
 
@@ -81,11 +83,15 @@ def open_16bit_base(settings: ModelSettings) -> MergeBase:
 def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str, base: MergeBase | None = None) -> None:
     """Save the base with the adapter added, and its tokenizer, to `out` as safetensors in `dtype`.
 
-    The base is the 16-bit one unless another is given (see `dequantized`). One file (4 GB) is in memory at a time, so an 8B
-    model is merged without a GPU and in less memory than a free Colab machine has. PEFT's merge_and_unload needs the whole
-    model in memory. Sums are made in float32 and rounded once. Only files that transformers loads are read. Raises MergeError
-    for a base without whole safetensors files or an adapter of another model, and WeightFilesError for shards that do not
-    follow their index."""
+    The default base is the 16-bit one (`dequantized` has others). One file (4 GB) is in memory at a time, so an 8B model can be
+    merged without a GPU and in less memory than a free Colab machine has. PEFT's merge_and_unload needs the whole model in
+    memory. Sums are computed in float32 and rounded once. Only files that transformers loads are read.
+
+    Raises:
+        MergeError: if the base has no whole safetensors files, or if the adapter belongs to another model or is more than plain
+            LoRA of one rank.
+        WeightFilesError: if shards do not match their index.
+        ModelError: as `load_tokenizer_from` does."""
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -101,7 +107,7 @@ def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str, base: M
             f"the adapter changes {strange[0]}, which {base.name} does not have: the adapter belongs to another model"
         )
 
-    # Before the weights: whatever is wrong with these files is known before minutes of merging.
+    # These files come before the weights, so that a fault in them is found before minutes of merging.
     tokenizer = load_tokenizer_from(base.folder)
     generation = _read_generation_config(base.folder, config, tokenizer)
     shapes = {name: torch.empty(found.get_shape(), dtype=kind, device="meta") for name, found in slices.items()}
@@ -124,10 +130,10 @@ def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str, base: M
 
 
 def _read_generation_config(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Return the base's generation settings with the tokenizer's special tokens, as transformers agrees to save them.
+    """Return the base's generation settings with the tokenizer's special tokens, in a form that transformers can save.
 
-    Some checkpoints have a temperature without do_sample, which transformers loads but refuses to save: they mean to sample.
-    Settings that are wrong otherwise, or cannot be read, are left out. Both are said in one line."""
+    Some checkpoints set a temperature without do_sample, which transformers loads but refuses to save; do_sample is added.
+    Settings that are wrong in another way, or cannot be read, are left out. Either way, one line says so."""
     from transformers import GenerationConfig
 
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -148,7 +154,7 @@ def _read_generation_config(folder: Path, config: PretrainedConfig, tokenizer: P
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """Return a model's configuration, without the note of a copy that its weights are quantized."""
+    """Return a model's configuration, without the note in a quantized copy that its weights are quantized."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -158,7 +164,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def find_weights_folder(name: str, revision: str | None = None) -> Path:
-    """Return the folder with a model's weights, configuration and tokenizer; downloaded first if it is on the Hub."""
+    """Return the folder with a model's weights, configuration, and tokenizer. Download it first if it is on the Hub."""
     source = find_model_source(name)
     if Path(source).is_dir():
         return Path(source)
@@ -172,7 +178,9 @@ def find_weights_folder(name: str, revision: str | None = None) -> Path:
 
 
 def open_weights(folder: Path) -> dict[str, Any]:
-    """Return a lazy slice for every weight in a model's folder that transformers would load; `slice[:]` reads it."""
+    """Return {name: lazy slice} for every weight in a model's folder that transformers would load; `slice[:]` reads it.
+
+    Raises MergeError if there is no safetensors file or one is damaged, and WeightFilesError as `weight_files` does."""
     from safetensors import SafetensorError, safe_open
 
     files = weight_files(folder)
@@ -185,14 +193,14 @@ def open_weights(folder: Path) -> dict[str, Any]:
         opened = [safe_open(file, framework="pt") for file in files]
     except SafetensorError as error:
         raise MergeError(f"a weights file in {folder.name}/ is damaged ({error}): copy or download the folder again") from error
-    return {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118 - it is no dict
+    return {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118 - it is not a dict
 
 
 def _read_changes(adapter: Path) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return for each changed weight's name the function that makes the merged weight, in float32.
+    """Return {name of a changed weight: function that returns the merged weight, in float32}.
 
-    It is W + scaling B A (Hu et al. 2021, section 4.1). With rsLoRA the scaling is alpha over the root of r (Kalajdzievski
-    2023). A trained bias replaces the old one."""
+    The merged weight is W + scaling B A (Hu et al. 2021, section 4.1). With rsLoRA, the scaling is alpha divided by the square
+    root of r (Kalajdzievski 2023). A trained bias replaces the old one."""
     from peft import PeftConfig
     from peft.utils import load_peft_weights
 
@@ -221,5 +229,5 @@ def _read_changes(adapter: Path) -> dict[str, Callable[[torch.Tensor], torch.Ten
 
 
 def own_name(peft_name: str) -> str:
-    """Return the base's name of a weight that PEFT names."""
+    """Return the base's name of a weight, from PEFT's name."""
     return peft_name.removeprefix("base_model.model.").replace(".base_layer.", ".")

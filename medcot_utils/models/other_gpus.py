@@ -1,6 +1,6 @@
-"""Answer on every GPU: beside this process and its model, one process on each other GPU, with the model loaded once more.
+"""Generate answers on every GPU: with this process and its model, and one process per other GPU, which loads the model again.
 
-Whoever is free takes the next batch. This process alone keeps records, and shows one progress bar."""
+Any free process takes the next batch. Only this process keeps records and shows a progress bar."""
 
 from __future__ import annotations
 
@@ -31,38 +31,42 @@ from medcot_utils.models.generation import convert_to_write, make_writer
 if TYPE_CHECKING:
     from medcot_utils.models.engine import Engine
 
-_TAKE, _DONE = "take", "done"  # what a process sends beside records, to ask for a batch, and when it has none left
+_TAKE, _DONE = "take", "done"  # messages of a process, in addition to records: it asks for a batch, or has none left
 _POLL_SECONDS = 0.2
 _END_SECONDS = 10
 
 
 class OtherGpus:
-    """Hold the processes that answer beside this one.
+    """Hold the processes on the other GPUs.
 
-    They start with the first call that has batches for them, load while this process answers, and stay for the next call."""
+    They start with the first call that has batches for them, load the model while this process answers, and stay for the next
+    call."""
 
     def __init__(self, engine: Engine, settings: ModelSettings, adapter: Path | None = None) -> None:
-        """Name what this process has loaded with `engine.load(settings, adapter)`; the others load the same."""
+        """Take the arguments of this process's `engine.load(settings, adapter)`. The other processes load the same model."""
         self._fast = cast(ModuleType, engine).__name__.endswith("transformers_engine")
         self._settings, self._adapter = settings, adapter
         self._workers: list[_Worker] = []
         self._logs: tempfile.TemporaryDirectory[str] | None = None
 
     def count_for(self, loads: int) -> int:
-        """Return how many other GPUs have work: all of the first one's kind, if there are as many times what one does at once."""
+        """Return how many other GPUs of the first one's kind to use, at most one for each load beyond the first.
+
+        Args:
+            loads: how many times the answers are as many as one GPU generates at once, rounded up."""
         return max(0, min(len(name_other_gpus()), loads - 1))
 
     @contextlib.contextmanager
     def taking_part(self, deal: Deal, how: HowToWrite, count: int) -> Iterator[None]:
-        """Have so many other GPUs take batches too, and at the end wait for what they have taken.
+        """Let `count` other GPUs take batches too. At the end, wait for the batches they have taken.
 
-        A process that fails or is killed stops the deal with its message, and all processes end."""
+        If a process fails or is killed, its message stops the deal, and all processes end."""
         over = threading.Event()
 
         def work(worker: _Worker) -> None:
             try:
                 worker.take_part(deal, how, over)
-            except Exception as error:  # noqa: BLE001 - raised by the notebook's own thread
+            except Exception as error:  # noqa: BLE001 - the notebook's own thread raises it
                 deal.stop(error)
 
         threads = [threading.Thread(target=work, args=[worker], daemon=True) for worker in self._start(count)]
@@ -107,22 +111,22 @@ class _Failed:
 
 
 class _Worker:
-    """Hold a process on another GPU, as the notebook's process sees it."""
+    """Hold a process on another GPU, for the notebook's process."""
 
     def __init__(
         self, number: int, gpu: str, log: Path, settings: ModelSettings, adapter: Path | None, fast_answers: bool
     ) -> None:
-        """Start the process. Args: number: of the GPU among the visible ones. gpu: its name in CUDA_VISIBLE_DEVICES."""
-        # Not forked: CUDA does not work in a fork of a process that uses it.
+        """Start the process. Args: number: the GPU's, among the visible ones. gpu: its name in CUDA_VISIBLE_DEVICES."""
+        # CUDA does not work in a fork of a process that uses it.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._number, self._log, self._is_ready = number, log, False
         self._process = context.Process(target=_serve, args=(theirs, gpu, log, settings, adapter, fast_answers), daemon=True)
         self._process.start()
-        theirs.close()  # or its end would not be noticed here
+        theirs.close()  # else this process would not notice when the other one ends
 
     def take_part(self, deal: Deal, how: HowToWrite, over: threading.Event) -> None:
-        """Take batches once the model is loaded, until there are none or the others have made them all."""
+        """Take batches once the model is loaded, until there are none left or the others have made them all."""
         while not self._is_ready:
             if self._connection.poll(_POLL_SECONDS):
                 self._receive()
@@ -137,7 +141,7 @@ class _Worker:
                 deal.keep(received)
 
     def _send(self, message: Any) -> None:
-        with contextlib.suppress(OSError):  # raised if it has ended; the next `_receive` says why
+        with contextlib.suppress(OSError):  # the process has ended; the next `_receive` says why
             self._connection.send(message)
 
     def _receive(self) -> Any:
@@ -155,7 +159,7 @@ class _Worker:
         return received
 
     def end(self) -> None:
-        """End the process, by force if need be."""
+        """End the process, by force if necessary."""
         self._process.terminate()
         self._process.join(_END_SECONDS)
         if self._process.is_alive():
@@ -166,13 +170,13 @@ class _Worker:
 def _serve(
     connection: Connection, gpu: str, log: Path, settings: ModelSettings, adapter: Path | None, fast_answers: bool
 ) -> None:
-    """Answer the batches that come, until no more can come: all that a process on another GPU does."""
+    """Answer batches in a process on another GPU, until the notebook's process ends."""
     end_with_parent()
     if not cast(BaseProcess, multiprocessing.parent_process()).is_alive():  # it was killed before the line above
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches all; the notebook's process ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches all processes; the notebook's process ends the others
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    with log.open("wb") as stream:  # what libraries print would stand in the notebook's output
+    with log.open("wb") as stream:  # else the libraries' output would appear in the notebook
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     guard_streams()
@@ -180,7 +184,7 @@ def _serve(
         _answer_batches(connection, settings, adapter, fast_answers)
     except (EOFError, BrokenPipeError):
         return  # the notebook's process has ended
-    except BaseException as error:  # noqa: BLE001 - told by the process that waits for this one
+    except BaseException as error:  # noqa: BLE001 - the process that waits for this one reports it
         connection.send(_Failed(f"{type(error).__name__}: {' '.join(str(error).split())}"))
 
 

@@ -1,4 +1,4 @@
-"""Decide where the weights of a model that is not quantized go: on one GPU, over all of them, or in part in RAM."""
+"""Decide where the weights of an unquantized model go: to one GPU, to all of them, or in part to RAM."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from psutil import virtual_memory
 
 from medcot_utils.machine.gpu import available_memory_of_gpus
 
-_WITH_ROOM = 1.25  # weights, and a quarter more for computing
+_WITH_ROOM = 1.25  # the weights, and a quarter more for computing
 
 
 def count_weight_bytes(source: str | Path, dtype: str, revision: str | None = None) -> int:
-    """Return the bytes that a model's weights take in `dtype`, from its configuration alone."""
+    """Return the bytes that a model's weights need in `dtype`, from its configuration alone."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -24,19 +24,19 @@ def count_weight_bytes(source: str | Path, dtype: str, revision: str | None = No
 
 
 def gib_needed(weights: int) -> float:
-    """Return the GiB of memory that so many bytes of weights take with room to compute."""
+    """Return the GiB of memory that `weights` bytes of weights need, with room for computing."""
     return _WITH_ROOM * weights / 2**30
 
 
 def fits_in_memory(weights: int) -> bool:
-    """Return whether the GPUs together, or RAM on a machine without one, hold so many bytes of weights and room to compute."""
+    """Return whether `weights` bytes of weights, with room for computing, fit in all GPUs together, or in RAM without a GPU."""
     return (sum(available_memory_of_gpus()) or virtual_memory().available) > _WITH_ROOM * weights
 
 
 def place_weights(source: str | Path, dtype: str, revision: str | None = None) -> dict[str, Any]:
-    """Return the arguments that tell `from_pretrained` where the weights go.
+    """Return the arguments of `from_pretrained` that place the weights.
 
-    One GPU takes them all if it can, and several share them otherwise. Weights that do not fit stay in RAM."""
+    One GPU holds all weights if they fit. If not, several GPUs share them. Weights that do not fit stay in RAM."""
     free = available_memory_of_gpus()
     if not free:
         return {}

@@ -1,6 +1,6 @@
-"""Make plain weights out of 4-bit ones with an adapter, and attend over grouped heads: a step then unpacks nothing.
+"""Turn 4-bit weights and an adapter into plain weights, so that a step unpacks nothing, and attend over grouped heads.
 
-The 4-bit weights are dequantized once, to the very values the 4-bit layers compute with, and the adapter is added."""
+The 4-bit weights are dequantized once, to exactly the values that the 4-bit layers compute with, and the adapter is added."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ GROUPED = "grouped_decode"
 
 
 def make_plain(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model dequantized, with attention that reads a cache once per step. The given model is used up."""
+    """Return the dequantized model, with attention that reads the cache once per step. The model passed in becomes unusable."""
     model = dequantize(model)
     use_grouped_decode(model)
     return model
 
 
 def dequantize(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model with plain linear layers in its compute dtype: 4-bit weights dequantized, a LoRA adapter merged.
+    """Return the model with plain linear layers in its compute dtype: 4-bit weights dequantized, and a LoRA adapter merged.
 
-    W + (alpha/r) B A is summed in float32 and rounded once. The given model (a PeftModel has an adapter) is used up."""
+    W + (alpha/r) B A is summed in float32 and rounded once. The model passed in, a PeftModel if it has an adapter, becomes
+    unusable."""
     adapted = {}
     if hasattr(model, "peft_config"):
         from peft.tuners.lora import LoraLayer
@@ -33,7 +34,7 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
         adapted = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
         model = model.unload()
         for layer in adapted.values():
-            del layer.base_layer  # only the matrices A and B are needed: quantized weights must not stay in memory
+            del layer.base_layer  # only the matrices A and B are needed, and quantized weights must not stay in memory
     if getattr(model, "is_quantized", False):
         model = model.dequantize()
     for name, layer in adapted.items():
@@ -60,10 +61,11 @@ def _grouped_decode(
 def grouped_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
 ) -> torch.Tensor:
-    """Return what one new token per row attends to, (rows, 1, heads, width), from keys and values (rows, groups, tokens, width).
+    """Return the attention output of one new token per row, from queries (rows, heads, 1, width).
 
-    The query heads that share a key head are multiplied with it together. SDPA with a mask would copy the whole cache once per
-    query head first, which at batch 64 takes longer than all the weights' products."""
+    Keys and values are (rows, groups, tokens, width); the output is (rows, 1, heads, width). The query heads that share a key
+    head are multiplied with it together. SDPA with a mask would first copy the whole cache once per query head. With 64 rows,
+    this takes longer than all products with weights."""
     batch, heads, _, width = query.shape
     groups = key.shape[1]
     scores = query.reshape(batch, groups, heads // groups, width) @ key.transpose(2, 3)
@@ -79,7 +81,7 @@ def grouped_attention(
 def use_grouped_decode(model: PreTrainedModel) -> None:
     """Make a decoding step's attention read each key and value once (grouped-query attention, Ainslie et al. 2023).
 
-    A model whose attention is not torch's own (SDPA) keeps it: it may do more, such as attention sinks."""
+    A model whose attention is not torch's own (SDPA) keeps it, because it may do more, such as attention sinks."""
     if model.config.get_text_config()._attn_implementation != "sdpa":
         return
     ALL_ATTENTION_FUNCTIONS.register(GROUPED, _grouped_decode)

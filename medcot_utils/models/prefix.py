@@ -1,4 +1,4 @@
-"""Read the beginning that prompts or rows share once for all of them: the template is a third of a row, half of a prompt."""
+"""Read the common beginning of prompts or rows once for all of them: the template is a third of a row and half of a prompt."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 
 class TokenizedRow(TypedDict):
-    """Hold the token ids of a row, and its labels: the same ids, or -100 where no loss is taken."""
+    """Hold the token ids of a row, and its labels: the same ids, or -100 for tokens without a loss."""
 
     input_ids: list[int]
     labels: list[int]
 
 
 def count_shared(rows: Sequence[Sequence[int]]) -> int:
-    """Return how many token ids all rows begin with, with at least two of each row left over; 0 for a single row."""
+    """Return how many token ids all rows share at the beginning, so that each row has at least two more; 0 for a single row."""
     if len(rows) < 2:
         return 0
     most = min(map(len, rows)) - 2
@@ -25,7 +25,7 @@ def count_shared(rows: Sequence[Sequence[int]]) -> int:
 
 
 def attends_to_all(config: PretrainedConfig) -> bool:
-    """Return whether each layer of a model attends to all tokens before: no sliding window, no state in place of keys."""
+    """Return whether each layer attends to all earlier tokens: it has no sliding window, and no state in place of keys."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -33,9 +33,9 @@ def attends_to_all(config: PretrainedConfig) -> bool:
 
 
 def read_prefix(model: PreTrainedModel, ids: Sequence[int]) -> DynamicCache | None:
-    """Return the keys and values of token ids, for one row; None without ids, or if a layer attends to less than all before.
+    """Return the keys and values of one row of token ids. Return None without ids, or unless `attends_to_all`.
 
-    Such a layer, of a sliding window, counts places: padding between the prefix and what follows it would take some."""
+    A sliding window counts positions, and padding between the prefix and the rest of a row would take some of them."""
     import torch
     from transformers import DynamicCache
 
@@ -49,7 +49,7 @@ def read_prefix(model: PreTrainedModel, ids: Sequence[int]) -> DynamicCache | No
 
 
 def begin_with(prefix: DynamicCache, rows: int, cache: DynamicCache) -> DynamicCache:
-    """Return `cache`, an empty one, with the prefix's keys and values for so many rows."""
+    """Fill `cache`, which is empty, with the prefix's keys and values for `rows` rows, and return it."""
     for layer, held in zip(cache.layers, prefix.layers, strict=True):
         layer.update(*(states.expand(rows, -1, -1, -1) for states in (held.keys, held.values)))
     return cache

@@ -1,4 +1,4 @@
-"""The record of one answer: as the model wrote it and, beside that, with forced closing."""
+"""The record of one answer: as the model wrote it, and with forced closing."""
 
 from __future__ import annotations
 
@@ -18,52 +18,52 @@ if TYPE_CHECKING:
     from medcot_utils.models.decoding import WrittenRow
 
 END_OF_THINKING = "</think>"
-# What ends the thinking for the model, as the training text does (`prompts.TRAINING_TEMPLATE`).
+# This text closes the thinking for the model, as in the training text (`prompts.TRAINING_TEMPLATE`).
 CLOSING = f"\n{END_OF_THINKING}\n"
 # The rest of a word in which a text was cut, if the text has spaces.
 _WORD_BEFORE, _WORD_AFTER = re.compile(r"^\S{1,30}\s+"), re.compile(r"\s+\S{1,30}$")
-ASK_LETTER = "Answer:"  # what stands before the letter of a multiple choice, as its prompt asks
+ASK_LETTER = "Answer:"  # the text before the letter in multiple choice, as its prompt asks for it
 ClosedBy = Literal["itself", "budget", "end"]
 
 
 class ForcedAnswer(TypedDict):
-    """Hold the answer under forced closing (budget forcing; s1, Muennighoff et al. 2025).
+    """Hold the answer with forced closing (budget forcing; s1, Muennighoff et al. 2025).
 
-    closed_by: `itself` if the model wrote `</think>`, and then the answer is its own; `budget` if its thinking was cut at
-    max_new_tokens, `end` if its text ended without the tag. Then the tag was written for it, and it wrote up to
-    evaluation.answer_tokens."""
+    closed_by: `itself` if the model wrote `</think>`; then the answer is its own. `budget` if its thinking was cut at
+    max_new_tokens, and `end` if its text ended without the tag. In both cases the tag was written for it, and then it wrote up
+    to evaluation.answer_tokens."""
 
     closed_by: ClosedBy
-    answer: str  # stripped; tags that the model wrote after the forced one are left in it
-    answer_tokens: int  # of the answer without tags, as in `AnswerRecord`
+    answer: str  # stripped; tags that the model wrote after the forced one stay in it
+    answer_tokens: int  # the tokens of the answer without tags, as in `AnswerRecord`
     finished: bool  # ended by EOS
 
 
 class AnswerRecord(TypedDict):
-    """Hold an answer of one model to one question: a line of base_answers.jsonl or tuned_answers.jsonl."""
+    """Hold one model's answer to one question: a line of base_answers.jsonl, tuned_answers.jsonl, or merged_answers.jsonl."""
 
-    id: NotRequired[str]  # the question's; absent from an answer outside a run's questions
-    sample: NotRequired[int]  # 0: greedy; k: the k-th sampled one. Absent where `id` is
+    id: NotRequired[str]  # the question's; absent if the question is not one of a run
+    sample: NotRequired[int]  # 0: greedy; k: the k-th sample. Absent if `id` is
     prompt: str
-    completion: str  # all that was written, without special tokens
-    thinking: str  # what stands before the first `</think>`, stripped; all of it if the tag was never closed
-    answer: str  # what stands after it, stripped
-    completion_tokens: int  # EOS included
+    completion: str  # the whole text that was written, without special tokens
+    thinking: str  # the text before the first `</think>`, stripped; the whole text if the tag was never closed
+    answer: str  # the text after the tag, stripped
+    completion_tokens: int  # including EOS
     thinking_tokens: int
     answer_tokens: int
     closed: int  # how many `</think>` tags were written
     well_formed: bool  # closed exactly once, with text on both sides
     finished: bool  # ended by EOS, not cut off at max_new_tokens
-    seconds: float  # its share of the time of the answers that were made at once
+    seconds: float  # its share of the time of the answers that were generated at once
     forced: NotRequired[ForcedAnswer]  # with forced closing; absent if evaluation.answer_tokens is not set, as in earlier runs
-    letter: NotRequired[str]  # of a multiple choice whose thinking was closed for it: the likeliest one after `ASK_LETTER`
+    letter: NotRequired[str]  # in multiple choice, if thinking was closed for the model: the likeliest letter after `ASK_LETTER`
 
 
 AnswerBatch = list[AnswerRecord]  # a line of a journal
 
 
 def by_sample(records: Sequence[AnswerRecord]) -> list[list[AnswerRecord]]:
-    """Split records of `answer_questions` into one list per sample; the first is the greedy one."""
+    """Split records of `answer_questions` into one list per sample; the first list is greedy."""
     samples: dict[int, list[AnswerRecord]] = {}
     for record in records:
         samples.setdefault(record["sample"], []).append(record)
@@ -71,10 +71,10 @@ def by_sample(records: Sequence[AnswerRecord]) -> list[list[AnswerRecord]]:
 
 
 def with_forced_closing(record: AnswerRecord) -> AnswerRecord | None:
-    """Return a record as it reads with forced closing: the thinking as it is, then the forced answer; None if there is none.
+    """Return a record as it reads with forced closing: the same thinking, then the forced answer. Return None without one.
 
-    The forced tag counts in `closed`, beside those that the model wrote after it. A thinking that was cut keeps its length,
-    which is then a lower bound (`thinking_is_cut`)."""
+    `closed` counts the forced tag and any tags that the model wrote after it. Thinking that was cut keeps its length, which is
+    then a lower bound (`thinking_is_cut`)."""
     if "forced" not in record:
         return None
     forced = record["forced"]
@@ -94,8 +94,10 @@ def with_forced_closing(record: AnswerRecord) -> AnswerRecord | None:
 
 
 def show_text(record: AnswerRecord, characters: int = 400) -> str:
-    """Return what a reader should see of an answer: the answer or, if the model gave none by itself, the end of what it wrote
-    and then, labeled, the forced answer. `characters` of each at most."""
+    """Return what a reader should see of an answer, at most `characters` of each part.
+
+    It is the answer. If the model gave none by itself, it is the end of what the model wrote, then the forced answer with a
+    label."""
     if record["answer"]:
         return show_controls(f"[...] </think> {_begin(record['answer'], characters)}")
     written = record["completion"].strip()
@@ -110,14 +112,14 @@ def _begin(text: str, characters: int) -> str:
 
 
 def thinking_is_cut(record: AnswerRecord) -> bool:
-    """Return whether the thinking ended at the budget, not by the model: its length is a lower bound."""
+    """Return whether the token budget ended the thinking, so that its length is a lower bound."""
     if "forced" in record:
         return record["forced"]["closed_by"] == "budget"
     return record["closed"] == 0 and not record["finished"]
 
 
 def record_answer(tokenizer: PreTrainedTokenizerBase, asked: Asked, written: WrittenRow, seconds: float) -> AnswerRecord:
-    """Return the whole record of an answer to be made, from what was written for it."""
+    """Return the whole record of an answer, from what its row wrote. `seconds` is its share of the time."""
     record = make_record(tokenizer, asked.prompt, written.own, seconds)
     if written.closed_by is not None:
         record["forced"] = make_forced(tokenizer, record, written.closed_by, written.answer)
@@ -127,7 +129,7 @@ def record_answer(tokenizer: PreTrainedTokenizerBase, asked: Asked, written: Wri
 
 
 def make_record(tokenizer: PreTrainedTokenizerBase, prompt: str, token_ids: list[int], seconds: float) -> AnswerRecord:
-    """Return the record of one completion, without id and sample, from its token ids (padding after EOS allowed)."""
+    """Return the record of one completion, without id and sample, from its token ids, which may have padding after EOS."""
     completion, tokens, finished = _read(tokenizer, token_ids)
     parsed = parse_completion(completion)
     return {
@@ -148,9 +150,9 @@ def make_record(tokenizer: PreTrainedTokenizerBase, prompt: str, token_ids: list
 def make_forced(
     tokenizer: PreTrainedTokenizerBase, record: AnswerRecord, closed_by: ClosedBy, token_ids: list[int]
 ) -> ForcedAnswer:
-    """Return the answer under forced closing that belongs to a record, from what was written after the forced tag.
+    """Return the answer with forced closing for a record, from the token ids written after the forced tag.
 
-    If the model closed its thinking itself, that is the record's own answer, and `token_ids` are not read."""
+    If the model closed its thinking itself, it is the record's own answer, and `token_ids` are ignored."""
     if closed_by == "itself":
         own = {"answer": record["answer"], "answer_tokens": record["answer_tokens"], "finished": record["finished"]}
         return cast("ForcedAnswer", {"closed_by": closed_by, **own})
@@ -165,7 +167,7 @@ def make_forced(
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> tuple[str, int, bool]:
-    """Return the text up to EOS without special tokens, how many tokens it has, EOS included, and whether there is an EOS."""
+    """Return the text up to EOS without special tokens, its number of tokens including EOS, and whether there is an EOS."""
     finished = tokenizer.eos_token_id in token_ids
     if finished:
         token_ids = token_ids[: token_ids.index(tokenizer.eos_token_id)]

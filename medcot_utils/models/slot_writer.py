@@ -1,4 +1,4 @@
-"""Write answers in the slots of one cache: a row that is done makes room for one that waits."""
+"""Write answers in the slots of one cache: a finished row makes room for a waiting one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from medcot_utils.plain_text import say
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TURN = 16  # steps between two looks at what was written: a look waits for the GPU
+_TURN = 16  # steps between reads of the written tokens; each read waits for the GPU
 
 
 @dataclass
@@ -32,14 +32,14 @@ class _Row:
     asked: Asked
     written: WrittenRow
     prompt_tokens: int
-    made: int = 0  # tokens that are final
-    forced: int = 0  # how many of the next tokens are written for it
+    made: int = 0  # final tokens
+    forced: int = 0  # how many of the next tokens are forced
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class _Move:
-    """Hold the place in its slot from which a row continues: the token to feed there, and those written for it after that one."""
+    """Hold the place in its slot from which a row continues, the token to feed there, and the tokens forced after that one."""
 
     token: int
     place: int
@@ -47,19 +47,20 @@ class _Move:
 
 
 class SlotWriter:
-    """Write answers with one model, fewer at once when it runs out of memory.
+    """Write answers with one model, and fewer at once if memory runs out.
 
-    A row's text depends, by rounding, on the number of slots and on the prompts that it is read with; on no other row."""
+    Through rounding, a row's text depends on the number of slots and on the prompts that are read with it. It depends on no
+    other row."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: HowToWrite) -> None:
-        """Args: model: see `slots.fits_slots`; as `generation.convert_to_write` gives it."""
+        """Args: model: what `generation.convert_to_write` returns; see `slots.fits_slots`."""
         self._model, self._tokenizer, self.how = model, tokenizer, how
         self._rules = RowRules(tokenizer, how.settings.max_new_tokens, how.answer_tokens, how.letters)
         self._rows, self._board = how.settings.batch_size, None
         self._active: dict[int, _Row] = {}
 
     def write(self, take: Callable[[], Batch | None]) -> Iterator[list[AnswerRecord]]:
-        """Yield the records of batches as they are done. `take` gives the next batch, None if there is none."""
+        """Yield records as answers are finished. `take` returns the next batch, or None if there is none."""
         again: deque[Batch] = deque()
         while True:
             try:
@@ -68,7 +69,7 @@ class SlotWriter:
             except RuntimeError as error:
                 if self._rows == 1 or not should_reduce_batch_size(error):
                     raise
-            # Out of the except block: its traceback would keep the slots alive.
+            # This is outside the except block, whose traceback would keep the slots alive.
             self._board, self._rows = None, self._rows // 2
             torch.cuda.empty_cache()
             say(f"out of memory: {self._rows} answers at once from here on")
@@ -78,7 +79,7 @@ class SlotWriter:
             self._active = {}
 
     def _take_part(self, take: Callable[[], Batch | None], again: deque[Batch]) -> Batch | None:
-        """Return as much of the next batch as is read at once; the rest waits in `again`."""
+        """Return the part of the next batch that is read at once; the rest waits in `again`."""
         batch = again.popleft() if again else take()
         if batch is None:
             return None
@@ -98,14 +99,14 @@ class SlotWriter:
                 self._seat(board, take)
                 if self._active:
                     board.begin_turn()
-                if done:  # a GPU writes on meanwhile
+                if done:  # a GPU writes the next turn meanwhile
                     yield [record_answer(self._tokenizer, row.asked, row.written, row.seconds) for row in done]
                 if not self._active:
                     return
                 done = self._end_turn(board, began)
 
     def _end_turn(self, board: _Board, began: float) -> list[_Row]:
-        """Keep what the rows have written. Return those that are done, which leave their slots."""
+        """Keep what the rows have written. Return the finished rows, which leave their slots."""
         tokens, scores = board.end_turn()
         for row in self._active.values():
             row.seconds += (time.perf_counter() - began) / len(self._active)
@@ -129,7 +130,7 @@ class SlotWriter:
             board.read(prompts, slots, [batch.asked[place].seed for place in slots])
 
     def _follow(self, row: _Row, tokens: Sequence[int], scores: Sequence[dict[int, float]]) -> _Move | None:
-        """Keep what a row has written in a turn. Return a move if it must continue elsewhere, and write again from there."""
+        """Keep what a row has written in a turn. Return a move if the row must continue from another token or place."""
         for token, its in zip(tokens, scores, strict=True):
             row.made += 1
             if row.forced:
@@ -146,7 +147,7 @@ class SlotWriter:
 
 
 class _Board:
-    """Hold what a step reads and writes on the model's device; on a GPU, a step is one recorded graph."""
+    """Hold the tensors that a step reads and writes on the model's device. On a GPU, a step is one recorded CUDA graph."""
 
     def __init__(self, model: PreTrainedModel, how: HowToWrite, rules: RowRules, rows: int) -> None:
         device = model.device
@@ -169,7 +170,7 @@ class _Board:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Read what all prompts begin with, compile, and record a step."""
+        """Read the common beginning of all prompts. On a GPU, also compile and record a step, the first time."""
         self.slots.places.fill_(self.idle.place)
         self.slots.read_prefix()
         if self.slots.tokens.device.type != "cuda" or self._graph is not None:
@@ -186,19 +187,19 @@ class _Board:
 
     @torch.inference_mode()
     def read(self, prompts: Sequence[Sequence[int]], slots: dict[int, int], seeds: Sequence[int | None]) -> None:
-        """Read prompts, and have rows begin with them.
+        """Read prompts, and let rows begin with them.
 
         Args:
-            prompts: token ids, of all that are read together.
-            slots: {place among the prompts: the slot in which a row begins}.
-            seeds: of each such row; None: greedy."""
+            prompts: the token ids of all prompts that are read together.
+            slots: {index of a prompt: the slot in which its row begins}.
+            seeds: the seed of each such row; None for a greedy row."""
         begin, longest = len(self._how.prefix), max(map(len, prompts)) - 1
         size = count_read_at_once(self.slots.rows)
         padded = [list(prompts[min(row, len(prompts) - 1)][begin:-1]) for row in range(size)]
         padded = [ids + [0] * (longest - begin - len(ids)) for ids in padded]
         device = self.slots.tokens.device
         chosen, free = (torch.tensor(list(numbers), device=device) for numbers in (slots, slots.values()))
-        if longest > begin:  # the last token of a prompt is fed by the first step
+        if longest > begin:  # the first step feeds the last token of each prompt
             self.slots.read(torch.tensor(padded, device=device), free, chosen)
         self.move({slot: _Move(prompts[place][-1], len(prompts[place]) - 1) for place, slot in slots.items()})
         self._first[free] = torch.tensor([len(prompts[place]) - 1 for place in slots], device=device)
@@ -209,7 +210,7 @@ class _Board:
 
     @torch.inference_mode()
     def move(self, moves: dict[int, _Move]) -> None:
-        """Have the rows in these slots continue elsewhere."""
+        """Make the rows in these slots continue from other tokens or places."""
         if not moves:
             return
         device, width = self.slots.tokens.device, self._forced.shape[1]
@@ -225,7 +226,7 @@ class _Board:
 
     @torch.inference_mode()
     def begin_turn(self) -> None:
-        """Have all slots write for a turn. A GPU does so while this process continues."""
+        """Let all slots write for a turn. A GPU does so while this process continues."""
         self._column.zero_()
         for _ in range(_TURN):
             if self._graph:
@@ -234,7 +235,7 @@ class _Board:
                 self._step()
 
     def end_turn(self) -> tuple[list[list[int]], list[list[dict[int, float]]]]:
-        """Return what each slot has written in the turn, and after each step the scores of the letters' tokens."""
+        """Return each slot's tokens of the turn, and for each step the scores of the letters' tokens."""
         tokens = self._written.tolist()
         if not self._letters:
             return tokens, [[{}] * _TURN] * len(tokens)

@@ -1,7 +1,7 @@
-"""Decode many rows at once in the slots of one cache of fixed size, each row at a place of its own.
+"""Decode many rows at once in the slots of one cache of fixed size, each row at its own position.
 
-transformers' static cache has one place for all rows: they are padded to it, wait for the slowest, and read the cache's whole
-length at every step. Here a row begins as soon as a slot is free, and a step reads no more than the row has written."""
+transformers' static cache has one position for all rows. They are padded to it, wait for the slowest row, and read the cache's
+whole length at every step. Here a row begins as soon as a slot is free, and a step reads only the tokens that the row has."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from medcot_utils.models.plain_weights import GROUPED, grouped_attention
 from medcot_utils.models.prefix import attends_to_all
 
 _SLOTS = "slots"
-# Rotary embeddings that do not depend on the longest position, which a recorded graph cannot ask for.
+# Rotary embeddings that do not depend on the longest position, because a recorded graph cannot look it up.
 _STEADY_ROTARY = {"default", "linear", "llama3", "yarn"}
 _FLASH_FROM = (8, 0)  # compute capability
 
-Bounds = tuple[torch.Tensor, torch.Tensor]  # where each row's queries and keys begin, as flash attention wants them
+Bounds = tuple[torch.Tensor, torch.Tensor]  # where each row's queries and keys begin, in the form of flash attention
 
 
 def fits_slots(model: PreTrainedModel) -> bool:
-    """Return whether a model can be decoded in slots: on one device, torch's attention over all before, at steady positions."""
+    """Return whether a model can be decoded in slots.
+
+    It must be on one device and have torch's own attention to all earlier tokens, with rotary embeddings in `_STEADY_ROTARY`."""
     base = _without_adapter(model)
     if len(set(getattr(base, "hf_device_map", {}).values())) > 1:
         return False
@@ -39,7 +41,7 @@ def fits_slots(model: PreTrainedModel) -> bool:
 
 
 def slot_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Return the bytes of one row's keys and values, in 16 bits."""
+    """Return the bytes of the keys and values of one row of `tokens` tokens, in 16 bits."""
     config = model.config.get_text_config()
     heads, width = _heads(config)
     return 4 * config.num_hidden_layers * heads * width * tokens
@@ -55,7 +57,7 @@ def _without_adapter(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class _Reading:
-    """Stand in for a layer's cache while prompts are read. Their common beginning stands in the slots already."""
+    """Stand in for a layer's cache while prompts are read. Their common beginning is already in the slots."""
 
     def __init__(self, states: Sequence[torch.Tensor], prefix: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
         self._states, self._prefix, self._slots, self._rows = states, prefix, slots, rows
@@ -70,7 +72,7 @@ class _Reading:
 
 
 class _Writing:
-    """Stand in for a layer's cache while rows write: keeps a token in each slot, and attends to what the slots hold."""
+    """Stand in for a layer's cache while rows write: keep a token in each slot, and return all tokens that the slots hold."""
 
     def __init__(self, states: Sequence[torch.Tensor], rows: torch.Tensor, places: torch.Tensor) -> None:
         self._states, self._rows, self._places = states, rows, places
@@ -92,13 +94,13 @@ def _attend(
     bounds: Bounds | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as SDPA does; while rows write, each to as many tokens of its slot as `held` (rows,) says."""
+    """Attend as SDPA does. While rows write, each attends to the first `held` (rows,) tokens of its slot."""
     if held is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if bounds is None:
         within = torch.arange(key.shape[2], device=key.device) < held[:, None]
         return grouped_attention(query, key, value, within[:, None, None], scaling), None
-    # The query heads that share a key head stand as its queries: each key is read once.
+    # The query heads that share a key head become queries of one head, so each key is read once.
     rows, heads, _, width = query.shape
     groups, longest = key.shape[1], key.shape[2]
     queries = query.view(rows, groups, heads // groups, width).transpose(1, 2).reshape(-1, groups, width)
@@ -123,15 +125,16 @@ def _write_with(
 class Slots:
     """Hold the keys and values of up to `rows` rows, and take steps with them.
 
-    `tokens` (rows,) is what each row feeds at the next step, `places` (rows,) where in its slot that token goes."""
+    `tokens` (rows,) is the token that each row feeds at the next step; `places` (rows,) is its position in the slot."""
 
     def __init__(self, model: PreTrainedModel, rows: int, capacity: int, prefix: Sequence[int]) -> None:
-        """Take the memory. Call `installed` before anything else.
+        """Allocate the memory. Use the other methods only inside `installed`.
 
         Args:
-            model: see `fits_slots`.
-            capacity: tokens of a slot.
-            prefix: token ids that all prompts begin with."""
+            model: a model for which `fits_slots` is true.
+            rows: the number of slots.
+            capacity: the tokens that a slot can hold.
+            prefix: the token ids that all prompts begin with."""
         self._model = _without_adapter(model)
         self._layers, config = list(self._model.get_decoder().layers), self._model.config.get_text_config()
         device, dtype = self._model.device, self._model.dtype
@@ -149,7 +152,7 @@ class Slots:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Have the model's layers keep their keys and values in the slots; afterwards they are as before."""
+        """Make the model's layers keep their keys and values in the slots. Restore the layers at the end."""
         ALL_ATTENTION_FUNCTIONS.register(_SLOTS, _attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(_SLOTS, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         attention = self._model.config.get_text_config()._attn_implementation
@@ -157,7 +160,7 @@ class Slots:
         self._model.set_attn_implementation(_SLOTS)
         for layer, states in zip(self._layers, self._states, strict=True):
             layer.forward = partial(self._forward, layer, states)
-            layer.self_attn.layer_idx = 0  # a number of its own would have each layer compiled for itself
+            layer.self_attn.layer_idx = 0  # with different numbers, each layer would be compiled separately
         try:
             yield
         finally:
@@ -182,7 +185,7 @@ class Slots:
         return self._write(layer, hidden, states, self._rows, self.places, held=attention_mask, bounds=self._bounds, **given)
 
     def read_prefix(self) -> None:
-        """Keep what all prompts begin with in every slot."""
+        """Read the common beginning of all prompts into every slot."""
         if not self._prefix:
             return
         first = torch.zeros(1, dtype=torch.long, device=self.tokens.device)
@@ -191,9 +194,9 @@ class Slots:
             held[1:, : len(self._prefix)] = held[:1, : len(self._prefix)]
 
     def read(self, prompts: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
-        """Read token ids (prompts, tokens), what follows the prefix, and keep those of `rows` (n,) in `slots` (n,).
+        """Read token ids (prompts, tokens) that follow the prefix, and keep those of `rows` (n,) in `slots` (n,).
 
-        Padding, on the right, is overwritten as the row writes."""
+        Padding on the right is overwritten when the row writes."""
         self._read(prompts, len(self._prefix), slots, rows)
 
     def _read(self, prompts: torch.Tensor, begin: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
@@ -204,8 +207,8 @@ class Slots:
         self._reads = None
 
     def step(self) -> torch.Tensor:
-        """Feed `tokens` at `places`. Returns the logits of what comes after them (rows, vocabulary)."""
-        held = (self.places + 1).int()[:, None, None, None]  # of four dimensions: transformers hands it on as it is
+        """Feed `tokens` at `places`, and return the logits of the next tokens (rows, vocabulary)."""
+        held = (self.places + 1).int()[:, None, None, None]  # transformers passes on a mask of four dimensions unchanged
         return self._model(
             input_ids=self.tokens[:, None], position_ids=self.places[:, None], attention_mask=held, use_cache=False
         ).logits[:, -1]

@@ -1,4 +1,4 @@
-"""The names that a model's weights have in its files, where those differ from the model's own."""
+"""The names of a model's weights in its files, if these differ from the model's own names."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ if TYPE_CHECKING:
 
 
 def find_stored_names(config: PretrainedConfig, own: Collection[str], stored: Collection[str]) -> dict[str, str]:
-    """Return {a model's own name of a weight: its name among those `stored` in files}; the own name again if there is none.
+    """Return {the model's own name of a weight: its name among those `stored` in files}; the own name if there is no other.
 
-    transformers renames weights when it loads some families (a Gemma 3 that sees images has `language_model.model.layers` in its
-    files and `model.language_model.layers` in memory). An adapter names them as in memory, and merged files as in the base's."""
+    transformers renames the weights of some families on load: a Gemma 3 that sees images has `language_model.model.layers` in its
+    files and `model.language_model.layers` in memory. An adapter uses the names in memory; merged files use those of the base's
+    files."""
     if set(own) <= set(stored):
         return {name: name for name in own}
     import torch

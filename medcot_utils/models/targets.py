@@ -1,4 +1,4 @@
-"""Find the modules of a model that LoRA is to train, and refuse a choice that would train or merge something else."""
+"""Find the modules of a model that LoRA trains, and refuse a choice that would train or merge something else."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def check_targets(model: PreTrainedModel, settings: LoraSettings) -> None:
-    """Raise ModelError, which lists the model's own projections, unless `lora.target_modules` name projections of its text part.
+    """Raise ModelError unless every name in `lora.target_modules` matches a projection of the model's text part.
 
-    PEFT itself trains the rest where some names match nothing. An embedding, or an output layer that shares its weights (tied
-    embeddings), could be trained, but not merged in notebook 07."""
+    The error lists the model's own projections. PEFT itself ignores names that match nothing, if others match. An embedding, or
+    an output layer that shares its weights (tied embeddings), could be trained, but not merged in notebook 07."""
     from torch.nn import Linear
 
     found = _text_modules(model)
@@ -42,8 +42,9 @@ def check_targets(model: PreTrainedModel, settings: LoraSettings) -> None:
 
 
 def find_excluded(model: PreTrainedModel) -> str | None:
-    """Return PEFT's `exclude_modules` for a text model inside a larger one (as Gemma 3's): all outside of it, such as an image
-    encoder with projections of the same names. None for a model of text alone."""
+    """Return PEFT's `exclude_modules` for a text model inside a larger one, as in Gemma 3; None for a text-only model.
+
+    It matches every module outside the text model, such as an image encoder with projections of the same names."""
     decoder, head = _name_of(model, model.get_decoder()), _name_of(model, model.get_output_embeddings())
     beside = [name for name, _ in model.named_parameters() if not name.startswith((f"{decoder}.", f"{head}."))]
     return rf"(?!{re.escape(decoder)}\.|{re.escape(head)}$).*" if beside else None

@@ -1,7 +1,7 @@
-"""Load a model's tokenizer as the series needs it, whatever its family.
+"""Load a model's tokenizer in the form that the series needs, for any family of models.
 
-Texts are written with their EOS and prompts end inside `<think>`, so a tokenizer must put nothing after a text. Answers are
-read by their `<think>` tags, so a decoded text must show them. The pad token must have a row in the model's embedding."""
+Training texts contain their EOS, and prompts end inside `<think>`, so a tokenizer must add nothing after a text. Answers are
+parsed by their `<think>` tags, so a decoded text must show them. The pad token must have a row in the model's embedding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_CODE = "medcot runs no code that comes with a model. Name a model whose code is in transformers"
-# What libraries say that will not run a model's code, and whose code it is.
+# {words in a library's refusal to run code: what code it is}
 _REFUSED = {
     "trust_remote_code": "its own code (auto_map in a .json file of its folder)",
     "`kernels` is either not installed": "code from a hub (attn_implementation in its config.json)",
@@ -27,12 +27,13 @@ THINK_TAGS = ("<think>", "</think>")
 
 
 class ModelError(MedcotError):
-    """A model, its tokenizer or its files cannot be used in the series; the message says why and what to do."""
+    """Say why a model, its tokenizer, or its files cannot be used in the series, and what to do."""
 
 
 def load_tokenizer_from(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model source, made ready by `prepare_tokenizer`. Raises ModelError as that does, and for one
-    that needs code of its own."""
+    """Return the tokenizer of a model source, prepared by `prepare_tokenizer`.
+
+    Raises ModelError as that does, and if the tokenizer needs its own code."""
     from transformers import AutoConfig, AutoTokenizer
 
     named = {"revision": revision, "trust_remote_code": False}
@@ -44,7 +45,7 @@ def load_tokenizer_from(source: str | Path, revision: str | None = None) -> PreT
 
 @contextmanager
 def own_code_refused(source: str | Path) -> Iterator[None]:
-    """Raise ModelError if what is loaded in the block, with `trust_remote_code=False`, needs code of its own or a hub's."""
+    """Raise ModelError if what the block loads, with `trust_remote_code=False`, needs its own code or code from a hub."""
     try:
         yield
     except (ValueError, RuntimeError, ImportError) as error:  # Unsloth raises the second, transformers the third
@@ -55,14 +56,14 @@ def own_code_refused(source: str | Path) -> Iterator[None]:
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrainedTokenizerBase:
-    """Make a tokenizer ready in place, and return it.
+    """Prepare a tokenizer in place, and return it.
 
-    It puts no EOS after a text any more, and `<think>` and `</think>` are no control tokens, which decoding would leave out.
-    If it has no pad token, or one beyond the `rows` of the model's embedding, EOS serves as one (as in TRL).
+    It then adds no EOS after a text, and `<think>` and `</think>` are ordinary tokens, because decoding leaves out control
+    tokens. If it has no pad token, or one beyond the `rows` of the model's embedding, EOS becomes the pad token (as in TRL).
 
     Raises:
-        ModelError: if it gives no offsets, has no EOS token, or writes the series' own prompt with a token that the embedding
-            lacks."""
+        ModelError: if the tokenizer gives no offsets, has no EOS token, cannot be kept from adding EOS, or encodes the series'
+            own prompt with a token that the embedding lacks."""
     name = Path(tokenizer.name_or_path).name
     if not tokenizer.is_fast:
         raise ModelError(f"{name}: its tokenizer is a slow one (Python only), and labels need the offsets of a fast one")
@@ -83,14 +84,14 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrain
 
 
 def ends_in_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer puts its EOS after a text."""
+    """Return whether the tokenizer adds its EOS after a text."""
     return tokenizer(inference_prompt("a"))["input_ids"][-1] == tokenizer.eos_token_id
 
 
 def _put_no_eos_after(tokenizer: PreTrainedTokenizerBase) -> None:
     if not ends_in_eos(tokenizer):
         return
-    tokenizer._add_eos_token = False  # what is saved; its setter would forget a processor that adds more than BOS and EOS
+    tokenizer._add_eos_token = False  # this value is saved; its setter would drop a processor that adds more than BOS and EOS
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
     steps = stored["post_processor"].get("processors", [stored["post_processor"]])
     for template in (step for step in steps if step["type"] == "TemplateProcessing"):
@@ -115,7 +116,7 @@ def _show_think_tags(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _restore(tokenizer: PreTrainedTokenizerBase, stored: dict[str, object]) -> None:
-    # transformers has no call for it; its own `train_new_from_iterator` sets the same attribute.
+    # transformers has no method for this; its own `train_new_from_iterator` sets the same attribute.
     from tokenizers import Tokenizer
 
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(stored))

@@ -1,4 +1,4 @@
-"""Run anywhere: transformers, bitsandbytes 4-bit (on a CPU too) and PEFT."""
+"""The engine that runs anywhere: transformers, bitsandbytes 4-bit (also on a CPU), and PEFT."""
 
 from __future__ import annotations
 
@@ -33,15 +33,17 @@ __all__ = [
     "trainer_arguments",
 ]
 
-WHOLE_LOGITS = True  # TRL's loss keeps the logits of a whole micro-batch
+WHOLE_LOGITS = True  # an upper bound: TRL's loss "nll" keeps all logits at once, and its default those of 256 tokens
 
 
 def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the base model, 4-bit nf4 with double quantization if set, and its tokenizer; with the adapter on it if given."""
+    """Return the base model and its tokenizer. Quantize it to 4 bits (nf4, double quantization) if set; add an adapter if given.
+
+    Raises ModelError as `load_tokenizer_from` does."""
     release_gpu_memory()
     source, revision, dtype = find_model_source(settings.name), settings.revision, compute_dtype(settings)
     quantization = {"quantization_config": four_bit_config(dtype)} if settings.load_in_4bit else {}
-    if loads_copy(settings):  # its files say how it is quantized
+    if loads_copy(settings):  # the copy's files say how it is quantized
         source, revision, quantization = settings.quantized_name, settings.quantized_revision, {}
     with own_code_refused(source):
         model = AutoModelForCausalLM.from_pretrained(
@@ -66,7 +68,7 @@ def open_dequantized(settings: ModelSettings) -> MergeBase:
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
-    """Return the model with fresh LoRA matrices on the set projections, its base frozen. `random_state` seeds the matrices A.
+    """Return the model with fresh LoRA matrices on the configured projections and a frozen base. `random_state` seeds A.
 
     Raises ModelError as `check_targets` does."""
     check_targets(model, settings)
@@ -94,7 +96,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
 
 
 def set_checkpointing(model: PreTrainedModel, checkpointing: Literal["unsloth"] | bool) -> None:
-    """Switch gradient checkpointing on or off, as a batch plan asks; "unsloth" is plain checkpointing here."""
+    """Turn gradient checkpointing on or off, as a batch plan asks. "unsloth" means plain checkpointing here."""
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -103,20 +105,23 @@ def set_checkpointing(model: PreTrainedModel, checkpointing: Literal["unsloth"] 
 
 
 def trainer_arguments(settings: TrainingSettings, model: PreTrainedModel) -> TrainerArguments:
-    """Return what leaves the rows of notebook 03 as they are. They are padded on a GPU, and joined on a CPU where that can be."""
+    """Return arguments that leave the rows of notebook 03 as they are.
+
+    Rows are padded on a GPU. On a CPU they are joined if `can_join`."""
     if settings.padding == "padding_free":
         say("training.padding=padding_free has no effect with the transformers engine")
-    loss: TrainerArguments = {"loss_type": "nll"} if can_join(model) else {}  # TRL's default takes logits of 256 tokens at a time
+    # TRL's default loss computes the logits of 256 tokens at a time.
+    loss: TrainerArguments = {"loss_type": "nll"} if can_join(model) else {}
     return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None} | loss
 
 
 def data_collator(model: PreTrainedModel) -> DataCollator | None:
-    """Return what joins the rows of a micro-batch, on a CPU where that can be; else None, for TRL's own, which pads them."""
+    """Return the collator that joins a micro-batch's rows, on a CPU if possible; else None, for TRL's own, which pads them."""
     return JoinedRows() if can_join(model) else None
 
 
 def for_inference(model: PreTrainedModel) -> PreTrainedModel:
-    """Switch to generation: eval mode, key-value cache on, gradient checkpointing off, and see `dequantize_on_cpu`."""
+    """Prepare the model for generation: eval mode, key-value cache on, checkpointing off, and `dequantize_on_cpu` on a CPU."""
     model.eval()
     if model.is_gradient_checkpointing:
         model.gradient_checkpointing_disable()
@@ -127,11 +132,11 @@ def for_inference(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def dequantize_on_cpu(model: PreTrainedModel) -> None:
-    """Replace the 4-bit layers of a model on a CPU by plain ones that hold the same values, if main memory has room for them.
+    """Replace the 4-bit layers of a model on a CPU with plain layers that hold the same values, if they fit in half the free RAM.
 
     A CPU unpacks every 4-bit weight at every step, and twice in training. SmolLM2 answers 2.2 times as fast from plain float32
-    weights (12 rows at 350 tokens on two AVX2 cores, 153 ms a step instead of 342, attention over grouped heads included). A
-    LoRA adapter stays as it is and can still be switched off."""
+    weights (12 rows at 350 tokens on two AVX2 cores: 153 ms per step instead of 342, including attention over grouped heads). A
+    LoRA adapter stays as it is and can still be turned off."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     needed = base.num_parameters() * base.dtype.itemsize
     if getattr(base, "is_quantized", False) and needed < psutil.virtual_memory().available / 2:
@@ -140,7 +145,7 @@ def dequantize_on_cpu(model: PreTrainedModel) -> None:
 
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Have 4-bit layers compute in `dtype`, as Unsloth does: a copy's files name one of their own, which a T4 does not have."""
+    """Make 4-bit layers compute in `dtype`, as Unsloth does. A copy's files name another dtype, which a T4 may not have."""
     from bitsandbytes.nn import Linear4bit
 
     for layer in model.modules():
@@ -149,11 +154,11 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def forbid_cpu_packing(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from packing 4-bit weights for a CPU, a layout that rounds to bfloat16 and has no backward pass.
+    """Keep bitsandbytes from packing 4-bit weights for a CPU. That layout rounds to bfloat16 and has no backward pass.
 
     On processors with AVX512-BF16, bitsandbytes 0.50 packs each layer at its first forward pass in eval mode and never
-    unpacks it. An evaluation before or during training would then cut off the gradients of the layers below, and the loss
-    would fall slowly for no visible reason."""
+    unpacks it. An evaluation before or during training would then cut off the gradients of earlier layers, and the loss would
+    fall slowly for no visible reason."""
     from bitsandbytes.nn import Linear4bit
 
     for layer in model.modules():

@@ -1,4 +1,4 @@
-"""Run fast: Unsloth's kernels on a CUDA GPU. Import this before trl, transformers and peft."""
+"""The fast engine: Unsloth's kernels on a CUDA GPU. Import this before trl, transformers, and peft."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import unsloth  # noqa: F401 - patches the libraries below, so it comes first
+import unsloth  # noqa: F401 - it patches the libraries below, so it comes first
 from peft import PeftModel
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 from unsloth import FastLanguageModel, FastModel
@@ -31,15 +31,17 @@ __all__ = [
     "trainer_arguments",
 ]
 
-WHOLE_LOGITS = False  # its loss is taken in pieces
+WHOLE_LOGITS = False  # Unsloth computes the loss in pieces
 
-# Compute capability from which torch has attention over rows of unequal lengths. Joined rows then stay in compiled blocks if the
-# layers are transformers' own, as `FastModel` has them; `FastLanguageModel` leaves its compiled blocks for them.
+# From this compute capability on, torch has attention over rows of unequal lengths. Joined rows then stay in compiled blocks if
+# the layers are transformers' own, as with `FastModel`. `FastLanguageModel` leaves its compiled blocks to run them.
 _JOINED_FROM = (8, 0)
 
 
 def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load as the article does, from the pinned pre-quantized copy if there is one; see `_loader` for the class."""
+    """Load as the article does, from the pre-quantized copy if there is one; see `_loader` for the class.
+
+    Raises ModelError as `prepare_tokenizer` does, and if the model needs its own code."""
     release_gpu_memory()
     quantized, loader = loads_copy(settings), _loader(compute_dtype(settings))
     with own_code_refused(settings.quantized_name if quantized else settings.name):
@@ -55,7 +57,7 @@ def load(settings: ModelSettings, adapter: Path | None = None) -> tuple[PreTrain
         )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a model that sees images comes with a processor around it
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a model that sees images has a processor around the tokenizer
     return model, prepare_tokenizer(tokenizer, model.config.get_text_config().vocab_size)
 
 
@@ -66,7 +68,7 @@ def _loader(dtype: torch.dtype) -> type[FastLanguageModel | FastModel]:
 
 
 def open_dequantized(settings: ModelSettings) -> MergeBase:
-    """Return the base with the values that its 4-bit layers compute with: of the pre-quantized copy if there is one."""
+    """Return the base with the values that its 4-bit layers compute with, from the pre-quantized copy if there is one."""
     return open_quantized(settings, compute_dtype(settings))
 
 
@@ -91,15 +93,15 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
 
 
 def set_checkpointing(model: PreTrainedModel, checkpointing: Literal["unsloth"] | bool) -> None:
-    """Switch gradient checkpointing on or off, as a batch plan asks. Call it before a trainer is made."""
-    model._unsloth_gradient_checkpointing = checkpointing  # what its trainer looks at
+    """Turn gradient checkpointing on or off, as a batch plan asks. Call it before a trainer is made."""
+    model._unsloth_gradient_checkpointing = checkpointing  # Unsloth's trainer reads this
     _loader(model.dtype).for_training(model, use_gradient_checkpointing=checkpointing)
 
 
 def trainer_arguments(settings: TrainingSettings, model: PreTrainedModel) -> TrainerArguments:
-    """Return how rows of unequal length share a batch: padded, or joined without padding.
+    """Return the arguments that say how rows of unequal length share a batch: padded, or joined without padding.
 
-    Joined rows need Unsloth's look at their lengths, which `skip_prepare_dataset` would suppress."""
+    For joined rows, Unsloth must see their lengths, which `skip_prepare_dataset` would prevent."""
     joins = settings.padding == "padding_free" or (settings.padding == "auto" and _loader(model.dtype) is FastModel)
     if settings.padding == "padded":
         return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "padding_free": False}
@@ -107,9 +109,9 @@ def trainer_arguments(settings: TrainingSettings, model: PreTrainedModel) -> Tra
 
 
 def data_collator(model: PreTrainedModel) -> DataCollator | None:
-    """Return None: Unsloth's trainer chooses its own, by how rows share a batch."""
+    """Return None: Unsloth's trainer chooses its own collator, depending on how rows share a batch."""
 
 
 def for_inference(model: PreTrainedModel) -> PreTrainedModel:
-    """Switch to Unsloth's fast generation."""
+    """Prepare the model for Unsloth's fast generation, and return it."""
     return _loader(model.dtype).for_inference(model)

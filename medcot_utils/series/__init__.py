@@ -1,1 +1,1 @@
-"""The seven notebooks run in order: here, on Kaggle, on Colab."""
+"""Run the seven notebooks in order: here, on Kaggle, or on Colab."""

@@ -14,10 +14,11 @@ _MINE = "MyDrive"
 
 
 def run_dir_of(chosen: str | int | Path) -> Path:
-    """Return the run directory that a notebook's RUN_DIR names: `auto`, `drive` (a folder on Google Drive), or a path. A run
-    directory on Drive is mounted. A whole number is what `papermill -p RUN_DIR 20251125` makes of such a name.
+    """Return the run directory that a notebook's RUN_DIR names: `auto`, `drive` (a folder on Google Drive), or a path.
 
-    Raises PlatformError if Drive cannot be mounted, or for a value that papermill changed, saying what to do."""
+    Google Drive is mounted if the run directory is on it. A whole number is allowed, because `papermill -p RUN_DIR 20251125`
+    passes one. Raises PlatformError, which says what to do, if Drive cannot be mounted or if papermill has changed the value in
+    another way."""
     if isinstance(chosen, bool) or not isinstance(chosen, str | int | Path):
         raise PlatformError(
             f"RUN_DIR is {chosen!r}, not text: expected a path, auto, or drive. papermill -p reads numbers, True, and None; give "
@@ -44,7 +45,7 @@ def _mount(folder: Path) -> None:
         from google.colab import drive
 
         drive.mount(str(paths.COLAB_DRIVE))
-    except Exception as error:  # refused, timed out, no front end: Colab raises kinds of its own for each
+    except Exception as error:  # refused, timed out, or no front end; Colab has its own exception for each
         raise PlatformError(f"Google Drive was not mounted ({type(error).__name__}: {error}). {by_hand}") from error
     if not (paths.COLAB_DRIVE / _MINE).is_dir():
         raise PlatformError(f"Google Drive was mounted, but shows no {_MINE}. {by_hand}")

@@ -1,4 +1,4 @@
-"""The committed notebooks: executed in order by the embedded default, cleaned of outputs that vary, and checked.
+"""Execute the committed notebooks in order with the embedded default, remove outputs that vary, and check them.
 
 python -m medcot_utils.series.committed execute | check | results | diagrams | engine-calls | setup-cells [owner/name]"""
 
@@ -26,8 +26,10 @@ _MOST_LINES, _MOST_PARAMETER_LINES = 15, 8
 
 
 def clean(notebook: Any) -> Any:
-    """Clean a notebook in place, and return it: streams merged, progress bars in their last state, no widgets, no
-    timestamps, no secrets, nothing of the machine."""
+    """Clean a notebook in place, and return it.
+
+    Streams are merged, progress bars keep only their last state, and widgets, timestamps, secrets, and details of the machine
+    are removed."""
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info") if key in notebook.metadata}
     notebook.metadata["language_info"] = {"name": "python"}
     for cell in notebook.cells:
@@ -42,7 +44,7 @@ def clean(notebook: Any) -> Any:
 
 
 def _merged_streams(outputs: list[Any]) -> list[Any]:
-    # A progress bar and what is printed beside it arrive in turns; each stream becomes one output, in order of appearance.
+    # Progress bars and printed lines arrive in turns. Each stream becomes one output, in order of appearance.
     merged: list[Any] = []
     for output in outputs:
         twin = next((o for o in merged if o.output_type == "stream" and o.name == output.get("name")), None)
@@ -58,7 +60,7 @@ def _merged_streams(outputs: list[Any]) -> list[Any]:
 
 
 def faults(path: Path) -> list[str]:
-    """Return what is wrong with a committed notebook; an empty list if nothing is."""
+    """Return one line per fault of a committed notebook; an empty list if there are none."""
     notebook, found = nbformat.read(path, as_version=4), []
     text = path.read_text(encoding="utf-8")
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -88,13 +90,13 @@ def faults(path: Path) -> list[str]:
 
 
 def read_setup_cell(path: Path) -> str:
-    """Return the code after the parameters cell, which must be the same text in all seven."""
+    """Return the code of the cell after the parameters cell, which must be the same in all seven notebooks."""
     code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     return code[1].source
 
 
 def check() -> list[str]:
-    """Return one line per fault over all seven notebooks, and over the documents that give their numbers."""
+    """Return one line per fault of the seven notebooks and of the documents that give their numbers."""
     paths = [notebooks_dir() / f"{name}.ipynb" for name in STEPS]
     lines = [f"{path.name}: {fault}" for path in paths for fault in faults(path)]
     if len({read_setup_cell(path) for path in paths}) > 1:
@@ -103,9 +105,9 @@ def check() -> list[str]:
 
 
 def execute() -> None:
-    """Run the seven notebooks in order with their own defaults into a fresh run directory, and write them back cleaned.
+    """Run the seven notebooks in order with their own defaults in a fresh run directory, clean them, and write them back.
 
-    Their numbers go into docs/demo.json, and from there into the README and docs/results.md."""
+    Their numbers are written to docs/demo.json, and from there to the README and docs/results.md."""
     from nbclient import NotebookClient
 
     from medcot_utils.run.directory import Run

@@ -1,6 +1,6 @@
-"""Draw the pipeline of the seven notebooks, and put it into the title cell of each with its own place marked.
+"""Draw the pipeline of the seven notebooks, and put it into each title cell, with that notebook marked.
 
-The picture is an attachment of the cell, so a notebook that is opened alone on Kaggle or Colab shows it too."""
+The picture is an attachment of the cell, so Kaggle and Colab show it even if the notebook is opened alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from medcot_utils.run.artifacts import STEPS
 from medcot_utils.series.runner import notebooks_dir
 
 FILE = "pipeline.png"
-# What each notebook is called in the picture, and what it leaves in the run directory.
+# {notebook: (its name in the picture, what it leaves in the run directory)}
 _BOXES = {
     "01_setup": ("1 setup", "configuration"),
     "02_baseline_inference": ("2 baseline\ninference", "the base's\nanswers"),
@@ -25,12 +25,12 @@ _BOXES = {
     "06_comparison": ("6 comparison", "verdicts,\nreport"),
     "07_export": ("7 export", "merged model,\nmodel card"),
 }
-# Its own background, so that a dark page changes nothing.
+# The picture has its own background, so that it looks the same on a dark page.
 _PAPER, _INK, _BOX, _HERE = "#f6f8fa", "#24292f", "#ffffff", "#0072B2"
 
 
 def draw_pipeline(here: str) -> bytes:
-    """Return a PNG of the seven notebooks, their order, and what each leaves in the run directory, with `here` marked."""
+    """Return a PNG that shows the seven notebooks in order and what each leaves in the run directory, with `here` marked."""
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyBboxPatch
     from PIL import Image
@@ -92,7 +92,7 @@ def faults(paths: Iterable[Path]) -> list[str]:
 
 
 def write_pipelines(folder: Path | None = None) -> None:
-    """Put each notebook's picture under the heading of its title cell, in place of an older one."""
+    """Put each notebook's picture under the heading of its title cell, in place of any older one."""
     for step in STEPS:
         path = (folder or notebooks_dir()) / f"{step}.ipynb"
         notebook = nbformat.read(path, as_version=4)

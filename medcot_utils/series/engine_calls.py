@@ -1,4 +1,4 @@
-"""Show what both engines call, as Markdown cut from their source: notebooks 02 and 04 name no engine in their code."""
+"""Show the calls of both engines, as Markdown cut from their source, because notebooks 02 and 04 name no engine in their code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from medcot_utils.machine.paths import HOME
 from medcot_utils.series.runner import notebooks_dir
 
 _MODELS = HOME / "medcot_utils" / "models"
-_WIDTH = 76  # characters: what a cell of Markdown shows in one line on a page of 800 pixels
-_BEGINNING = "The engines make these calls; `settings` is "  # how a written cell begins
+_WIDTH = 76  # characters that fit on one line of a Markdown cell on a page of 800 pixels
+_BEGINNING = "The engines make these calls; `settings` is "  # the beginning of a cell that is written here
 _UNSLOTH = "Unsloth (`loader` is `FastModel` if the GPU computes in bfloat16, else the article's `FastLanguageModel`)"
-# (notebook, heading of the section, whose settings are passed, [(title, [(file, function, what is called)])])
+# (notebook, heading of the section, section of the settings, [(title, [(file, function, called name)])])
 _SHOWN = (
     (
         "02_baseline_inference",
@@ -46,9 +46,9 @@ _SHOWN = (
 
 
 def cut_call(file: str, function: str, called: str) -> str:
-    """Return the source of the first call of `called` in a function of the room models, with its comments.
+    """Return the source of the first call of `called` in a function of the room `models`, with its comments.
 
-    Raises LookupError if there is none: then the table above is out of date."""
+    Raises LookupError if there is no such call: then the table above is out of date."""
     source = (_MODELS / file).read_text(encoding="utf-8")
     body = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == function)
     for node in ast.walk(body):
@@ -68,14 +68,14 @@ def describe_calls(section: str, groups: Iterable[tuple[str, list[tuple[str, str
 
 
 def _shorten(line: str) -> str:
-    """Return a line of code that fits on a page, with its comment above it if both are too wide."""
+    """Return a line of code that fits on a page. If code and comment are too wide together, the comment is above the code."""
     code, mark, comment = line.partition("  # ")
     indent = line[: len(line) - len(line.lstrip())]
     return f"{indent}# {comment}\n{code}" if mark and len(line) > _WIDTH else line
 
 
 def faults(folder: Path | None = None) -> list[str]:
-    """Return one line for each notebook whose cell is not what the engines call now."""
+    """Return one line for each notebook whose cell differs from the engines' calls."""
     return [
         f"{name}.ipynb: the calls in {heading} differ from the engines': python -m medcot_utils.series.committed engine-calls"
         for name, heading, section, groups in _SHOWN
@@ -84,7 +84,7 @@ def faults(folder: Path | None = None) -> list[str]:
 
 
 def write_calls(folder: Path | None = None) -> None:
-    """Write each cell after the heading of its section, in place of an older one."""
+    """Write each cell after the heading of its section, in place of any older one."""
     for name, heading, section, groups in _SHOWN:
         notebook = _read(name, folder)
         cells = [cell for cell in notebook.cells if not cell.source.startswith(_BEGINNING)]

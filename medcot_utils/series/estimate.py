@@ -1,7 +1,8 @@
-"""How long each notebook will take: the configuration's numbers (`workload`) at the machine's speed (`machine.probe`).
+"""Estimate how long each notebook will take, from the work of the configuration (`workload`) and the speed of the machine
+(`machine.probe`).
 
-The model is plain: products of matrices, weights read once for each token of a batch, small operations, bytes moved. The
-constants below hold what it leaves out. Each names the run that it comes from."""
+The model is simple: it counts matrix products, weights that are read once per token of a batch, small operations, and bytes
+that are moved. The constants below cover the rest. Each names the run that it comes from."""
 
 from __future__ import annotations
 
@@ -23,43 +24,44 @@ from medcot_utils.training.batch_plan import count_processes
 if TYPE_CHECKING:
     import pandas as pd
 
-# The true time lies within estimate / band and estimate x band.
+# The true time lies between estimate / band and estimate x band.
 _MEASURED_BAND, _PUBLISHED_BAND = 1.35, 1.6
-# Share of the machine's own product that a training step reaches, counting four operations per weight and token: without and
-# with gradient checkpointing on an H100 (padded rows 12,210, checkpointed 7,146 tokens/s at 8B, 710 TFLOP/s; joined rows are 1.23
-# times as fast as padded ones in one run), and on two CPU cores, where rows share their template (demo). The first step compiles.
+# Share of the machine's speed at matrix products that a training step reaches, at four operations per weight and token. The first
+# two are without and with gradient checkpointing on an H100 (8B model, 710 TFLOP/s: 12,210 tokens/s with padded rows, and 7,146
+# with checkpointing; joined rows were 1.23 times as fast as padded ones in one run). The third is for two CPU cores, where rows
+# share their template (demo). The first step compiles.
 _TRAINED, _TRAINED_CHECKPOINTED, _TRAINED_ON_CPU = 0.53 * 1.23, 0.32, 0.55
 _COMPILE_TRAINING_SECONDS = 32
-# The same for text that is only read, two operations per weight and token; on a CPU what rows share is read once.
+# The same share for text that is only read, at two operations per weight and token. On a CPU, a common beginning is read once.
 _READ, _READ_ON_CPU = 0.4, 0.74
-# Bytes moved on a CPU for each byte of keys and values that a token attends to (demo: 25 rows of 350 tokens, 0.3 s a step).
+# Bytes moved on a CPU for each byte of keys and values that a token attends to (demo: 25 rows of 350 tokens, 0.3 s per step).
 _ATTENDED_ON_CPU = 14
-_READ_ONCE_ON_CPU = 0.45  # share of the prompts' and options' tokens that is read there: what they begin with stands once
+_READ_ONCE_ON_CPU = 0.45  # share of the tokens of prompts and options that a CPU reads, because common beginnings are read once
 _16_BIT_ANSWERS_GIB = 36  # the 8B model in 16 bits (16 GB), the cache of 64 answers of 1,200 tokens (12 GB), and room to work
-_NO_CHECKPOINTING_BYTES = 5  # of GPU memory per parameter, from which a step of the article's 8 rows needs none: 40 GB at 8B
-_SEVERAL_GPUS = 0.9  # of the speed of one, each: 1.78 times with two (docs/benchmarks.md)
-# Small operations of a decoder layer for one token: 21 ms a token at 8B on an H200.
+_NO_CHECKPOINTING_BYTES = 5  # GPU memory per parameter with which the article's 8 rows need no checkpointing: 40 GB at 8B
+_SEVERAL_GPUS = 0.9  # speed of each additional GPU, relative to one; two were measured at 1.78 times one (docs/benchmarks.md)
+# Small operations of a decoder layer for one token: 21 ms per token at 8B on an H200.
 _LAYER_OPERATIONS = 200
-# Bytes moved per parameter if 4-bit weights are unpacked at every step: 115 ms a step at 8B on a T4. Unsloth does so there for
-# more than 16 rows, bitsandbytes on an H100 and later for more than 16 rows of most layers (18 ms a step).
+# Bytes moved per parameter if 4-bit weights are unpacked at every step: 115 ms per step at 8B on a T4, where Unsloth unpacks them
+# for more than 16 rows. From an H100 on, bitsandbytes unpacks most layers for more than 16 rows (18 ms per step).
 _UNPACKED, _UNPACKED_FROM = 5.0, (9, 0)
-# A compiled step over a cache of fixed size: 1.4 times the time of reading the weights (6.9 ms at 8B on an H100), and 10 s to
-# compile.
+# A compiled step over a cache of fixed size takes 1.4 times as long as reading the weights (6.9 ms at 8B on an H100). Compiling
+# takes 10 s.
 _COMPILED, _COMPILE_SECONDS = 1.4, 10
-# Small operations that take as long as: starting a kernel with the libraries; Unsloth's import; loading a parameter; a resample;
-# unpacking the embedded SmolLM2 (17 s on two CPU cores).
+# The number of small operations that take as long as, in this order: starting a kernel with the libraries; importing Unsloth;
+# loading a parameter; a resample; unpacking the embedded SmolLM2 (17 s on two CPU cores).
 _START, _UNSLOTH, _PER_PARAMETER, _PER_RESAMPLE, _UNPACK_EMBEDDED = 2.8e6, 8e6, 4e-4, 200, 5e6
 _DOWNLOAD = 100e6  # bytes per second from the Hub
-_MERGE = 12.0  # bytes read, written and compared per parameter of the merged model
+_MERGE = 12.0  # bytes read, written, and compared per parameter of the merged model
 _DISK = 1e9  # bytes per second
 
 _FEWER_ANSWERS = "evaluation.num_questions, evaluation.n_samples or evaluation.mcq_limit"
-SESSION_HOURS, WEEKLY_HOURS = 12, 30  # Kaggle's, of a session and of a week's GPU time
+SESSION_HOURS, WEEKLY_HOURS = 12, 30  # Kaggle's limits for a session and for a week's GPU time
 
 
 @dataclass(frozen=True)
 class SeriesEstimate:
-    """The seconds that each notebook will take, from a fresh start."""
+    """Hold the seconds that each notebook will take in a new run."""
 
     steps: dict[str, TimeEstimate]
     speed: MachineSpeed
@@ -71,14 +73,14 @@ class SeriesEstimate:
 
 
 def estimate_series(config: RunConfig, run_dir: Path | None, speed: MachineSpeed, online: bool = False) -> SeriesEstimate | None:
-    """Return how long the notebooks will take on a machine of this speed; None if nobody can tell the model's size.
+    """Return how long the notebooks will take on a machine of this speed; None if the model's size is unknown.
 
     Args:
-        run_dir: where the run is or will be kept; None: on another machine.
-        online: whether rows of a data set at the Hub may be looked at.
+        run_dir: the run directory, which need not exist yet; None for a run on another machine.
+        online: whether rows may be downloaded from the Hub.
 
     Raises:
-        DataError: for data that cannot be read."""
+        DataError: if the data cannot be read."""
     work = measure_workload(config, online)
     if work is None:
         return None
@@ -104,7 +106,7 @@ def _with_band(seconds: float, band: float) -> TimeEstimate:
 
 
 class _Seconds:
-    """The parts of a notebook's time."""
+    """Compute the parts of a notebook's time, in seconds."""
 
     def __init__(self, config: RunConfig, work: Workload, speed: MachineSpeed) -> None:
         self.config, self.work, self.speed, self.model = config, work, speed, work.model
@@ -118,17 +120,17 @@ class _Seconds:
         return _START / self.speed.small_steps
 
     def load(self, training: bool = False) -> float:
-        """Return the time until a model is loaded, libraries included."""
+        """Return the time to load the libraries and a model."""
         unsloth = self.engine_is_unsloth and (training or not self.compiles())
         return self.start() + (_UNSLOTH if unsloth else _START) / self.speed.small_steps + self.load_again()
 
     def load_again(self) -> float:
-        """Return the time until one more model is loaded in the same notebook."""
+        """Return the time to load another model in the same notebook."""
         copied = 2 * self.model.parameters / _DISK * bool(self.speed.gpus)
         return _PER_PARAMETER * self.model.parameters / self.speed.small_steps + copied
 
     def unpack_embedded(self) -> float:
-        """Return the time to make the embedded model, which is done once on a machine."""
+        """Return the time to make the embedded model, which a machine does once."""
         return 0.0 if is_made(self.config.model.name) else _UNPACK_EMBEDDED / self.speed.small_steps
 
     def tokenize(self) -> float:
@@ -137,15 +139,15 @@ class _Seconds:
     # --- text that is read or trained on -------------------------------------------------------------------------
 
     def read(self, tokens: float) -> float:
-        """Return the time to take the loss of so many tokens."""
+        """Return the time to compute the loss of `tokens` tokens."""
         return tokens * 2 * self.model.parameters / (self.speed.product * (_READ if self.speed.gpus else _READ_ON_CPU))
 
     def read_alike(self, tokens: float) -> float:
-        """Return the time to read prompts or options, which begin alike."""
+        """Return the time to read prompts or options that share their beginning."""
         return self.read(tokens * (1 if self.speed.gpus else _READ_ONCE_ON_CPU))
 
     def train(self) -> float:
-        """Return the time of all optimizer steps and of the evaluations between them."""
+        """Return the time of all optimizer steps and the evaluations between them."""
         room = self.gpu_gib * GIB > _NO_CHECKPOINTING_BYTES * self.model.parameters
         share = (_TRAINED if room else _TRAINED_CHECKPOINTED) if self.speed.gpus else _TRAINED_ON_CPU
         processes = count_processes(self.config, self.speed.gpus) if self.speed.gpus else 1
@@ -158,17 +160,17 @@ class _Seconds:
     # --- text that is written ------------------------------------------------------------------------------------
 
     def compiles(self) -> bool:
-        """Return whether answers come from compiled steps, as `models.engine` and `models.batches` decide."""
+        """Return whether answers are made by compiled steps, as `models.engine` and `models.batches` decide."""
         return self.speed.gpus > 0 and self.config.model.engine != "unsloth"
 
     def unpacks_once(self) -> bool:
-        """Return whether there is room for 16-bit weights, so that no step unpacks any."""
+        """Return whether there is room for 16-bit weights, so that no step unpacks weights."""
         return self.compiles() and self.gpu_gib >= _16_BIT_ANSWERS_GIB
 
     def step(self, rows: int, context: float, in_16bit: bool = False, eager: bool = False) -> float:
-        """Return the time to write one token of each of so many rows.
+        """Return the time to write one token for each of `rows` rows, with `context` tokens each.
 
-        Args: eager: whether it is not compiled, though steps of many answers are."""
+        Args: eager: whether this step is not compiled, even if steps of many answers are."""
         model, speed = self.model, self.speed
         attended = rows * context * model.cache_bytes / speed.memory
         multiplied = rows * 2 * model.parameters / speed.product
@@ -191,16 +193,16 @@ class _Seconds:
         return capability >= _UNPACKED_FROM if self.compiles() else capability == PACKED_CAPABILITY
 
     def spilled_bytes(self) -> float:
-        """Return the 16-bit weights that all GPUs together cannot hold: they are copied for every token."""
+        """Return the bytes of 16-bit weights that all GPUs together cannot hold. They are copied for every token."""
         return max(0.0, 2 * self.model.parameters - self.gpus * (self.gpu_gib - 2) * GIB) if self.speed.gpus else 0.0
 
     def stream(self) -> float:
-        """Return the time of the one question that is shown as it is answered."""
+        """Return the time of the one answer that is streamed."""
         tokens = self.config.generation.max_new_tokens
         return tokens * self.step(1, self.work.prompt_tokens + tokens / 2, eager=True)
 
     def answer(self, asked: Asked, in_16bit: bool = False) -> float:
-        """Return the time of answers made in batches, shared out over the GPUs."""
+        """Return the time of answers that are generated in batches on all GPUs."""
         share = math.ceil(asked.answers / self.gpus)
         if not share:
             return 0.0
@@ -210,7 +212,7 @@ class _Seconds:
         return written + self.read_alike(share * self.work.prompt_tokens) + (_COMPILE_SECONDS if self.compiles() else 0)
 
     def rows_at_once(self, asked: Asked, answers: int) -> int:
-        """Return the rows of a batch, about as `models.batches.choose_batch_size` chooses them."""
+        """Return the number of rows in a batch, about as `models.batches.choose_batch_size` chooses it."""
         if self.config.generation.batch_size != "auto":
             return min(self.config.generation.batch_size, answers)
         weights = 2 * self.model.parameters if self.unpacks_once() else self.model.base_bytes
@@ -220,27 +222,27 @@ class _Seconds:
         if not self.compiles() and self.speed.capability == PACKED_CAPABILITY:
             allowed = PACKED_ROWS
         most = int(max(1, min(allowed, fits, answers)))
-        return math.ceil(answers / math.ceil(answers / most))  # even batches
+        return math.ceil(answers / math.ceil(answers / most))  # batches of equal size
 
     def ask(self, asked: Asked) -> float:
-        """Return the time of all that one model is asked in notebook 02 or 06."""
+        """Return the time of all answers of one model in notebook 02 or 06."""
         return self.answer(self.work.asked_mcq) + self.read_alike(self.work.option_tokens) + self.answer(asked)
 
     # --- 06 and 07 -----------------------------------------------------------------------------------------------
 
     def compare(self) -> float:
-        """Return the time of the intervals, and of the 16-bit base's loss if it is taken."""
+        """Return the time of the intervals, and of the 16-bit base's loss if it is measured."""
         settings, held_out = self.config.evaluation, self.work.held_out_rows * self.work.row_tokens
         loss = self.load_again() + self.read(held_out) if settings.base_16bit_loss else 0.0
         return loss + _PER_RESAMPLE * settings.n_resamples / self.speed.small_steps
 
     def export(self) -> float:
-        """Return the time of the merge, its check, and what the merged model is asked."""
+        """Return the time of the merge, its check, and the merged model's answers."""
         settings, moved = self.config.evaluation, _MERGE * self.model.parameters / _DISK
         rows = self.config.export.check_rows * 2 + (self.work.held_out_rows if settings.measure_merged else 0)
-        tokens = self.work.check_tokens + 64  # of the answer at the end
+        tokens = self.work.check_tokens + 64  # 64 for the answer at the end
         written = tokens * self.step(1, self.work.prompt_tokens, in_16bit=True, eager=True)
-        # By default a model that the GPUs cannot hold is asked nothing.
+        # By default, a model that does not fit on the GPUs is asked nothing.
         asks = settings.merged_questions is not None or not self.spilled_bytes()
         answered = self.answer(self.work.asked_merged, in_16bit=True) if asks else 0.0
         return moved + 2 * self.load_again() + self.read(rows * self.work.row_tokens) + written + answered
@@ -250,7 +252,7 @@ class _Seconds:
 
 
 def estimate_table(estimate: SeriesEstimate) -> pd.DataFrame:
-    """Return the minutes of each notebook and of all, with their band."""
+    """Return a table of the time of each notebook and of all seven, with the band."""
     import pandas as pd
 
     lines = estimate.steps | {"all seven": estimate.total}
@@ -258,9 +260,9 @@ def estimate_table(estimate: SeriesEstimate) -> pd.DataFrame:
 
 
 def describe_sessions(estimate: SeriesEstimate, config: RunConfig, on_kaggle: bool | None = None) -> str:
-    """Return whether the series fits a Kaggle session and the weekly quota, and what to set if it does not; else its total.
+    """Return one line with the total time and, on Kaggle, whether it fits a session and the weekly quota, and what to set if not.
 
-    `on_kaggle`: whether it runs there; by default, whether this is Kaggle."""
+    `on_kaggle`: whether the series runs there; by default, whether this machine is Kaggle's."""
     total = estimate.total
     line = f"all seven notebooks: about {describe_time(total)}, {estimate.speed.how}"
     if not (platform_name() == "kaggle" if on_kaggle is None else on_kaggle) or not estimate.speed.gpus:

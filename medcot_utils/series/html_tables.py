@@ -1,6 +1,6 @@
-"""Lay out the HTML of pandas' tables: texts to the left, numbers to the right, intervals whole, wide tables in their own box.
+"""Lay out the HTML of pandas' tables: texts left, numbers right, no line break in intervals, wide tables in a box that scrolls.
 
-The styles stand in each cell, because readers of notebooks that are not trusted drop style sheets. Standard library only."""
+The styles are in each cell, because viewers drop the style sheets of notebooks that are not trusted. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _CELL = re.compile(r"<(?P<kind>t[hd])\b(?P<attributes>[^>]*)>(?P<text>.*?)</(?P=
 _SPAN = re.compile(r'colspan="(\d+)"')
 _TAG = re.compile(r"<[^>]*>")
 _HEAD = re.compile(r"<thead>.*?</thead>", re.DOTALL)
-# A number, also a bound, with its unit, or with its interval.
+# A number, which may be a bound, with its unit, or with its interval.
 _NUMBER = re.compile(r"((at least|at most) )?[-+]?(\d[\d,]*)?\.?\d+(e[-+]?\d+)?( ?%| [kMG]i?B)?( \[[^\]]*\])?")
 _BOUND = re.compile(r"\bat (?:least|most) (?=[-\d])")
 _NO_VALUE = {"", "-", "...", "None", "NaN", "nan", "<NA>", "not reported"}
-_LONG = 24  # characters: a longer text gets a column that takes a few words a line, and a longer word is broken
-_SHORT = 16  # characters: a shorter text of one word is not broken at a hyphen, and a longer word may be after _ and /
-_WORD = re.compile(rf"[^\s&;]{{{_SHORT + 1},}}")  # not the name of a character, as in &amp;
+_LONG = 24  # characters; the column of a longer text holds a few words per line, and a longer word is broken
+_SHORT = 16  # characters; a shorter text of one word does not break at a hyphen, and a longer word may break after _ and /
+_WORD = re.compile(rf"[^\s&;]{{{_SHORT + 1},}}")  # not an HTML entity such as &amp;
 _JOINT = re.compile(r"[_/](?=\w)")
 
 
 def lay_out(page: str) -> str:
-    """Return the HTML of a table, as `DataFrame.to_html` or `Styler.to_html` writes it, with its cells aligned.
+    """Return the HTML of a table from `DataFrame.to_html` or `Styler.to_html`, with its cells aligned.
 
-    Every column whose values are all numbers stands to the right, with its head. The index's names share a row with the columns'.
-    The texts stay as they are, but for the spaces within an interval or a bound, which do not end a line."""
+    A column whose values are all numbers is aligned right, with its head. The names of the index share a row with those of the
+    columns. Texts stay as they are, except that a line cannot break at the spaces of an interval or a bound."""
     rows = [[cell for cell in _CELL.finditer(row) if cell["kind"] == "td"] for row in _ROW.findall(page)]
     columns = zip(*(map(_text_of, row) for row in rows if row), strict=True)
     numeric = [
@@ -41,7 +41,7 @@ def lay_out(page: str) -> str:
 
 
 def _join_names(head: str, columns: int) -> str:
-    """Return a table's head with the names of its index beside those of its `columns`; pandas gives them a row of their own."""
+    """Return a table's head with the index's names in the row of its `columns`. pandas gives them a separate row."""
     *_, above, names = [("", []), ("", []), *((row, [*_CELL.finditer(row)]) for row in _ROW.findall(head))]
     texts = [[_text_of(cell) for cell in cells] for _, cells in (above, names)]
     levels = len(names[1]) - columns
@@ -53,8 +53,8 @@ def _join_names(head: str, columns: int) -> str:
 
 
 def _align_row(row: str, numeric: list[bool]) -> str:
-    """Return a row with its cells aligned. `numeric`: which of the columns, counted without the index, hold numbers."""
-    # pandas leaves out an index cell that the row before spans, so the columns are counted from the right.
+    """Return a row with its cells aligned. `numeric`: for each column, without the index, whether it holds numbers."""
+    # pandas leaves out an index cell that the previous row spans, so the columns are counted from the right.
     place = len(numeric) - sum(map(_span_of, _CELL.finditer(row)))
 
     def align(cell: re.Match) -> str:
@@ -71,8 +71,10 @@ def _align_row(row: str, numeric: list[bool]) -> str:
 
 
 def _style_of_lines(text: str) -> str:
-    """Return where a cell's text goes to the next line: at its own line breaks, not within a short name such as `case-121`, and
-    anywhere in a word that would widen the table."""
+    """Return the style that says where a cell's text may break.
+
+    It may break at its own line breaks, not inside a short name such as `case-121`, and anywhere in a word that would widen the
+    table."""
     longest = max(map(len, text.split()), default=0)
     if longest == len(text) <= _SHORT and "-" in text:
         return "; white-space: nowrap"
@@ -80,7 +82,7 @@ def _style_of_lines(text: str) -> str:
 
 
 def _let_words_break(text: str) -> str:
-    """Return a cell's HTML with a place for a line break after each joint of a long name, as in `max_<wbr>seq_<wbr>length`."""
+    """Return a cell's HTML with a possible line break after each joint of a long name, as in `max_<wbr>seq_<wbr>length`."""
     return text if "<" in text else _WORD.sub(lambda word: _JOINT.sub(r"\g<0><wbr>", word[0]), text)
 
 

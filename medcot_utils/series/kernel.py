@@ -1,4 +1,4 @@
-"""The Jupyter kernel that the notebooks run in, looked at before one is started."""
+"""Check the notebooks' Jupyter kernel before one is started."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ KERNEL = "python3"
 
 
 def check_kernel() -> None:
-    """Raise PlatformError unless the interpreter that the kernelspec names is there and has what it is to start.
+    """Raise PlatformError unless the interpreter of the kernelspec exists and has the module to start.
 
-    Jupyter would say no more than that the kernel died."""
+    Jupyter itself would only say that the kernel died."""
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
     try:
@@ -22,7 +22,7 @@ def check_kernel() -> None:
     except NoSuchKernel:
         raise PlatformError(f"there is no Jupyter kernel {KERNEL}: pip install ipykernel, for {sys.executable}") from None
     program, *arguments = spec.argv or [""]
-    if program in ("python", "python3"):  # Jupyter takes this interpreter then
+    if program in ("python", "python3"):  # Jupyter then uses this interpreter
         program = sys.executable
     module = arguments[1] if arguments[:1] == ["-m"] and len(arguments) > 1 else None
     fault = "which is not there" if shutil.which(program) is None else None

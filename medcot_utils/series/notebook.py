@@ -1,7 +1,7 @@
 """The parts that all seven notebooks share: the start, tables, and the end.
 
-The top imports nothing but the standard library: the pinned stack may not be installed yet, and a package that is loaded before
-it is replaced asks for a restart."""
+At its top, this module imports only the standard library and modules that do the same. The pinned stack may not be installed yet,
+and replacing a package that is already loaded would need a restart."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _started = time.time()
 
 
 def start(run_dir: str | int | Path) -> Path:
-    """Prepare the kernel for a notebook and return the run directory (`auto`: the default; `drive`: on Google Drive).
+    """Prepare the kernel for a notebook, and return the run directory (`auto`: the default; `drive`: on Google Drive).
 
-    Installs the pinned stack where the platform lacks it, sets the environment before torch is imported, quiets the libraries
-    and hands the secrets on. On Kaggle, an earlier session's run is resumed. Raises InstallError or PlatformError, saying what
-    to do."""
-    installing.ensure()  # before anything is imported that it may install in another version
+    Install the pinned stack if the platform lacks it, set the environment before torch is imported, silence the libraries, and
+    pass on the secrets. On Kaggle, with `auto`, resume the run of an earlier session. Raises InstallError or PlatformError, which
+    say what to do."""
+    installing.ensure()  # first, because it may install other versions of packages that are imported below
     from medcot_utils.machine import environment, paths
     from medcot_utils.models.engine import quiet_start
     from medcot_utils.run.clock import SESSION_STARTED
@@ -49,8 +49,8 @@ def start(run_dir: str | int | Path) -> Path:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if os.environ.get(SESSION_STARTED):
-        sys.modules.setdefault("ipywidgets", None)  # headless: nobody sees a widget, and a log needs the bars' text
-    # Without ipywidgets tqdm's notebook bar warns and falls back to text; text is what a saved notebook should hold.
+        sys.modules.setdefault("ipywidgets", None)  # in a headless run nobody sees widgets, and a log needs the bars as text
+    # Without ipywidgets, tqdm's notebook bar warns and falls back to text, which is what a saved notebook should hold.
     warnings.filterwarnings("ignore", message="IProgress not found")
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
@@ -68,7 +68,7 @@ def start(run_dir: str | int | Path) -> Path:
 
 
 def _hand_on_secrets(run_dir: Path) -> None:
-    """Put the secrets found under the run's names where the clients read them."""
+    """Find the secrets under the run's names, and put them where the clients read them."""
     from medcot_utils.machine import secrets
     from medcot_utils.run.directory import Run
     from medcot_utils.run.store import CONFIG
@@ -77,7 +77,7 @@ def _hand_on_secrets(run_dir: Path) -> None:
 
 
 def _show_figures() -> None:
-    # Figures are made without pyplot, which would keep every one of them alive; IPython must be told to draw them.
+    # Figures are made without pyplot, which would keep all of them in memory, so IPython must be told to draw them.
     from IPython import get_ipython
     from IPython.core.pylabtools import select_figure_formats
     from matplotlib.figure import Figure
@@ -88,7 +88,7 @@ def _show_figures() -> None:
 
 
 def show_figure(figure: Figure) -> tuple[str, dict[str, str]] | None:
-    """Return the PNG of a figure in base64, with its alt text; None if nothing is drawn in it."""
+    """Return a figure's PNG in base64, with its alt text; None if the figure is empty."""
     from IPython.core.pylabtools import print_figure
 
     png = print_figure(figure, base64=True)
@@ -96,7 +96,7 @@ def show_figure(figure: Figure) -> tuple[str, dict[str, str]] | None:
 
 
 def _show_tables() -> None:
-    # pandas escapes HTML alone: a reader's page takes dollar signs for formulas.
+    # pandas escapes only HTML, but a notebook viewer reads dollar signs as formulas.
     import pandas as pd
     from IPython import get_ipython
     from pandas.io.formats.style import Styler
@@ -107,13 +107,13 @@ def _show_tables() -> None:
 
 
 def show_table(table: pd.DataFrame | Styler) -> str | None:
-    """Return the HTML of a table, laid out (`lay_out`), whose texts are shown as they are; None if pandas is set to show none."""
+    """Return the HTML of a table, laid out by `lay_out`, with its texts unchanged; None if pandas is set to show no HTML."""
     page: str | None = table._repr_html_()
     return page and hide_formulas(show_controls(lay_out(page)))
 
 
 def _let_go_after_an_error() -> None:
-    # A notebook that stopped at an error may stand open for hours: meanwhile the run is free for others.
+    # A notebook that stopped at an error may stay open for hours. It must not lock the run meanwhile.
     from IPython import get_ipython
 
     if shell := get_ipython():
@@ -128,23 +128,23 @@ def _let_go_if_failed(result: ExecutionResult) -> None:
 
 
 def table(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
-    """Return a mapping as a one-column table."""
+    """Return a mapping as a table with one column, `name`."""
     import pandas as pd
 
     return pd.DataFrame({name: {key: str(value) for key, value in values.items()}})
 
 
 def wrap_texts(frame: pd.DataFrame, **formats: Any) -> Styler:
-    """Return a table for long texts: whole, with their line breaks, and escaped, its index and columns too.
+    """Return a table that shows long texts whole, with their line breaks, and escapes them, also in index and columns.
 
-    Args: formats: of `Styler.format`, as in `precision=3`."""
+    Args: formats: arguments of `Styler.format`, as in `precision=3`."""
     styler = frame.style.format(escape="html", **formats)
     styler = styler.format_index(escape="html", axis="index").format_index(escape="html", axis="columns")
     return styler.set_properties(**{"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"})
 
 
 def finish(run: Run, step: str) -> pd.DataFrame:
-    """Record the step as done and return a table of its artifacts; print its time and peak memory."""
+    """Record the step as done, print its time and peak memory, and return a table of its artifacts."""
     import pandas as pd
 
     from medcot_utils.machine import gpu
@@ -161,7 +161,7 @@ def finish(run: Run, step: str) -> pd.DataFrame:
         }
         for name in run.makes(step)
     ]
-    # Not on standard error, which notebooks show on red ground.
+    # Notebooks show standard error on a red background, so this goes to standard output.
     say(f"{step}: {describe_costs(entry)}")
     if used := gpu.describe_used_gpus():
         say(used)

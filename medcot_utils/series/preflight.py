@@ -1,7 +1,7 @@
-"""Everything that can be checked before expensive work: one line per check, or one error.
+"""Make every possible check before expensive work: one line per check, or one error.
 
-Notebook 01 makes all the checks, `medcot run` and `medcot train` those that ask no network, `medcot doctor` for each profile,
-and `medcot kaggle build` what can be known here about another machine."""
+Notebook 01 makes all checks. `medcot run` and `medcot train` make those that need no network, `medcot doctor` makes them for each
+profile, and `medcot kaggle build` makes those that are possible here for another machine."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from medcot_utils.machine import disk, environment, hardware, paths, redaction, 
 
 @dataclass(frozen=True)
 class Check:
-    """A check that passed."""
+    """Hold a check that passed."""
 
     name: str  # profile, model, training, data, questions, answers, tracker, hub, gguf, disk
     line: str
 
 
 def preflight(config: RunConfig, run_dir: Path | None, online: bool = True) -> list[Check]:
-    """Check everything that a run of these settings needs, after handing the secrets on to the clients that read them.
+    """Check everything that a run with these settings needs, after passing on the secrets to the clients that read them.
 
     Args:
-        run_dir: where the run is or will be kept; None if it will be on another machine, of which only settings and shipped
-            files can be checked here.
-        online: False leaves to notebook 01 what may ask the network.
+        run_dir: the run directory, which need not exist yet; None for a run on another machine, for which only settings and
+            shipped files can be checked here.
+        online: False leaves checks that may need the network to notebook 01.
 
     Raises:
-        ConfigError: if a setting holds a secret that is known here; it is not repeated.
-        MedcotError: of the first check that fails, saying what is wrong and what to do."""
+        ConfigError: if a setting holds a secret that is known here; the message does not repeat it.
+        MedcotError: the error of the first check that fails, which says what is wrong and what to do."""
     if run_dir is not None:
         secrets.hand_on_secrets(config.secrets)
     _refuse_secrets(config)
@@ -39,15 +39,15 @@ def preflight(config: RunConfig, run_dir: Path | None, online: bool = True) -> l
 
 
 def _refuse_secrets(config: RunConfig) -> None:
-    pairs = [pair.partition("=") for pair in overrides_of(config)]  # a profile's own words are nobody's secret
+    pairs = [pair.partition("=") for pair in overrides_of(config)]  # a profile's own values are public
     texts = {f"setting {name}": value for name, _, value in pairs if not name.startswith("secrets.")}
     if found := redaction.name_holders(texts, redaction.secrets_at_hand()):
         raise ConfigError(f"{'; '.join(found)}. {SECRETS_STAY_OUT}")
 
 
 def checks(config: RunConfig, run_dir: Path | None, online: bool = True) -> dict[str, Callable[[], str]]:
-    """Return the checks of `preflight` by name, not yet made. Each returns its line or raises a MedcotError."""
-    # Here, because doctor must work where only a part of the stack is installed.
+    """Return {name: check} for `preflight`. Each check returns its line or raises a MedcotError when it is called."""
+    # The imports are here, because `medcot doctor` must work with only a part of the stack installed.
     from medcot_utils.data.rows import check_data
     from medcot_utils.evaluation.comparison import check_questions
     from medcot_utils.evaluation.mcq.run import list_prompts
@@ -61,8 +61,8 @@ def checks(config: RunConfig, run_dir: Path | None, online: bool = True) -> dict
     here = run_dir is not None
     asked = config if online else _with_questions_at_hand(config, here)
     with_data, forced = online or _data_is_at_hand(config, here), config.evaluation.answer_tokens is not None
-    with_model = is_at_hand(config.model) and is_made(config.model.name)  # to make one is left to notebook 01
-    known: dict[str, tuple[bool, Callable[[], str]]] = {  # {name: (whether it can be made, the check)}
+    with_model = is_at_hand(config.model) and is_made(config.model.name)  # notebook 01 makes an embedded model
+    known: dict[str, tuple[bool, Callable[[], str]]] = {  # {name: (whether the check is possible, the check)}
         "profile": (here, lambda: _check_machine(config, run_dir)),
         "model": (here and (online or is_at_hand(config.model)), lambda: check_model(config.model)),
         "training": (here, lambda: check_schedule(config.training)),
@@ -72,10 +72,10 @@ def checks(config: RunConfig, run_dir: Path | None, online: bool = True) -> dict
             forced and here and (online or (with_model and with_data)),
             lambda: check_answers(config, list_prompts(asked) if asked else ()),
         ),
-        "tracker": (here, lambda: check_tracker(config)),  # may ask for a key, which papermill's kernels cannot
+        "tracker": (here, lambda: check_tracker(config)),  # it may ask the user for a key, which papermill's kernels cannot
         "hub": (here and online, lambda: check_hub(config)),
         "gguf": (here, lambda: check_gguf(config)),
-        "disk": (here and online, lambda: disk.check_room(config, run_dir)),  # asks the Hub for an unknown model's size
+        "disk": (here and online, lambda: disk.check_room(config, run_dir)),  # it asks the Hub for an unknown model's size
     }
     return {name: check for name, (possible, check) in known.items() if possible}
 
@@ -89,8 +89,10 @@ def _check_machine(config: RunConfig, run_dir: Path) -> str:
 
 
 def check_environment(config: RunConfig, run_dir: Path) -> None:
-    """Check what surrounds a run. Raises PlatformError for a local folder that is not there, a proxy that the Hub's client
-    cannot use, or a cache or scratch folder that cannot be written or that others could have filled."""
+    """Check the environment of a run.
+
+    Raises PlatformError if a local folder is missing, if the Hub's client cannot use the proxy, or if a cache or scratch folder
+    cannot be written or could have been filled by other users."""
     from medcot_utils.models import embedded
 
     environment.check_local_paths(config)
@@ -108,8 +110,10 @@ def _data_is_at_hand(config: RunConfig, here: bool) -> bool:
 
 
 def _with_questions_at_hand(config: RunConfig, here: bool) -> RunConfig | None:
-    """Return the configuration with only the multiple-choice tasks that can be checked without the network, or that are none;
-    None if there is nothing of one's own among them."""
+    """Return the configuration with only the multiple-choice tasks that can be checked offline; None to leave out the check.
+
+    These are `shipped`, local files, and unknown names, which the check refuses. The check is left out if there are no local
+    files and unknown names, unless `shipped` is the only task and there is no embedding model."""
     from medcot_utils.evaluation.mcq.run import TASK_NAMES
 
     given = config.evaluation

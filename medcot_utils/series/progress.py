@@ -1,4 +1,4 @@
-"""The state of a running notebook: shown in a terminal at any moment, and logged every few minutes."""
+"""The state of a running notebook, shown live in a terminal, and logged every few minutes elsewhere."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from medcot_utils.machine.durations import TimeEstimate, describe_end
 from medcot_utils.machine.redaction import clear_outputs, redact
 
 _EVERY_SECONDS, _LIVE_SECONDS = 300, 2
-_BAR = re.compile(r"(?<=%)\|[^|]*\|")  # of tqdm, between the percentage and the count
+_BAR = re.compile(r"(?<=%)\|[^|]*\|")  # tqdm's bar, between the percentage and the count
 
 
 class Watch:
-    """Hold which cell of a notebook is running, and its outputs so far."""
+    """Keep track of the running cell of a notebook, and of its outputs so far."""
 
     def __init__(self, notebook: str, estimate: TimeEstimate | None) -> None:
         self._notebook, self._estimate, self._began = notebook, estimate, time.time()
@@ -25,18 +25,18 @@ class Watch:
         self._index = 0
 
     def begin_cell(self, cells: Sequence[Any], index: int) -> None:
-        """Note that a cell of the notebook begins."""
+        """Record that a cell of the notebook begins."""
         self._cells, self._index = cells, index
 
     def describe(self) -> str:
-        """Return one line: the section, the last line that the cell has shown, and when the notebook should end."""
+        """Return one line: the section, the last line that the cell has shown, and when the notebook is expected to end."""
         heading, shown = find_heading(self._cells, self._index), read_last_line(self._cells, self._index)
         end = describe_end(self._estimate, self._began) if self._estimate else ""
         return redact(f"{self._notebook}: {', '.join(filter(None, (heading, shown, end))) or 'running'}")
 
 
 def find_heading(cells: Sequence[Any], index: int) -> str:
-    """Return the heading of the section that a cell is in, `2.7 The answers`; empty before the first."""
+    """Return the heading of the section that a cell is in, as in `2.7 The answers`; "" before the first section."""
     for cell in reversed(cells[: index + 1]):
         if cell.cell_type == "markdown" and cell.source.startswith("## "):
             return cell.source.splitlines()[0].removeprefix("## ").strip()
@@ -44,8 +44,9 @@ def find_heading(cells: Sequence[Any], index: int) -> str:
 
 
 def read_last_line(cells: Sequence[Any], index: int) -> str:
-    """Return the last line of text that a cell has written so far, without secrets; of a progress bar its last state in
-    figures; empty if none."""
+    """Return the last line of text that a cell has written so far, without secrets; "" if there is none.
+
+    For a progress bar, the line is its last state, in figures."""
     outputs = clear_outputs(cells[index].get("outputs", []), is_running=True) if index < len(cells) else []
     text = "".join(output.text for output in outputs if output.output_type == "stream")
     lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
@@ -56,8 +57,9 @@ def read_last_line(cells: Sequence[Any], index: int) -> str:
 def watching(
     notebook: str, estimate: TimeEstimate | None, say: Callable[[str], None], show: Callable[[str], None] | None = None
 ) -> Iterator[Watch]:
-    """Say every few minutes, from a thread of its own, what the notebook is doing, until the block ends. With `show`, which
-    replaces what it showed before, do so every two seconds instead."""
+    """Say every five minutes, from a separate thread, what the notebook is doing, until the block ends.
+
+    With `show`, which replaces the line that it showed before, do so every two seconds instead."""
     watch, ended = Watch(notebook, estimate), threading.Event()
     tell, seconds = (say, _EVERY_SECONDS) if show is None else (show, _LIVE_SECONDS)
 

@@ -1,6 +1,6 @@
-"""The documents' numbers are a run's: docs/demo.json holds the demo's, and README and docs/results.md are written from it.
+"""Write the numbers in the README and docs/results.md from docs/demo.json, which holds those of a run of the demo.
 
-Each part between `<!-- demo: NAME -->` and `<!-- end -->` is written; a number that is changed by hand there is a fault."""
+Each part between `<!-- demo: NAME -->` and `<!-- end -->` is written. A number that somebody changes there is a fault."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class ResultsError(MedcotError):
 
 
 class DemoMachine(TypedDict):
-    """Say on what kind of machine the demo ran, without a name of it."""
+    """Hold the kind of machine on which the demo ran, without its name."""
 
-    processor: str  # architecture and instruction sets, as `hardware.describe_processor` gives them
+    processor: str  # architecture and instruction sets, from `hardware.describe_processor`
     cores: int
 
 
 class DemoSettings(TypedDict):
-    """Hold the settings that the sentences name."""
+    """Hold the settings that the sentences mention."""
 
     max_new_tokens: int
     answer_tokens: int | None
@@ -54,7 +54,8 @@ class DemoSettings(TypedDict):
 class Demo(TypedDict):
     """Hold the content of docs/demo.json: the numbers of one run of the demo, and what made them.
 
-    seconds: by notebook. peak_memory_mb: of the notebook that took most. merged: None if the merged model was not measured."""
+    seconds: {notebook: its time}. peak_memory_mb: that of the notebook with the highest peak. merged: None if the merged model
+    was not measured."""
 
     commit: str
     machine: DemoMachine
@@ -67,7 +68,7 @@ class Demo(TypedDict):
 
 
 class Environment(TypedDict):
-    """Hold what one run of the demo found: `verdicts_of` it, and the machine."""
+    """Hold the verdicts of one run of the demo (`verdicts_of`), and its machine."""
 
     commit: str
     machine: DemoMachine
@@ -77,7 +78,7 @@ class Environment(TypedDict):
 class Machines(TypedDict):
     """Hold the content of benchmarks/results/demo-machines.json: the demo's verdicts in several environments.
 
-    environments: by name, as in `1 thread`, `2 threads`, `AVX2 only`, `as is`."""
+    environments: {name: its verdicts}, with names such as `an EPYC with AVX2, 1 thread`."""
 
     what: str
     environments: dict[str, Environment]
@@ -87,9 +88,9 @@ class Machines(TypedDict):
 
 
 def collect(run: Run, commit: str | None = None) -> Demo:
-    """Return a finished run's numbers, with the commit that made them: that of the checkout if it is not given.
+    """Return a finished run's numbers, with the commit that made them; by default, the commit of the checkout.
 
-    Raises RunError if an artifact that it reads is missing."""
+    Raises RunError if an artifact that it reads is missing, and ResultsError if the commit is unknown."""
     config, machine, steps = run.config, run.read("machine"), run.manifest()["steps"]
     plan = run.read("plan")
     return {
@@ -119,9 +120,9 @@ def _commit() -> str:
 
 
 def verdicts_of(metrics: Measured, merged: MergedMeasured | None) -> dict[str, str]:
-    """Return every verdict of a run by what it is of, without its numbers: these must be the same on all machines.
+    """Return {subject: verdict} for every verdict of a run, without numbers. All machines should give the same verdicts.
 
-    The keys are `as they answer/METRIC`, `forced closing/METRIC`, `claim/CLAIM`, `multiple choice/TASK/READING` and
+    The subjects are `as they answer/METRIC`, `forced closing/METRIC`, `claim/CLAIM`, `multiple choice/TASK/READING`, and
     `merged model/METRIC`."""
     found = {}
     for reading, compared in (("as they answer", metrics["metrics"]), ("forced closing", metrics.get("forced", {}))):
@@ -135,12 +136,12 @@ def verdicts_of(metrics: Measured, merged: MergedMeasured | None) -> dict[str, s
 
 
 def in_short(text: str) -> str:
-    """Return a verdict without its reason and numbers: `holds`, `rose`, `no difference shown`."""
+    """Return a verdict without its reason and numbers, as in `holds`, `rose`, or `no difference shown`."""
     return re.split(r"[:,]| with ", text, maxsplit=1)[0]
 
 
 def differing(machines: Machines | None) -> set[str]:
-    """Return what verdicts are of (the keys of `verdicts_of`) that are not the same in all environments."""
+    """Return the subjects (keys of `verdicts_of`) whose verdicts differ between environments."""
     found = [one["verdicts"] for one in machines["environments"].values()] if machines else []
     return {key for verdicts in found for key in verdicts if len({one.get(key) for one in found}) > 1}
 
@@ -149,7 +150,7 @@ def differing(machines: Machines | None) -> set[str]:
 
 
 def read_demo() -> Demo:
-    """Return the committed numbers. Raises ResultsError without docs/demo.json."""
+    """Return the committed numbers. Raises ResultsError if docs/demo.json is missing."""
     if not DEMO.exists():
         raise ResultsError("docs/demo.json is missing: make notebooks writes it")
     demo: Demo = json.loads(DEMO.read_text(encoding="utf-8"))
@@ -157,7 +158,7 @@ def read_demo() -> Demo:
 
 
 def read_parts() -> dict[str, str]:
-    """Return {name: text} of every part, from the committed numbers. Raises ResultsError without docs/demo.json."""
+    """Return {name: text} of every part, from the committed numbers. Raises ResultsError if docs/demo.json is missing."""
     from medcot_utils.series.results_text import write_parts
 
     demo = read_demo()
@@ -166,14 +167,14 @@ def read_parts() -> dict[str, str]:
 
 
 def fill_parts(text: str, parts: Mapping[str, str]) -> str:
-    """Return a document with every part rewritten. Raises ResultsError if it names a part that is not known."""
+    """Return a document with every part rewritten. Raises ResultsError if it names an unknown part."""
     if unknown := [match["name"] for match in _PART.finditer(text) if match["name"] not in parts]:
         raise ResultsError(f"unknown part {unknown[0]}: expected one of {', '.join(parts)}")
     return _PART.sub(lambda match: f"{match['begin']}{parts[match['name']]}\n<!-- end -->", text)
 
 
 def faults() -> list[str]:
-    """Return one line for each document that does not say what docs/demo.json holds."""
+    """Return one line for each document or figure that differs from docs/demo.json, and for each part that no document has."""
     parts = read_parts()
     texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
     named = {match["name"] for text in texts.values() for match in _PART.finditer(text)}
@@ -185,12 +186,12 @@ def faults() -> list[str]:
 
 
 def _digest(demo: Demo) -> str:
-    """Return the sha256 of what the figure shows."""
+    """Return the sha256 of the numbers that the figure shows."""
     return hashlib.sha256(to_json([demo["metrics"], demo["merged"]]).encode()).hexdigest()
 
 
 def _drawn_from(figure: Path) -> str | None:
-    """Return the digest of what a figure was drawn from, which stands in it; None for another picture, or none."""
+    """Return the digest that a figure holds of the numbers it was drawn from; None if there is no figure or no digest."""
     from PIL import Image
 
     if not figure.exists():
@@ -200,7 +201,7 @@ def _drawn_from(figure: Path) -> str | None:
 
 
 def write_documents() -> list[Path]:
-    """Write every part of the documents from docs/demo.json and draw its figure; return what changed."""
+    """Write every part of the documents and draw the figure from docs/demo.json. Return the files that changed."""
     from medcot_utils.plots import comparison_figure
 
     parts, demo, changed = read_parts(), read_demo(), []
@@ -217,6 +218,6 @@ def write_documents() -> list[Path]:
 
 
 def write_results(run: Run) -> list[Path]:
-    """Write docs/demo.json from a finished run of the demo, then the documents and the figure; return what changed."""
+    """Write docs/demo.json from a finished run of the demo, then the documents and the figure. Return the files that changed."""
     write_atomic(DEMO, to_json(collect(run)))
     return [DEMO, *write_documents()]

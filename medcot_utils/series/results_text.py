@@ -1,4 +1,4 @@
-"""The demo's parts of README and docs/results.md: tables, and sentences chosen by the verdicts."""
+"""The demo's parts of the README and docs/results.md: tables, and sentences that depend on the verdicts."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _MERGED_INTO = {"base_16bit": "the 16-bit base", "dequantized_4bit": "the unpack
 
 @dataclass(frozen=True)
 class _Text:
-    """A run's numbers, and the keys of the verdicts that differ between machines."""
+    """Hold a run's numbers, and the keys of the verdicts that differ between machines."""
 
     demo: Demo
     differing: Collection[str]
 
     def metrics(self, reading: str) -> Metrics:
-        """Return the metrics of a reading; none if it was not taken."""
+        """Return the metrics of a reading; an empty dict if it was not measured."""
         return self.demo["metrics"].get(_READINGS[reading]) or {}
 
     def verdict(self, key: str, text: str) -> str:
-        """Return a verdict, or that it differs between machines."""
+        """Return a verdict, or the words that say it differs between machines."""
         return DIFFERS if key in self.differing else text
 
     def change(self, reading: str, name: str, unit: str = "") -> str:
-        """Return what became of a metric as the end of a sentence: `rose from 0.00 to 1.00`."""
+        """Return how a metric changed as the end of a sentence, as in `rose from 0.00 to 1.00`."""
         metric = self.metrics(reading).get(name)
         if metric is None:
             return "was not measured"
@@ -58,7 +58,7 @@ def write_parts(demo: Demo, differing: Collection[str]) -> dict[str, str]:
     """Return {name: Markdown} of every part of the documents.
 
     Args:
-        differing: `results.differing`: their verdicts are given as `differs between machines`."""
+        differing: what `results.differing` returns; these verdicts become `differs between machines`."""
     text = _Text(demo, differing)
     writers: dict[str, Callable[[_Text], str]] = {
         "caption": _caption,
@@ -86,7 +86,7 @@ def _caption(text: _Text) -> str:
 
 
 def _findings(text: _Text) -> list[str]:
-    """Return a sentence each on form, likeness, loss and merged model."""
+    """Return one sentence each on form, similarity, loss, and merged model."""
     found = [f"The share of answers that close their reasoning {text.change('as they answer', 'closed_think_rate')}."]
     if text.metrics("forced closing"):
         rouge, chrf = (text.change("forced closing", name) for name in ("rouge_l", "chrf"))
@@ -145,7 +145,7 @@ def _readme_table(text: _Text) -> str:
                 closed = ", with forced closing" * (reading == "forced closing")
                 rows.append((f"{METRICS[name].label}{closed}", f"{_arrow(metric)}: {said}"))
     for one in text.demo["metrics"].get("mcq_readings", []):
-        if one["reading"] != "strict":  # which tests the asked form too: docs/results.md has it
+        if one["reading"] != "strict":  # it also tests the form, so only docs/results.md has it
             said = text.verdict(_choice_key(one), verdict("mcq_accuracy", one))
             label = f"{one['n']} multiple-choice questions, by {one['reading']} (share right; chance {one['chance']:.2f})"
             rows.append((label, f"{_arrow(one)}: {said}"))

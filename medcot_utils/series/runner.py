@@ -1,4 +1,4 @@
-"""The seven notebooks, run in order through papermill: skipped when done, redone when stale, resumed where they stopped."""
+"""Run the seven notebooks in order through papermill: skip those that are done, redo stale ones, and resume where one stopped."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ if TYPE_CHECKING:
 
 NOTEBOOKS = tuple(STEPS)
 TRAINING = ARTIFACTS["adapter"].step
-_MOST_REASONS = 5  # of a step's being done again, in its line
+_MOST_REASONS = 5  # why a step is redone, in its line
 HEADLINE = ("eval_loss", "closed_think_rate", "finished_rate", "rouge_l", "thinking_tokens", "answer_tokens")
 CHANGED_BY_CLOSING = ("rouge_l", "answer_tokens")  # the headline metrics of the answer
 
-# A headless kernel's own log (a note on its transport, the interrupt at shutdown) says nothing of the notebook.
+# A headless kernel's own log (a note on its transport, the interrupt at shutdown) says nothing about the notebook.
 QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
-# A series may be started in the folder of somebody else's run: what lies there is no module of a kernel, nor of a process that
-# one starts, and the setup cell takes the package that runs here.
+# A series may be started in the folder of somebody else's run. Kernels, and processes that they start, must not import modules
+# from there, and the setup cell must use the package that runs here.
 _NOT_FROM_HERE = "--InteractiveShellApp.ignore_cwd=True"
 _OWN_PACKAGE = {"MEDCOT_HOME": str(HOME), "PYTHONSAFEPATH": "1"}
 
@@ -62,14 +62,15 @@ Show = Callable[[str], None] | None
 
 
 class SeriesError(MedcotError):
-    """A notebook failed or cannot be run; the message names it, the cell's error, and where the partial notebook lies."""
+    """Say that a notebook failed or cannot be run: its name, the cell's error, and where the partial notebook is."""
 
 
 def notebooks_dir() -> Path:
-    """Return the folder of the seven notebooks: MEDCOT_NOTEBOOKS, else beside the package (a checkout), or inside it (an
-    installed wheel). Not the working folder: in somebody else's run, `notebooks` holds what they executed.
+    """Return the folder of the seven notebooks: MEDCOT_NOTEBOOKS if it is set, else beside the package (in a checkout) or inside
+    it (in an installed wheel).
 
-    Raises SeriesError if neither holds all seven."""
+    The working folder does not count: if it is somebody else's run, its `notebooks` holds what they executed. Raises SeriesError
+    if no folder holds all seven."""
     candidates = [HOME / "notebooks", PACKAGE / "notebooks"]
     if chosen := os.environ.get("MEDCOT_NOTEBOOKS"):
         candidates = [expand_home(chosen)]
@@ -82,16 +83,15 @@ def notebooks_dir() -> Path:
 
 
 def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) -> tuple[RunConfig, str]:
-    """Return the configuration of this call, and a line saying where it comes from with one for each setting that it changes
-    in the run, after the checks of `preflight` that need no network. In a terminal somebody can type a key that is asked for;
-    under papermill nobody can.
+    """Return the configuration of this call and lines on it, after the checks of `preflight` that need no network.
 
-    A named profile starts from that profile. Without one, an existing run keeps its stored settings, with the overrides
-    laid over them. Raises a MedcotError for an unknown profile or setting, a run that another process works in, and that of the
-    first check that fails."""
+    The lines say where the configuration comes from, and which settings it changes in the run. If a check asks for a key, a
+    person in a terminal can type it, which is not possible later under papermill. If a profile is given, the configuration starts
+    from it. If not, an existing run keeps its stored settings, and the overrides replace some. Raises MedcotError for an unknown
+    profile or setting, for a run that another process works in, and for the first check that fails."""
     overrides = list(overrides)
     if (run_dir / CONFIG).exists():
-        with hold(run_dir, "medcot run"):  # before checks that take a while
+        with hold(run_dir, "medcot run"):  # so that a locked run is refused before checks that take a while
             pass
     if profile is None and (run_dir / CONFIG).exists():
         stored = Run.open(run_dir).config
@@ -101,7 +101,7 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
     else:
         name, line = hardware.resolve_profile(profile or "auto")
         config = load_config(name, overrides)
-    there = Run.open_if_readable(run_dir)  # None for a new run, or for one that --force is to make readable again
+    there = Run.open_if_readable(run_dir)  # None for a new run, and for one that only --force can make readable again
     stored = there.config if there else None
     config = settle(with_absolute_paths(config, stored), there)
     counts = [check.line for check in preflight(config, run_dir, online=False) if check.name in ("data", "questions")]
@@ -110,9 +110,9 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
 
 
 def parameters_of(notebook: Path) -> dict[str, object]:
-    """Return the names in a notebook's `parameters` cell, with their defaults.
+    """Return {name: default} of a notebook's `parameters` cell.
 
-    Read by Python's own parser: papermill's gives up, with a warning only, on a line whose comment holds a `=`."""
+    Python's own parser reads it: papermill's skips a line with a `=` in its comment, with only a warning."""
     import ast
 
     import nbformat
@@ -124,7 +124,7 @@ def parameters_of(notebook: Path) -> dict[str, object]:
 
 
 def parse_parameter(name: str, text: str) -> object:
-    """Return a parameter's value as somebody types it, read by the type of its default in the notebooks; YAML if none has it.
+    """Return the value of a parameter from its text, by the type of its default in the notebooks; as YAML if it has no default.
 
     Raises SeriesError for a value of another type."""
     folder = notebooks_dir()
@@ -141,8 +141,8 @@ def parse_parameter(name: str, text: str) -> object:
 
 
 def check_parameters(parameters: Mapping[str, Any], folder: Path) -> None:
-    """Raise SeriesError for a parameter that no notebook has, which papermill itself would only warn of, and for one that holds
-    a secret, which papermill would write."""
+    """Raise SeriesError if no notebook has a parameter, which papermill itself would only warn about, or if a parameter holds a
+    secret, which papermill would write to the notebook."""
     texts = {f"--parameter {name}": str(value) for name, value in parameters.items()}
     if found := redaction.name_holders(texts, redaction.secrets_at_hand()):
         raise SeriesError(f"{'; '.join(found)}. {SECRETS_STAY_OUT}")
@@ -163,20 +163,27 @@ def run_series(
     report: Report = lambda name, cell, cells: None,
     show: Show = None,
 ) -> Run:
-    """Run notebooks `first` to `last` into `run_dir`, skipping those that are done with these settings and inputs. Secrets are
-    removed from the executed notebooks before they are written.
+    """Run notebooks `first` to `last` in `run_dir`, and skip those that are done with these settings and inputs.
 
-    `report(name, cell, cells)` is called before each cell, and `show(line)` every two seconds with what is being done; without
-    `show`, `say` gets that line every five minutes. Raises RunError if another process works in the run, before anything
-    is written, SeriesError at the first notebook that fails or whose kernel dies, SeriesPaused if training.max_hours ended it,
-    and SeriesInterrupted at Ctrl-C. Finished work is kept, and the next call resumes there."""
+    Secrets are removed from the executed notebooks before they are written. Finished work is kept, and the next call resumes
+    there.
+
+    Args:
+        report: called as `report(name, cell, cells)` before each cell.
+        show: called every two seconds with a line on the current work; without it, `say` gets that line every five minutes.
+
+    Raises:
+        RunError: if another process works in the run; nothing is written then.
+        SeriesError: at the first notebook that fails or whose kernel dies.
+        SeriesPaused: if training.max_hours ended the work.
+        SeriesInterrupted: at Ctrl-C."""
     folder = notebooks_dir()
     os.environ.setdefault(SESSION_STARTED, str(time.time()))
     os.environ.update(_OWN_PACKAGE)
     check_parameters(parameters or {}, folder)
     check_kernel()
     quiet_start(config.seed)
-    redaction.known_secrets(config.secrets)  # all that `redact` must know, also what no kernel was handed
+    redaction.known_secrets(config.secrets)  # so that `redact` knows all secrets, also those that no kernel gets
     Run.check_place(run_dir, config, force)
     with hold(run_dir, "medcot run"):
         before = (run_dir / CONFIG).read_text(encoding="utf-8") if (run_dir / CONFIG).exists() else None
@@ -192,21 +199,21 @@ def run_series(
         except KeyboardInterrupt:
             raise SeriesInterrupted(f"interrupted {reached[0]}{_training_step(run)}; the same command resumes") from None
         except SeriesError:
-            if first == 1 and run.step_state(NOTEBOOKS[0]) == "failed":  # which refuses what cannot be used
+            if first == 1 and run.step_state(NOTEBOOKS[0]) == "failed":  # notebook 01 refuses settings that cannot be used
                 _put_back(run_dir / CONFIG, before)
             raise
     return run
 
 
 def _training_step(run: Run) -> str:
-    """Return `, at step 14 of 90` if the run is training and has said so, else nothing."""
+    """Return text such as `, at step 14 of 90` if the run is training and has taken a step; else ""."""
     entry = run.manifest()["steps"].get(TRAINING, {})
     files = [file for file in run.path.glob(f"checkpoints/*/{PROGRESS}") if file.stat().st_mtime > entry.get("started", 0)]
     if entry.get("state") != "running" or not files:
         return ""
     lines = max(files, key=lambda file: file.stat().st_mtime).read_text(encoding="utf-8").split("\n")
     try:
-        state = json.loads(lines[-2])  # the last whole line, if one has been written
+        state = json.loads(lines[-2])  # the last whole line, if there is one
         return f", at step {state['step']} of {state['max_steps']}"
     except (LookupError, ValueError, TypeError):
         return ""
@@ -240,9 +247,9 @@ def _run_steps(
             raise SeriesPaused(
                 f"{name} does not begin, because training.max_hours is nearly over; the same command resumes there"
             )
-        worked = name != NOTEBOOKS[0]  # which alone would be no progress
+        worked = name != NOTEBOOKS[0]  # notebook 01 alone would be no progress
         if force:
-            if run.can_begin(name):  # else the notebook says what is missing, and what was made before is kept
+            if run.can_begin(name):  # if not, the notebook says what is missing, and earlier artifacts are kept
                 run.forget(name)
         elif state in ("done", "stale"):
             say(f"{name}: redone, because {_in_short(run.why_stale(name) or [f'{one} is given' for one in asked])}")
@@ -272,8 +279,8 @@ def _run_notebook(
     executed = run.path / "notebooks" / notebook.name
     executed.parent.mkdir(exist_ok=True)
     known = parameters_of(notebook)
-    # What it warns of are parameters that its own reader overlooked (unknown ones were refused before); what it logs as an
-    # error it also raises.
+    # papermill only warns about parameters that its own parser overlooked, since unknown ones are refused before, and it also
+    # raises the errors that it logs.
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     try:
         with watching(name, run.estimate(name), say, show) as watch:
@@ -295,7 +302,7 @@ def _run_notebook(
             run.record_step(name, state="paused", error=error.evalue)
             raise SeriesPaused(f"{name}: {error.evalue}") from error
         if isinstance(error, PapermillExecutionError):
-            # One line, also of an error that has many; and another library's message may repeat what it was given.
+            # An error may have many lines, and the message of another library may repeat a secret that it was given.
             why = redaction.redact(" ".join(f"{error.ename}: {error.evalue}".split()))
         else:
             why = "its kernel died (killed, or out of memory)"
@@ -308,7 +315,7 @@ def _run_notebook(
 
 
 def _escape(path: Path) -> str:
-    """Return a path for papermill, which takes what stands in braces for a parameter's name."""
+    """Return a path escaped for papermill, which reads text in braces as a parameter's name."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
@@ -316,7 +323,7 @@ def _register_engine(name: str, report: Report, watch: Watch) -> None:
     from papermill.engines import NBClientEngine, papermill_engines
 
     class ReportingEngine(NBClientEngine):
-        """nbclient's engine, telling of each cell before it runs, and writing no secret."""
+        """Report each cell before nbclient's engine runs it, and write no secret."""
 
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
@@ -338,17 +345,17 @@ def _register_engine(name: str, report: Report, watch: Watch) -> None:
             nb_man.cell_start, nb_man.save = reporting_start, save_a_copy
             try:
                 return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
-            finally:  # what papermill writes last, and makes its error of
+            finally:  # papermill writes this notebook at the end, and makes its error from it
                 nb_man.nb, nb_man.save = copies.make(nb_man.nb), save
 
     papermill_engines.register("medcot", ReportingEngine)
 
 
 class StepStatus(TypedDict):
-    """A step as `medcot status` shows it; None for what was not recorded."""
+    """Hold a step as `medcot status` shows it. A value that was not recorded is None."""
 
     name: str
-    state: str  # as `Run.step_state` gives it
+    state: str  # from `Run.step_state`
     seconds: float | None
     peak_memory_mb: int | None
     peak_gpu_memory_mb: GpuPeak | None
@@ -356,19 +363,19 @@ class StepStatus(TypedDict):
 
 
 class Status(TypedDict):
-    """A run as `medcot status --json` prints it."""
+    """Hold a run as `medcot status --json` prints it."""
 
     run_dir: str
     profile: str
     steps: list[StepStatus]
-    metrics: dict[str, ComparedMetric]  # the headline ones that metrics.json holds; empty before notebook 06
-    forced: dict[str, ComparedMetric]  # those that forced closing changes, with it; empty if it was not asked for
-    merged: dict[str, ComparedMetric]  # tuned to merged model, the headline ones; empty before notebook 07 measured it
-    merged_verdict: str  # whether people load what was measured; empty if the merged model is not measured
+    metrics: dict[str, ComparedMetric]  # the headline metrics in metrics.json; empty before notebook 06
+    forced: dict[str, ComparedMetric]  # the headline metrics that forced closing changes; empty without forced closing
+    merged: dict[str, ComparedMetric]  # the headline metrics, tuned to merged model; empty before notebook 07 measured it
+    merged_verdict: str  # whether the merged model behaves as measured; empty if it is not measured
 
 
 def status(run: Run) -> Status:
-    """Return what each step of a run has done, and the headline metrics."""
+    """Return the state and costs of each step of a run, and the headline metrics."""
     recorded = run.manifest()["steps"]
     steps = [
         {"name": name, "state": run.step_state(name, deep=False)}

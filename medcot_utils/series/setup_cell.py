@@ -1,7 +1,7 @@
-"""The setup cell and the badges of the notebooks, which the package cannot give them: the cell runs before it is found.
+"""Write the setup cell and the badges into the notebooks. The cell runs before the package is found, so it cannot import them.
 
-Both are written from one setting, `repository` under [tool.medcot] in pyproject.toml; `make badges REPO=owner/name` sets it
-and writes them."""
+Both depend on one setting, `repository` under [tool.medcot] in pyproject.toml. `make badges REPO=owner/name` sets it and writes
+them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from medcot_utils.run.files import write_atomic
 MOST_LINES = 15
 _SETTING = re.compile(r'^repository = "([^"]*)"', re.MULTILINE)
 _ADDRESS = "**On Kaggle or Colab:** "
-_WRITTEN = re.compile(rf"\[!\[Open in |{re.escape(_ADDRESS)}")  # how the paragraphs begin that are written from the setting
-# In README and notebook 01, in place of badges that would lead nowhere.
+_WRITTEN = re.compile(rf"\[!\[Open in |{re.escape(_ADDRESS)}")  # the beginning of paragraphs that are written from the setting
+# In the README and notebook 01, this replaces badges that would lead nowhere.
 _WITHOUT_REPOSITORY = (
     f"{_ADDRESS}`medcot kaggle build` makes one notebook that carries the whole project and needs no address. To open "
     f"single notebooks there, put the project on GitHub and run `make badges REPO=owner/name`. It adds badges here and writes "
     f"the address into the setup cells. Until then, a notebook finds the project in its checkout or in a folder `medcot` "
     f"beside it."
 )
-_README_PLACE = "## The notebooks"  # what stands in place of badges goes before this
+_README_PLACE = "## The notebooks"  # the text that replaces badges comes before this heading
 
 _TEMPLATE = """import os
 import sys
@@ -50,7 +50,7 @@ _NOT_FOUND = "no medcot_utils here: open its checkout, put the project in a fold
 
 
 class RepositoryError(MedcotError):
-    """The repository setting is missing or no owner/name; the message says what to write."""
+    """Say that the repository setting is missing or is not owner/name, and what to write."""
 
 
 def setup_cell(repository: str) -> str:
@@ -58,19 +58,20 @@ def setup_cell(repository: str) -> str:
     return _TEMPLATE.format(repository=repository, not_found=_NOT_FOUND)
 
 
-# It is collapsed: in JupyterLab, in Colab, at Kaggle.
+# These entries collapse the cell, in this order: in JupyterLab, in Colab, on Kaggle.
 COLLAPSED: dict[str, Any] = {"jupyter": {"source_hidden": True}, "cellView": "form", "_kg_hide-input": True}
 
 
 def repository(home: Path = HOME) -> str:
-    """Return owner/name from pyproject.toml; empty while it is not known."""
+    """Return owner/name from pyproject.toml; "" until it is known."""
     settings = tomllib.loads((home / "pyproject.toml").read_text(encoding="utf-8"))
     return settings.get("tool", {}).get("medcot", {}).get("repository", "")
 
 
 def badges(repository: str, name: str = "01_setup") -> str:
-    """Return one line of Markdown that opens the notebook at Kaggle or Colab. Without a repository: what to do instead for
-    notebook 01, which stands for the README too, and nothing for the others."""
+    """Return one line of Markdown with links that open the notebook on Kaggle or Colab.
+
+    Without a repository, return for notebook 01, and so for the README, what to do instead, and "" for the other notebooks."""
     if not repository:
         return _WITHOUT_REPOSITORY if name == "01_setup" else ""
     file = f"{repository}/blob/main/notebooks/{name}.ipynb"
@@ -83,10 +84,10 @@ def badges(repository: str, name: str = "01_setup") -> str:
 
 
 def with_badges(text: str, line: str, place: int | str) -> str:
-    """Return Markdown with what `badges` wrote replaced by `line`; an empty one only takes it away.
+    """Return Markdown in which `line` replaces what `badges` wrote. An empty `line` only removes it.
 
     Args:
-        place: the number of the paragraph that the line goes before (-1: the last), or its text."""
+        place: the paragraph before which to insert the line, as its index (-1: the last) or its text."""
     paragraphs = [part for part in re.split(r"\n\n", text) if not _WRITTEN.match(part)]
     if line:
         paragraphs.insert(place if isinstance(place, int) else paragraphs.index(place), line)
@@ -113,14 +114,16 @@ def changed(home: Path = HOME) -> dict[Path, Any]:
 
 
 def faults(home: Path = HOME) -> list[str]:
-    """Return one line for each file whose badges or setup cell differ from what the setting makes of them."""
+    """Return one line for each file whose badges or setup cell differ from the setting."""
     fault = "badges or setup cell differ from the template: python -m medcot_utils.series.committed setup-cells"
     return [f"{path.name}: {fault}" for path in changed(home)]
 
 
 def write(home: Path = HOME, new_repository: str | None = None) -> list[Path]:
-    """Write badges and setup cells into README and notebooks, after `new_repository`, if given, into pyproject.toml. Return the
-    files that changed; a second call changes nothing. Raises RepositoryError for a name that is not owner/name."""
+    """Write badges and setup cells into the README and the notebooks. If `new_repository` is given, write it to pyproject.toml
+    first.
+
+    Return the files that changed; a second call changes nothing. Raises RepositoryError for a name that is not owner/name."""
     written = []
     if new_repository is not None:
         if not re.fullmatch(r"[A-Za-z0-9][\w-]*/[\w.-]+", new_repository):

@@ -1,4 +1,4 @@
-"""The work of a configuration, in numbers: parameters, tokens to train and to read, answers and their budgets, bytes.
+"""The work of a configuration in numbers: parameters, tokens to train on and to read, answers and their token budgets, bytes.
 
 These are known before a model is loaded, or even downloaded."""
 
@@ -15,17 +15,18 @@ from medcot_utils.machine import disk
 from medcot_utils.run.artifacts import SHIPPED_MCQ
 from medcot_utils.training.batch_plan import step_plan
 
-# Characters of English text that one token holds on average, with a vocabulary of 50,000 words or more.
+# Characters of English text that one token holds on average, with a vocabulary of 50,000 or more.
 _CHARACTERS_PER_TOKEN = 4.3
-# The mean row of the article's data with Llama 3's tokenizer, and how many rows its pinned revision has.
+# The mean tokens of a row of the article's data with Llama 3's tokenizer, and the number of rows of its pinned revision.
 _ARTICLE_TOKENS, _ARTICLE_ROWS = 769, 19_704
-_CLOSING_TOKENS = 10  # of forced closing, and of the letter that is asked for
-# A tuned model answers as its training rows do. Its longest answer, for which a batch waits, is longer than the mean row's.
+_CLOSING_TOKENS = 10  # tokens of forced closing, and of the letter that is asked for
+# A tuned model's answers are as long as those of its training rows. A batch waits for its longest answer, which is longer than
+# the mean.
 _LONGEST_ANSWER = 1.1
-_OPTIONS = 4  # of a multiple-choice question
-_OPTION_TOKENS = {"shipped": 60}  # read for one option: the question and its text
-_LONGER_OPTION_TOKENS = 200  # of the other tasks, whose questions are cases
-# Questions of the tasks that need a download, see evaluation/mcq/*.yaml.
+_OPTIONS = 4  # options of a multiple-choice question
+_OPTION_TOKENS = {"shipped": 60}  # tokens that are read for one option: the question and the option's text
+_LONGER_OPTION_TOKENS = 200  # the same for other tasks, whose questions are cases
+# The number of questions of the tasks that need a download; see evaluation/mcq/*.yaml.
 _TASK_QUESTIONS = {"medqa": 1273, "medmcqa": 4183, "pubmedqa": 500}
 
 
@@ -36,21 +37,21 @@ class ModelSize:
     parameters: float
     layers: int
     cache_bytes: float  # keys and values of one token, in 16 bits
-    base_bytes: float  # weights as notebooks 02 to 06 hold them
+    base_bytes: float  # the weights in the form that notebooks 02 to 06 load
     in_4bit: bool
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Answers that are made together."""
+    """Hold answers that are generated together."""
 
     answers: int
-    new_tokens: int  # the most that each may get
+    new_tokens: int  # the most tokens that each may get
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Hold the work that the seven notebooks do with a configuration."""
+    """Hold the work of the seven notebooks with a configuration."""
 
     model: ModelSize
     row_tokens: float  # mean of a row
@@ -58,17 +59,17 @@ class Workload:
     train_rows: int  # training rows that notebook 03 prepares
     steps: int  # optimizer steps
     step_rows: int
-    evaluated_rows: int  # held-out rows of all evaluations during training
+    evaluated_rows: int  # held-out rows, summed over all evaluations during training
     held_out_rows: int
-    asked: Asked  # held-out questions of notebook 02
-    asked_tuned: Asked  # of notebook 06
+    asked: Asked  # held-out questions in notebook 02
+    asked_tuned: Asked  # held-out questions in notebook 06
     asked_mcq: Asked
     asked_merged: Asked
-    option_tokens: float  # read for the likelihoods of multiple choice, by one model
-    check_tokens: int  # written one at a time when the merged model is checked
+    option_tokens: float  # tokens that one model reads for the likelihoods of multiple choice
+    check_tokens: int  # tokens that are written one at a time when the merged model is checked
 
 
-# Layers, bytes of keys and values of a token, and the weights outside the decoder's projections (embedding, output layer).
+# {model: (layers, bytes of keys and values per token, number of weights outside the decoder's projections, such as embeddings)}
 _SHAPES = {
     "unsloth/DeepSeek-R1-Distill-Llama-8B": (32, 131_072, 1.05e9),
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": (28, 28_672, 0.467e9),
@@ -78,9 +79,9 @@ _SHAPES = {
 
 
 def measure_model(config: RunConfig) -> ModelSize | None:
-    """Return what the base takes; None for a model that nobody can ask about before it is downloaded.
+    """Return the size of the base; None if it is unknown before the download.
 
-    Only the parameters of a model outside the profiles are known: the rest is that of a Llama with as many."""
+    For a model outside the profiles, only the number of parameters is known. The rest is that of a Llama with as many."""
     parameters, _ = disk.model_sizes(config)
     if parameters is None:
         return None
@@ -93,10 +94,10 @@ def measure_model(config: RunConfig) -> ModelSize | None:
 
 
 def measure_workload(config: RunConfig, online: bool = False) -> Workload | None:
-    """Return what a configuration asks of a machine; None if its model's size is not known.
+    """Return the work of a configuration; None if its model's size is unknown.
 
-    Rows are counted and measured: those of a data set at the Hub only if `online`, and those of a file only if it is here. Else
-    they count as the article's. Raises as `load_rows` does."""
+    Rows are loaded and measured if they are here or, on the Hub, if `online` is true. If not, they count as the article's rows.
+    Raises DataError as `load_rows` does."""
     model = measure_model(config)
     if model is None:
         return None

@@ -1,7 +1,7 @@
-"""torchrun, which also writes the failure that ended its processes to a file: `python -m medcot_utils.training.agent FILE ...`.
+"""Run torchrun, and write the failure that ended its processes to a file: `python -m medcot_utils.training.agent FILE ...`.
 
 torchrun's own `main` copies the error file of the earliest failure. A killed process leaves no such file, and the others may
-fail before torchrun sees it; so this calls the same `run` and reads every process's exit code from the ChildFailedError."""
+fail before torchrun notices. So this module calls the same `run` and reads every process's exit code from ChildFailedError."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _FOLLOWS_FROM_ANOTHER = ("DistBackendError", "DistNetworkError", "Connection", "
 
 @dataclass(frozen=True)
 class Failure:
-    """The failure that ended training in several processes.
+    """Hold the failure that ended training in several processes.
 
-    process: who failed, as `process 1` (by rank) or `torchrun`. kind: the exception's type, empty if there was none.
-    message: the exception's text, or how the process ended; one line."""
+    process: what failed, `process 1` (by rank) or `torchrun`. kind: the exception's type; empty if there was none.
+    message: the exception's text or how the process ended, in one line."""
 
     process: str
     kind: str
@@ -36,19 +36,19 @@ class Failure:
 
 
 def find_first_failure(failures: Mapping[int, ProcessFailure], logs: Path) -> Failure:
-    """Return the failure that the others follow from.
+    """Return the failure that caused the others.
 
-    A killed process comes first, then the earliest error, then a process that aborted (NCCL aborts one that waited in vain for
-    another), then a lost connection, and last the processes that torchrun ended itself.
+    A killed process comes first, then the earliest error, then a process that aborted (NCCL aborts one that waited too long
+    for another), then a lost connection, and last the processes that torchrun ended itself.
 
     Args:
         failures: torchrun's failures by rank, from its ChildFailedError.
-        logs: torchrun's log directory, for the last words of a process that left no error file."""
+        logs: torchrun's log directory, which has the last output of a process that left no error file."""
     return min((_describe(rank, failure, logs) for rank, failure in failures.items()), key=lambda found: found[:2])[2]
 
 
 def _describe(rank: int, failure: ProcessFailure, logs: Path) -> tuple[int, float, Failure]:
-    """Return the order in which a failure is considered, its time (seconds since the epoch), and the failure in words."""
+    """Return a failure's priority (0 comes first), its time (seconds since the epoch), and the failure itself."""
     process = f"process {rank}"
     if isinstance(failure.message, dict):  # the process's own error file, as `record` writes it
         text = " ".join(failure.message["message"].split())
@@ -64,10 +64,10 @@ def _describe(rank: int, failure: ProcessFailure, logs: Path) -> tuple[int, floa
 
 
 def tolerate_broken_error_files() -> None:
-    """Make torchrun take an error file that it cannot read for none.
+    """Make torchrun ignore an error file that it cannot read.
 
-    torchrun ends the other processes when one has failed. One that is writing its own error file at that moment leaves it
-    empty or half written, and torchrun, which reads them all, would fail on it and name no process."""
+    torchrun ends the other processes when one has failed. A process that is writing its error file at that moment leaves it
+    empty or incomplete. torchrun reads all error files, so it would fail on this one and name no process."""
     read = ProcessFailure.__post_init__
 
     def read_if_whole(failure: ProcessFailure) -> None:
@@ -90,7 +90,7 @@ def main() -> None:
         return
     except ChildFailedError as error:
         failure = find_first_failure(error.failures, Path(arguments.log_dir))
-    except Exception as error:  # noqa: BLE001 - told by the process that waits for this one
+    except Exception as error:  # noqa: BLE001 - the process that waits for this one reports it
         failure = Failure("torchrun", type(error).__name__, " ".join(str(error).split()))
     write_atomic(file, json.dumps(asdict(failure)))
     sys.exit(1)

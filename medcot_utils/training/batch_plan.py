@@ -1,4 +1,4 @@
-"""The batch plan: how an effective batch is split into micro-batches and processes, and the memory that takes."""
+"""The batch plan: how an effective batch is split into micro-batches and processes, and how much memory that needs."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel
 
-# Bytes of activations per token, hidden unit and layer at 16 bits: Korthikanti et al. 2022, "Reducing Activation
+# Bytes of activations per token, hidden unit, and layer at 16 bits: Korthikanti et al. 2022, "Reducing Activation
 # Recomputation in Large Transformer Models", eq. 2 without its attention-score term (SDPA keeps no scores).
 _ACTIVATION_BYTES = 34
-# Each micro-batch costs about as much time as so many tokens more (launches and, in 4 bits, the weights unpacked anew):
-# benchmarks/, an 8B Llama on an H200. Plans are only ranked by it.
+# Each micro-batch costs as much time as about this many extra tokens, for kernel launches and for unpacking 4-bit weights again.
+# Measured by benchmarks/ on an 8B Llama on an H200. It only ranks plans.
 _MICRO_BATCH_TOKENS = 1500
-# Recomputing the forward pass makes six operations per weight and token out of the four that LoRA needs.
+# Recomputing the forward pass takes six operations per weight and token instead of the four that LoRA needs.
 _RECOMPUTE = 1.5
-# Left free for fragmentation and the libraries' workspaces.
+# The rest of the memory stays free for fragmentation and the libraries' workspaces.
 _HEADROOM = 0.9
 
 
 class PlanError(MedcotError):
-    """The effective batch cannot be trained on this GPU; the message says what is needed, what is free and what to do."""
+    """Say that the effective batch cannot be trained here: what is needed, what is free, and what to do."""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One way to take an optimizer step. All plans of a run take the same rows in the same order."""
+    """Hold one way to split an optimizer step. All plans of a run train on the same rows in the same order."""
 
     per_device_train_batch_size: int  # rows of one micro-batch
     gradient_accumulation_steps: int  # micro-batches of one process per step
     num_processes: int
     gradient_checkpointing: Literal["unsloth"] | bool
-    memory_mb: float  # estimate of what a step needs beside the weights
-    relative_cost: float  # tokens' worth of time per step; only ranks plans
+    memory_mb: float  # estimated memory of a step in addition to the weights
+    relative_cost: float  # time of a step, in tokens; it only ranks plans
 
     @property
     def effective_batch_size(self) -> int:
@@ -56,12 +56,13 @@ class BatchPlan:
 
 
 def count_processes(config: RunConfig, gpus: int | None = None) -> int:
-    """Return in how many processes to train: as set, or with `auto` the most GPUs alike that share the effective batch evenly.
+    """Return in how many processes to train: the setting or, with `auto`, the most that can share the effective batch evenly.
 
-    1 without a GPU. The number changes no loss beyond rounding, so the fingerprints of a run do not know it.
+    `auto` uses one process per GPU of the same kind, and one process without a GPU. The number changes losses only by rounding,
+    so a run's fingerprints leave it out.
 
     Args:
-        gpus: those of another machine; None: those alike that are visible here."""
+        gpus: the number of GPUs of another machine; None counts the GPUs of the same kind that are visible here."""
     t = config.training
     if t.num_processes != "auto":
         return t.num_processes
@@ -72,14 +73,15 @@ def count_processes(config: RunConfig, gpus: int | None = None) -> int:
 def memory_parts(
     model: PreTrainedModel, config: RunConfig, tokens: int, checkpointing: Literal["unsloth"] | bool, whole_logits: bool
 ) -> dict[str, float]:
-    """Return the MB that one training step needs, by part and in total.
+    """Return the memory that one training step needs, in MB, by part and in total.
 
-    Activations without checkpointing take 34 bytes x tokens x hidden size x layers at 16 bits (Korthikanti et al. 2022, eq. 2)
-    and twice that at float32. With checkpointing they take one layer's twice (recomputed, and their gradients) and the input of
-    every layer, which "unsloth" keeps in RAM. The logits take three float32 copies: themselves, their softmax, their gradient.
+    Without checkpointing, activations need 34 bytes x tokens x hidden size x layers at 16 bits (Korthikanti et al. 2022, eq. 2),
+    and twice that in float32. With checkpointing, they need twice those of one layer (recomputed, and their gradients) plus the
+    input of every layer, which "unsloth" keeps in RAM. The logits need three float32 copies: logits, softmax, and gradient.
 
     Args:
-        tokens: tokens of the largest micro-batch, padding included.
+        tokens: tokens of the largest micro-batch, including padding.
+        checkpointing: the kind of gradient checkpointing, False for none.
         whole_logits: whether the engine computes the loss from all logits at once."""
     import torch
 
@@ -106,7 +108,7 @@ def memory_parts(
 
 
 def padded_tokens(lengths: Sequence[int], rows: int) -> float:
-    """Return the mean tokens of a micro-batch of `rows` rows, each padded to its longest, over the rows in their order."""
+    """Return the mean number of tokens of a micro-batch, with padding. Micro-batches hold `rows` rows, in the given order."""
     batches = [lengths[start : start + rows] for start in range(0, len(lengths) - rows + 1, rows)] or [lengths]
     return sum(len(batch) * max(batch) for batch in batches) / len(batches)
 
@@ -119,14 +121,14 @@ def batch_plans(
     num_processes: int = 1,
     on_gpu: bool | None = None,
 ) -> list[BatchPlan]:
-    """Return every way to split the effective batch of the settings, fastest first; whether memory allows it is not checked.
+    """Return every way to split the effective batch, fastest first, whether or not it fits in memory.
 
-    There is one plan, as set, with `training.batch_plan: as_set` and on a CPU, where larger micro-batches gain nothing.
+    With `training.batch_plan: as_set`, and on a CPU, where larger micro-batches gain nothing, the settings give the only plan.
 
     Args:
-        lengths: tokens of each training row.
+        lengths: the number of tokens of each training row.
         whole_logits: whether the engine computes the loss from all logits at once.
-        on_gpu: whether it trains on a GPU; by default, whether there is one.
+        on_gpu: whether training runs on a GPU; by default, whether there is one.
 
     Raises:
         PlanError: if the processes cannot share the batch evenly."""
@@ -146,7 +148,7 @@ def batch_plans(
     plans = []
     for size, checkpointing in choices:
         parts = memory_parts(model, config, size * max(lengths), checkpointing, whole_logits)
-        # The weights lie on the GPU already when the plan is made.
+        # The weights are already on the GPU when the plan is made.
         need = parts["total"] - parts["base weights"] - parts["LoRA weights (float32)"]
         tokens = padded_tokens(lengths, size) * (_RECOMPUTE if checkpointing else 1) + _MICRO_BATCH_TOKENS
         plans.append(BatchPlan(size, share // size, num_processes, checkpointing, round(need, 1), round(tokens * share / size)))
@@ -162,8 +164,8 @@ def choose_plans(plans: Sequence[BatchPlan], free: float) -> list[BatchPlan]:
     if not fitting:
         smallest = min(plans, key=lambda plan: plan.memory_mb)
         raise PlanError(
-            f"a training step needs {smallest.memory_mb / 1e3:.1f} GB beside the weights even as {smallest}; "
-            f"{free / 1e9:.1f} GB are free. Lower model.max_seq_length or lora.r, switch on lora.use_gradient_checkpointing, "
+            f"a training step needs {smallest.memory_mb / 1e3:.1f} GB in addition to the weights even with {smallest}; "
+            f"{free / 1e9:.1f} GB are free. Lower model.max_seq_length or lora.r, turn on lora.use_gradient_checkpointing, "
             f"or use a larger GPU"
         )
     chosen = [fitting[0]]
@@ -174,7 +176,9 @@ def choose_plans(plans: Sequence[BatchPlan], free: float) -> list[BatchPlan]:
 
 
 def plans_table(plans: Sequence[BatchPlan], chosen: BatchPlan, weights_mb: float) -> pd.DataFrame:
-    """Return a table of the plans: shape, estimated memory with weights of `weights_mb` (GB), time relative to the chosen one."""
+    """Return a table of the plans: shape, estimated memory in GB (weights included), and time relative to the chosen plan.
+
+    `weights_mb`: the memory of the weights, in MB."""
     import pandas as pd
 
     lines = [
@@ -192,7 +196,7 @@ def plans_table(plans: Sequence[BatchPlan], chosen: BatchPlan, weights_mb: float
 
 
 def measured_memory_gb() -> dict[str, float]:
-    """Return the most GPU memory that this process has held since training began, in GB by kind; empty without a GPU."""
+    """Return the peak GPU memory of this process since training began, in GB, by kind; an empty dict without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -204,7 +208,7 @@ def measured_memory_gb() -> dict[str, float]:
 
 
 def step_plan(config: RunConfig, rows: int) -> StepPlan:
-    """Return the optimizer steps of a configuration for so many training rows."""
+    """Return the number of optimizer steps that a configuration takes over `rows` training rows."""
     t = config.training
     steps_per_epoch = math.ceil(rows / t.effective_batch_size)
     steps = t.max_steps if t.max_steps > 0 else math.ceil(t.num_train_epochs * steps_per_epoch)

@@ -1,4 +1,4 @@
-"""Trainer callbacks: progress, skipped steps, tracking, and stopping in time."""
+"""Trainer callbacks for progress, skipped steps, tracking, and the time limit."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ MAX_SKIPPED_STEPS = 5
 
 
 class SkippedStepsError(MedcotError):
-    """GradScaler skipped more steps than is usual at the start."""
+    """Say that GradScaler skipped more steps than is usual at the start."""
 
 
 class WithoutTokenCount(TrainerCallback):
-    """Take TRL's count of tokens out of the log: it counts the places of a mask, which of joined rows is a square."""
+    """Remove TRL's token count from the log. TRL sums the attention mask, and the mask of joined rows is a square."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for entry in (logs or {}, state.log_history[-1] if state.log_history else {}):
@@ -36,7 +36,7 @@ class WithoutTokenCount(TrainerCallback):
 
 
 class TqdmProgress(TrainerCallback):
-    """Show one progress bar over optimizer steps with the last loss beside it."""
+    """Show one progress bar over optimizer steps, with the latest loss."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
@@ -53,9 +53,9 @@ class TqdmProgress(TrainerCallback):
 
 
 class LossFigure(TrainerCallback):
-    """Show the loss curve, redrawn in the same place of the notebook at every logged step.
+    """Show the loss curve, and redraw it in place at every logged step.
 
-    `before`: the held-out loss before training, which stands at step 0 (nats per token)."""
+    `before`: the held-out loss before training (nats per token), drawn at step 0."""
 
     def __init__(self, before: float | None = None) -> None:
         self.handle, self.before = None, before
@@ -79,16 +79,18 @@ class LossFigure(TrainerCallback):
 
 
 class ProgressLine(TypedDict):
-    """A line of the file that `ProgressFile` writes."""
+    """Hold a line of the file that `ProgressFile` writes."""
 
     step: int  # optimizer steps taken so far
     max_steps: int
-    log_history: NotRequired[list[LogEntry]]  # when something was logged
+    log_history: NotRequired[list[LogEntry]]  # only in a line written because training began or something was logged
 
 
 class ProgressFile(TrainerCallback):
-    """Write the step that the first process has taken as a line of JSON: for whoever ends the training, and, with the log, for
-    the notebook that waits for several processes."""
+    """Write each step that the first process takes as a line of JSON.
+
+    `medcot run` reads the file when training is interrupted. With the log, the notebook that waits for several processes reads
+    it too."""
 
     def __init__(self, path: Path, with_log: bool = True) -> None:
         self.path, self.with_log = path, with_log
@@ -110,10 +112,10 @@ class ProgressFile(TrainerCallback):
 
 
 class SkippedSteps(TrainerCallback):
-    """Count the optimizer steps that GradScaler skipped, which happens in float16 until its scale has come down.
+    """Count the optimizer steps that GradScaler skipped. In float16, it skips steps until its scale has come down.
 
-    Each leaves an entry `skipped_step` in the log, which checkpoints keep. After the sixth, which is logged but not saved,
-    SkippedStepsError is raised: such a run would train on far fewer steps than it says."""
+    Each skipped step adds an entry `skipped_step` to the log, which checkpoints keep. The sixth is logged but not saved, and
+    then SkippedStepsError is raised: such a run would train on far fewer steps than it reports."""
 
     def __init__(self, accelerator) -> None:
         self.accelerator = accelerator
@@ -133,22 +135,22 @@ class SkippedSteps(TrainerCallback):
                 f"use a GPU with bfloat16"
             )
 
-    on_train_end = on_step_begin  # if it was the last step
+    on_train_end = on_step_begin  # for a step skipped at the very end
 
 
-# What the log is tabulated with, and in how many digits.
+# {name in the log: its number format in the table}
 _LOGGED = {"loss": ".4f", "eval_loss": ".4f", "grad_norm": ".3f", "learning_rate": ".2e"}
 
 
 def skipped_steps(log_history: Sequence[LogEntry]) -> int:
-    """Return how many optimizer steps GradScaler skipped, by the trainer's log."""
+    """Return how many optimizer steps GradScaler skipped, according to the trainer's log."""
     return sum(entry.get("skipped_step", 0) for entry in log_history)
 
 
 def tabulate_log(log_history: Sequence[LogEntry]) -> pd.DataFrame:
-    """Return the logged losses, one line per step, with gradient norm and learning rate if they were logged.
+    """Return a table of the logged losses, one line per step, with gradient norm and learning rate if they were logged.
 
-    There is no line if no step was logged."""
+    It is empty if no loss was logged."""
     import pandas as pd
 
     lines: dict[int, dict[str, object]] = {}
@@ -163,8 +165,8 @@ def tabulate_log(log_history: Sequence[LogEntry]) -> pd.DataFrame:
 class TrackLog(TrainerCallback):
     """Send the trainer's log to a tracker as it grows, from the first process only.
 
-    `open_session` opens the session when training begins. It stays open when another trainer takes over after one that ran
-    out of memory."""
+    `open_session` opens the session when training begins. The session stays open if a trainer runs out of memory and another
+    one replaces it."""
 
     def __init__(self, open_session: Callable[[], Session]) -> None:
         self.open_session = open_session
@@ -187,7 +189,7 @@ class TrackLog(TrainerCallback):
 
 
 class TimeBudget(TrainerCallback):
-    """Stop with a checkpoint when the session's clock says so. At least one step is taken."""
+    """Stop with a checkpoint when the session's clock says so, but after at least one step."""
 
     def __init__(self, max_hours: float) -> None:
         self.clock, self.stopped = SessionClock(max_hours), False
@@ -202,7 +204,7 @@ class TimeBudget(TrainerCallback):
 
 
 def _any_process(flag: bool, device) -> bool:
-    # All processes stop at the same step, or the next one waits forever.
+    # All processes must stop at the same step: the others would wait forever for one that stopped earlier.
     import torch
 
     if not torch.distributed.is_initialized():

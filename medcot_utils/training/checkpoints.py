@@ -17,15 +17,15 @@ Shapes = Sequence[tuple[int, ...]]
 
 
 def last_good_checkpoint(output_dir: Path, trained: Shapes | None = None) -> Path | None:
-    """Return the newest checkpoint that can be resumed from, or None; set aside those that cannot, and say why.
+    """Return the newest checkpoint that training can resume from, or None. Set broken ones aside, and say why.
 
-    `trained`: the shapes of the weights that are trained, if known, which a checkpoint must have too."""
+    `trained`: the shapes of the trained weights, if known; a checkpoint must hold the same ones."""
     checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     for path in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         fault = checkpoint_fault(path, trained)
         if fault is None:
             return path
-        # Not a name that begins with `checkpoint-`: the trainer would count it, and remove a whole one in its stead.
+        # The name must not begin with `checkpoint-`: the trainer would count it, and remove a good checkpoint to make room.
         aside = path.with_name(f"broken-{path.name}")
         say(f"{path.name} is not whole ({fault}): set aside as {aside.name}; an earlier one is used if there is one")
         remove(aside)
@@ -34,10 +34,10 @@ def last_good_checkpoint(output_dir: Path, trained: Shapes | None = None) -> Pat
 
 
 def checkpoint_fault(path: Path, trained: Shapes | None = None) -> str | None:
-    """Return why a trainer checkpoint with an adapter cannot be resumed from, or None.
+    """Return why training cannot resume from a checkpoint with an adapter, or None if it can.
 
-    Each file that the trainer reads is read as the trainer reads it, so that a file that is cut off, damaged, or written by
-    another version of a library is found here, and not in the middle of every call."""
+    Each file is read as the trainer reads it. So a file that is cut off, damaged, or written by another version of a library
+    is found here, and does not break the training."""
     import zlib
 
     from safetensors import SafetensorError
@@ -48,7 +48,7 @@ def checkpoint_fault(path: Path, trained: Shapes | None = None) -> str | None:
         "optimizer.pt": lambda file: _read_optimizer(file, trained),
         "scheduler.pt": lambda file: _require_keys(_load(file), "last_epoch"),
     }
-    # Those that are not in every checkpoint: one random state for each process, a scaler with float16, a configuration.
+    # Not every checkpoint has these: a random state per process, a scaler with float16, a configuration.
     optional = {
         "rng_state*.pth": _read_random_state,
         "scaler.pt": lambda file: _require_keys(_load(file)),
@@ -73,7 +73,7 @@ def _read_json(file: Path) -> dict:
 
 
 def _read_state(file: Path) -> None:
-    """Read what `TrainerState.load_from_json` does. A field that it does not know is another version's."""
+    """Read the state as `TrainerState.load_from_json` does. An unknown field comes from another version and raises TypeError."""
     from transformers import TrainerState
 
     found = _read_json(file)
@@ -88,7 +88,7 @@ def _read_adapter(file: Path, trained: Shapes | None) -> None:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as tensors:
-        shapes = [tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118 - it is no dict
+        shapes = [tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118 - it is not a dict
     if not shapes or Counter(trained or ()) - Counter(shapes):
         raise ValueError("it does not hold the weights that are trained")
 
@@ -115,7 +115,7 @@ def _load(file: Path) -> dict:
     import torch
     from transformers.trainer_pt_utils import safe_globals
 
-    with zipfile.ZipFile(file) as archive:  # torch does not look at the checksums
+    with zipfile.ZipFile(file) as archive:  # torch does not check the checksums
         if bad := archive.testzip():
             raise ValueError(f"{bad} is damaged")
     with safe_globals():

@@ -1,4 +1,4 @@
-"""Update all LoRA matrices at once: bitsandbytes' own loop makes a launch for each, and waits for the GPU after it."""
+"""Update all LoRA matrices at once: bitsandbytes launches a kernel for each matrix and waits for the GPU after it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _HELD = ("state1", "state2", "absmax1", "absmax2")
 
 
 class JoinedAdamW8bit(AdamW8bit):
-    """Take the steps of bitsandbytes' AdamW8bit, to the last bit, with one update for all matrices of a group.
+    """Take the same steps as bitsandbytes' AdamW8bit, to the last bit, with one update for all matrices of a group.
 
-    Blocks of 256 values share a scale. Matrices whose size is a multiple of that have the same blocks joined as alone. The state
-    keeps its form: a checkpoint of either optimizer resumes with the other."""
+    Blocks of 256 values share a scale. A matrix whose size is a multiple of 256 has the same blocks alone and joined. The state
+    keeps its form, so either optimizer can resume from a checkpoint of the other."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update the parameters that have a gradient. Returns what `closure` returns, the loss."""
+        """Update the parameters that have a gradient. Return the loss that `closure` returns, or None without one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -58,7 +58,7 @@ class JoinedAdamW8bit(AdamW8bit):
             whole["state1"],
             whole["state2"],
             *config["betas"],
-            0.0,  # the third beta and alpha are of another optimizer
+            0.0,  # the third beta and alpha belong to another optimizer
             0.0,
             config["eps"],
             step,

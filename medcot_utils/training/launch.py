@@ -1,4 +1,4 @@
-"""Training in several processes from a notebook: torchrun beneath, one bar and one figure above."""
+"""Training in several processes from a notebook, through torchrun, with one progress bar and one figure."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ _END_SECONDS = 60  # torchrun itself gives its processes 30
 def train_in_processes(run: Run, num_processes: int) -> None:
     """Train the run to its last step in `num_processes` processes, one per GPU, and leave the last checkpoint to resume from.
 
-    A process that runs out of memory ends them all, and training resumes from the last checkpoint with the next batch plan.
+    If a process runs out of memory, all of them end, and training resumes from the last checkpoint with the next batch plan.
 
     Raises:
-        TrainingError: with the process that failed first and its message, or if there are fewer GPUs than processes.
-        TimeBudgetReached: if training.max_hours ended the training in time."""
+        TrainingError: if training fails, with the process that failed first and its message; or if there are fewer GPUs than
+            processes.
+        TimeBudgetReached: if the training stopped before training.max_hours ended."""
     check_gpus(num_processes)
     note_use(*range(num_processes))
     output_dir = run.checkpoint_dir("adapter")
@@ -60,15 +61,15 @@ def train_in_processes(run: Run, num_processes: int) -> None:
 
 
 def check_gpus(num_processes: int) -> None:
-    """Raise TrainingError if there are GPUs, but fewer than processes."""
+    """Raise TrainingError if there are GPUs, but fewer than `num_processes`."""
     hardware.require_gpus(num_processes, TrainingError)
 
 
 def _launch(run: Run, num_processes: int, skip_plans: int, progress: Path) -> Failure | None:
     """Run torchrun to its end, show progress, and return the failure that ended it, if any.
 
-    torchrun's agent gets a process of its own: it takes over the signals of the process it runs in and blocks its main thread,
-    which the notebook needs to draw, and its workers would outlive a killed notebook."""
+    torchrun's agent gets a process of its own, because it handles the signals of its process and blocks the main thread, which
+    the notebook needs to draw. Inside the notebook's process, its workers would also outlive a killed notebook."""
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(folder)
         report, log = logs / "failure.json", logs / "agent.log"
@@ -79,7 +80,7 @@ def _launch(run: Run, num_processes: int, skip_plans: int, progress: Path) -> Fa
         environment = os.environ | {"PYTHONPATH": search}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
         with log.open("w") as out:
-            # A group of its own, ended by hand below; and by the kernel, should this process be killed.
+            # It has its own process group, which `_end` ends. If this process is killed, the operating system ends it.
             started = subprocess.Popen(
                 command, env=environment, start_new_session=True, preexec_fn=end_with_parent, stdout=out, stderr=out
             )
@@ -91,7 +92,7 @@ def _launch(run: Run, num_processes: int, skip_plans: int, progress: Path) -> Fa
             return None
         if report.exists():
             return Failure(**json.loads(report.read_text(encoding="utf-8")))
-        # Killed itself, or it could not begin.
+        # torchrun itself was killed, or it could not begin.
         return Failure("torchrun", "", f"{describe_exit(started.returncode)}: {read_last_line(log)}")
 
 
@@ -117,7 +118,7 @@ def _show(started: subprocess.Popen, progress: Path) -> None:
         while True:
             ended = started.poll() is not None
             text = progress.read_text(encoding="utf-8") if progress.exists() else ""
-            lines = text.split("\n")[:-1]  # what has no line end yet is still being written
+            lines = text.split("\n")[:-1]  # a line without an end is still being written
             states = [state for line in lines[read:] if (state := _read_state(line))]
             for state in states:
                 bar.total = state["max_steps"]
@@ -133,7 +134,7 @@ def _show(started: subprocess.Popen, progress: Path) -> None:
 
 
 def _read_state(line: str) -> ProgressLine | None:
-    # A full disk or a killed process may leave half a line, which the next one then continues.
+    # A full disk or a killed process may leave half a line, and the next line then follows in the same line.
     try:
         return json.loads(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The records of a training in a run: plan.json and training_log.jsonl."""
+"""The records of training in a run: plan.json and training_log.jsonl."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing_extensions import TypedDict  # pydantic refuses typing's own on Pyth
 
 
 class StepPlan(TypedDict):
-    """How long a run trains; part of its plan.json."""
+    """Hold how long a run trains: a part of plan.json."""
 
     rows: int  # training rows
     effective_batch: int  # rows per optimizer step
@@ -17,7 +17,7 @@ class StepPlan(TypedDict):
 
 
 class Plan(StepPlan):
-    """The record of notebook 04 before the training: plan.json. Earlier runs lack the fields that may be missing."""
+    """Hold the content of plan.json, which notebook 04 records before training. Earlier runs lack the optional fields."""
 
     trainable_parameters: int
     total_parameters: int
@@ -29,16 +29,16 @@ class Plan(StepPlan):
 
 
 class LogEntry(TypedDict, total=False):
-    """One entry of the trainer's log (`TrainerState.log_history`), stored in a run as a line of training_log.jsonl.
+    """Hold one entry of the trainer's log (`TrainerState.log_history`): a line of training_log.jsonl.
 
-    Every entry has a step, and the numbers of one kind beside it; there may be others, as TRL and Trainer log them."""
+    Every entry has a step and the numbers of one kind. TRL and Trainer may log further numbers."""
 
     step: int  # optimizer steps taken so far
     epoch: float
-    loss: float  # of the training rows since the entry before, nats per token
+    loss: float  # on the training rows since the previous entry, nats per token
     learning_rate: float
     grad_norm: float
-    eval_loss: float  # of the held-out rows, nats per token
+    eval_loss: float  # on the held-out rows, nats per token
     skipped_step: int  # 1 if GradScaler skipped the step
     train_loss: float  # at the end: mean over all steps, nats per token
     train_runtime: float  # at the end: seconds

@@ -1,4 +1,4 @@
-"""Public T4 runs of the article's recipe: the band their losses make, and whether a run may be compared with it."""
+"""Public T4 runs of the article's recipe: the band of their losses, and whether a run is comparable with it."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ SettingValue = str | int | float | bool | list[str] | None
 
 
 class ReferenceRun(TypedDict):
-    """One public run, or several that are recorded as one curve."""
+    """Hold one public run, or several runs that are recorded as one curve."""
 
     label: str
-    count: int  # runs recorded as this curve
+    count: int  # the number of runs recorded as this curve
     losses: list[float]  # nats per token, one for each of the reference's steps
-    train_seconds: list[int]  # one run's, or the shortest and the longest
+    train_seconds: list[int]  # the shortest and the longest of the runs
 
 
 class Reference(TypedDict):
-    """The public runs, as data/t4_reference.json holds them."""
+    """Hold the content of data/t4_reference.json: the public runs."""
 
     what: str
     conditions: dict[str, SettingValue]  # the settings that all `runs` share
-    noted: dict[str, SettingValue]  # what may differ without forbidding a comparison
+    noted: dict[str, SettingValue]  # settings that may differ in a run that is compared
     steps: list[int]  # optimizer steps at which the losses were logged
-    runs: list[ReferenceRun]  # they make the band
-    other_runs: list[ReferenceRun]  # another GPU and batch; not in the band
+    runs: list[ReferenceRun]  # the runs that make the band
+    other_runs: list[ReferenceRun]  # not in the band: another batch, and another GPU or version of the data
 
 
 class Difference(NamedTuple):
-    """A setting's value in the public runs and in this run."""
+    """Hold a setting's value in the public runs and in this run."""
 
     theirs: SettingValue
     ours: SettingValue
 
 
 class Bounds(NamedTuple):
-    """Lowest and highest loss of the band at one step, in nats per token."""
+    """Hold the lowest and highest loss of the band at one step, in nats per token."""
 
     low: float
     high: float
@@ -59,7 +59,7 @@ def read_reference() -> Reference:
 
 
 def reference_differences(config: RunConfig) -> dict[str, Difference]:
-    """Return each condition of the public runs that this configuration does not meet, by setting; empty if it meets all."""
+    """Return {setting: both values} for each condition of the public runs that this configuration does not meet."""
     found = {}
     for name, theirs in read_reference()["conditions"].items():
         ours = config.training.effective_batch_size if name == "effective_batch_size" else config.get(name)
@@ -69,10 +69,10 @@ def reference_differences(config: RunConfig) -> dict[str, Difference]:
 
 
 def reference_band() -> dict[int, Bounds]:
-    """Return the band by step: the public runs' losses, widened to twice their width on either side and at least by 0.05.
+    """Return {step: bounds of the band}: the public runs' losses, widened on each side by twice their range and at least by 0.05.
 
-    Five runs of two library versions are too few for a quantile. 0.05 is about what another library version, another version
-    of the data or another GPU changed in the runs that are not in the band."""
+    Five runs, recorded as two curves, are too few for a quantile. 0.05 nats per token is about the distance of the runs
+    outside the band, which have another batch, and another GPU or versions of data and library."""
     known = read_reference()
     bounds = {}
     for index, step in enumerate(known["steps"]):
@@ -83,9 +83,10 @@ def reference_band() -> dict[int, Bounds]:
 
 
 def compare_with_reference(config: RunConfig, log_history: Sequence[LogEntry]) -> pd.DataFrame:
-    """Return this run's logged losses beside the band or, if conditions differ, a table of the differences.
+    """Return a table of this run's logged losses and the band or, if conditions differ, a table of the differences.
 
-    Index step, columns band low, band high, this run, inside; or index setting, columns public T4 runs, this run."""
+    The first table has index step and columns band low, band high, this run, inside (losses in nats per token). The second has
+    index setting and columns public T4 runs, this run."""
     import pandas as pd
 
     if differing := reference_differences(config):

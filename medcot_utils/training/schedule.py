@@ -1,4 +1,4 @@
-"""Whether the optimizer and the learning-rate schedule of the settings exist and can be made, before anything is trained."""
+"""Check before training that the optimizer and the learning-rate schedule of the settings exist and can be made."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from medcot_utils.errors import MedcotError
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# What the profiles set. It needs no look, and importing the trainer takes seconds.
+# The profiles set these. They are known to work, so the check skips them: importing the trainer takes seconds.
 PROVEN_OPTIMIZERS, PROVEN_SCHEDULES = ("adamw_torch", "adamw_8bit"), ("linear",)
 
 
 class ScheduleError(MedcotError):
-    """An optimizer or a schedule cannot be made; the message says why and what to set."""
+    """Say why an optimizer or a schedule cannot be made, and what to set."""
 
 
 def check_schedule(settings: TrainingSettings) -> str:
-    """Return one line on optimizer and schedule.
+    """Check optimizer and schedule, and return one line on them.
 
     Raises:
-        ScheduleError: for a name that transformers does not know, and for one that needs a missing package or argument."""
+        ScheduleError: if transformers does not know a name, or if a name needs a missing package or argument."""
     optimizer, schedule = settings.optim, settings.lr_scheduler_type
     if optimizer not in PROVEN_OPTIMIZERS or schedule not in PROVEN_SCHEDULES:
         from transformers.trainer_utils import SchedulerType
@@ -71,7 +71,7 @@ def _make_schedule(name: str) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     try:
         get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10)
-    except (TypeError, ValueError) as error:  # arguments that no setting gives
+    except (TypeError, ValueError) as error:  # it needs arguments that no setting provides
         raise ScheduleError(
             f"training.lr_scheduler_type {name} needs arguments that the series has no settings for ({_one_line(error)}): "
             f"choose another, such as linear or cosine"

@@ -1,8 +1,8 @@
-"""The three trackers behind `tracking`. Their calls raise whatever the libraries raise; `tracking.Session` catches it.
+"""The three trackers behind `tracking`. Their calls may raise any error of the libraries; `tracking.Session` catches it.
 
-Each logs as the callbacks of `transformers.integrations` do: names from their `rewrite_logs`, steps as `train/global_step`.
-The callbacks themselves are not used: after a kill they log the repeated steps twice, offline they begin another run at each
-resume, and an error of theirs ends the training."""
+Each tracker logs as the callbacks of `transformers.integrations` do: names from their `rewrite_logs`, steps as
+`train/global_step`. The callbacks themselves are not used: after a kill they log the repeated steps twice, offline they begin
+a new run at each resume, and an error in them ends the training."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ if TYPE_CHECKING:
 
     from medcot_utils.training.records import LogEntry
 
-# A server that does not answer must not hold up what is worth more than the tracking; what was not sent stays on disk.
+# A server that does not answer must not delay the training, which matters more. Unsent data stays on disk.
 _ANSWER_SECONDS, _INIT_SECONDS, _FINISH_SECONDS = 10, 30, 120
-# The entries that one step may have in the trainer's log, by a name in them after `rewrite_logs`; any other is "train".
+# {a name in a log entry after `rewrite_logs`: the entry's kind}; any other entry is of kind "train".
 _KINDS = {"eval/loss": "eval", "train/train_runtime": "end", "train/skipped_step": "skipped"}
 
 
 class TrackedRun(TypedDict):
-    """Hold what identifies the tracked run of a run directory; stored there as tracking.json."""
+    """Hold what identifies the tracked run of a run directory: the content of tracking.json."""
 
     backend: str  # "wandb", "trackio" or "tensorboard"
     mode: str  # "online" or "offline" for wandb, else empty
     project: str
-    fingerprint: str  # of the adapter: another training gets another tracked run
+    fingerprint: str  # the adapter's: another training gets another tracked run
     id: str
     name: str
-    folder: str  # with the tracker's files, relative to the run directory
-    url: str  # empty if the run is on this machine only
-    signatures: NotRequired[list[str]]  # of this user (`user_key`), for a tracker that sends; earlier runs lack them
+    folder: str  # the folder of the tracker's files, relative to the run directory
+    url: str  # empty if the run is only on this machine
+    signatures: NotRequired[list[str]]  # this user's (`user_key`), for a tracker that sends data; earlier runs lack them
 
 
 def describe_error(error: Exception) -> str:
-    """Return an error's type and text in one line without secrets."""
+    """Return an error's type and text in one line, without secrets."""
     return redact(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
@@ -57,7 +57,7 @@ def _kind(values: Mapping[str, Any]) -> str:
 
 
 class _Log:
-    """The log of a tracked run, in which each entry of the trainer's log appears once.
+    """Log to a tracked run, in which each entry of the trainer's log appears once.
 
     seen: the entries that the tracked run has, as (kind, step). last: the last step among them."""
 
@@ -78,12 +78,14 @@ class _Log:
         self.last = max(self.last, step)
 
     def summary(self, values: Mapping[str, float]) -> None:
-        """Add single numbers of the whole run."""
+        """Add single numbers for the whole run."""
         self.log(dict(values), self.last)
 
 
 class _WandbInterface(_Log):
-    """wandb's interface, which trackio copies. `library` is the module, `run` what its `init` returned, `id` the run's."""
+    """Send to wandb's interface, which trackio copies.
+
+    library: the module. run: the object that its `init` returned. id: the run's id."""
 
     library: ModuleType
     run: Any
@@ -106,12 +108,12 @@ class _WandbInterface(_Log):
 
 
 class Wandb(_WandbInterface):
-    """Weights & Biases. Online, a later session adds to the run; offline, it writes the run whole, under the same id."""
+    """Track with Weights & Biases. Online, a later session adds to it. Offline, it writes the whole run under the same id."""
 
     def open(self, folder: Path, tracked: TrackedRun, settings: TrackingSettings, config: Mapping[str, Any]) -> TrackedRun:
         home = folder / "wandb"
         home.mkdir(exist_ok=True)
-        # Artifacts wait there for the upload, which offline may be another day's.
+        # Artifacts wait there for the upload, which may come days later if the run is offline.
         os.environ.setdefault("WANDB_DATA_DIR", str(home / "data"))
         os.environ.setdefault("WANDB_CACHE_DIR", str(home / "cache"))
         import wandb
@@ -125,8 +127,8 @@ class Wandb(_WandbInterface):
             if mode != "online":
                 raise
             why = describe_error(error)[:200]
-            say(f"tracking: W&B cannot be used online ({why}); this session is tracked offline, to be uploaded with wandb sync")
-            wandb.teardown()  # it holds the id as one in use
+            say(f"tracking: W&B cannot be used online ({why}); this session is tracked offline: upload it with wandb sync")
+            wandb.teardown()  # it still counts the id as in use
             mode = "offline"
             self._init(mode, home, tracked, settings, config)
         self.folder = Path(self.run.dir).parent
@@ -170,30 +172,30 @@ class Wandb(_WandbInterface):
             self.run.finish()
         except TimeoutError as error:
             raise TimeoutError(
-                f"W&B did not take everything within {_FINISH_SECONDS} s; later: wandb sync {self.folder.name}"
+                f"W&B did not receive everything within {_FINISH_SECONDS} s; later: wandb sync {self.folder.name}"
             ) from error
         for path in self.older:
             shutil.rmtree(path)
 
 
 def _ask_server() -> None:
-    """Raise URLError if nothing answers at W&B's address; `wandb.init` would try for half a minute."""
+    """Raise URLError if no server answers at W&B's address. `wandb.init` would try for half a minute."""
     address = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-    with contextlib.suppress(urllib.error.HTTPError):  # an answer all the same
+    with contextlib.suppress(urllib.error.HTTPError):  # an HTTP error is an answer too
         urllib.request.urlopen(address, timeout=_ANSWER_SECONDS).close()
 
 
 class Trackio(_WandbInterface):
-    """trackio: a SQLite file in the run directory (or in TRACKIO_DIR), to which later sessions add."""
+    """Track with trackio: a SQLite file in the run directory (or in TRACKIO_DIR), to which later sessions add."""
 
     def open(self, folder: Path, tracked: TrackedRun, settings: TrackingSettings, config: Mapping[str, Any]) -> TrackedRun:
-        home = Path(os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio")))  # read by trackio when it is imported
+        home = Path(os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio")))  # trackio reads it on import
         import trackio
         from trackio.sqlite_storage import SQLiteStorage
 
         self.library, self.id = trackio, tracked["id"]
         project, name = tracked["project"], tracked["name"]
-        with contextlib.redirect_stdout(io.StringIO()):  # notes on a dashboard; `describe_tracking` says how to start it
+        with contextlib.redirect_stdout(io.StringIO()):  # hints about a dashboard; `describe_tracking` says how to start it
             before = SQLiteStorage.get_logs(project, name) if SQLiteStorage.get_project_db_path(project).exists() else []
             self.run = trackio.init(
                 project=project, name=name, config=dict(config), resume="allow", embed=False, auto_log_cpu=False
@@ -210,10 +212,10 @@ class Trackio(_WandbInterface):
 
 
 class TensorBoard(_Log):
-    """TensorBoard's event files: each session writes the run whole into a folder of its own, which replaces those before."""
+    """Track with TensorBoard's event files. Each session writes the whole run to a new folder, which replaces earlier ones."""
 
     def open(self, folder: Path, tracked: TrackedRun, settings: TrackingSettings, config: Mapping[str, Any]) -> TrackedRun:
-        # TensorBoard's own switch to do without TensorFlow. It would import the platform's, which a newer protobuf breaks.
+        # This is TensorBoard's own switch against TensorFlow. It would import the platform's, which a newer protobuf breaks.
         sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
         from torch.utils.tensorboard import SummaryWriter
 

@@ -1,9 +1,9 @@
-"""Tracking: the run's configuration, losses and comparison in Weights & Biases, trackio or TensorBoard.
+"""Tracking: the run's configuration, losses, and comparison in Weights & Biases, trackio, or TensorBoard.
 
-Training (notebook 05) and comparison (06) are two processes, and a killed training is a third: all of them write to one
-tracked run, whose id lies in the run directory. A tracker that cannot add to a run later (W&B offline, TensorBoard) gets the
-whole run from each session, which replaces the session before. The `report_to` callbacks of transformers do neither, and let
-a tracker that fails end the training; so the trainer gets `report_to="none"` and the callback from here."""
+Training (notebook 05) and comparison (06) are two processes, and a training that was killed is a third. All of them write to
+one tracked run, whose id is in the run directory. A tracker that cannot add to a run later (W&B offline, TensorBoard) gets the
+whole run from each session, which replaces the one before. The `report_to` callbacks of transformers do neither, and if a
+tracker fails, they end the training. So the trainer gets `report_to="none"` and the callback from this module."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _LOG_IN = "Weights & Biases"
 
 
 class TrackingError(MedcotError):
-    """The tracker that the run asks for cannot be used; the message says what is missing and what to do."""
+    """Say why the tracker that the run asks for cannot be used: what is missing and what to do."""
 
 
 @dataclass(frozen=True)
 class TrackerChoice:
-    """The tracker that a run gets.
+    """Hold the tracker that a run gets.
 
-    backend: "wandb", "trackio", "tensorboard" or "none". mode: "online" or "offline" for wandb, else empty.
+    backend: "wandb", "trackio", "tensorboard", or "none". mode: "online" or "offline" for wandb, else empty.
     description: the choice and its reason in one line."""
 
     backend: str
@@ -58,7 +58,7 @@ def _installed(backend: str) -> bool:
 
 
 def choose_tracker(config: RunConfig) -> TrackerChoice:
-    """Return the tracker that the settings and this machine's secrets and packages give; nobody is asked for anything."""
+    """Return the tracker that follows from the settings and from this machine's secrets and packages. Never prompt for a key."""
     asked, mode = config.tracking.backend, config.tracking.mode
     switched_off = os.environ.get("WANDB_MODE") == "disabled"
     if asked == "none" or (asked == "wandb" and switched_off):
@@ -79,11 +79,11 @@ def choose_tracker(config: RunConfig) -> TrackerChoice:
 
 
 def check_tracker(config: RunConfig) -> str:
-    """Check that the tracker can be used, and return one line on it; ask for a key if one is needed and somebody can type it.
+    """Check that the tracker can be used, and return one line on it. Prompt for a key if one is needed and someone can type it.
 
     Raises:
-        TrackingError: if the run asks by name for a package that is not installed.
-        PlatformError: if it asks for W&B online and there is no key."""
+        TrackingError: if the run names a tracker that is not installed.
+        PlatformError: if the run asks for W&B online and there is no key."""
     asked = config.tracking
     if asked.backend in TRACKERS and not _installed(asked.backend):
         raise TrackingError(
@@ -101,9 +101,9 @@ def check_tracker(config: RunConfig) -> str:
 
 
 def _tracked_run(run: Run, choice: TrackerChoice) -> TrackedRun:
-    """Return the run's tracked run: the stored one, or a new one for another training, project or tracker.
+    """Return the run's tracked run: the stored one, or a new one for another training, project, or tracker.
 
-    Online, a stored one counts only if this user's sessions made it: its id may be that of another run in the user's account."""
+    Online, the stored one counts only if this user's sessions made it: its id could belong to another of the user's runs."""
     mark = {"backend": choice.backend, "project": run.config.tracking.project, "fingerprint": run.fingerprint("adapter")}
     held = _stored(run)
     if held and choice.mode == "online" and not user_key.is_signed(_identity(held), held.get("signatures")):
@@ -116,13 +116,15 @@ def _tracked_run(run: Run, choice: TrackerChoice) -> TrackedRun:
 
 
 def _identity(tracked: TrackedRun) -> str:
-    """Return what is signed of a tracked run."""
+    """Return the part of a tracked run that is signed."""
     return json.dumps([tracked.get(key) for key in ("backend", "project", "fingerprint", "id")])
 
 
 def _stored(run: Run) -> TrackedRun | None:
-    """Return what tracking.json holds; None without one. Raises TrackingError or OutsideError for a record that was not written
-    by a tracker: its name and id become names of files."""
+    """Return the content of tracking.json; None if there is no such file.
+
+    Raises TrackingError or OutsideError for a record that no tracker can have written, because its name and id become file
+    names."""
     path, source = run.path / STATE, f"{run.path.absolute().name}/{STATE}"
     if not path.exists():
         return None
@@ -141,14 +143,14 @@ def _stored(run: Run) -> TrackedRun | None:
 
 
 def _configuration(run: Run) -> dict[str, Any]:
-    """Return what the tracked run keeps as its configuration: settings, versions and the plan, without the secrets' names."""
+    """Return the tracked run's configuration: settings, versions, and the plan, without the names of secrets."""
     values = {key: value for key, value in run.config.model_dump(mode="json").items() if key != "secrets"}
     versions = {name: version for name, version in hardware.installed_versions().items() if version}
     return values | {"versions": versions, "plan": run.read("plan")}
 
 
 class Session:
-    """One process's part in the tracked run. A call that fails ends tracking with one line, and nothing else."""
+    """Write one process's part of the tracked run. A call that fails ends the tracking with one line, but not the training."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.sent = run, 0
@@ -168,12 +170,12 @@ class Session:
         write_atomic(self.run.path / STATE, to_json(tracked))
 
     def send(self, call: Callable[[Tracker], None]) -> None:
-        """Call the tracker, unless tracking has ended; whatever the call raises ends it."""
+        """Call the tracker, unless tracking has ended. An error in the call ends it."""
         if self.tracker is None:
             return
         try:
             call(self.tracker)
-        except Exception as error:  # noqa: BLE001 - whatever a tracker does, the training is worth more
+        except Exception as error:  # noqa: BLE001 - the training matters more than any error of a tracker
             self.tracker = None
             say(
                 f"tracking ends here ({describe_error(error)[:300]}): the run continues without it, and its own log in "
@@ -181,7 +183,7 @@ class Session:
             )
 
     def send_log(self, log_history: Sequence[LogEntry]) -> None:
-        """Send the entries of the trainer's log that were not sent yet, by this session or, if the tracker keeps it, before."""
+        """Send the new entries of the trainer's log. If the tracker keeps a run, entries of earlier sessions are not new."""
         new, self.sent = log_history[self.sent :], len(log_history)
         for entry in new:
             self.send(lambda tracker, entry=entry: tracker.log_once(entry))
@@ -201,8 +203,10 @@ def make_tracking_callbacks(run: Run) -> list[TrainerCallback]:
 
 
 def record_comparison(run: Run, table: pd.DataFrame) -> None:
-    """Add notebook 06's results to the tracked run: base, tuned and difference of every metric, their `table`, and report and
-    metrics as an artifact. If the training was not tracked, its log is added too."""
+    """Add notebook 06's results to the tracked run.
+
+    These are base, tuned, and difference of every metric, their `table`, and report and metrics as an artifact. If the training
+    was not tracked, its log is added too."""
     if choose_tracker(run.config).backend == "none":
         return
     metrics = run.read("metrics")["metrics"]
@@ -217,10 +221,10 @@ def record_comparison(run: Run, table: pd.DataFrame) -> None:
 
 
 def describe_tracking(run: Run) -> str:
-    """Return one line on where the tracked run can be seen: a link, or the command that shows or uploads it."""
+    """Return one line that says where to see the tracked run: a link, or the command that shows or uploads it."""
     try:
         tracked = _stored(run)
-    except MedcotError as error:  # of a run that is trained: nothing may end for it
+    except MedcotError as error:  # the run is trained already, and a bad record must not end the work
         return f"not tracked: {error}"
     if tracked is None:
         return choose_tracker(run.config).description
@@ -238,8 +242,9 @@ def describe_tracking(run: Run) -> str:
 
 
 def _path_from_here(run: Run, folder: str) -> tuple[str, str]:
-    """Return (from where, path) of a folder: as one would type it from here or, if that is far away, in the run directory.
-    Never an absolute path: executed notebooks are passed on."""
+    """Return (from where, path) of a folder, as one types it from here or, if that is far away, in the run directory.
+
+    The path is never absolute, because people share executed notebooks."""
     relative = os.path.relpath(run.path.absolute() / folder)
     if relative.startswith("../.."):
         return f", in the run directory {run.path.name}", str(Path(folder))

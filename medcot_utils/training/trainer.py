@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class TrainingError(MedcotError):
-    """Training cannot continue as planned; the message says what differs and what to do."""
+    """Say why training cannot continue as planned, and what to do."""
 
 
 def sft_arguments(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def sft_arguments(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
         "data_seed": config.seed,
         "bf16": on_gpu and dtype == torch.bfloat16,
         "fp16": on_gpu and dtype == torch.float16,
-        # TRL's default would switch it back on.
+        # TRL's default would turn it back on.
         "gradient_checkpointing": bool(plan.gradient_checkpointing),
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
@@ -80,7 +80,7 @@ def sft_arguments(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
 
 
 def explain_arguments(arguments: Mapping[str, Any]) -> pd.DataFrame:
-    """Return a table of arguments of `trl.SFTConfig`: their values, and the first sentence of what their class says of each."""
+    """Return a table of arguments of `trl.SFTConfig`: the value of each, and the first sentence of its help."""
     import pandas as pd
     from trl import SFTConfig
 
@@ -101,22 +101,22 @@ def train(
 ) -> SFTTrainer:
     """Train to the end from the last good checkpoint in the trainer's output_dir, or from the start, and say which.
 
-    If the GPU's memory runs out, the finished steps are saved, and training resumes with the next plan, which needs less.
+    If the GPU runs out of memory, the finished steps are saved, and training resumes with the next plan, which needs less.
 
     Args:
         make_trainer: makes a trainer for a plan, as notebook 05 shows.
         plans: the batch plans to try in turn.
         callbacks: added to each trainer, such as those of `make_tracking_callbacks`.
-        loss_before: the loss of the trainer's held-out rows before training, which the live figure shows at step 0.
+        loss_before: the loss on the trainer's held-out rows before training (nats per token), drawn at step 0.
 
     Returns:
         The trainer that finished.
 
     Raises:
-        DiskError: if there is no room for a checkpoint; the one before stays whole.
-        TimeBudgetReached: if training.max_hours ended the training in time, with a checkpoint.
-        TrainingError: if the effective batch is not the configured one.
-        RuntimeError: the GPU's own, if the last plan runs out of memory too."""
+        DiskError: if there is no room for a checkpoint; the previous one stays whole.
+        TimeBudgetReached: if the training stopped, with a checkpoint, before training.max_hours ended.
+        TrainingError: if the effective batch is not the configured one, or if `plans` is empty.
+        RuntimeError: the GPU's own error, if the last plan runs out of memory too."""
     from accelerate.utils.memory import should_reduce_batch_size
 
     for plan, smaller in zip(plans, [*plans[1:], None], strict=True):
@@ -129,14 +129,14 @@ def train(
                 _train_or_resume(trainer)
             return trainer
         except RuntimeError as error:
-            # Only one of several processes may have run out: all end, and whoever started them resumes with a smaller plan.
+            # If only one of several processes ran out, all must end; `train_in_processes` resumes with a smaller plan.
             if smaller is None or trainer.args.world_size > 1 or not should_reduce_batch_size(error):
                 _end_tracking(trainer)
                 raise
         except Exception:
             _end_tracking(trainer)
             raise
-        # Out of the except block: its traceback would keep the activations alive.
+        # This is outside the except block, whose traceback would keep the activations alive.
         say(f"out of memory after step {trainer.state.global_step} with {plan}: continuing from there with {smaller}")
         _keep_finished_steps(trainer)
         del trainer
@@ -144,7 +144,7 @@ def train(
 
 
 def _end_tracking(trainer: SFTTrainer) -> None:
-    """Send what a failed training has logged, and close the tracked run's session."""
+    """Send the log of a failed training, and close the tracked run's session."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TrackLog):
             callback.on_train_end(trainer.args, trainer.state, trainer.control)
@@ -153,7 +153,7 @@ def _end_tracking(trainer: SFTTrainer) -> None:
 def _train_or_resume(trainer: SFTTrainer) -> None:
     import torch
 
-    with trainer.args.main_process_first(local=False):  # the first sets aside what is broken, the others find it gone
+    with trainer.args.main_process_first(local=False):  # the first sets broken checkpoints aside before the others look
         checkpoint = last_good_checkpoint(Path(trainer.args.output_dir), _trained_shapes(trainer))
     if trainer.args.device.type == "cpu":
         # In several processes the trainer would load its optimizer to "cpu:0", which torch refuses.
@@ -179,7 +179,7 @@ def _trained_shapes(trainer: SFTTrainer) -> list[tuple[int, ...]]:
 
 
 def _restore_finished(trainer: SFTTrainer, checkpoint: Path, state: TrainerState) -> None:
-    # The Trainer itself would take one more step before it noticed that there was none left.
+    # Trainer.train would take one more step before it noticed that none was left.
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = state
     for callback in trainer.callback_handler.callbacks:
@@ -188,7 +188,7 @@ def _restore_finished(trainer: SFTTrainer, checkpoint: Path, state: TrainerState
 
 
 def _keep_finished_steps(trainer: SFTTrainer) -> None:
-    """Save the state after the last finished step and release what the trainer holds on the GPU.
+    """Save the state after the last finished step, and release the trainer's GPU memory.
 
     A step that ran out of memory has changed neither weights nor optimizer, so nothing needs to be undone."""
     trainer.model.zero_grad(set_to_none=True)
@@ -206,14 +206,14 @@ def _keep_finished_steps(trainer: SFTTrainer) -> None:
 def keep_to_one_gpu(trainer: SFTTrainer) -> None:
     """Make the trainer use one GPU even if it sees several.
 
-    By default the Trainer gives each GPU a whole per-device batch (DataParallel): two GPUs silently double the batch."""
+    By default, Trainer gives each GPU a whole per-device batch (DataParallel), so two GPUs silently double the batch."""
     if trainer.args.n_gpu > 1:
         trainer.args._n_gpu = 1
         trainer._train_batch_size = trainer.args.train_batch_size
 
 
 def check_effective_batch(trainer: SFTTrainer, config: RunConfig) -> int:
-    """Return the rows per optimizer step; raise TrainingError if they are not the configured effective batch."""
+    """Return the number of rows per optimizer step. Raise TrainingError if it is not the configured effective batch."""
     planned = config.training.effective_batch_size
     actual = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
     if actual != planned:
@@ -227,15 +227,15 @@ def check_effective_batch(trainer: SFTTrainer, config: RunConfig) -> int:
 def keep_lora_float32(trainer: SFTTrainer) -> None:
     """Undo TRL's cast of the LoRA matrices to bfloat16.
 
-    SFTTrainer casts them when the base is quantized. Steps of 1e-3 and less are then rounded to 8 bits of mantissa, a GPU
-    without bfloat16 (T4) cannot scale such gradients, and the article's engine, Unsloth, keeps them in float32."""
+    SFTTrainer casts them if the base is quantized. Then steps of 1e-3 and less are rounded to 8 bits of mantissa, and a GPU
+    without bfloat16 (T4) cannot scale such gradients. The article's engine, Unsloth, keeps the matrices in float32."""
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def update_jointly(trainer: SFTTrainer) -> None:
-    """Have 8-bit AdamW update all LoRA matrices at once, with the same values and the same checkpoints."""
+    """Make 8-bit AdamW update all LoRA matrices at once. Values and checkpoints stay the same."""
     from medcot_utils.training.joined_update import JoinedAdamW8bit
 
     args = trainer.args
@@ -248,8 +248,8 @@ def update_jointly(trainer: SFTTrainer) -> None:
 def prepare_trainer(trainer: SFTTrainer, config: RunConfig, loss_before: float | None = None) -> SFTTrainer:
     """Prepare a trainer in place, and return it.
 
-    It is kept to one GPU, with LoRA matrices in float32 that are updated at once, a check of skipped steps and time, and a
-    progress bar and a live loss figure (`LossFigure`, from `loss_before` on) instead of printed dictionaries.
+    The trainer then uses one GPU, keeps LoRA matrices in float32, updates them at once, and checks skipped steps and time. A
+    progress bar and a live loss figure (`LossFigure`, with `loss_before` at step 0) replace printed dictionaries.
 
     Raises:
         TrainingError: if the effective batch is not the configured one."""
@@ -279,7 +279,7 @@ def prepare_trainer(trainer: SFTTrainer, config: RunConfig, loss_before: float |
 def plan_training(
     engine: Engine, model: PreTrainedModel, config: RunConfig, rows: Dataset, processes: int = 1
 ) -> list[BatchPlan]:
-    """Return the batch plans to try in turn for tokenized rows, by the free GPU memory; raise PlanError if none fits."""
+    """Return the batch plans to try in turn for tokenized rows and the free GPU memory. Raise PlanError if none fits."""
     lengths = [len(ids) for ids in rows["input_ids"]]
     return choose_plans(batch_plans(model, config, lengths, engine.WHOLE_LOGITS, processes), available_gpu_memory())
 
@@ -294,7 +294,7 @@ def make_sft_trainer(
     held_out_rows: Dataset,
     output_dir: Path,
 ) -> SFTTrainer:
-    """Return TRL's trainer for a plan, over tokenized and labeled rows and the `training.eval_rows` first held-out rows."""
+    """Return TRL's trainer for a plan, over tokenized and labeled rows and the first `training.eval_rows` held-out rows."""
     from trl import SFTConfig, SFTTrainer
 
     engine.set_checkpointing(model, plan.gradient_checkpointing)

@@ -1,6 +1,6 @@
-"""One of several training processes: `torchrun --nproc-per-node 4 -m medcot_utils.training.worker RUN_DIR`; also runs alone.
+"""Run one of several training processes: `torchrun --nproc-per-node 4 -m medcot_utils.training.worker RUN_DIR`; also runs alone.
 
-Each process holds a whole model on its own GPU and takes its share of every batch; the first one writes checkpoints and
+Each process holds a whole model on its own GPU and trains on its share of every batch. The first process writes checkpoints and
 progress. It leaves the checkpoint of the last step, from which notebook 05 resumes."""
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def main() -> None:
 
     guard_streams()
     run = Run.open(options.run_dir)
-    if os.environ.get("RANK") in (None, "", "0"):  # one lock for all processes; the notebook that starts them has it already
+    if os.environ.get("RANK") in (None, "", "0"):  # one lock serves all processes; the notebook that starts them may hold it
         keep(run.path, "training worker")
     config = run.config
     engine = get_engine(config.model)  # before trl, transformers and peft
     import torch
     from accelerate import PartialState
 
-    # Joins the group, in which the free memory for the plan is agreed on.
+    # This joins the process group, in which the processes agree on the free memory for the plan.
     PartialState(cpu=not torch.cuda.is_available())
     from medcot_utils.training.tracking import make_tracking_callbacks
     from medcot_utils.training.trainer import TrainingError, make_sft_trainer, plan_training, train

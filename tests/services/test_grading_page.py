@@ -186,7 +186,7 @@ def test_a_kill_between_two_clicks_loses_nothing(tmp_path):
         (run.path / GRADES).mkdir()
         again = click("a", third[0], "my note")
         assert again[0] == third[0] and again[-1] == "my note"
-        assert "Not kept: grades.jsonl cannot be written (Is a directory)" in again[1]
+        assert "Not saved: grades.jsonl cannot be written (Is a directory)" in again[1]
         assert click("current")[0] == third[0]
         (run.path / GRADES).rmdir()
         (run.path / "aside").rename(run.path / GRADES)
@@ -254,7 +254,7 @@ def test_nothing_can_be_uploaded_and_sizes_have_bounds(tmp_path):
         assert ask(server.address, "gradio_api/component_server", b"{}")[0] == 403
         assert tie("x" * (1 << 20))[0] == 413
         status, text = tie("x" * 20_001)
-        assert status == 200 and "Not kept: the note is too long: at most 20,000 characters" in text
+        assert status == 200 and "Not saved: the note is too long: at most 20,000 characters" in text
         assert read_grades(run) == []
         assert tie("é" * 20_000)[0] == 200
         assert [len(grade.note) for grade in read_grades(run)] == [20_000]
@@ -468,12 +468,12 @@ def test_a_browser_shows_the_texts_verbatim_and_keeps_the_clicks(tmp_path):
             browser.until("document.body.innerText.includes('you said: B better')")
             assert browser.js("document.querySelector('textarea[placeholder=optional]').value") == "from the page"
 
-            browser.until("!document.body.innerText.includes('Not kept')")
+            browser.until("!document.body.innerText.includes('Not saved')")
             (run.path / GRADES).rename(run.path / "aside")
             (run.path / GRADES).symlink_to("/dev/full")
             browser.press("Tie")
             browser.until(
-                "document.body.innerText.includes('Not kept: grades.jsonl cannot be written (No space left on device)')"
+                "document.body.innerText.includes('Not saved: grades.jsonl cannot be written (No space left on device)')"
             )
             assert "Question 1 of 4" in browser.text() and "q0 < 9?" in browser.text()
             assert browser.js("document.querySelector('textarea[placeholder=optional]').value") == "from the page"

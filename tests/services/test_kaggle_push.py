@@ -95,7 +95,7 @@ def test_an_image_that_is_fixed_by_hand_is_warned_of(medcot, server, tmp_path):
     metadata = tmp_path / "here" / "kernel-metadata.json"
     fixed = json.dumps(json.loads(metadata.read_text()) | {"docker_image": "image:1"})
     metadata.write_text(fixed)
-    assert "kernel-metadata.json pins docker_image image:1: the session starts that one" in succeed(medcot("push"))
+    assert "kernel-metadata.json pins docker_image image:1: the session starts it" in succeed(medcot("push"))
     assert server.saved[0]["dockerImage"] == "image:1"
     assert "docker_image image:1 is dropped" in succeed(medcot("build", "--id", "ann/heart-run"))
     metadata.write_text(fixed)

@@ -1,4 +1,4 @@
-"""Multiple choice: the questions, the tasks of lm-eval that ask them (YAML beside), and the scores."""
+"""Multiple choice: the questions, the lm-eval tasks that ask them (the YAML files here), and the scores."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""lm-eval's harness for a CPU: options stand behind their question in one row, and logits are made for the options alone."""
+"""lm-eval's harness for a CPU: all options follow their question in one row, and only option tokens get logits."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from lm_eval.models.huggingface import HFLM
 from medcot_utils.models.joined_rows import join_rows
 from medcot_utils.models.prefix import TokenizedRow
 
-_ROWS_FOR_ONE = 4  # options share their question's tokens: so many rows are about as long as one of lm-eval's
+_ROWS_FOR_ONE = 4  # this many joined rows are about as long as one of lm-eval's, since options share a question's tokens
 
 
 class JoinedHarness(HFLM):
-    """Take log-likelihoods from joined rows: lm-eval's own, up to rounding."""
+    """Compute log-likelihoods from joined rows. They equal lm-eval's own up to rounding."""
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Return (log-likelihood of the continuation in nats, whether greedy decoding would write it) of each request.
+        """Return for each request (log-likelihood of the continuation in nats, whether greedy decoding would write it).
 
-        A request holds its text, the ids of its context and those of its continuation. Rows longer than the model's context
-        lose their beginning, as in lm-eval."""
+        A request holds its text, the token ids of its context, and those of its continuation. A row longer than the model's
+        context loses its beginning, as in lm-eval."""
         rows = [self._row(context, continuation) for _, context, continuation in requests]
         neighbors = sorted(range(len(rows)), key=lambda index: rows[index]["input_ids"])
         found: dict[int, tuple[float, bool]] = {}

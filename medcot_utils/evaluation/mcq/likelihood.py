@@ -20,7 +20,7 @@ TASKS = Path(__file__).parent
 
 
 class OptionRow(TypedDict):
-    """Hold a row of a `multiple_choice` task: the likelihood of ` ` and each choice is taken after the context."""
+    """Hold a row of a `multiple_choice` task. Each choice is scored, with a space before it, as what follows the context."""
 
     context: str
     choices: list[str]
@@ -30,12 +30,12 @@ class OptionRow(TypedDict):
 def text_row(question: McqQuestion) -> OptionRow:
     """Return the row of the likelihood reading: the question alone, and the options' texts.
 
-    It is the usual form, of lm-eval's ARC and of leaderboards."""
+    lm-eval's ARC task and leaderboards use this form."""
     return _row(question, f"Question: {question['question']}\nAnswer:", [*question["options"].values()])
 
 
 def letter_row(question: McqQuestion, thought: str) -> OptionRow:
-    """Return the row of the letter reading: the options' letters after `thought`, which is the prompt and closed thinking."""
+    """Return the row of the letter reading: the options' letters after `thought`, which is prompt and closed thinking."""
     return _row(question, f"{thought}{ASK_LETTER}", [*question["options"]])
 
 
@@ -53,9 +53,10 @@ def task_rows(
     shape: str = "usual",
     **_: Any,
 ) -> DatasetDict:
-    """Return a task's rows: those given, or `text_row` of each question of the source in the task's file.
+    """Return a task's rows: `rows`, or `text_row` of each question of the source that the task's file names.
 
-    It is lm-eval's `custom_dataset`; other arguments are lm-eval's own metadata."""
+    lm-eval calls this as its `custom_dataset`; the other arguments are its own metadata. Raises McqError as `read_questions`
+    does."""
     from datasets import Dataset, DatasetDict
 
     if rows is None:
@@ -64,7 +65,7 @@ def task_rows(
 
 
 def make_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> HFLM:
-    """Return the loaded model as lm-eval asks it. Probabilities are taken in 32 bits: in 16, close options would be equal."""
+    """Wrap the loaded model for lm-eval. Probabilities are computed in 32 bits: in 16, close options would be equal."""
     from medcot_utils.models.joined_rows import can_join
 
     with quiet():
@@ -78,17 +79,17 @@ def make_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bat
 
 
 def fits(harness: HFLM, row: OptionRow) -> bool:
-    """Return whether the model's context holds a row. lm-eval would cut off the beginning of a longer one."""
+    """Return whether a row fits the model's context. lm-eval would cut off the beginning of a longer one."""
     longest = max(row["choices"], key=len)
     return len(harness.tok_encode(f"{row['context']} {longest}")) <= harness.max_length
 
 
 def likeliest_letters(harness: HFLM, rows: Sequence[OptionRow], by_length: bool) -> list[str]:
-    """Return the letter of each row's likeliest choice; the first of equal ones.
+    """Return the letter of each row's likeliest choice; the first if several are equal.
 
-    `by_length` divides its log-likelihood by its number of characters, so that long texts do not lose for being long. These
-    are the choices that lm-eval counts as `acc_norm`, and without `by_length` as `acc`. The caller's random generators and log
-    levels stay as they are."""
+    `by_length` divides the log-likelihood by the number of characters, so that long texts do not lose for being long. lm-eval
+    counts these choices as `acc_norm`, and those without `by_length` as `acc`. The caller's random generators and log levels
+    stay as they are."""
     import numpy as np
 
     with quiet():
@@ -106,8 +107,8 @@ def _evaluate(harness: HFLM, rows: Sequence[OptionRow]) -> list[dict[str, Any]]:
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
-    # Not simple_evaluate, which seeds the caller's generators and describes the machine each time, in seconds.
-    drawn = random.getstate()  # TaskManager draws names that nobody sees
+    # simple_evaluate would seed the caller's generators and describe the machine each time, which takes seconds.
+    drawn = random.getstate()  # TaskManager draws random names
     try:
         tasks = TaskManager(include_path=TASKS, include_defaults=False, metadata={"rows": rows}).load(["medcot_file"])
         found = evaluate(lm=harness, task_dict=tasks, bootstrap_iters=0, log_samples=True)

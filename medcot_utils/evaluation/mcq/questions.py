@@ -1,4 +1,4 @@
-"""Multiple-choice questions, read from the shipped file, a local file or the Hub, and checked."""
+"""Multiple-choice questions, read from the shipped file, a local file, or the Hub, and checked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from medcot_utils.text_files import decode, parse_json
 
 
 class McqError(MedcotError):
-    """Say why questions cannot be used or asked: task, file or row, what was expected and what to do."""
+    """Say why questions cannot be used or asked: the task, file, or row, what was expected, and what to do."""
 
 
 class McqQuestion(TypedDict):
@@ -32,18 +32,18 @@ class McqQuestion(TypedDict):
     id: str  # the row's, or row-N
     question: str
     options: dict[str, str]  # {letter from A on: its text}
-    answer: str  # the right letter
+    answer: str  # the correct letter
     specialty: str  # "" if the source names none
 
 
-# A row as its source has it: columns and types are checked by `_question`.
+# A row as its source has it; `_question` checks columns and types.
 Row = Mapping[str, Any]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence prints, bars, warnings and log lines below ERROR of what runs inside; errors are raised as ever."""
-    # The sink is never closed: a log handler that is made meanwhile keeps it.
+    """Silence prints, progress bars, warnings, and log lines below ERROR inside the block. Exceptions pass through."""
+    # The sink is never closed, because a log handler created inside the block keeps it.
     before, sink = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.WARNING)
     try:
@@ -54,7 +54,8 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-# Rows of the Hub's data sets in the usual shape, by the columns that lm-eval's own tasks read; PubMedQA's by its data card.
+# Convert rows of the Hub's data sets to the usual shape. The columns are those that lm-eval's own tasks read; for PubMedQA,
+# those of its data card.
 SHAPES: dict[str, Callable[[Row], Row]] = {
     "usual": dict,
     "medqa": lambda row: {
@@ -78,8 +79,12 @@ SHAPES: dict[str, Callable[[Row], Row]] = {
 def read_questions(path: str, name: str | None = None, split: str | None = None, shape: str = "usual") -> list[McqQuestion]:
     """Read all questions of a source.
 
-    `path` is `shipped`, a .jsonl file, or a data set that datasets.load_dataset takes with `name` and `split`; `shape` says
-    which columns its rows have (`SHAPES`). Raises McqError as `run.load_questions` does."""
+    Args:
+        path: `shipped`, a .jsonl file, or a data set for `datasets.load_dataset`, which also takes `name` and `split`.
+        shape: a key of SHAPES, which says which columns the rows have.
+
+    Raises:
+        McqError: as `run.load_questions` does."""
     local = path == "shipped" or path.endswith(".jsonl")
     rows = _read_lines(SHIPPED_MCQ if path == "shipped" else Path(path)) if local else _download(path, name, split)
     questions: dict[str, McqQuestion] = {}
@@ -87,7 +92,7 @@ def read_questions(path: str, name: str | None = None, split: str | None = None,
     for number, row in enumerate(rows, 1):
         try:
             question = _question(SHAPES[shape](row), number)
-        except (KeyError, TypeError, IndexError) as error:  # a data set on the Hub whose columns have changed
+        except (KeyError, TypeError, IndexError) as error:  # a data set on the Hub has changed its columns
             raise McqError(
                 f"{path}, row {number}: its columns are not those of {shape} ({type(error).__name__}: {error}); it has "
                 f"{', '.join(row)}. Give a local .jsonl file"
@@ -95,7 +100,7 @@ def read_questions(path: str, name: str | None = None, split: str | None = None,
         except McqError as error:
             if local:
                 raise McqError(f"{path}, row {number}: {error}") from None
-            left_out += 1  # nobody here can fix a data set on the Hub
+            left_out += 1  # the user cannot fix a data set on the Hub
             continue
         if question["id"] in questions:
             raise McqError(f"{path}, row {number}: the id {quote(question['id'])} occurs twice; ids tell answers apart")
@@ -103,15 +108,15 @@ def read_questions(path: str, name: str | None = None, split: str | None = None,
     if not questions:
         raise McqError(f"{path}: no usable question among {len(rows)} rows")
     if left_out:
-        say(f"{path}: {left_out} of {len(rows)} rows left out: an empty option, two equal options, or an answer that is none")
+        say(f"{path}: {left_out} of {len(rows)} rows left out: an empty option, equal options, or an answer that is no option")
     return list(questions.values())
 
 
 def choose(questions: Sequence[McqQuestion], limit: int | None, seed: int) -> list[McqQuestion]:
-    """Choose `limit` questions (None: all) in their own order, every specialty with its share; the same for the same seed.
+    """Choose `limit` questions (None: all), in their own order, every specialty with its share; the same for the same seed.
 
-    It is a systematic sample: sorted by specialty, in random order within each, every (n / limit)-th is taken. Each question is
-    equally likely, so accuracy on the sample estimates accuracy on all."""
+    It is a systematic sample: questions are sorted by specialty, in random order within each, and every (n / limit)-th is
+    taken. Each question is equally likely, so accuracy on the sample estimates accuracy on all."""
     if limit is None or limit >= len(questions):
         return list(questions)
     chance = random.Random(seed)
@@ -130,7 +135,7 @@ def _read_lines(path: Path) -> list[Row]:
         raise McqError(f"{path}: {error}") from error
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
-        line = line.removeprefix("\ufeff")  # files with a mark, joined
+        line = line.removeprefix("\ufeff")  # a byte order mark, also in the middle of files that were concatenated
         try:
             rows += [dict(parse_json(line))] if line.strip() else []
         except (ValueError, TypeError) as error:
@@ -146,7 +151,7 @@ def _download(path: str, name: str | None, split: str | None) -> Sequence[Row]:
         with quiet():  # the Hub's client logs every retry
             find_files(path, name)
             return load_dataset(path, name, split=split, trust_remote_code=False)
-    # No network or no such data set; a loading script; no such split; rows of mixed types.
+    # In this order: no network or no such data set; a loading script; no such split; rows of mixed types.
     except (OSError, RuntimeError, ValueError, DatasetsError) as error:
         reason = str(error).partition("\n")[0]
         line = f"{path} could not be loaded from the Hub ({reason}): check the network, or give a local .jsonl file"
@@ -161,7 +166,7 @@ def _question(row: Row, number: int) -> McqQuestion:
     options = _options(row["options"])
     texts = {column: _text(column, row.get(column)) for column in ("id", "question", "specialty")}
     if broken := [name for name, text in (texts | options).items() if not is_whole(text)]:
-        raise McqError(f"{broken[0]} holds half a character, which a cut in the text leaves")
+        raise McqError(f"{broken[0]} holds half a character: the text was cut inside it")
     right = _right_letter(answer, options)
     _check_distinct(options, right)
     return {
@@ -187,7 +192,7 @@ def _options(given: Any) -> dict[str, str]:
         raise McqError(f"there are {len(given)} options; expected at most {len(ascii_uppercase)}, one for each letter")
     named = given if isinstance(given, dict) else dict(zip(ascii_uppercase, given, strict=False))
     if "".join(sorted(named)).upper() != ascii_uppercase[: len(named)]:
-        raise McqError(f"options are named {', '.join(named)}; expected letters from A on, none left out")
+        raise McqError(f"options are named {', '.join(named)}; expected consecutive letters that begin with A")
     for letter, text in named.items():
         missing = text in ("", None) or text != text  # NaN
         if missing or not isinstance(text, str | int | float) or not str(text).strip():
@@ -211,12 +216,12 @@ def _right_letter(answer: Any, options: dict[str, str]) -> str:
 def _check_distinct(options: dict[str, str], right: str) -> None:
     """Raise McqError if the options do not differ, or if another one has the text of the right one."""
     texts = {letter: " ".join(text.split()) for letter, text in options.items()}
-    # The case of short texts may be all that differs, as in the genotypes AA, Aa and aa.
+    # Short texts may differ only in case, as the genotypes AA, Aa, and aa do.
     if len({text.casefold() if len(text) > 3 else text for text in texts.values()}) == 1:
         raise McqError(f"every option reads {quote(texts[right])}; expected at least two that differ")
     same = [letter for letter, text in texts.items() if text == texts[right]]
     if len(same) > 1:
         raise McqError(
-            f"options {' and '.join(same)} both read {quote(texts[right])}, and {right} is the right one: no reading can tell "
-            "them apart. Expected different texts"
+            f"options {' and '.join(same)} both read {quote(texts[right])}, and {right} is the right one; no reading can "
+            "distinguish them. Expected different texts"
         )

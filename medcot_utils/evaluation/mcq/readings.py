@@ -1,4 +1,4 @@
-"""The readings of multiple choice, each named for what it measures: against chance, and base beside tuned."""
+"""The readings of multiple choice, each compared with chance, and base with tuned."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ MEASURES: dict[Reading, str] = {
     "letter": 'knowledge after the model\'s own thinking, closed by it or for it: the likeliest letter after "Answer:"',
     "likelihood": "knowledge without thinking: the likeliest option's text, by its length (leaderboards' acc_norm)",
 }
-# Answers are as likely as another in the last digits only by rounding, as scipy.stats.binomtest has it.
+# Two likelihoods are equal if they differ only in the last digits, by rounding; scipy.stats.binomtest uses the same factor.
 _AS_LIKELY = 1 + 1e-7
 
 
 class ReadShare(Estimate):
     """Hold a model's share of right answers with Wilson's interval.
 
-    p: of guessing among the options, `chance_p`; abstained questions do not count there, for nothing was guessed. None if all
-    are abstained. abstained: the questions without a readable answer, which only the strict reading has."""
+    p: the p-value against guessing among the options (`chance_p`). Abstained questions do not count in it, because nothing was
+    guessed. None if all are abstained.
+    abstained: the number of questions without a readable answer; only the strict reading can have any."""
 
     p: float | None
     abstained: int
@@ -46,7 +47,7 @@ class ReadShare(Estimate):
 class McqReading(TypedDict):
     """Hold one reading of a task's questions by both models.
 
-    chance: the share of right answers that guessing among the options gives. difference: tuned minus base, with McNemar's
+    chance: the expected share of right answers from guessing among the options. difference: tuned minus base, with McNemar's
     exact p."""
 
     task: str
@@ -60,14 +61,14 @@ class McqReading(TypedDict):
 
 
 def is_right(record: McqAnswer, reading: Reading) -> bool | None:
-    """Return whether a reading of an answer is right, or None if the answer was not read so, as in earlier runs."""
+    """Return whether a reading of an answer is right; None if the answer lacks that reading, as in earlier runs."""
     if reading == "strict":
         return bool(record["correct"])
     return record[reading] == record["answer"] if reading in record else None
 
 
 def read_pairs(base: Sequence[McqAnswer], tuned: Sequence[McqAnswer], reading: Reading) -> list[tuple[McqAnswer, McqAnswer]]:
-    """Return the pairs of answers to one question that were both read so."""
+    """Return the pairs of answers to one question that both have this reading. Raises ValueError for unequal lengths."""
     pairs = zip(base, tuned, strict=True)
     return [pair for pair in pairs if all(is_right(record, reading) is not None for record in pair)]
 
@@ -80,8 +81,8 @@ def right_column(records: Sequence[McqAnswer], reading: Reading) -> np.ndarray:
 def chance_p(right: int, options: Sequence[int]) -> float:
     """Return the exact two-sided p of `right` right answers if each question is guessed among its number of options.
 
-    With the same number everywhere it is scipy.stats.binomtest, else the same sum over the Poisson binomial distribution:
-    the probability of all counts that are no likelier than this one."""
+    If that number is the same for all questions, it is scipy.stats.binomtest. If not, it is the same sum over the Poisson
+    binomial distribution: the probability of all counts that are no likelier than this one."""
     from scipy.stats import binomtest, poisson_binom
 
     if len(set(options)) == 1:
@@ -91,10 +92,10 @@ def chance_p(right: int, options: Sequence[int]) -> float:
 
 
 def compare_readings(base: Sequence[McqAnswer], tuned: Sequence[McqAnswer], settings: EvaluationSettings) -> list[McqReading]:
-    """Return each reading of each task that both models' answers have; nothing without answers.
+    """Return each reading of each task that both models' answers have; an empty list without answers.
 
-    Both must hold the same questions in the same order (see `scores.split_seen`). A reading counts the questions that were
-    read so for both models."""
+    Both must hold the same questions in the same order (see `scores.split_seen`). A reading counts the questions that have it
+    for both models."""
     found = []
     for task in dict.fromkeys(record["task"] for record in base):
         ours, theirs = ([record for record in records if record["task"] == task] for records in (base, tuned))
@@ -125,9 +126,9 @@ def _read_share(records: Sequence[McqAnswer], right: np.ndarray, reading: Readin
 
 
 def readings_table(readings: Sequence[McqReading]) -> pd.DataFrame:
-    """Return `compare_readings` as a table: for each task and reading a line per model, and one for their difference.
+    """Return `compare_readings` as a table: for each task and reading, one line per model and one for their difference.
 
-    p: of a model against chance, of the difference McNemar's."""
+    The column p has a model's p against chance, and McNemar's p for the difference."""
     import pandas as pd
 
     lines: list[tuple[object, ...]] = []

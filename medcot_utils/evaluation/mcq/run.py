@@ -1,8 +1,8 @@
 """Ask multiple-choice questions with the project's own prompt, and read each answer in three ways.
 
-The strict reading takes what the model writes; an answer that cannot be read so is counted as abstained, apart from wrong. The
-letter and the likelihood reading take what it finds likeliest, see `readings.MEASURES`. The letter after a thinking that was
-closed for the model is read where it is closed; the others and the likelihoods are lm-eval's."""
+The strict reading uses what the model writes. An answer that it cannot read counts as abstained, not as wrong. The letter and
+the likelihood readings use what the model finds likeliest; see `readings.MEASURES`. If thinking was closed for the model, the
+letter is read at that point. lm-eval computes the other letters and the likelihoods."""
 
 from __future__ import annotations
 
@@ -38,23 +38,24 @@ if TYPE_CHECKING:
 
 TASK_NAMES = ("shipped", "medqa", "medmcqa", "pubmedqa")
 
-# lm-eval takes the probabilities of all words at every place: 16 contexts of 300 tokens take a gigabyte with 50,000 words.
+# lm-eval computes the probability of every vocabulary entry at every position: 16 contexts of 300 tokens take a gigabyte with
+# a vocabulary of 50,000.
 _GPU_BATCH, _CPU_BATCH = 16, 4
-_KEPT_AT_ONCE = 16  # questions whose likelihoods are taken and kept together, whatever the batch
+_KEPT_AT_ONCE = 16  # questions whose likelihoods are computed and recorded together, whatever the batch size
 
 ASK = 'End your response with one line of the form "Answer: X", where X is the letter of the right option.'
 
 
 class _KeptAnswer(AnswerRecord):
-    """Hold an answer while the artifact is made: with the letters read so far, a record of the journal."""
+    """Hold an answer with the letters read so far: a record of the journal, while the artifact is made."""
 
     likelihood: NotRequired[str]
 
 
 class McqAnswer(McqQuestion):
-    """Hold a question with one model's greedy answer, a line of base_mcq.jsonl or tuned_mcq.jsonl.
+    """Hold a question with one model's greedy answer: a line of base_mcq.jsonl or tuned_mcq.jsonl.
 
-    Runs of earlier versions have the strict reading alone."""
+    Runs of earlier versions have only the strict reading."""
 
     model: str  # base or tuned
     task: str  # a name of TASK_NAMES, or a file's name
@@ -63,7 +64,7 @@ class McqAnswer(McqQuestion):
     correct: bool
     abstained: bool  # no letter could be read; never correct
     closed_by: NotRequired[Literal["itself", "budget", "end"]]  # what ended its thinking, as in `records.ForcedAnswer`
-    letter: NotRequired[str]  # the likeliest letter after the thinking, closed by the model or for it
+    letter: NotRequired[str]  # the likeliest letter after thinking that is closed, by the model or for it
     likelihood: NotRequired[str]  # the letter of the option whose text is likeliest by length, without thinking
 
 
@@ -71,12 +72,12 @@ class McqAnswer(McqQuestion):
 
 
 def load_questions(task: str, limit: int | None = None, seed: int = 3407) -> list[McqQuestion]:
-    """Return the questions of a task by name (`TASK_NAMES`) or of a local .jsonl file; `limit` of them by `choose`.
+    """Return the questions of a named task (`TASK_NAMES`) or of a local .jsonl file; at most `limit`, by `choose`.
 
-    If there are fewer than `limit`, all are taken and a line says so. A file's rows hold question; options as
-    {letter: text} or a list; answer_idx, or else answer, as a letter, an index from 0 or the option's text; and optionally
-    id and specialty. Raises McqError for an unknown task, a data set that cannot be reached, and a file whose rows lack a
-    column, repeat an id, or have an empty option or an answer that is no option."""
+    If there are fewer than `limit`, all are returned and a message says so. A file's rows hold `question`; `options` as
+    {letter: text} or a list; `answer_idx` or else `answer`, as a letter, an index from 0, or the option's text; and optionally
+    `id` and `specialty`. Raises McqError for an unknown task, a data set that cannot be loaded, and a file whose rows lack a
+    column, repeat an id, or have an empty option or an answer that is not an option."""
     if task in TASK_NAMES:
         source = yaml.safe_load((TASKS / f"{task}.yaml").read_text(encoding="utf-8"))["dataset_kwargs"]
     elif task.endswith(".jsonl"):
@@ -92,21 +93,22 @@ def load_questions(task: str, limit: int | None = None, seed: int = 3407) -> lis
 
 
 def prompt(question: McqQuestion, newline_after_think: bool = True) -> str:
-    """Return the project's inference prompt over the question, its options as lines, and the sentence that asks for the form."""
+    """Return the project's inference prompt for the question, its options as lines, and the sentence that asks for the form."""
     options = "\n".join(f"{letter}. {text}" for letter, text in question["options"].items())
     return inference_prompt(f"{question['question']}\n\n{options}\n\n{ASK}", newline_after_think)
 
 
 def list_prompts(config: RunConfig) -> list[str]:
-    """Return the prompts of all questions, each with what the letter reading adds after the thinking.
+    """Return the prompts of all questions, each with the text that the letter reading adds after the thinking.
 
-    With evaluation.mcq_max_new_tokens more they must fit the model's context (`models.batches.check_context`)."""
+    With evaluation.mcq_max_new_tokens added, each must fit the model's context (`models.batches.check_context`). Raises
+    McqError as `load_questions` does."""
     newline = config.prompt.newline_after_think
     return [f"{prompt(question, newline)}{CLOSING}{ASK_LETTER} A" for _, question in _load_all(config).values()]
 
 
 def _load_all(config: RunConfig) -> dict[str, tuple[str, McqQuestion]]:
-    """Return {task/id: (task, question)}; the task of a file with its folder, since names of files repeat."""
+    """Return {task/id: (task, question)}. A file's task includes its folder, because file names may repeat."""
     settings = config.evaluation
     return {
         f"{task}/{question['id']}": (task, question)
@@ -126,23 +128,25 @@ def run_tasks(
     journal: Journal | None = None,
     others: OtherGpus | None = None,
 ) -> list[McqAnswer]:
-    """Ask the questions of every task of evaluation.mcq_tasks; `label` says whose the answers are.
+    """Ask the questions of every task of evaluation.mcq_tasks.
 
-    Each is answered once, greedily. If evaluation.answer_tokens is set, thinking that the model leaves open is closed for it,
-    so that every question has a letter; nothing is written after that. If it is not, an open thinking has no `letter`.
-    It needs no network except for a data set from the Hub.
+    Each question is answered once, greedily. If evaluation.answer_tokens is set, thinking that the model leaves open is closed
+    for it, so that every question has a letter; no answer is written after that. If it is not set, open thinking has no
+    `letter`. Only a data set from the Hub needs the network.
 
     Args:
-        journal: keeps answers and letters as they are made; what it holds is not asked again. (lm-eval's own cache knows
-            neither the model nor the settings that its values came from, and is a pickle, which a run must not hold.)
-        others: the processes on the other GPUs, which answer too. This process alone does what lm-eval reads afterwards, a
-            forward pass per question or option.
+        label: the model's label in the records, `base` or `tuned`.
+        journal: records answers and letters as they are made; questions that it holds are not asked again. (lm-eval's own
+            cache knows neither the model nor the settings that its values came from, and it is a pickle, which a run must not
+            hold.)
+        others: the processes on the other GPUs, which answer too. Only this process does lm-eval's part afterward, one forward
+            pass per question or option.
 
     Raises:
         McqError: as `load_questions` does.
         GenerationError: if a prompt and evaluation.mcq_max_new_tokens exceed the model's context, or another GPU's process
             fails.
-        TimeBudgetReached: if training.max_hours are nearly over; what was made is in the journal."""
+        TimeBudgetReached: if training.max_hours is nearly over; the journal keeps what was made."""
     from medcot_utils.models.batches import check_context
     from medcot_utils.models.generation import Asked, answer_prompts
 
@@ -192,14 +196,14 @@ def _read_likeliest(
     label: str,
     journal: Journal | None,
 ) -> None:
-    """Add `letter` and `likelihood` to the records that lack them. A batch too large for the GPU is made smaller."""
+    """Add `letter` and `likelihood` to the records that lack them. A batch that is too large for the GPU is made smaller."""
     from accelerate.utils.memory import find_executable_batch_size
     from tqdm.auto import tqdm
 
     harness = make_harness(model, tokenizer, batch_size)
     thoughts = {key: thought for key, record in records.items() if (thought := _unread_thought(record))}
     by_letter = {key: letter_row(questions[key][1], thought) for key, thought in thoughts.items()}
-    # A text of broken characters can have more tokens than the model wrote.
+    # A text with broken characters can have more tokens than the model wrote.
     by_letter = {key: row for key, row in by_letter.items() if fits(harness, row)}
     if too_long := len(thoughts) - len(by_letter):
         say(f"{too_long} answers are too long to append `Answer:`, so they have no letter")
@@ -229,9 +233,9 @@ def _read_likeliest(
 
 
 def _unread_thought(record: _KeptAnswer) -> str | None:
-    """Return prompt and thinking up to the tag that closes it, by the model or for it.
+    """Return the prompt and the closed thinking, whether the model closed it or it was closed for the model.
 
-    None if nothing closes it, or if the letter was read where it was closed."""
+    Return None if the thinking was never closed, or if the letter was read when it was closed for the model."""
     if record["closed"] == 0 and ("forced" not in record or "letter" in record):
         return None
     return f"{record['prompt']}{record['completion'].partition('</think>')[0].rstrip()}{CLOSING}"

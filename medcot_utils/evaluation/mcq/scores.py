@@ -1,4 +1,4 @@
-"""Scores of multiple-choice answers: by task and specialty, base beside tuned, beside published scores."""
+"""Scores of multiple-choice answers by task and specialty, of base and tuned model, next to published scores."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ if TYPE_CHECKING:
     from medcot_utils.config import DatasetSettings, EvaluationSettings
     from medcot_utils.evaluation.mcq.run import McqAnswer
 
-# A question by its task and id.
+# (task, id) of a question.
 McqKey = tuple[str, str]
 PUBLISHED = PACKAGE / "data" / "published_scores.json"
-# What is published for most models, and so what is shown where no task was asked that has published scores.
+# Most models have a published score on this task, so it is shown if no task that was asked has published scores.
 _FOR_ORIENTATION = "medqa"
 
 
 class McqShare(Estimate):
     """Hold a share of multiple-choice questions with Wilson's interval.
 
-    stderr: lm-eval's own, the sample's standard deviation over the root of n; None for a single question."""
+    stderr: lm-eval's standard error, the sample's standard deviation divided by the square root of n; None for a single
+    question."""
 
     stderr: float | None
 
@@ -52,7 +53,7 @@ class McqScores(TypedDict):
 
 
 class PairedMcq(ComparedMetric, PairedCounts):
-    """Hold a compared metric of multiple choice, with the counts that McNemar's exact test is made of."""
+    """Hold a compared metric of multiple choice, with the counts that McNemar's exact test uses."""
 
 
 def score_answers(records: Sequence[McqAnswer], confidence_level: float = 0.95) -> McqScores:
@@ -75,7 +76,7 @@ def _share(values: Sequence[int] | Array, confidence_level: float) -> McqShare:
 
 
 def overview(records: Sequence[McqAnswer]) -> dict[str, str]:
-    """Return one model's shares as text, for a table: {task and reading: right, of how many questions, and abstained}."""
+    """Return one model's scores as text for a table: {task and reading: share right, number of questions, share abstained}."""
     found = {}
     for task, chosen in _by(records, "task").items():
         abstained = score_answers(chosen)["abstained"]["value"]
@@ -96,8 +97,8 @@ def _by(records: Sequence[McqAnswer], key: Literal["task", "specialty"]) -> dict
 def specialty_table(base: Sequence[McqAnswer], tuned: Sequence[McqAnswer]) -> pd.DataFrame | str:
     """Return both models' strict accuracy and abstentions, one line per specialty with at least FEWEST_QUESTIONS questions.
 
-    If there is none, return a line that says so. Accuracy has its 95 % Wilson interval; lm-eval's standard error stands in a
-    column of its own."""
+    If there is no such specialty, return a line that says so. Accuracy has its 95 % Wilson interval. lm-eval's standard error
+    has its own column."""
     import pandas as pd
 
     ours, theirs = _by(base, "specialty"), _by(tuned, "specialty")
@@ -126,11 +127,11 @@ def compare_records(
     settings: EvaluationSettings,
     key: Reading | Literal["abstained"] = "strict",
 ) -> PairedMcq:
-    """Compare two models by a reading of their answers, or by which they abstained from.
+    """Compare two models by one reading of their answers, or by which questions they abstained from.
 
-    Raises ValueError unless both answered the same questions."""
+    Raises ValueError unless both answered the same questions in the same order."""
     if [(r["task"], r["id"]) for r in base] != [(r["task"], r["id"]) for r in tuned]:
-        raise ValueError("base and tuned records are of different questions: same task, limit and seed for both")
+        raise ValueError("base and tuned records are of different questions: use the same task, limit, and seed for both")
     ours, theirs = (_column(records, key) for records in (base, tuned))
     return {**count_pairs(ours, theirs), **compare_shares(ours, theirs, settings)}
 
@@ -153,7 +154,7 @@ def seen_in_training(records: Sequence[McqAnswer], train: Dataset, settings: Dat
 
 
 def split_seen(records: Sequence[McqAnswer], seen: set[McqKey]) -> tuple[list[McqAnswer], list[McqAnswer]]:
-    """Split answers into (those to questions that no training row repeats, the others)."""
+    """Split answers into (those to questions not in `seen`, those to questions in it)."""
     clean = [record for record in records if (record["task"], record["id"]) not in seen]
     return clean, [record for record in records if (record["task"], record["id"]) in seen]
 
@@ -163,9 +164,9 @@ def compare_mcq(
 ) -> dict[str, PairedMcq]:
     """Compare two models on the questions not in `seen`, by each reading (see `readings.MEASURES`).
 
-    mcq_accuracy and mcq_abstained are the strict reading's, mcq_letter and mcq_likelihood those of the same names;
-    mcq_accuracy_answered is the strict one over the questions that both models answered. A metric is left out if it has no
-    question that was read so for both."""
+    mcq_accuracy and mcq_abstained come from the strict reading, mcq_letter and mcq_likelihood from the readings of those names.
+    mcq_accuracy_answered is the strict accuracy over the questions that both models answered. A metric is left out if no
+    question has that reading for both models."""
     clean = [split_seen(records, seen)[0] for records in (base, tuned)]
     if not clean[0]:
         return {}
@@ -186,12 +187,11 @@ def compare_mcq(
 
 
 def published_scores(base: Sequence[McqAnswer], tuned: Sequence[McqAnswer]) -> pd.DataFrame:
-    """Return published scores (`PUBLISHED`) below our own, for each task that was asked and has any; indexed by task, model.
+    """Return our own and published scores (`PUBLISHED`) for each task that was asked and has any; indexed by task and model.
 
-    These were read from generated answers, so the strict reading and the letter stand beside them. Our likelihood reading
-    is what leaderboards of lm-eval's multiple-choice tasks show instead; `scoring` says so in its line.
-    Accuracy has its 95 % Wilson interval. If no task has published scores, MedQA's stand there for orientation, without our
-    own."""
+    Published scores come from generated answers, so they compare with our strict and letter readings. Our likelihood reading
+    compares with leaderboards of lm-eval's multiple-choice tasks; the column `scoring` says so. Accuracy is a share with its
+    95 % Wilson interval. If no task has published scores, MedQA's are shown for orientation, without our own."""
     import pandas as pd
 
     data = json.loads(PUBLISHED.read_text(encoding="utf-8"))
@@ -211,7 +211,7 @@ def published_scores(base: Sequence[McqAnswer], tuned: Sequence[McqAnswer]) -> p
 
 
 def _own_line(task: str, label: str, records: Sequence[McqAnswer], reading: Reading) -> list[dict[str, str | float | None]]:
-    """Return a model's line of one reading; none if no answer was read so."""
+    """Return a model's line for one reading; an empty list if no answer has that reading."""
     read = [record for record in records if is_right(record, reading) is not None]
     if not read:
         return []

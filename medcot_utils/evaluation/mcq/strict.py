@@ -1,4 +1,4 @@
-"""Read the letter that a completion answers with, strictly in the form that was asked for."""
+"""Read the letter that a completion answers with, in exactly the form that was asked for."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from medcot_utils.data.prompts import parse_completion
 _ASKED_LINE = re.compile(r"\s*answer\s*:(.*)", re.IGNORECASE)
 _LETTER = re.compile(r"\s*\(?([a-z])\b(.*)", re.IGNORECASE)
 _MARKUP = re.compile(r"[*_`#]")
-_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # as Chinese and Japanese keyboards write ASCII
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # ASCII as Chinese and Japanese keyboards type it
 
 
 def read_answer(completion: str, options: Mapping[str, str]) -> str | None:
-    """Return the letter that a completion answers with, or None if none can be read: then the model abstained.
+    """Return the letter that a completion answers with. Return None if no letter can be read: then the model abstained.
 
-    Only the last line after the single `</think>` that begins with `Answer:` is read, whatever its case, Markdown emphasis and
-    width of characters. After the colon stands an option's letter, alone or in brackets, and then nothing or that option's own
-    text: not "B or C", nor "C. difficile". Thinking that was never closed, was closed twice or continues after the answer is not
-    read, nor is any other wording, nor a letter that no option has.
+    This reads only the last line after the single `</think>` that begins with `Answer:`; case, Markdown emphasis, and width of
+    characters do not matter. An option's letter must follow the colon, alone or in brackets, and then nothing or that option's
+    own text: "B or C" and "C. difficile" do not count. No letter is read if the thinking was never closed, was closed twice, or
+    resumes after the answer, if the wording is different, or if no option has the letter.
 
     HuatuoGPT-o1's scorer, which most published numbers come from, counts first and last letters and reports the better total;
-    without a letter it takes the most similar option. This one has one reading, fixed before the result is known."""
+    without a letter, it chooses the most similar option. This function has one reading, fixed before the result is known."""
     answer = completion.partition("</think>")[2].translate(_FULL_WIDTH)
     if parse_completion(completion).closed != 1 or "<think>" in answer:
         return None

@@ -1,1 +1,1 @@
-"""Push to the Hugging Face Hub: what is sent, how, and the record of it."""
+"""Push to the Hugging Face Hub: the files, the requests, and the record of each push."""

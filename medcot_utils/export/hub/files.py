@@ -1,7 +1,7 @@
-"""The files of a push: those of each repository, when a file there is the run's, and whose it is.
+"""The files of a push: which files each repository gets, whether a file there equals the run's, and who uploaded it.
 
-`HfApi.verify_repo_checksums` compares the same digests as `agrees`, but it reads every local byte again each time, wants them
-in a folder laid out as the repository, and tells neither sizes nor the last commits, by which a file's owner is known."""
+`HfApi.verify_repo_checksums` compares the same digests as `agrees`. But it reads every local byte again each time, needs a folder
+with the layout of the repository, and returns neither sizes nor last commits, which show who uploaded a file."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
 FOLDERS = {"adapter": "adapter/", "merged": "", "gguf": "gguf/"}  # in one repository: `from_pretrained(repo_id)` finds the root
-# What an earlier push with other shards may have left, and a loader may take for part of this model.
+# An earlier push with other shards may have left such files, and a loader may read them as part of this model.
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
 _TITLE = re.compile(r"(model card|adapter|merged|gguf) of run .+ \([\w.-]+\)")
 
 
 @dataclass(frozen=True)
 class PlannedRepository:
-    """Hold one repository's planned content: {artifact: its files, as the client adds them to a commit}, the model card first."""
+    """Hold one repository's planned content. artifacts: {artifact: its files, for the client's commit}, the model card first."""
 
     repo_id: str
-    kind: str  # of its card: one, adapter, merged or gguf
+    kind: str  # of its card: one, adapter, merged, or gguf
     artifacts: dict[str, list[CommitOperationAdd]]
 
     @property
@@ -46,11 +46,11 @@ class PlannedRepository:
         return [file for files in self.artifacts.values() for file in files]
 
     def folder(self, artifact: str) -> str:
-        """Return the folder of an artifact in this repository, with its slash; empty for the root."""
+        """Return the folder of an artifact in this repository, with its slash; "" for the root."""
         return FOLDERS.get(artifact, "") if self.kind == "one" else ""
 
     def left_over(self, path: str, artifact: str) -> bool:
-        """Return True for weights in this artifact's place that the run does not have. Other files stay where they are."""
+        """Return whether `path` holds weights in this artifact's place that the run does not have. Other files stay untouched."""
         folder = self.folder(artifact)
         here = path.startswith(folder) if folder else "/" not in path
         planned = any(file.path_in_repo == path for file in self.files)
@@ -61,10 +61,10 @@ class PlannedRepository:
 
 
 def chosen_artifacts(run: Run, settings: HubSettings) -> list[str]:
-    """Return the artifacts to push, each verified against the manifest and made from today's settings.
+    """Return the artifacts to push. Each is verified against the manifest and was made with the current settings.
 
-    GGUF is left out if the run makes none. Raises RunError naming the notebook to run, ExportError if the merged model is not
-    what it was merged from, and GgufError if the GGUF is not the merged model."""
+    GGUF is left out if the run makes none. Raises RunError, which names the notebook to run, if an artifact is missing or stale,
+    ExportError if the merged model failed its check, and GgufError if the GGUF file failed its check."""
     has_gguf = "gguf" in run.makes(ARTIFACTS["gguf"].step)
     names = [name for name in settings.artifacts if name != "gguf" or has_gguf]
     if not names:
@@ -84,14 +84,16 @@ def chosen_artifacts(run: Run, settings: HubSettings) -> list[str]:
 
 
 def tag_name(run: Run, settings: HubSettings, names: list[str]) -> str:
-    """Return `hub.tag`, or `run-` and twelve digits over the manifest's digests of what is pushed: same weights, same tag."""
+    """Return `hub.tag`, or `run-` and twelve hexadecimal digits from the digests of the pushed artifacts.
+
+    The same weights get the same tag."""
     manifest = run.manifest()["artifacts"]
     digests = json.dumps({name: manifest[name]["sha256"] for name in sorted(names)})
     return settings.tag or f"run-{hashlib.sha256(digests.encode()).hexdigest()[:12]}"
 
 
 def plan(run: Run, settings: HubSettings, repo_id: str, names: list[str]) -> list[PlannedRepository]:
-    """Return the repositories of a push, each with its model card first: the warning on clinical use comes before any weight.
+    """Return the repositories of a push. The model card is first in each, so that its warning is there before any weight.
 
     Raises HubError if an artifact would overwrite the model card."""
     from huggingface_hub import CommitOperationAdd
@@ -112,7 +114,7 @@ def plan(run: Run, settings: HubSettings, repo_id: str, names: list[str]) -> lis
 
 
 def require_valid(addresses: Iterable[str]) -> None:
-    """Raise HubError for a repository's name that the Hub's own client does not take."""
+    """Raise HubError if the Hub's own client refuses the name of a repository."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -130,7 +132,9 @@ def require_valid(addresses: Iterable[str]) -> None:
 
 
 def agrees(file: CommitOperationAdd, found: RepoFile | None) -> bool:
-    """Return True if the Hub lists the file with the run's size and digest: sha256 of a large file, git's blob id of another."""
+    """Return whether the Hub lists the file with the run's size and digest.
+
+    The digest is the sha256 of a large file (stored with LFS), and git's blob id of any other file."""
     from huggingface_hub.utils.sha import git_hash
 
     if found is None or found.size != file.upload_info.size:
@@ -147,25 +151,25 @@ def as_listed(found: RepoFile) -> ListedFile:
 
 
 def folder_digest(digests: dict[str, str]) -> str:
-    """Return the manifest's sha256 of a folder from {name: sha256} of its files (as `run.files.sha256_of` makes it)."""
+    """Return the sha256 of a folder from {name: sha256} of its files, as the manifest has it (see `run.files.sha256_of`)."""
     whole = hashlib.sha256()
     for name in sorted(digests, key=PurePosixPath):
         whole.update(f"{name}\0{digests[name]}\n".encode())
     return whole.hexdigest()
 
 
-# --- whose a file is -----------------------------------------------------------------------------------------------
+# --- who uploaded a file -------------------------------------------------------------------------------------------
 
 
 def commit_title(artifact: str, run: Run, tag: str) -> str:
-    """Return the title by which a later push knows that the commit was made by `medcot push`."""
+    """Return the commit title by which a later push recognizes a commit of `medcot push`."""
     return f"{artifact} of run {run.path.name} ({tag})"
 
 
 def refuse_of_others(repository: PlannedRepository, there: Listing) -> None:
-    """Raise HubError if the push would replace a file of somebody else, or leave one among its weights.
+    """Raise HubError if the push would replace somebody else's file, or leave one among its weights.
 
-    A file is medcot's if the title of the last commit that touched it says so. `there` is a listing with the commits."""
+    medcot uploaded a file if the title of the last commit that touched it says so. `there` is a listing with the commits."""
     replaced = {path for file in repository.files if not agrees(file, there.get(path := file.path_in_repo))} & there.keys()
     beside = {path for path in there if any(repository.left_over(path, artifact) for artifact in repository.artifacts)}
     others = [

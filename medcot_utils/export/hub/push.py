@@ -1,5 +1,6 @@
-"""Push a finished run to the Hugging Face Hub, and believe it only if what the Hub lists and returns is what the run
-recorded. medcot only replaces or deletes files that it uploaded itself."""
+"""Push a finished run to the Hugging Face Hub. A push succeeds only if the Hub lists and returns what the run has recorded.
+
+medcot only replaces or deletes files that it uploaded itself."""
 
 from __future__ import annotations
 
@@ -38,20 +39,20 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.hf_api import RepoFile
 
-PROBE_BYTES = 65_536  # downloaded again from either end of a large file
-PIECE_BYTES = 32 << 20  # downloaded at a time of a whole file: a broken connection costs one piece
+PROBE_BYTES = 65_536  # downloaded again from each end of a large file
+PIECE_BYTES = 32 << 20  # size of one request for a whole file, so that a broken connection costs only one piece
 
 
 def hub_settings(run: Run, **changes: Any) -> HubSettings:
-    """Return the run's hub settings with those of one push laid over them (None: as the run says). Raises ConfigError."""
+    """Return the run's hub settings, changed for one push; None keeps the run's value. Raises ConfigError for a wrong value."""
     return with_values(run.config, {f"hub.{name}": value for name, value in changes.items() if value is not None}).hub
 
 
 def check_hub(config: RunConfig, token: str | None = None) -> str:
-    """Return one line for notebook 01 that says where a push will go.
+    """Check the token hours before a push, and return one line for notebook 01 that says where the push will go.
 
-    Raises PlatformError if a push is asked for and there is no token, HubError if the Hub does not take it: hours later would
-    be too late."""
+    Raises PlatformError if a push is set and there is no token, and HubError if a repository's name is wrong or the Hub refuses
+    the token."""
     settings = config.hub
     if settings.repo_id is None:
         return "nothing will be pushed to the Hub: hub.repo_id is not set"
@@ -61,7 +62,9 @@ def check_hub(config: RunConfig, token: str | None = None) -> str:
 
 
 def publish(run: Run, token: str | None = None) -> PushRecord | None:
-    """Push if hub.repo_id is set, else say in one line that nothing was pushed: for notebook 07."""
+    """Push if hub.repo_id is set; if not, say in one line that nothing was pushed, and return None. Notebook 07 calls this.
+
+    Raises HubError, PlatformError, RunError, ExportError, or GgufError as `push_run` does."""
     if run.config.hub.repo_id is None:
         say("not pushed: hub.repo_id is not set (later: medcot push RUN_DIR --repo-id user/name)")
         return None
@@ -69,12 +72,14 @@ def publish(run: Run, token: str | None = None) -> PushRecord | None:
 
 
 def push_run(run: Run, settings: HubSettings, token: str | None = None, say: Callable[[str], None] = say) -> PushRecord:
-    """Push the run's artifacts, compare every file there with the run, and tag what agrees.
+    """Push the run's artifacts, compare every file there with the run, and set a tag if all agree.
 
-    Size and digest are compared as the Hub lists them, then the bytes of a download: all of a small file, both ends of a large
-    one, or all of every file with hub.verify_all. Returns the record, which is also appended to pushed.json. Raises HubError,
-    and leaves a record of state `failed` with what was sent, unless every file agrees; before anything is sent if a file
-    that medcot did not upload stands in the way."""
+    The comparison uses the size and digest that the Hub lists, then the bytes of a download: a whole small file, both ends of a
+    large one, or all of every file with hub.verify_all. Return the record, which is also appended to pushed.json.
+
+    Raises HubError unless every file agrees, and before anything is sent if a file that medcot did not upload is in the way. The
+    record then has the state `failed` and says what was sent. Raises PlatformError without a token, and as `chosen_artifacts`
+    does."""
     if settings.repo_id is None:
         raise HubError("hub.repo_id is not set: name the repository with --repo-id user/name")
     require_valid(settings.addresses(settings.artifacts, settings.repo_id).values())
@@ -115,7 +120,7 @@ def _now() -> str:
 
 
 def _connect(token: str | None, secrets: SecretsSettings, settings: HubSettings, say: Callable[[str], None]) -> HubClient:
-    """Return the client with a token: the argument, else what `require_secret` finds. Raises PlatformError without one."""
+    """Return the client with a token: the argument, else what `require_secret` finds. Raises PlatformError without a token."""
     from huggingface_hub import HfApi
 
     if token:
@@ -127,7 +132,7 @@ def _connect(token: str | None, secrets: SecretsSettings, settings: HubSettings,
 
 
 def writing_user(hub: HubClient, repo_id: str) -> str:
-    """Return the name of the token's user. Raises HubError for a token that may only read."""
+    """Return the name of the token's user. Raises HubError if the token may only read."""
     who = hub.ask("asking the Hub whose token this is", repo_id, hub.api.whoami)
     if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise HubError(f"the token of {who['name']} may only read: make one of type write at {hub.api.endpoint}/settings/tokens")
@@ -138,10 +143,10 @@ def writing_user(hub: HubClient, repo_id: str) -> str:
 
 
 def prepare(hub: HubClient, repository: PlannedRepository, private: bool, tag: str) -> RepositoryRecord:
-    """Make the repository if it is not there, and return its record.
+    """Make the repository if it does not exist, and return its record.
 
-    Raises HubError if the one there is public and `private` is asked for, if its tag stands on other weights, or if a file
-    of somebody else is in the way."""
+    Raises HubError if the repository is public and `private` is true, if its tag is on other weights, or if somebody else's file
+    is in the way."""
     api, repo_id = hub.api, repository.repo_id
     making = f"making the repository {repo_id}"
     hub.ask(making, repo_id, api.create_repo, repo_id, private=private, repo_type="model", exist_ok=True)
@@ -167,7 +172,7 @@ def prepare(hub: HubClient, repository: PlannedRepository, private: bool, tag: s
 
 
 def tagged_commit(hub: HubClient, repo_id: str, tag: str) -> str | None:
-    """Return the commit that the tag stands on; None without such a tag."""
+    """Return the commit of the tag; None if there is no such tag."""
     refs = hub.ask(f"reading the tags of {repo_id}", repo_id, hub.api.list_repo_refs, repo_id)
     return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
 
@@ -176,19 +181,19 @@ def tagged_commit(hub: HubClient, repo_id: str, tag: str) -> str | None:
 
 
 def send(hub: HubClient, repository: PlannedRepository, artifact: str, title: str, entry: RepositoryRecord) -> RepositoryRecord:
-    """Commit the artifact's files that are not there already, without weights of an earlier push that it no longer has.
+    """Commit the artifact's files that are not already there, and delete weights of an earlier push that it no longer has.
 
-    Returns the repository's record with the commit. Raises HubError before anything of the artifact is sent if a file of
-    somebody else is in the way."""
+    Return the repository's record with the commit. Raises HubError, before anything of the artifact is sent, if somebody else's
+    file is in the way."""
     from huggingface_hub import CommitOperationDelete
 
     repo_id, files = repository.repo_id, repository.artifacts[artifact]
     there = hub.listing(repo_id, "main", commits=True)
-    refuse_of_others(repository, there)  # once more: hours may lie between
+    refuse_of_others(repository, there)  # again, because hours may have passed since `prepare`
     missing = [file for file in files if not agrees(file, there.get(file.path_in_repo))]
     stale = {path: found for path, found in there.items() if repository.left_over(path, artifact)}
     for file in missing:
-        # One by one: a broken connection stops this file, and the ones before it are not sent again.
+        # Files are sent one by one, so that after a broken connection the earlier ones are not sent again.
         sending = f"sending {file.path_in_repo} ({size_text(file.upload_info.size)}) to {repo_id}"
         hub.ask(sending, repo_id, hub.api.preupload_lfs_files, repo_id, [file], free_memory=False)
     if missing or stale:
@@ -217,7 +222,7 @@ def _file_record(file: CommitOperationAdd, artifact: str, sent: bool, found: Rep
 
 
 def size_text(count: int) -> str:
-    """Return a number of bytes for a reader, in MB from 100,000 on."""
+    """Return a number of bytes as text, in MB if it is 100,000 or more."""
     return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,} bytes"
 
 
@@ -227,7 +232,7 @@ def size_text(count: int) -> str:
 def read_back(
     hub: HubClient, repository: PlannedRepository, listing: Listing, verify_all: bool, entry: RepositoryRecord
 ) -> RepositoryRecord:
-    """Return the repository's record with what the Hub lists and a download gives of each file, and what is wrong with it."""
+    """Return the repository's record with the Hub's listing, the extent of the download, and the fault (or None) of each file."""
     checked = []
     for file, record in zip(repository.files, entry["files"], strict=True):
         found, downloaded = listing.get(file.path_in_repo), {}
@@ -245,7 +250,7 @@ def read_back(
 
 
 def download_fault(hub: HubClient, repo_id: str, revision: str, file: CommitOperationAdd, whole: bool) -> str | None:
-    """Return what is wrong with a download of the file, whole or its first and last PROBE_BYTES alone; None if it is right."""
+    """Return what is wrong with a download of the file; None if it is right. Not `whole`: only its first and last PROBE_BYTES."""
     path, size, length = file.path_in_repo, file.upload_info.size, PIECE_BYTES if whole else PROBE_BYTES
     with file.as_file() as ours:
         for start in range(0, size, length) if whole else (0, size - length):
@@ -260,7 +265,7 @@ def download_fault(hub: HubClient, repo_id: str, revision: str, file: CommitOper
 
 
 def require_verified(run: Run, repository: PlannedRepository, listing: Listing, entry: RepositoryRecord) -> None:
-    """Raise HubError unless every file agrees, what was deleted is gone, and each artifact is as a whole the manifest's."""
+    """Raise HubError unless every file agrees, deleted files are gone, and each whole artifact has the manifest's digest."""
     faults = [f"{one['path']} ({one['fault']})" for one in entry["files"] if not one["verified"]]
     faults += [f"{gone['path']} (deleted, still there)" for gone in entry["deleted"] if gone["path"] in listing]
     manifest = run.manifest()["artifacts"]
@@ -280,7 +285,7 @@ def require_verified(run: Run, repository: PlannedRepository, listing: Listing, 
 
 
 def verified_line(entry: RepositoryRecord) -> str:
-    """Return one line on how many files agree, and how much of them was downloaded."""
+    """Return one line on how many files agree, and how many of them were downloaded whole."""
     count, ends = len(entry["files"]), sum(one["downloaded"] == "both ends" for one in entry["files"])
     probed = f", {ends} large at both ends (every byte: --verify-all)" if ends else ""
     return (
@@ -290,9 +295,9 @@ def verified_line(entry: RepositoryRecord) -> str:
 
 
 def tag_verified(hub: HubClient, tag: str, entry: RepositoryRecord) -> RepositoryRecord:
-    """Set the tag on the verified commit, unless it stands already, and return the record with the commit.
+    """Set the tag on the verified commit, unless it is set already, and return the record with the tag's commit.
 
-    Raises HubError if the Hub then lists the tag on another commit, or not at all."""
+    Raises HubError if the Hub then lists the tag on another commit, or does not list it."""
     if entry["tag_commit"]:
         return entry
     repo_id, revision = entry["repo_id"], entry["revision"]

@@ -1,4 +1,4 @@
-"""The record of each push of a run, in pushed.json: what was sent, what the Hub lists, and what was read back."""
+"""The record of each push of a run, in pushed.json: the files that were sent, the Hub's listing, and the downloads."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ RECORD = "pushed.json"
 
 
 class ListedFile(TypedDict):
-    """A file as the Hub lists it. digest: `sha256:` of a large file, `git:` and the blob's id of another."""
+    """Hold a file as the Hub lists it. digest: `sha256:` and the sha256 of a large file, or `git:` and the blob id of another."""
 
     bytes: int
     digest: str
 
 
 class DeletedFile(ListedFile):
-    """Weights of an earlier push that the run no longer has."""
+    """Hold weights of an earlier push that the run no longer has."""
 
     path: str
     artifact: str
 
 
 class FileRecord(TypedDict):
-    """A file of a push. The last three fields come with the verification."""
+    """Hold a file of a push. The verification sets `verified` and the fields after it."""
 
     path: str  # in the repository
-    artifact: str  # model card, adapter, merged or gguf
+    artifact: str  # model card, adapter, merged, or gguf
     bytes: int
     sha256: str
-    sent: bool  # in a commit of this push
-    there_already: bool  # the repository held this very file before
-    replaced: str | None  # the digest of the other file that lay there
+    sent: bool  # whether a commit of this push holds it
+    there_already: bool  # whether the repository held the same file before
+    replaced: str | None  # the digest of the other file that was there before
     verified: bool | None  # None: not compared yet
     on_the_hub: NotRequired[ListedFile | None]  # None: not there
     downloaded: NotRequired[str]  # whole, or both ends
@@ -52,23 +52,23 @@ class FileRecord(TypedDict):
 
 
 class RepositoryRecord(TypedDict):
-    """One repository of a push."""
+    """Hold one repository of a push."""
 
     repo_id: str
     url: str
     private: bool
     revision: str | None  # the commit that was compared
-    commits: dict[str, str]  # artifact: commit, or `there already`
-    tag_commit: str | None  # the commit that the tag stands on
+    commits: dict[str, str]  # {artifact: its commit, or `there already`}
+    tag_commit: str | None  # the commit of the tag
     files: list[FileRecord]
     deleted: list[DeletedFile]
 
 
 class PushRecord(TypedDict):
-    """One push of a run."""
+    """Hold one push of a run."""
 
     started: str  # ISO 8601, UTC
-    state: str  # running, pushed or failed
+    state: str  # running, pushed, or failed
     repo_id: str
     layout: str
     endpoint: str
@@ -83,20 +83,20 @@ Pushes = list[PushRecord]
 
 
 def read_record(run: Run) -> list[PushRecord]:
-    """Return every push of the run, the oldest first. Raises RunError for a record that is none that medcot writes."""
+    """Return every push of the run, oldest first. Raises RunError if medcot cannot have written the file."""
     path = run.path / RECORD
     return read_records(path.read_bytes(), run.display(path), PUSHES) if path.exists() else []
 
 
 def save_record(run: Run, record: PushRecord) -> None:
-    """Write the record into the run, in place of what was saved of the same push before."""
+    """Write the record into the run. It replaces an earlier record of the same push."""
     others = [push for push in read_record(run) if push["started"] != record["started"]]
     write_atomic(run.path / RECORD, to_json([*others, record]))
 
 
 @contextmanager
 def failure_recorded(run: Run, record: PushRecord) -> Iterator[None]:
-    """Save the record with state `failed` if the block raises. Tell in a refusal by the Hub what lies there already."""
+    """Save the record with state `failed` if the block raises. If the Hub refused, say in the error what is already there."""
     try:
         yield
     except Exception as error:
@@ -115,7 +115,7 @@ def failure_recorded(run: Run, record: PushRecord) -> Iterator[None]:
 
 
 def file_lines(record: PushRecord) -> list[dict[str, str | int]]:
-    """Return what was compared and what was deleted, one line a file."""
+    """Return one line per file that was compared or deleted."""
     lines: list[dict[str, str | int]] = []
     for entry in record["repositories"]:
         place = entry["repo_id"]

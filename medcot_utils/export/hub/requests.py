@@ -1,7 +1,7 @@
-"""Requests to the Hub: repeated while it is busy, and failures in words that say what to do.
+"""Send requests to the Hub, repeat them while it is busy, and turn failures into messages that say what to do.
 
-The client repeats uploads and later pages of a list itself: five times, within 23 seconds, and neither can be set. It sends
-everything else once. So `hub.patience_seconds` is kept here, by tenacity around each call."""
+The client itself repeats uploads and later pages of a list five times, within 23 seconds, and neither number can be set. It sends
+everything else once. So tenacity repeats each call here, for at most `hub.patience_seconds`."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
 T = TypeVar("T")
-Listing: TypeAlias = "dict[str, RepoFile]"  # {path: what the Hub says of the file}
-# Busy, conflicting, failing or overloaded: the same request may be granted in a moment.
+Listing: TypeAlias = "dict[str, RepoFile]"  # {path: the Hub's entry of the file}
+# The server is busy, failing, or overloaded, or there is a conflict. The same request may succeed in a moment.
 PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 LONGEST_WAIT_S = 30.0
 
 
 class HubError(MedcotError):
-    """Something was not pushed; the message says what happened, what lies on the Hub already, and what to do."""
+    """Say that something was not pushed: what happened, what is already on the Hub, and what to do."""
 
 
 class HubRefusal(HubError):
-    """The Hub refused a request, could not be reached, or gave an unusable answer; the message says what to do."""
+    """Say that the Hub refused a request, could not be reached, or gave an unusable answer, and what to do."""
 
 
 @dataclass(frozen=True)
 class HubClient:
-    """The library's client, how long a request may be repeated (seconds), and where progress is said."""
+    """Hold the library's client, the seconds for which a request may be repeated, and the function that prints progress."""
 
     api: HfApi
     patience_s: float
     tell: Callable[[str], None]
 
     def say(self, line: str) -> None:
-        """Say a line without the token, which a server may repeat."""
+        """Say a line without the token, because a server's message may repeat it."""
         self.tell(redact(line))
 
     def ask(self, doing: str, repo_id: str, call: Callable[..., T], *args: object, **kwargs: object) -> T:
-        """Return `call(*args, **kwargs)`, repeated while its failure may pass: after the seconds that the server asks for,
-        else after 1, 2, 4, … up to 30, for as long as the waits together stay within the patience.
+        """Return `call(*args, **kwargs)`, and repeat it while its failure may be temporary.
 
-        Raises HubRefusal that begins with `doing`; an error that is not the Hub's is raised as it is."""
+        Wait as many seconds as the server asks for, else 1, 2, 4, … up to 30, as long as all waits together stay within the
+        patience. Raises HubRefusal, whose message begins with `doing`. Other errors, which are not the Hub's, pass through."""
         from tenacity import Retrying, retry_if_exception, wait_exponential
 
         backoff = wait_exponential(max=LONGEST_WAIT_S)
@@ -72,30 +72,30 @@ class HubClient:
             raise HubRefusal(redact(f"{doing}: {explain(error, repo_id, self.api.endpoint, self.patience_s)}")) from None
 
     def listing(self, repo_id: str, revision: str, commits: bool = False) -> Listing:
-        """Return every file of a repository at a revision, with the last commit that touched it if `commits`."""
+        """Return {path: entry} of every file of a repository at a revision; with `commits`, also the last commit of each."""
         tree = partial(self.api.list_repo_tree, repo_id, recursive=True, expand=commits, revision=revision)
         found = self.ask(f"listing {repo_id}", repo_id, lambda: list(tree()))
         return {entry.path: entry for entry in found if hasattr(entry, "blob_id")}
 
     def info(self, repo_id: str) -> ModelInfo:
-        """Return what the Hub says of a repository: whether it is private, and its newest commit."""
+        """Return the Hub's information on a repository: whether it is private, and its newest commit."""
         return self.ask(f"looking at {repo_id}", repo_id, self.api.model_info, repo_id)
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """Return the error below the client's own "Error while uploading": a refusal, or a broken connection."""
+    """Return the cause of the client's own "Error while uploading", a refusal or a broken connection; else the error itself."""
     return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
 
 
 def status_of(error: BaseException) -> int | None:
-    """Return the HTTP status that the server answered with, or None if it did not answer."""
+    """Return the HTTP status of the server's answer; None if it did not answer."""
     return getattr(getattr(cause_of(error), "response", None), "status_code", None)
 
 
 def of_the_hub(error: BaseException) -> bool:
-    """Return True for a refusal, a broken connection or an unusable answer; False for a fault of this machine or this code.
+    """Return True for a refusal, a broken connection, or an unusable answer, and False for a fault of this machine or code.
 
-    The client stops at an unusable answer with a plain ValueError. HFValidationError is about what the client was given."""
+    For an unusable answer, the client raises a plain ValueError. HFValidationError is about the client's arguments."""
     import httpx
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
@@ -107,28 +107,29 @@ def of_the_hub(error: BaseException) -> bool:
 
 
 def retry_after(error: BaseException) -> float | None:
-    """Return the seconds that the server asks to wait, or None: a number, a date (which the client does not read), or the
-    Hub's own RateLimit header."""
+    """Return the seconds that the server asks to wait; None if it does not ask.
+
+    It asks with a number, a date (which the client does not read), or the Hub's own RateLimit header."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
     headers = getattr(getattr(cause_of(error), "response", None), "headers", {})
     text, limit = headers.get("Retry-After", "").strip(), parse_ratelimit_headers(headers)
     if text.isdigit():
         return float(text)
-    with contextlib.suppress(ValueError):  # neither a number nor a date, as if it were not there
+    with contextlib.suppress(ValueError):  # a header that is neither a number nor a date is ignored
         return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
     return float(limit.reset_in_seconds) if limit and limit.remaining == 0 and status_of(error) == 429 else None
 
 
 def passing(error: BaseException) -> bool:
-    """Return True if the same request may succeed in a moment."""
+    """Return whether the same request may succeed in a moment."""
     import httpx
 
     return status_of(error) in PASSING or isinstance(cause_of(error), httpx.TransportError)
 
 
 def headline(error: BaseException) -> str:
-    """Return what happened in a few words, without addresses."""
+    """Return a few words on what happened, without addresses."""
     cause, status = cause_of(error), status_of(error)
     if status is None:
         what = "the connection to the Hub failed" if passing(error) else "the Hub's answer cannot be used"
@@ -138,7 +139,7 @@ def headline(error: BaseException) -> str:
 
 
 def explain(error: BaseException, repo_id: str, endpoint: str, patience_s: float) -> str:
-    """Return one sentence for what happened and one for what to do about it."""
+    """Return one sentence on what happened, and one on what to do."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
@@ -148,12 +149,12 @@ def explain(error: BaseException, repo_id: str, endpoint: str, patience_s: float
     advice = {
         401: f". The token is not valid (wrong, expired or revoked): make one of type write at {tokens} and set HF_TOKEN to it",
         403: f". The token may not write to {repo_id}: give one of type write, or a fine-grained one with write access to the "
-        f"contents and settings of this repository or its owner ({tokens}). If the message speaks of storage, make room there",
+        f"contents and settings of this repository or its owner ({tokens}). If the message mentions storage, make room there",
         404: f". {repo_id} is not there, or this token may not see it: check the spelling, and that the token's user belongs to "
         f"{repo_id.split('/')[0]}",
         409: f"{waited}. Something else is writing to {repo_id}: wait until it is done, then push again",
-        429: f"{waited}. The limit of requests is reached: push again in some minutes",
-    }.get(status, ". It does not take this request")
+        429: f"{waited}. The limit of requests is reached: push again in a few minutes",
+    }.get(status, ". It does not accept this request")
     if status == 429 and asked is not None:
         advice = (
             f" and asks to wait {asked:.0f} s, longer than hub.patience_seconds ({patience_s:.0f}). The limit of requests is "
@@ -169,9 +170,9 @@ def explain(error: BaseException, repo_id: str, endpoint: str, patience_s: float
 
 
 def download(api: HfApi, repo_id: str, path: str, revision: str, start: int, length: int) -> bytes | None:
-    """Return `length` bytes of a file as anybody with the token would download them; None if there is no such file.
+    """Return `length` bytes of a file from `start` on, as anyone with the token downloads them; None if there is no such file.
 
-    `HfFileSystem` reads ranges too, but of compressed bytes, and keeps in memory all that a server without ranges sends."""
+    `HfFileSystem` reads ranges too, but of compressed bytes. If a server ignores ranges, it keeps the whole file in memory."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -184,6 +185,6 @@ def download(api: HfApi, repo_id: str, path: str, revision: str, start: int, len
         skipped, got = 0 if response.status_code == 206 else start, bytearray()
         for block in response.iter_bytes():
             got += block
-            if len(got) >= skipped + length:  # a server without ranges would go on to the end
+            if len(got) >= skipped + length:  # a server that ignores ranges would send the whole file
                 break
     return bytes(got[skipped : skipped + length])

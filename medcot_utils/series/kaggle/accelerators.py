@@ -9,28 +9,28 @@ from medcot_utils.errors import MedcotError
 
 
 class AcceleratorError(MedcotError):
-    """Kaggle has no such accelerator, or the run does not fit it; the message says which there are, or what to set."""
+    """Say that Kaggle has no such accelerator, or that the run does not fit it: which there are, or what to set."""
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A machine shape of Kaggle's with NVIDIA GPUs."""
+    """Hold a machine shape of Kaggle with NVIDIA GPUs."""
 
     gpu: str
     count: int
     memory_gb: int  # of one GPU, as its maker states it; about a tenth less is usable
-    bfloat16: bool  # computed in hardware (compute capability 8.0 or newer); else float16
-    given_to_all: bool  # else to participants of some competitions, or to no one but Kaggle's staff
+    bfloat16: bool  # whether the hardware computes it (compute capability 8.0 or newer); else float16
+    given_to_all: bool  # if not, only participants of some competitions, or only Kaggle's staff, get it
 
     def describe(self) -> str:
-        """Return GPUs, memory and number format in words."""
+        """Return GPUs, memory, and number format as text."""
         number = "bfloat16" if self.bfloat16 else "float16"
         return f"{self.count} x {self.gpu}, {self.memory_gb} GB each, {number}"
 
 
-# Names: docs/kernels.md of Kaggle's client, "Accelerators available as of Sep 2026", and its pull request 1198, by which
-# NvidiaTeslaT4 is the editor's "GPU T4 x2" and a single T4 is no longer given. Memory and formats: NVIDIA's data sheets.
-# The TPUs there run nothing of this series; NvidiaTeslaP100 was retired on 15 September 2026.
+# The names are from docs/kernels.md of Kaggle's client, "Accelerators available as of Sep 2026", and from its pull request 1198:
+# NvidiaTeslaT4 is the editor's "GPU T4 x2", and single T4s are no longer available. Memory and formats are from NVIDIA's data
+# sheets. The series does not run on Kaggle's TPUs; NvidiaTeslaP100 was retired on September 15, 2026.
 ACCELERATORS = {
     "NvidiaTeslaT4": Accelerator("T4", 2, 16, bfloat16=False, given_to_all=True),
     "NvidiaL4": Accelerator("L4", 4, 24, bfloat16=True, given_to_all=False),
@@ -40,11 +40,11 @@ ACCELERATORS = {
     "NvidiaRtxPro6000": Accelerator("RTX PRO 6000", 1, 96, bfloat16=True, given_to_all=False),
 }
 DEFAULT = "NvidiaTeslaT4"
-_USABLE_GIB = 0.9  # of each GB stated, at least: a T4 of 16 GB shows 14.7 GiB
+_USABLE_GIB = 0.9  # at least this much of each GB stated is usable: a T4 of 16 GB shows 14.7 GiB
 
 
 def find_accelerator(name: str) -> Accelerator:
-    """Return an accelerator by Kaggle's name. Raises AcceleratorError for an unknown one, with those that there are."""
+    """Return an accelerator by Kaggle's name. Raises AcceleratorError, which lists all of them, for an unknown name."""
     if name in ACCELERATORS:
         return ACCELERATORS[name]
     if name == "NvidiaTeslaP100":
@@ -54,8 +54,10 @@ def find_accelerator(name: str) -> Accelerator:
 
 
 def check_accelerator(name: str, config: RunConfig) -> Accelerator:
-    """Return the accelerator if a run fits it. Raises AcceleratorError if its memory, number format, or number of GPUs does not
-    do for the run's profile and settings."""
+    """Return the accelerator if a run fits it.
+
+    Raises AcceleratorError for an unknown name, or if the run's profile and settings need more memory, another number format, or
+    more GPUs."""
     found = find_accelerator(name)
     needed, usable = profile_needs(config.profile).gpu_gib, found.memory_gb * _USABLE_GIB
     if needed is not None and usable < needed:

@@ -1,4 +1,4 @@
-"""The notebook that is pushed to Kaggle: the project inside itself as text, and a few cells that run it."""
+"""Build the notebook that is pushed to Kaggle: it holds the project as text, and a few cells that run it."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from medcot_utils.series.kaggle.metadata import (
 )
 from medcot_utils.series.preflight import preflight
 
-MOST_BYTES = 1_000_000  # Kaggle refuses a larger notebook
-# Kaggle ends a session after 12 hours; the rest is for what cannot pause (a held-out loss, the merge), and for packing.
+MOST_BYTES = 1_000_000  # Kaggle refuses larger notebooks
+# Kaggle ends a session after 12 hours. The rest is for work that cannot pause (a held-out loss, the merge), and for packing.
 MAX_HOURS = 10
 
 
 @dataclass(frozen=True)
 class Built:
-    """A notebook as written, ready to be pushed."""
+    """Hold a built notebook, ready to be pushed."""
 
     notebook: Path
     metadata: KernelMetadata
     profile: str
     settings: list[str]
     bytes: int
-    added: list[str]  # of the settings, those that were not given
-    left_out: list[str]  # files that lie among the carried ones, but are none of the project's
-    dropped_image: str | None  # a docker_image that stood in the metadata file
+    added: list[str]  # settings that the build added
+    left_out: list[str]  # files beside the carried ones that do not belong to the project
+    dropped_image: str | None  # the docker_image that the metadata file had, if it was removed
 
 
 def build(
@@ -63,15 +63,18 @@ def build(
 ) -> Built:
     """Write the notebook below `folder`, and kernel-metadata.json into it.
 
-    A metadata file that is there already keeps its id, privacy, accelerator and sources; what is given replaces them or is
-    added. Its docker_image goes, unless `keep_image` says so: it may name an old image, or one for the CPU, and Kaggle then
-    starts that without a word (kaggle-cli, issue 1197). Without a profile, that of the notebook in the folder stays, else it is
+    An existing metadata file keeps its id, privacy, accelerator, and sources, unless arguments replace them or add to them. Its
+    docker_image is removed unless `keep_image` is true: it may name an old image or a CPU image, and Kaggle would start that
+    without a warning (kaggle-cli, issue 1197). Without a profile, the profile of the notebook in the folder stays, else it is
     `article`. The same arguments on the same folder give the same bytes.
 
     Args:
-        accelerator: a name of `ACCELERATORS`; None: what the folder has, else two T4s, and none for a profile without a GPU.
+        kernel: owner/slug of the notebook on Kaggle.
+        continue_from, datasets: sources to add: other notebooks whose output is an input, and data sets.
+        accelerator: a name in `ACCELERATORS`. None keeps the folder's, else means two T4s, or none for a profile without a GPU.
 
-    Raises a MedcotError for what cannot run on Kaggle, or for a secret in what would be pushed, before anything is written."""
+    Raises:
+        MedcotError: if something cannot run on Kaggle, or if what would be pushed holds a secret; nothing is written then."""
     held = read_unvalidated(folder) or {}
     profile = profile or _held_profile(folder, held.get("code_file")) or "article"
     given = list(settings)
@@ -84,7 +87,7 @@ def build(
     image = held.get("docker_image")
     kept = {name: held.get(name) for name in ("keywords", "enable_tpu")}
     kept["docker_image"] = image if keep_image or not image else None
-    if kernel == held.get("id"):  # the number goes before the name: another kernel's would be overwritten
+    if kernel == held.get("id"):  # for Kaggle the number outranks the name, so another kernel's number would overwrite that one
         kept["id_no"] = held.get("id_no")
     values = kept | {
         "id": kernel,
@@ -117,7 +120,7 @@ def build(
 def _held_profile(folder: Path, code_file: Any) -> str | None:
     try:
         notebook = nbformat.read(resolve_below(folder, code_file, METADATA), as_version=4)
-    except (OSError, ValueError, OutsideError):  # none there, no notebook, or none of this folder's
+    except (OSError, ValueError, OutsideError):  # no file, not a notebook, or outside the folder
         return None
     lines = [line for cell in notebook.cells for line in cell.source.splitlines() if line.startswith("PROFILE = ")]
     name = lines[0].partition("=")[2].strip(' "') if lines else None
@@ -140,7 +143,7 @@ def _usual_accelerator(profile: str, held: dict[str, Any]) -> str:
 
 
 def _checked_settings(profile: str, settings: list[str], shape: str) -> list[str]:
-    """Return the settings, with a time limit for a session on a GPU. Raises a MedcotError for what cannot run on Kaggle."""
+    """Return the settings, with a time limit for a session on a GPU. Raises MedcotError if something cannot run on Kaggle."""
     for name in ("demo", "article") if profile == "auto" else (profile,):
         config = load_config(name, settings)
         for setting, found in local_paths(config).items():
@@ -167,12 +170,12 @@ def _refuse_files_of_this_machine(setting: str, paths: list[str]) -> None:
 _INTRO = """# medcot on Kaggle
 
 Fine-tunes and judges a reasoning model on medical chain-of-thought data, in seven notebooks, headless. This notebook needs
-nothing but itself and **Internet** (settings, right): package and notebooks are in it as text. It runs on Python 3.11, 3.12,
-and 3.13, and leaves the session's own torch and kernel as they are. It was written by `medcot kaggle build`; change it there.
+only **Internet** (in the settings on the right), because it holds package and notebooks as text. It runs on Python 3.11, 3.12,
+and 3.13, and leaves the session's own torch and kernel as they are. `medcot kaggle build` wrote it; to change it, build it again.
 Not for clinical use.
 
 Secrets are optional and attached once, in the editor (Add-ons > Secrets): {hub}, and {wandb}.
-To resume an earlier session, add its output as input. Afterwards the output holds `{run}.zip`, `{run}/adapter`
+To resume an earlier session, add its output as input. At the end, the output holds `{run}.zip`, `{run}/adapter`,
 and `{run}/report.html`."""
 
 _PARAMETERS = """PROFILE = {profile}
@@ -180,7 +183,7 @@ SETTINGS = {settings}
 KERNEL = {kernel}
 RESUME_FROM = {sources}"""
 
-# Outside the working folder, which is the session's output: code is never handed on from session to session.
+# The project is unpacked outside the working folder, which is the session's output, so sessions never pass on code.
 _UNPACK = """import base64, hashlib, io, os, shutil, sys, tarfile, time
 from pathlib import Path
 
@@ -213,7 +216,7 @@ session.end(exit_code, KERNEL, profile, SETTINGS)"""
 
 
 def cells(metadata: KernelMetadata, profile: str, settings: list[str], files: dict[str, bytes]) -> list[Any]:
-    """Return the pushed notebook's cells, with fixed ids."""
+    """Return the cells of the pushed notebook, with fixed ids."""
     chosen = {"profile": json.dumps(profile), "settings": _list(settings), "kernel": json.dumps(metadata.id)}
     chosen["sources"] = _list(_earlier_sessions(metadata, settings))
     secrets = load_config("demo" if profile == "auto" else profile, settings).secrets
@@ -233,7 +236,7 @@ def cells(metadata: KernelMetadata, profile: str, settings: list[str], files: di
         ("markdown", "## The series", {}),
         ("code", _RUN, {}),
         ("code", _REPORT, {}),
-        ("markdown", "## What is left as output", {}),
+        ("markdown", "## The output", {}),
         ("code", _LEAVE, {}),
     ]
     made = []
@@ -244,7 +247,7 @@ def cells(metadata: KernelMetadata, profile: str, settings: list[str], files: di
 
 
 def _earlier_sessions(metadata: KernelMetadata, settings: list[str]) -> list[str]:
-    """Return the sources that hold the session to resume: other notebooks' output, and data sets that no setting reads from."""
+    """Return the sources that may hold the session to resume: other notebooks' output, and data sets that no setting reads."""
     read = {part for pair in settings if "/kaggle/input/" in pair for part in re.split(r"[/=\s\"']", pair)}
     return [*metadata.kernel_sources, *(name for name in metadata.dataset_sources if name.partition("/")[2] not in read)]
 
@@ -258,7 +261,7 @@ def _list(settings: list[str]) -> str:
 
 
 def notebook_text(metadata: KernelMetadata, profile: str, settings: list[str], files: dict[str, bytes]) -> str:
-    """Return the pushed notebook as text: no outputs, kernelspec python3."""
+    """Return the pushed notebook as text, without outputs and with kernelspec python3."""
     notebook = nbformat.v4.new_notebook(cells=cells(metadata, profile, settings, files))
     notebook.metadata = {
         "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},

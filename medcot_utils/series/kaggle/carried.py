@@ -1,4 +1,4 @@
-"""The content of a pushed notebook: package, notebooks and pins as compressed text, and no secret among them."""
+"""The content of a pushed notebook: package, notebooks, and pins as compressed text, checked for secrets."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _CARRIED = ("pyproject.toml", "requirements.txt", "requirements-cpu.txt", "requi
 
 
 def carried_files() -> tuple[dict[str, bytes], list[str]]:
-    """Return {path in the project: content} of what a bare session needs, and the paths that lie among it and are left out.
+    """Return {path in the project: content} of the files that a bare session needs, and the paths of other files beside them.
 
-    Carried are the seven notebooks without their outputs, the pins, and the project's own files of the package: those that
-    git tracks, or without git those that pyproject.toml lists. Raises KaggleError if this is no checkout."""
+    The files are the seven notebooks without their outputs, the pins, and the package's own files: those that git tracks or,
+    without git, those that pyproject.toml lists. Raises KaggleError if this is not a checkout."""
     if absent := [name for name in _CARRIED if not (HOME / name).exists()]:
         raise KaggleError(f"{', '.join(absent)} not found beside the package: build from a checkout of the project")
     package, notebooks = _package_files(), [HOME / "notebooks" / f"{name}.ipynb" for name in STEPS]
@@ -45,7 +45,7 @@ def _package_files() -> list[Path]:
     git = ["git", "-C", str(HOME)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True).stdout
-        if Path(top.strip()).resolve() == HOME.resolve():  # else HOME lies in the checkout of something else
+        if Path(top.strip()).resolve() == HOME.resolve():  # else HOME is inside another project's checkout
             listed = subprocess.run([*git, "ls-files", "-z", "medcot_utils"], capture_output=True, text=True, check=True).stdout
             return [HOME / name for name in listed.split("\0") if name and (HOME / name).is_file()]
     tool = tomllib.loads((HOME / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
@@ -55,7 +55,7 @@ def _package_files() -> list[Path]:
 
 
 def refuse_secrets(files: dict[str, bytes], settings: list[str]) -> None:
-    """Raise KaggleError for a secret, known here or by its look, in a carried file or a setting. The secret is not repeated."""
+    """Raise KaggleError if a carried file or a setting holds a secret, known here or by its form. The error omits the secret."""
     known = redaction.known_secrets(load_config("smoke", [pair for pair in settings if pair.startswith("secrets.")]).secrets)
     texts = {name: content.decode(errors="replace") for name, content in files.items()}
     texts |= {f"--set {pair.partition('=')[0]}": pair for pair in settings}
@@ -75,7 +75,7 @@ def _without_outputs(path: Path) -> str:
 
 
 def payload(files: dict[str, bytes]) -> str:
-    """Return the files as a compressed tar in lines of base64 text. Byte for byte the same for the same files."""
+    """Return the files as a compressed tar in lines of base64 text. The same files give the same bytes."""
     return _packed(tuple(files.items()))
 
 

@@ -1,4 +1,4 @@
-"""Push to Kaggle with its own client, and judge the answer by its fields: the client's command exits with 0 for errors too."""
+"""Push to Kaggle with its own client, and judge the answer by its fields, because the client's command exits with 0 on errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _FAILED = ("ERROR", "CANCEL_REQUESTED", "CANCEL_ACKNOWLEDGED")
 
 @dataclass(frozen=True)
 class Pushed:
-    """A version of a kernel that Kaggle has saved."""
+    """Hold a version of a kernel that Kaggle has saved."""
 
     kernel: str
     version: int
@@ -52,17 +52,18 @@ class Pushed:
 
 @dataclass(frozen=True)
 class Fetched:
-    """A fetched run, and its artifacts by name."""
+    """Hold a fetched run, and the names of its artifacts."""
 
     run: Run
-    verified: list[str]  # as the manifest records them
-    absent: list[str]  # left at Kaggle
+    verified: list[str]  # they match the manifest
+    absent: list[str]  # they stayed at Kaggle
 
 
 def client() -> KaggleApi:
-    """Return Kaggle's client, signed in. Its import already signs in, prints, and may exit, so it stands here and not above.
+    """Return Kaggle's client, signed in.
 
-    Raises KaggleError if there are no credentials or the sign-in fails."""
+    Importing it already signs in, prints, and may exit, so the import is inside this function. Raises KaggleError if the client
+    is not installed, if there are no credentials, or if the sign-in fails."""
     check_proxies("Kaggle's client", "requests")
     with _clear("sign in at Kaggle"), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -79,7 +80,7 @@ def client() -> KaggleApi:
 
 @contextlib.contextmanager
 def _clear(doing: str) -> Iterator[None]:
-    """Turn what the client raises into a KaggleError of one line."""
+    """Turn the client's exceptions into a KaggleError of one line."""
     import requests
 
     try:
@@ -98,10 +99,10 @@ def _clear(doing: str) -> Iterator[None]:
 
 
 def push(folder: Path) -> Pushed:
-    """Push the kernel that the kernel-metadata.json of `folder` describes.
+    """Push the kernel that kernel-metadata.json in `folder` describes.
 
-    Raises KaggleError before the push for metadata that is wrong or a notebook that is missing, and after it unless Kaggle's
-    answer has a version number, no error, no source that it left out, and the name that was asked for."""
+    Raises KaggleError before the push if the metadata is wrong or the notebook is missing. Raises it after the push unless
+    Kaggle's answer has a version number and the requested name, reports no error, and left out no source."""
     metadata = read_metadata(folder)
     notebook = folder / metadata.code_file
     if not notebook.is_file():
@@ -115,7 +116,7 @@ def push(folder: Path) -> Pushed:
     for kind in ("dataset", "competition", "kernel", "model"):
         if invalid := getattr(answer, f"invalid_{kind}_sources"):
             raise KaggleError(
-                f"Kaggle knows no such {kind}_sources, or you may not read them: {', '.join(invalid)}. It saved the kernel "
+                f"Kaggle has no such {kind}_sources, or you may not read them: {', '.join(invalid)}. It saved the kernel "
                 f"without them: fix {METADATA} and push again"
             )
     if not answer.version_number:
@@ -123,8 +124,8 @@ def push(folder: Path) -> Pushed:
     saved = "/".join(answer.ref.strip("/").split("/")[-2:])  # some answers put /code before it
     if saved.lower() != metadata.id.lower():
         raise KaggleError(
-            f"Kaggle saved {saved or 'a kernel without a name'} ({answer.url}), not {metadata.id}: is its owner yours, and "
-            f"id_no in {METADATA}, if there is one, its number?"
+            f"Kaggle saved {saved or 'a kernel without a name'} ({answer.url}), not {metadata.id}: check that its owner is you, "
+            f"and that id_no in {METADATA}, if there is one, is its number"
         )
     return Pushed(metadata.id, answer.version_number, answer.url)
 
@@ -144,7 +145,7 @@ def _with_owner(folder: Path, metadata: KernelMetadata, api: Any) -> KernelMetad
 
 
 def session_state(kernel: str) -> str:
-    """Return the state of a kernel's latest session, as one word. Raises KaggleError with Kaggle's reason if it failed."""
+    """Return the state of a kernel's latest session as one word. Raises KaggleError, with Kaggle's reason, if it failed."""
     api = client()
     with _clear(f"ask for the state of {kernel}"):
         answer = api.kernels_status(kernel)
@@ -158,11 +159,11 @@ def session_state(kernel: str) -> str:
 
 
 def output(kernel: str, run_dir: Path, everything: bool = False) -> Fetched:
-    """Fetch the run that a session left as output into `run_dir`, and verify it against its own manifest.
+    """Fetch the run that a session left as output to `run_dir`, and verify it against its own manifest.
 
-    The merged model, and the checkpoints of a training that is done, stay at Kaggle unless `everything`.
+    The merged model, and the checkpoints of a finished training, stay at Kaggle unless `everything` is true.
 
-    Raises KaggleError if there is no run in the output, a file did not arrive whole, or `run_dir` is taken, and OutsideError,
+    Raises KaggleError if the output holds no run, if a file is incomplete, or if `run_dir` is not empty. Raises OutsideError,
     before anything is written, if a file's name leads out of the output."""
     if run_dir.exists() and any(run_dir.iterdir()):
         raise KaggleError(f"{run_dir} is not empty: choose another folder with --run-dir")
@@ -174,8 +175,8 @@ def output(kernel: str, run_dir: Path, everything: bool = False) -> Fetched:
         _fetch(api, kernel, download, rf"^{re.escape(archive.name)}$")
         if archive.exists() and not zipfile.is_zipfile(archive):
             raise KaggleError(f"{archive.name} of {kernel} arrived incomplete: fetch it again")
-        packed = find_earlier(download, lambda line: None)  # said below, of the whole output
-        # A trained adapter no longer needs its checkpoints; a paused training resumes from them.
+        packed = find_earlier(download, lambda line: None)  # the second call below reports the lines
+        # A trained adapter no longer needs its checkpoints, but a paused training resumes from them.
         left = (
             []
             if everything
@@ -200,13 +201,13 @@ def _fetch(api: KaggleApi, kernel: str, folder: Path, pattern: str) -> None:
         names = [name for name in _list_output(api, kernel) if re.search(pattern, name)]
         for name in names:
             resolve_below(folder, name, f"the output of {kernel}")
-        if names:  # the client writes whatever name it is given, so it is asked for these alone
+        if names:  # the client writes to any name that the answer gives, so it may fetch only these
             checked = rf"\A(?:{'|'.join(map(re.escape, names))})\Z"
             api.kernels_output(kernel, str(folder), file_pattern=checked, force=True)
 
 
 def _list_output(api: KaggleApi, kernel: str) -> Iterator[str]:
-    """Yield the names of the output's files as Kaggle gives them. The client's own listing asks another call."""
+    """Yield the names of the output's files as Kaggle gives them. The client's own listing uses another request."""
     from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
 
     request = ApiListKernelSessionOutputRequest()

@@ -1,6 +1,6 @@
-"""A run that an earlier session left: found by its manifest, in a folder or in a zip, and copied whole.
+"""Find the run that an earlier session left, by its manifest, in a folder or a zip, and copy it whole.
 
-Standard library only: in a Kaggle session this runs before the pinned stack is used."""
+Standard library only, because in a Kaggle session this runs before the pinned stack is used."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 RUN_NAME = "medcot-run"
 _ROOM_BYTES = 2 * 1024**3
-# Many files are called manifest.json or end in .zip, and zipfile raises RuntimeError for an encrypted one.
+# Many files that are not runs are called manifest.json or end in .zip. zipfile raises RuntimeError for an encrypted one.
 _UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """A run found among the inputs: in a folder, or in a zip with its large files in the folder beside it."""
+    """Hold a run found among the inputs: in a folder, or in a zip with the large files in a folder beside it."""
 
     source: Path  # the folder or the zip
-    folder: Path  # of its large files
+    folder: Path  # the folder of its large files
     manifest: Manifest
     profile: str | None
     model: str
@@ -49,8 +49,9 @@ class EarlierRun:
 
 
 def find_earlier(inputs: Path, say: Callable[[str], None] = say) -> list[EarlierRun]:
-    """Return every run below `inputs`, in order of path. One whose manifest cannot be read, or whose names or links lead out
-    of it, is left alone, with a line."""
+    """Return every run below `inputs`, in order of path.
+
+    A run is skipped, and a line says so, if its manifest cannot be read, or if names or links lead out of it."""
     found = []
     for path in [*inputs.rglob("manifest.json"), *inputs.rglob("*.zip")]:
         try:
@@ -82,9 +83,9 @@ def _from_zip(path: Path) -> EarlierRun | None:
 
 
 def _folder_beside(path: Path, manifest: PurePosixPath, members: Iterable[zipfile.ZipInfo]) -> Path:
-    """Return the folder of the large files of a run in a zip. Raises OutsideError for a name or a link that leads out."""
+    """Return the folder of the large files of a zipped run. Raises OutsideError if a name or a link leads out of it."""
     for member in members:
-        require_inside(member.orig_filename, path.name)  # with a NUL, where zipfile cuts the name off
+        require_inside(member.orig_filename, path.name)  # the whole name: zipfile's own `filename` ends at a NUL
         if stat.S_ISLNK(member.external_attr >> 16):
             raise OutsideError(f"{path.name}: {member.filename} is a link, but a run is packed without links: pack the file")
     resolve_below(path.parent, path.name, path.parent.name)  # the zip itself may be a link
@@ -112,8 +113,10 @@ def _earlier(source: Path, folder: Path, manifest: Any, config: Any) -> EarlierR
 
 
 def copy_run(earlier: EarlierRun, run_dir: Path, say: Callable[[str], None] = say) -> None:
-    """Copy an earlier run whole to `run_dir`, written beside and renamed. Its merged model stays behind if it does not fit."""
-    from medcot_utils.machine.paths import make_private  # not yet there when a session imports this module
+    """Copy an earlier run to `run_dir` whole: write it to a folder beside, and rename that.
+
+    The merged model is left out if the disk has too little room. Raises MedcotError and OutsideError as `unzip` does."""
+    from medcot_utils.machine.paths import make_private  # not yet importable when a session imports this module
 
     beside = run_dir.with_name(f".{run_dir.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -125,7 +128,7 @@ def copy_run(earlier: EarlierRun, run_dir: Path, say: Callable[[str], None] = sa
     for inside, path in files.items():
         target = beside / inside
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)  # inputs are read-only, and their modes would come along with another copy
+        shutil.copyfile(path, target)  # without file modes, because Kaggle's inputs are read-only
     if earlier.source.suffix == ".zip":
         unzip(earlier.source, beside, earlier.folder.relative_to(earlier.source.parent))
     if run_dir.exists():
@@ -134,8 +137,10 @@ def copy_run(earlier: EarlierRun, run_dir: Path, say: Callable[[str], None] = sa
 
 
 def _root_of(folder: Path) -> Path:
-    """Return the folder that holds all of a run. A data set made of an output holds its zip unpacked, in a folder of the zip's
-    name: then the large files lie one level above the small ones."""
+    """Return the folder that holds all files of a run.
+
+    A data set that was made from an output has the zip unpacked in a folder of the zip's name. Then the large files are one
+    level above the small ones."""
     return folder.parent if folder.name == folder.parent.name == RUN_NAME else folder
 
 
@@ -148,9 +153,9 @@ def _files_of(folder: Path) -> dict[Path, Path]:
 
 
 def unzip(archive_path: Path, run_dir: Path, prefix: Path) -> None:
-    """Unpack the members below `prefix` into `run_dir`. A file that is there already is newer, and stays.
+    """Unpack the members below `prefix` into `run_dir`. Existing files are newer, so they stay.
 
-    Raises MedcotError, before anything is written, if the disk has no room for them or a member's name leads out of it."""
+    Raises MedcotError, before anything is written, if the disk has too little room or a member's name leads out of `run_dir`."""
     with zipfile.ZipFile(archive_path) as archive:
         members = [
             (member, PurePosixPath(member.filename).relative_to(prefix.as_posix()))

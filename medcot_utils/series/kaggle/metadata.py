@@ -1,4 +1,4 @@
-"""kernel-metadata.json: what Kaggle's client reads of a pushed notebook, validated before anything is sent."""
+"""kernel-metadata.json, which describes a pushed notebook to Kaggle's client, validated before anything is sent."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _SOURCE = r"[A-Za-z0-9][\w-]*/[\w-]+"
 
 
 class KaggleError(MedcotError):
-    """The kernel cannot be built or pushed, or Kaggle refused; the message says what is wrong and what to do."""
+    """Say why a kernel cannot be built or pushed, or why Kaggle refused, and what to do."""
 
 
 class KernelMetadata(BaseModel):
-    """The fields of kernel-metadata.json that this project uses. `validated` makes one of them, or one line of its faults."""
+    """Hold the fields of kernel-metadata.json that this project uses. Make one with `validated`, which reports all faults."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -44,7 +44,7 @@ class KernelMetadata(BaseModel):
     kernel_sources: list[str] = []
     model_sources: list[str] = []
     docker_image: str | None = None
-    # What `kaggle kernels pull -m` writes beside.
+    # `kaggle kernels pull -m` also writes these.
     id_no: int | None = None
     keywords: list[str] | None = None
     enable_tpu: bool | None = None
@@ -54,7 +54,7 @@ class KernelMetadata(BaseModel):
     def _owner_and_slug(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][\w-]*/[a-z0-9]+(?:-[a-z0-9]+)*", value) or len(value.partition("/")[2]) < 5:
             raise ValueError(
-                f"{value!r} is not owner/slug, with a slug of at least five small letters, digits and single hyphens"
+                f"{value!r} is not owner/slug, with a slug of at least five lowercase letters, digits, and single hyphens"
             )
         return value
 
@@ -94,7 +94,7 @@ class KernelMetadata(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> KernelMetadata:
-        from slugify import slugify  # Kaggle's client makes slugs with it
+        from slugify import slugify  # Kaggle's client uses it to make slugs
 
         slug = self.id.partition("/")[2]
         if slugify(self.title) != slug:
@@ -117,8 +117,9 @@ def read_metadata(folder: Path) -> KernelMetadata:
 
 
 def read_unvalidated(folder: Path) -> dict[str, Any] | None:
-    """Return what the metadata file of a folder says, right or wrong, or None if there is none. Raises KaggleError if it is
-    no JSON object."""
+    """Return the content of a folder's metadata file without checking it; None if there is no file.
+
+    Raises KaggleError if it is not a JSON object."""
     path = folder / METADATA
     if not path.exists():
         return None
@@ -132,7 +133,7 @@ def read_unvalidated(folder: Path) -> dict[str, Any] | None:
 
 
 def validated(values: Mapping[str, Any], prefix: str = "") -> KernelMetadata:
-    """Return the values as metadata. Raises KaggleError with all their faults in one line, after `prefix`."""
+    """Return the values as metadata. Raises KaggleError with all faults in one line, after `prefix`."""
     try:
         return KernelMetadata.model_validate(values)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The steps after `medcot kaggle build`, what comes back from the session, and what does not."""
+"""The steps after `medcot kaggle build`, and what the session returns and loses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from medcot_utils.series.kaggle.metadata import PLACEHOLDER_OWNER
 
 
 def list_next_steps(built: Built, folder: Path) -> list[str]:
-    """Return the steps from a built notebook to a fetched run, one line each, and then what the session leaves and loses."""
+    """Return the steps from a built notebook to a fetched run, one line each, then what the session returns and loses."""
     config = load_config("article" if built.profile == "auto" else built.profile, built.settings)
     owner, _, slug = built.metadata.id.partition("/")
     kernel = f"{'NAME' if owner == PLACEHOLDER_OWNER else owner}/{slug}"

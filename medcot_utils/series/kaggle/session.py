@@ -1,6 +1,6 @@
-"""Inside a Kaggle session: resume an earlier session's run, run the series, leave the run as output.
+"""Inside a Kaggle session: resume the run of an earlier session, run the series, and leave the run as output.
 
-The cells of the pushed notebook call these. Standard library only until the pinned stack is installed."""
+The cells of the pushed notebook call these functions. Standard library only until the pinned stack is installed."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ from medcot_utils.machine.installing import HOME
 from medcot_utils.plain_text import say
 from medcot_utils.series.kaggle.earlier import RUN_NAME, copy_run, find_earlier, unzip
 
-# Smaller files go into the zip, except what people look for by itself.
+# Smaller files are zipped, except those that people want to open directly.
 _SMALL_BYTES = 8_000_000
 _BY_ITSELF = ("report.html", "adapter")
 
 
 class SessionError(MedcotError):
-    """The series did not complete in this session; the message says why and what to do."""
+    """Say why the series was not completed in this session, and what to do."""
 
 
 def read_secrets(profile: str, settings: Iterable[str] = ()) -> None:
-    """Put the secrets found under the settings' names into the environment of the series, and print where each was found,
-    never a value. Raises ConfigError for an unknown setting."""
+    """Put the secrets found under the settings' names into the environment of the series.
+
+    Print where each was found, but never its value. Raises ConfigError for an unknown setting."""
     from medcot_utils.config import load_config
     from medcot_utils.machine import secrets
 
     names = load_config(profile, settings).secrets
-    for service, place in secrets.secrets_found(names).items():  # first: handed on, all would be found in the environment
+    for service, place in secrets.secrets_found(names).items():  # before they are all in the environment
         say(f"{service}: {place}")
     secrets.hand_on_secrets(names)
 
 
 def resolved_profile(profile: str) -> str:
-    """Return the profile that `auto` means here, found out in another process: asking a GPU for its memory takes some of it."""
+    """Return the profile that `auto` means here. Another process finds it, because querying a GPU's memory uses some of it."""
     if profile != "auto":
         return profile
     code = "from medcot_utils.machine.hardware import resolve_profile as r; print(r('auto')[0])"
@@ -55,11 +56,11 @@ def resume_earlier_run(
     sources: Iterable[str] = (),
     say: Callable[[str], None] = say,
 ) -> None:
-    """Copy the furthest run among the session's inputs to `run_dir`, unless a run is there already. If a profile is named, the
-    run must be of that profile and its model.
+    """Copy the run that is furthest along among the session's inputs to `run_dir`, unless a run is already there.
 
-    Raises ConfigError for an unknown setting, and SessionError if `sources` name earlier sessions to resume but no input holds
-    a fitting run: starting over would spend a session on work that is done."""
+    If a profile is given, the run must have that profile and its model. Raises ConfigError for an unknown setting. Raises
+    SessionError if `sources` name earlier sessions to resume but no input holds a matching run, because starting over would
+    spend a session on finished work."""
     from medcot_utils.machine.paths import kaggle_root
 
     unpack_own(run_dir)
@@ -93,7 +94,7 @@ def resume_earlier_run(
 
 
 def unpack_own(run_dir: Path) -> None:
-    """Put the files of `leave_output`'s zip back into `run_dir`, for cells that are run a second time."""
+    """Move the files of `leave_output`'s zip back into `run_dir`, for cells that run a second time."""
     archive = run_dir.with_suffix(".zip")
     if archive.exists():
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -102,8 +103,9 @@ def unpack_own(run_dir: Path) -> None:
 
 
 def run_medcot(run_dir: Path, profile: str, settings: Iterable[str]) -> int:
-    """Run `medcot run` in another process, printing its lines as they come, without secrets. Return 0 for done, 75 for paused,
-    else failed."""
+    """Run `medcot run` in another process, and print its lines as they come, without secrets.
+
+    Return its exit code: 0 if it is done, 75 if it paused, and another if it failed."""
     from medcot_utils.machine.redaction import redact
 
     command = [sys.executable, "-m", "medcot_utils", "run", "--profile", profile, "--run-dir", str(run_dir)]
@@ -116,20 +118,20 @@ def run_medcot(run_dir: Path, profile: str, settings: Iterable[str]) -> int:
                 sys.stdout.write(redact(line))
                 sys.stdout.flush()
         finally:
-            if started.poll() is None and sys.exc_info()[0] is not None:  # the cell was stopped by hand
+            if started.poll() is None and sys.exc_info()[0] is not None:  # the user stopped the cell
                 started.terminate()
     return started.returncode
 
 
 def _environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")]))
-    # A kernel tells its children that they write to a terminal: a saved notebook wants lines, not redrawn bars.
+    # A kernel tells its children that they write to a terminal, but a saved notebook needs lines, not redrawn bars.
     kept = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE")}
     return kept | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "140", "TERM": "dumb"}
 
 
 def show_report(run_dir: Path) -> Any:
-    """Return the run's report in a frame for the end of a cell, or a line of text if there is none yet."""
+    """Return the run's report in a frame, as the value of a cell; a line of text if there is no report yet."""
     from IPython.display import HTML
 
     page = run_dir / "report.html"
@@ -138,15 +140,16 @@ def show_report(run_dir: Path) -> Any:
     from html import escape
 
     text = escape(page.read_text(encoding="utf-8"), quote=True)
-    # Sandboxed: its own script filters its questions, and reaches nothing of the page around it.
+    # In the sandbox, the report's own script can filter its questions but cannot reach the page around it.
     frame = '<iframe title="Report of the run" sandbox="allow-scripts" style="width:100%;height:900px"'
     return HTML(f'<div>{frame} srcdoc="{text}"></iframe></div>')
 
 
 def leave_output(run_dir: Path) -> Path | None:
-    """Pack the run's many small files into one zip beside the run directory, where adapter, report and large files stay.
+    """Pack the run's many small files into one zip beside the run directory. Adapter, report, and large files stay there.
 
-    The zip is written whole and read back before a file is removed. Returns the zip, or None if there is no run."""
+    The zip is written whole and read back before any file is removed. Return the zip; None if there is no run. Raises
+    SessionError if the zip cannot be read back."""
     if not (run_dir / "config.json").exists():
         return None
     unpack_own(run_dir)
@@ -165,7 +168,7 @@ def leave_output(run_dir: Path) -> Path | None:
     for path in packed:
         path.unlink()
     for folder in sorted((path for path in run_dir.rglob("*") if path.is_dir()), reverse=True):
-        if folder.is_symlink():  # W&B leaves one to its latest run, which by now may be gone
+        if folder.is_symlink():  # W&B leaves a link to its latest run, which may be gone by now
             folder.unlink()
         elif not any(folder.iterdir()):
             folder.rmdir()
@@ -182,7 +185,7 @@ def _small_files(run_dir: Path) -> Iterator[Path]:
 
 
 def end(code: int, kernel: str, profile: str, settings: Iterable[str] = ()) -> None:
-    """Print what the series' exit code means. Raises SessionError if it failed, so that the session counts as failed."""
+    """Print what the exit code of the series means. Raises SessionError if the series failed, so that the session fails too."""
     again = continue_command(kernel, profile, settings)
     if code == 0:
         say(f"The series is complete. To fetch the run: medcot kaggle output {kernel}")
@@ -196,13 +199,13 @@ def end(code: int, kernel: str, profile: str, settings: Iterable[str] = ()) -> N
 
 
 def continue_command(kernel: str, profile: str, settings: Iterable[str] = ()) -> str:
-    """Return the shell command that resumes a kernel's session in another one, with the same profile and settings."""
+    """Return the shell command that resumes a kernel's session in a new one, with the same profile and settings."""
     words = ["medcot", "kaggle", "build", "--id", next_kernel(kernel), "--continue-from", kernel, "--profile", profile]
     words += [word for pair in settings for word in ("--set", pair)]
     return f"{shlex.join(words)} && medcot kaggle push"
 
 
 def next_kernel(kernel: str) -> str:
-    """Return a name for the session after this one: owner/medcot-series, owner/medcot-series-2, ..."""
+    """Return a name for the next session: owner/medcot-series, owner/medcot-series-2, ..."""
     name, _, number = kernel.rpartition("-")
     return f"{name}-{int(number) + 1}" if number.isdigit() else f"{kernel}-2"

@@ -147,7 +147,7 @@ def test_a_column_holds_question_folded_thinking_and_answer(answer, title, statu
     [
         ({"question": ["Why?", " "]}, "is empty"),
         ({"question": ["Why?"], "page": True}, "--page takes no"),
-        ({"show": True}, "--show goes with --question"),
+        ({"show": True}, "--show needs --question"),
     ],
 )
 def test_a_question_that_cannot_be_asked_loads_no_model(options, message, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ def test_a_judgement_of_answers_made_again_is_not_kept(run_factory, write_all):
     for name in ("base_answers", "tuned_answers"):
         run.write(name, [{"id": "q0", "sample": 0, "thinking": "", "answer": name}])
     desk = Desk(run, "ann")
-    with pytest.raises(GradingError, match="the note holds what looks like a Hugging Face token: take it out"):
+    with pytest.raises(GradingError, match="the note holds what looks like a Hugging Face token: remove it"):
         desk.judge(desk.pairs[0], "tie", "see hf_" + "aB3" * 11)
     desk.judge(desk.pairs[0], "tie", "")
     run.write("tuned_answers", [{"id": "q0", "sample": 0, "thinking": "", "answer": "another"}])

@@ -82,7 +82,7 @@ TOKEN = "hf_" + "aB3" * 11
 def test_a_token_in_any_argument_is_refused(medcot_here, monkeypatch, tmp_path, where, given):
     monkeypatch.setattr(main, "app", lambda: pytest.fail("the command has begun"))
     line = the_one_line(medcot_here(*given, cwd=tmp_path))
-    assert line.startswith(f"medcot: {where} holds what looks like a Hugging Face token. Take it out") and TOKEN not in line
+    assert line.startswith(f"medcot: {where} holds what looks like a Hugging Face token. Remove it") and TOKEN not in line
 
 
 @pytest.mark.parametrize("option", ["--set", "--parameter", "-p"])

@@ -134,7 +134,7 @@ def test_a_record_names_the_claims_test_and_its_outcome():
 def test_the_articles_question_alone_never_proves_its_claim(seen):
     everything_better = {name: made(-9, -9, -9) if METRICS[name].better < 0 else made(9, 9, 9) for name in METRICS}
     *_, record = judge(everything_better, everything_better, {}, seen, forced=everything_better)
-    where = f"; it stands in the training rows ({', '.join(seen)})" if seen else ""
+    where = f"; it is in the training rows ({', '.join(seen)})" if seen else ""
     assert record["claim"] == ARTICLE_CLAIM
     assert record["verdict"] == f"can't tell: one question, and at least 6 are needed{where}"
 

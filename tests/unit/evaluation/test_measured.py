@@ -82,7 +82,7 @@ def test_what_training_rows_repeat_is_in_no_figure():
     found = measured(answers(False, 60), answers(True, 20), held_out, repeats)
     assert (found["n_questions"], found["n_contaminated"]) == (N - 1, 1)
     assert found["metrics"]["eval_loss"]["difference"]["n"] == found["losses"]["learning"]["n"] == 7
-    assert found["claims"][-1]["verdict"].endswith("it stands in the training rows (t1)")
+    assert found["claims"][-1]["verdict"].endswith("it is in the training rows (t1)")
 
 
 def test_notes_say_whose_thinking_was_closed_for_how_many():

@@ -174,7 +174,7 @@ def test_what_differs_between_the_runs_is_said(tmp_path):
 
 def test_runs_that_differ_in_nothing_are_said_to(tmp_path):
     page = build_report(make(tmp_path / "a"), make(tmp_path / "b"))
-    assert table(page, "differences") == [] and "Neither the questions nor any setting." in text_of(page)
+    assert table(page, "differences") == [] and "Nothing: the questions and all settings are the same." in text_of(page)
     assert "What differs between the runs" not in build_report(make(tmp_path / "a"))
 
 
@@ -219,7 +219,7 @@ def test_losses_are_compared_only_on_the_same_rows(tmp_path):
     assert "The loss is over the held-out rows, which are the same in all runs" in text_of(page)
     page = build_report(first, make(tmp_path / "c", loss=1.25, rows=2))
     assert len(table(page, "tuned")) > 5 and not [line for line in table(page, "tuned") if "held-out" in line[0]]
-    assert "Without the held-out loss: the runs took it on different rows" in text_of(page)
+    assert "The held-out loss is not compared, because the runs measured it on different rows" in text_of(page)
 
 
 def test_runs_without_a_shared_question_are_not_compared(tmp_path):

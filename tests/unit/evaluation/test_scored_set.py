@@ -67,7 +67,7 @@ def test_answers_to_other_questions_or_as_many_are_refused():
     good = answers(True, True, True, True)
     with pytest.raises(ValueError, match="different questions: run notebooks 02 and 06"):
         evaluation.score(ASKED, good, good[:-1], report)
-    with pytest.raises(ValueError, match="unlike numbers of samples"):
+    with pytest.raises(ValueError, match="different numbers of samples"):
         evaluation.score(ASKED, good, answers(True, True, True, True, n_samples=2), report)
 
 

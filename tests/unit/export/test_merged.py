@@ -111,7 +111,7 @@ def test_sampled_and_set_apart_questions_have_their_own_tables(tmp_path, run, pa
     seen = Tags(build_report(apart)).text
     assert "greedy answers, 2 questions" in seen
     assert "2 questions that training rows repeat, apart from all other figures" in seen
-    assert "A remark on 5 < 6." in seen and "it stands in the training rows (t9)" in seen
+    assert "A remark on 5 < 6." in seen and "it is in the training rows (t9)" in seen
     assert "and were trained on:" in seen and "left out:" not in seen
     assert "t9 repeats q0 (exactly): Which?" in " ".join(seen.split())
 

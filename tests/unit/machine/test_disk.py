@@ -185,7 +185,7 @@ def test_a_merge_lost_with_the_session_is_announced(
     monkeypatch.setattr(merged, "open_merge_base", lambda engine, config: None)
     monkeypatch.setattr(merged, "merge", lambda *what: (what[2] / "weights.bin").write_bytes(b"new"))
     assert (merged.save_merged(None, Run.open(run.path)) / "weights.bin").read_bytes() == b"new"
-    told = "on a disk that ends with this session: set hub.repo_id" in capsys.readouterr().out
+    told = "on a disk that is lost when this session ends: set hub.repo_id" in capsys.readouterr().out
     assert told is (platform != "local" and not pushed)
 
 

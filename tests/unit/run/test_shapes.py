@@ -168,7 +168,7 @@ def test_the_line_names_the_file_the_entry_and_what_to_do(run):
         ("questions.jsonl", (0, "Question"), 7, "run/questions.jsonl, line 1, Question is 7: input should be a valid string. It"),
         ("plan.json", ("rows",), "117", "run/plan.json, rows is '117': input should be a valid integer. It is not what medcot"),
         ("data_report.json", (), [], "run/data_report.json is []: input should be a valid dictionary. It is not what medcot"),
-        ("metrics.json", ("metrics",), {"a": {}}, "run/metrics.json, metrics.a.[key] is 'a': value error, it is no metric of"),
+        ("metrics.json", ("metrics",), {"a": {}}, "run/metrics.json, metrics.a.[key] is 'a': value error, expected the name"),
     ):
         with changed(run, run.path / name, entry, other), pytest.raises(RunError) as caught:
             Run.open(run.path).read(name.partition(".")[0])

@@ -248,10 +248,10 @@ def test_only_the_faster_of_two_equal_memory_plans_is_a_fallback():
 
 def test_too_little_memory_is_refused_with_needed_and_free(article_plans):
     smallest = min(article_plans, key=lambda plan: plan.memory_mb)
-    need = f"{smallest.memory_mb / 1e3:.1f} GB beside the weights even as 1 rows x 8 micro-batches, unsloth checkpointing"
+    need = f"{smallest.memory_mb / 1e3:.1f} GB in addition to the weights even with 1 rows x 8 micro-batches, unsloth"
     with pytest.raises(PlanError) as caught:
         choose_plans(article_plans, 0.5 * GIB)
-    assert f"needs {need}; 0.5 GB are free" in str(caught.value)
+    assert f"needs {need} checkpointing; 0.5 GB are free" in str(caught.value)
     assert "Lower model.max_seq_length or lora.r" in str(caught.value) and "\n" not in str(caught.value)
 
 

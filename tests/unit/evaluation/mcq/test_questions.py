@@ -86,7 +86,7 @@ def test_optional_ids_and_specialties_are_used_if_present(write):
         ({"question": "q", "options": {"A": "x", "B": None}, "answer": "A"}, "option B is empty"),
         ({"question": "q", "options": [{"key": "A", "value": "x"}], "answer": "A"}, "option A is {'key'"),
         ({"question": "q", "options": "A) x B) y", "answer": "A"}, "expected a list, or an object of letters and texts"),
-        ({"question": "q", "options": {"A": "x", "C": "y"}, "answer": "A"}, "options are named A, C; expected letters from A on"),
+        ({"question": "q", "options": {"A": "x", "C": "y"}, "answer": "A"}, "expected consecutive letters that begin with A"),
         ({"id": "row-1", "question": "q", "options": TEXTS, "answer": "A"}, "the id 'row-1' occurs twice"),
         ({"id": ["a"], "question": "q", "options": TEXTS, "answer": "A"}, r"the id is \['a'\]; expected a text or a number"),
         ({"specialty": {"a": 1}, "question": "q", "options": TEXTS, "answer": "A"}, r"the specialty is \{.*expected a text"),
