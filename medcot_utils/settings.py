@@ -214,7 +214,10 @@ class EvaluationSettings(Section):
         False, description="measure the merged model in notebook 07: answers, and loss on all held-out rows"
     )
     merged_questions: int | None = added_later(
-        None, ge=0, description="questions that the merged model answers; None: all if the GPUs hold it, else none"
+        None,
+        ge=0,
+        description="questions that the merged model answers; null: all, on a CPU too, but none if there are GPUs and it does "
+        "not fit into them",
     )
     embedding_model: str | None = Field(
         None, description="a sentence-transformers model (folder or Hub id): also compares answers with references by meaning"
