@@ -15,6 +15,8 @@ from medcot_utils.data.words import split_words
 from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation.copied import remove_copied
 from medcot_utils.models.records import thinking_is_cut
+from medcot_utils.models.sentence_model import load_sentence_model
+from medcot_utils.models.tokenizer import ModelError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -212,12 +214,8 @@ def embedding_similarity(answers: Sequence[str], references: Sequence[str], name
 
 @cache
 def embedder(name: str) -> SentenceTransformer:
-    """Load the sentence embedding model of this folder or Hub id. Raises MetricError if it or its library is missing."""
+    """Load the sentence embedding model of this folder or Hub id, once. Raises MetricError as `load_sentence_model` does."""
     try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise MetricError("evaluation.embedding_model needs another library: pip install sentence-transformers") from error
-    try:
-        return SentenceTransformer(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise MetricError(f"evaluation.embedding_model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        return load_sentence_model(name)
+    except ModelError as error:
+        raise MetricError(str(error)) from error

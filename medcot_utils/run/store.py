@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -55,10 +55,10 @@ class StoredRun:
     """A run directory, opened, with its artifacts, which go by their names in `artifacts.ARTIFACTS`.
 
     `run.config` is its configuration, and `run.stored` the same as config.json holds it: with settings about accounts that do
-    not count (`accounts`)."""
+    not count (`accounts`). `run.signed` names those that this user gave."""
 
-    def __init__(self, path: Path, config: RunConfig, stored: RunConfig | None = None):
-        self.path, self.config, self.stored = path, config, stored or config
+    def __init__(self, path: Path, config: RunConfig, stored: RunConfig | None = None, signed: Collection[str] = ()):
+        self.path, self.config, self.stored, self.signed = path, config, stored or config, signed
         self._verified: dict[str, str] = {}
         self._sources: dict[Artifact, dict[str, str]] = {}  # as they were when the step began
         self._clock = SessionClock(config.training.max_hours)
@@ -150,7 +150,8 @@ class StoredRun:
                 f"{path.name}/{CONFIG} cannot be read ({error}): run notebook 01_setup in another run directory, or redo this "
                 f"one in place with `medcot run --profile NAME --force`"
             ) from error
-        return cls(path, settings_that_count(path, values, stored), stored)
+        config, signed = settings_that_count(path, values, stored)
+        return cls(path, config, stored, signed)
 
     # --- manifest --------------------------------------------------------------------------------------------
 

@@ -139,9 +139,9 @@ def test_a_missing_column_names_the_setting_that_maps_it(tmp_path, column, key):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"Question": 7}, "Question is not a string"),
-        ({"Complex_CoT": None}, "Complex_CoT is not a string"),
-        ({"Response": ["a"]}, "Response is not a string"),
+        ({"Question": 7}, "Question is not a string (a number)"),
+        ({"Complex_CoT": None}, "Complex_CoT is missing"),
+        ({"Response": ["a"]}, "Response is not a string (a list)"),
         ({"Response": " \n"}, "Response is empty"),
         ({"Complex_CoT": "so </think> then"}, "Complex_CoT holds </think>"),
         ({"Question": "<think>?"}, "Question holds <think>"),
@@ -158,7 +158,7 @@ def test_an_unusable_row_is_left_out_and_counted_by_its_reason(tmp_path, row, re
 
 def test_a_column_of_numbers_only_is_reported_as_not_text(tmp_path):
     path = write(tmp_path / "x.csv", [row | {"Response": i} for i, row in enumerate(ROWS)])
-    with pytest.raises(DataError, match=r"no usable row is left of 4: \{'Response is not a string': 4\}"):
+    with pytest.raises(DataError, match=r"no usable row is left of 4: Response is not a string \(a number\) in 4 rows"):
         validate_rows(load_rows(settings(path)))
 
 

@@ -37,11 +37,11 @@ GIVEN = ("hub.repo_id=ann/cot", "tracking.entity=hospital")
 def foreign(run_factory, monkeypatch):
     """`foreign(*settings)`: the folder of a run that somebody else has made with these settings."""
 
-    def make(*settings, name="run"):
+    def make(*settings, name="run", profile="smoke"):
         with monkeypatch.context() as patch:
             patch.setenv("MEDCOT_KEY", "the key of somebody else")
             patch.delenv("WANDB_API_KEY", raising=False)  # of this user, which would sign too
-            return run_factory(*(settings or ORDERS), name=name).path
+            return run_factory(*(settings or ORDERS), name=name, profile=profile).path
 
     return make
 
@@ -94,6 +94,39 @@ def test_a_foreign_run_is_not_tracked_online(order, foreign, monkeypatch, capsys
     assert said.count("\n") == 1 and f"--set {order}" in said and order.partition("=")[0] in said
     Run.create(path, runner.plan_config(path, None, ["tracking.backend=auto"])[0])
     assert choose_tracker(Run.open(path).config).backend == "wandb", "the user's own word"
+
+
+@pytest.mark.parametrize("profile", [None, "demo"])
+def test_a_foreign_run_of_the_defaults_is_tracked_offline(profile, foreign, monkeypatch, capsys):
+    path = foreign("seed=1", profile="demo")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    for settings in (["seed=1"], ["seed=1", "hub.repo_id=ann/cot"], ["seed=1", "training.max_steps=3"]):
+        Run.create(path, runner.plan_config(path, profile, settings)[0])
+        choice = choose_tracker(Run.open(path).config)
+        assert (choice.backend, choice.mode) == ("wandb", "offline")
+        assert Run.open(path).stored.tracking == load_config("demo").tracking
+    (line, _) = dict.fromkeys(capsys.readouterr().err.splitlines())  # and one without the push, once the call gives that
+    assert line == (
+        "run/config.json: ignored tracking.backend, because you did not set it; nothing is pushed and Weights & Biases stays "
+        "offline. To use it: --set tracking.backend=wandb (in notebook 01: OVERRIDES; medcot push: --repo-id)"
+    )
+
+
+@pytest.mark.parametrize("given", ["tracking.backend=wandb", "tracking.mode=online", "tracking.project=mine"])
+def test_a_foreign_run_of_the_defaults_is_tracked_if_asked(given, foreign, monkeypatch, capsys):
+    path = foreign("seed=1", profile="demo")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    Run.create(path, runner.plan_config(path, None, [given])[0])
+    capsys.readouterr()
+    for settings in ([], ["training.max_steps=3"]):
+        Run.create(path, runner.plan_config(path, None, settings)[0])
+        assert choose_tracker(Run.open(path).config).mode == "online", "as this user said once"
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_key_the_line_is_left_out(foreign, capsys):
+    path = foreign("seed=1", profile="demo")
+    assert choose_tracker(Run.open(path).config).backend == "trackio" and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("order", ["tracking.backend=tensorboard", "tracking.mode=offline"])
@@ -203,11 +236,24 @@ def test_own_settings_count_in_every_process_and_place(run_factory, tmp_path, mo
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_a_run_that_sets_nothing_says_and_signs_nothing(profile, run_factory, monkeypatch, capsys):
-    monkeypatch.setenv("MEDCOT_KEY", "short")  # any use of the key would be an error
+def test_a_run_that_sets_nothing_is_known_as_made_here(profile, run_factory, monkeypatch, capsys):
     run = run_factory(profile=profile)
-    assert Run.open(run.path).config == load_config(profile)
-    assert capsys.readouterr().err == "" and not (run.path / "accounts.json").exists()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)  # a key that comes later
+    assert Run.open(run.path).config == run.config == load_config(profile)
+    assert Run.open(run.path).signed == {"tracking.backend"} and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("first", ["demo", "smoke"])
+def test_an_own_run_of_the_defaults_stays_online(first, run_factory, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    run_factory(profile=first)
+    run = run_factory(profile="demo", force=True)
+    monkeypatch.setenv("MEDCOT_KEY", "that of the next session")
+    for settings in ([], ["training.max_steps=3"]):
+        Run.create(run.path, runner.plan_config(run.path, None, settings)[0])
+        choice = choose_tracker(Run.open(run.path).config)
+        assert (choice.backend, choice.mode) == ("wandb", "online")
+    assert capsys.readouterr().err == ""
 
 
 def test_own_runs_move_between_sessions_with_the_same_token(run_factory, monkeypatch):
