@@ -203,7 +203,5 @@ def test_types_on_the_hub_are_refused_before_they_are_decoded(tmp_path, column, 
     if column == "specialty" and held in ("int64", r"duration\[s\]"):
         assert load_rows(settings)["specialty"][0] in ("7", "1 day, 0:00:00")
         return
-    with pytest.raises(
-        DataError, match=rf"\S+: the column .{column}. (holds {held} in every row|cannot be used, row-0 is b)"
-    ):
+    with pytest.raises(DataError, match=rf"\S+: the column .{column}. (holds {held} in every row|cannot be used, row-0 is b)"):
         load_rows(settings)

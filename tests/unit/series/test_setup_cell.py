@@ -46,7 +46,8 @@ def test_the_cell_is_short_and_passes_the_linter(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in ('RUN_DIR = "auto"', cell)])
     (tmp_path / "notebooks").mkdir()
     nbformat.write(notebook, tmp_path / "notebooks" / "one.ipynb")
-    shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
+    for file in ("pyproject.toml", "notebooks/ruff.toml"):
+        shutil.copyfile(ROOT / file, tmp_path / file)
     for command in (["check"], ["format", "--check"]):
         ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", "."]
         done = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -190,7 +191,7 @@ def attached(project, tmp_path):
 
 def test_attached_data_is_never_code_without_a_package(attached, tmp_path):
     line = run_cell(tmp_path / "kaggle" / "working", **attached)
-    assert line.startswith("ModuleNotFoundError: no medcot_utils here") and not (tmp_path / "ran").exists()
+    assert line.startswith("ModuleNotFoundError: no medcot_utils: ") and not (tmp_path / "ran").exists()
 
 
 def test_attached_data_is_never_code_beside_the_checkout(attached, project, tmp_path):
@@ -232,7 +233,7 @@ def test_where_it_is_nowhere_one_line_says_what_to_do(source, tmp_path):
     nowhere = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.file://{tmp_path}/.insteadOf"}
     nowhere["GIT_CONFIG_VALUE_0"] = "https://github.com/"
     line = run_cell(tmp_path / "alone", source, **nowhere)
-    assert line.startswith("ModuleNotFoundError: no medcot_utils here: open its checkout, put the project in a folder medcot")
+    assert line.startswith("ModuleNotFoundError: no medcot_utils: open its checkout, copy it to ./medcot, or set SOURCE")
 
 
 # --- Google Drive --------------------------------------------------------------------------------------------------
