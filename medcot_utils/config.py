@@ -76,6 +76,7 @@ SECRETS_STAY_OUT = (
 )
 
 _NULL = ("null", "Null", "NULL", "~")
+_KINDS = {int: "a number", float: "a number", bool: "true or false", str: "a text", tuple: "a list", NoneType: "null"}
 
 
 class ConfigError(MedcotError):
@@ -104,7 +105,8 @@ class RunConfig(Section):
         if self.dataset.name != "shipped" and self.evaluation.num_questions > self.dataset.held_out_rows:
             raise ValueError(
                 f"evaluation.num_questions is {self.evaluation.num_questions}, more than dataset.held_out_rows "
-                f"({self.dataset.held_out_rows}): raise the second or lower the first"
+                f"({self.dataset.held_out_rows}): lower the first with --set "
+                f"evaluation.num_questions={self.dataset.held_out_rows}, or raise the second"
             )
         return self
 
@@ -214,9 +216,11 @@ def parse_value(what: str, text: str, types: Set[type]) -> Any:
 
     A text is taken as it is written, up to quotation marks around the whole of it. So are the texts in a list, and a text
     without brackets for a list; a number is decimal; everything else is YAML. Empty is None, and so is null unless only a
-    text is possible. Raises ConfigError beginning with `what` for a value that cannot be read."""
+    text is possible. Raises ConfigError beginning with `what` for a value that cannot be read, and for Python's None."""
     if not text or (text in _NULL and types != {str}):
         return None
+    if text == "None" and NoneType in types:
+        raise ConfigError(f"{what} is None: expected {_name_kinds(types)}. For no value, write null")
     if tuple in types and text.startswith("["):
         return _parse_list(what, text)
     if tuple in types or types <= {str, NoneType}:
@@ -229,6 +233,12 @@ def parse_value(what: str, text: str, types: Set[type]) -> Any:
     except yaml.YAMLError as error:
         raise ConfigError(f"{what}: {quote(text)} is not a YAML value ({getattr(error, 'problem', error)})") from error
     return text if isinstance(value, int) and ":" in text else value  # YAML 1.1 takes 1:30 for 90
+
+
+def _name_kinds(types: Set[type]) -> str:
+    """Return the kinds of value that a setting takes, in words: `a number, or null`."""
+    found = [words for kind, words in _KINDS.items() if kind in types]
+    return ", or ".join(dict.fromkeys(found))
 
 
 def _parse_list(what: str, text: str) -> list[str]:
@@ -387,7 +397,9 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
             setting = _setting_of(fault)
             # A setting of several possible types has a fault for each of them.
             lines[setting] = f"{lines[setting]}, or {_lower(fault['msg'])}" if setting in lines else _explain(fault)
-        raise ConfigError("; ".join(lines.values())) from None
+        fields = _fields(RunConfig)
+        nullable = {name for name in lines if name in fields and NoneType in _types(fields[name].annotation)}
+        raise ConfigError("; ".join(line + ", or null" * (name in nullable) for name, line in lines.items())) from None
 
 
 def _refuse_tokens(value: Any, where: str = "", name: str = "") -> None:
@@ -423,4 +435,5 @@ def _explain(fault: Mapping[str, Any]) -> str:
         return str(fault["ctx"]["error"])
     if fault["type"] == "missing":
         return f"setting {name} is missing"
-    return f"setting {name} is {quote(fault['input'])}: {_lower(fault['msg'])}"
+    given = "null" if fault["input"] is None else quote(fault["input"])
+    return f"setting {name} is {given}: {_lower(fault['msg'])}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from medcot_utils.cli import push
 from medcot_utils.cli.chat import chat
 from medcot_utils.cli.console import PlainConsole, console, say
 from medcot_utils.cli.kaggle import app as kaggle_app
-from medcot_utils.cli.runs import RUNS, choose_run
+from medcot_utils.cli.runs import RUNS, choose_run, next_steps
 from medcot_utils.config import PROFILES
 from medcot_utils.errors import EX_INTERRUPTED, EX_PAUSED, MedcotError, SeriesInterrupted, SeriesPaused
 from medcot_utils.machine import installing
@@ -61,7 +60,12 @@ RunDir = Annotated[
     Path | None,
     typer.Option("--run-dir", parser=expand_home, metavar="<path>", help="the run directory; if not given, runs/<profile>"),
 ]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="override a setting: --set training.max_steps=10")]
+# The notebooks' own parameters; a test compares them.
+PARAMETERS = "a notebook parameter: QUESTION (asked in 02), SHOW_ROW (shown in 03), or SHOW (questions shown in 06)"
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="override a setting: --set training.max_steps=10; repeat for several"),
+]
 
 
 @app.command()
@@ -72,7 +76,10 @@ def run(
     first: Annotated[int, typer.Option("--from", min=1, max=7, help="first notebook")] = 1,
     last: Annotated[int, typer.Option("--to", min=1, max=7, help="last notebook")] = 7,
     force: Annotated[bool, typer.Option("--force", help="redo the notebooks even if nothing changed")] = False,
-    parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="a notebook parameter: NAME=VALUE")] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", metavar="NAME=VALUE", help=f"{PARAMETERS}; repeat for several"),
+    ] = None,
 ) -> None:
     """Run the notebooks in order. A second call resumes at the first unfinished notebook.
 
@@ -204,8 +211,7 @@ def _print_status(found: Status, run: Run) -> None:
         say(found["merged_verdict"])
     if found["metrics"] or compared:
         say(*(f"{what}: {path}" for what, path in _places(run)))
-        copy = shlex.join(["cp", "-r", str(run.path), f"{run.path}-first"])
-        say(f"to keep this result while you change settings, copy it: {copy}")
+        say(*next_steps(run.path))
 
 
 def _places(run: Run) -> list[tuple[str, Path]]:
@@ -240,7 +246,11 @@ def report(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(parser=expand_home, metavar="<path>", help="the HTML file; if not given, report.html in the run"),
+        typer.Option(
+            parser=expand_home,
+            metavar="<path>",
+            help="the HTML file; needed for several runs; if not given for one, report.html in the run",
+        ),
     ] = None,
 ) -> None:
     """Write the HTML report again. With several runs, write a report that compares them side by side."""

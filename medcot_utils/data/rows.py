@@ -335,7 +335,10 @@ def choose_questions(held_out: Dataset, count: int) -> list[Question]:
 
     Raises DataError if there are fewer rows."""
     if len(held_out) < count:
-        raise DataError(f"evaluation.num_questions is {count}, but only {len(held_out)} rows are held out: lower it")
+        raise DataError(
+            f"evaluation.num_questions is {count}, but only {len(held_out)} rows are held out: "
+            f"lower it with --set evaluation.num_questions={len(held_out)}"
+        )
     article = Question(
         id="article",
         scored=False,
@@ -358,9 +361,10 @@ def drop_repeats(train: Dataset, repeats: Sequence[Repeat]) -> Dataset:
     kept = train.select([index for index, row_id in enumerate(train["id"]) if str(row_id) not in repeated])
     if not len(kept):
         one = max(repeats, key=lambda repeat: repeat["similarity"])
+        row = f"{one['train_id']}" if f"{one['train_id']}".startswith("row") else f"row {one['train_id']}"
         texts = [f"{' '.join(text.split())!r:.100}" for text in (one["train_question"], one.get("question", ""))]
         raise DataError(
-            f"every training row repeats an evaluation question, for example row {one['train_id']}, {texts[0]}, repeats "
+            f"every training row repeats an evaluation question, for example {row}, {texts[0]}, repeats "
             f"{one['question_id']}, {texts[1]} (similarity {one['similarity']}, 8-word overlap {one['overlap']}). Hold out other "
             f"rows, raise dataset.near_repeat_similarity and dataset.ngram_overlap, or keep repeats with dataset.repeats=report"
         )

@@ -23,6 +23,7 @@ from typing_extensions import TypedDict  # pydantic refuses typing's own on Pyth
 
 from medcot_utils.config import PROFILES, RunConfig, load_config, setting_names, with_values
 from medcot_utils.machine import secrets, user_key
+from medcot_utils.machine.paths import display_path
 from medcot_utils.plain_text import say
 from medcot_utils.run.files import to_json, write_atomic
 from medcot_utils.text_files import read_json
@@ -102,7 +103,7 @@ def _say_ignored(path: Path, stored: RunConfig, ignored: list[str], counting: Ru
         values[_BACKEND] = "wandb"  # a call that gives the default cannot be told from one that gives nothing
     options = shlex.join(part for name, value in values.items() for part in ("--set", f"{name}={_show(value)}"))
     line = (
-        f"{path.absolute().name}/config.json: ignored {', '.join(ignored)}, because you did not set {them}{then}. To use {them}: "
+        f"{display_path(path)}/config.json: ignored {', '.join(ignored)}, because you did not set {them}{then}. To use {them}: "
         f"{options} (in notebook 01: OVERRIDES; medcot push: --repo-id)"
     )
     if (path.absolute(), line) not in _said:  # a process opens its run several times

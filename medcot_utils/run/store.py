@@ -147,8 +147,8 @@ class StoredRun:
             stored = config_from_dict(values)
         except (OSError, ValueError, ConfigError) as error:
             raise RunError(
-                f"{path.name}/{CONFIG} cannot be read ({error}): run notebook 01_setup in another run directory, or redo this "
-                f"one in place with `medcot run --profile NAME --force`"
+                f"{paths.display_path(path)}/{CONFIG} cannot be read ({error}): run notebook 01_setup in another run "
+                f"directory, or redo this one in place with `medcot run --profile NAME --force`"
             ) from error
         config, signed = settings_that_count(path, values, stored)
         return cls(path, config, stored, signed)
@@ -160,7 +160,7 @@ class StoredRun:
         try:
             return read_manifest(self.path / MANIFEST)
         except (OSError, ValueError) as error:
-            raise RunError(f"{self.path.name}/{MANIFEST} cannot be read ({error}): run notebook 01_setup again") from error
+            raise RunError(f"{self.name}/{MANIFEST} cannot be read ({error}): run notebook 01_setup again") from error
 
     def _save(self, manifest: Manifest) -> None:
         # Only while this process holds the lock: another one's changes since it was read would be lost.
@@ -200,7 +200,7 @@ class StoredRun:
     def _entry(self, name: str, entries: Mapping[str, ArtifactEntry] | None = None) -> ArtifactEntry:
         artifact, entry = ARTIFACTS[name], (self.manifest()["artifacts"] if entries is None else entries).get(name)
         if entry is None:
-            raise RunError(f"{artifact.file} is not in {self.path.name}/ yet: run notebook {artifact.step} first")
+            raise RunError(f"{artifact.file} is not in {self.name}/ yet: run notebook {artifact.step} first")
         return entry
 
     def is_fresh(self, name: str, deep: bool = True) -> bool:
@@ -305,13 +305,13 @@ class StoredRun:
         artifact, entry = ARTIFACTS[name], self._entry(name)
         path = self.place(name)
         if not path.exists():
-            raise RunError(f"{artifact.file} is missing from {self.path.name}/: run notebook {artifact.step} again")
+            raise RunError(f"{artifact.file} is missing from {self.name}/: run notebook {artifact.step} again")
         if self._verified.get(name) != entry["sha256"]:
             digest, size = sha256_of(path)
             if size != entry["bytes"] or digest != entry["sha256"]:
                 fault = "truncated" if size < entry["bytes"] else "altered"
                 raise RunError(
-                    f"{artifact.file} in {self.path.name}/ is {fault} ({size:,} bytes, {entry['bytes']:,} recorded; "
+                    f"{artifact.file} in {self.name}/ is {fault} ({size:,} bytes, {entry['bytes']:,} recorded; "
                     f"sha256 differs from the manifest): run notebook {artifact.step} again"
                 )
             self._verified[name] = digest
@@ -335,10 +335,15 @@ class StoredRun:
         return folder
 
     def display(self, path: Path) -> str:
-        """Return a path as a reader should see it: from the run directory's name on."""
+        """Return a path of the run as a reader should see it, without folders above the one that commands are started in."""
         scratch = paths.scratch_dir(self.path)
-        root, name = (self.path, self.path.name) if path.is_relative_to(self.path) else (scratch, f"scratch/{scratch.name}")
+        root, name = (self.path, self.name) if path.is_relative_to(self.path) else (scratch, f"scratch/{scratch.name}")
         return f"{name}/{path.relative_to(root).as_posix()}"
+
+    @property
+    def name(self) -> str:
+        """The run directory as a reader should see it (`display_path`)."""
+        return paths.display_path(self.path)
 
     def makes(self, step: str) -> tuple[str, ...]:
         """Return the artifacts that a step makes with this configuration: not those whose setting is off (`Artifact.when`)."""

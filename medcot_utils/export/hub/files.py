@@ -73,7 +73,7 @@ def chosen_artifacts(run: Run, settings: HubSettings) -> list[str]:
         run.require(name)
         if not run.is_fresh(name, deep=False):
             raise RunError(
-                f"{ARTIFACTS[name].file} in {run.path.name}/ was made with other settings or inputs than the run has now: run "
+                f"{ARTIFACTS[name].file} in {run.name}/ was made with other settings or inputs than the run has now: run "
                 f"notebook {ARTIFACTS[name].step} again before pushing"
             )
     if set(names) & {"merged", "gguf"}:

@@ -251,6 +251,8 @@ def test_the_refusal_of_repeats_shows_the_nearest_pair_and_settings():
     )
     with pytest.raises(DataError, match=expected) as caught:
         drop_repeats(dataset({}), repeats)
+    with pytest.raises(DataError, match=r"for example row-2, 'Why so\?', repeats q"):
+        drop_repeats(dataset({"id": "row-2"}), [repeat_of("row-2") | {"similarity": 86.5, "overlap": 0.1}])
     long = repeat_of("r0") | {"question": "Why?\n" * 10_000, "train_question": "So\n" * 10_000}
     with pytest.raises(DataError) as other:
         drop_repeats(dataset({}), [long])
@@ -291,5 +293,7 @@ def test_the_articles_question_is_asked_first_and_unscored():
 
 
 def test_more_questions_than_held_out_rows_are_refused():
-    with pytest.raises(DataError, match=r"evaluation\.num_questions is 4, but only 3 rows are held out"):
+    with pytest.raises(
+        DataError, match=r"evaluation\.num_questions is 4, but only 3 rows are held out: .*--set evaluation\.num_questions=3$"
+    ):
         choose_questions(dataset({}, {}, {}), 4)

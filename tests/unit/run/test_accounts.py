@@ -14,6 +14,7 @@ from medcot_utils.config import PROFILES, load_config, overrides_of
 from medcot_utils.export.hub import push
 from medcot_utils.machine.secrets import SECRET_NAMES
 from medcot_utils.run.artifacts import STEPS
+from medcot_utils.run.changes import describe_new_settings
 from medcot_utils.run.directory import Run
 from medcot_utils.run.store import CONFIG
 from medcot_utils.series import notebook, runner
@@ -138,7 +139,9 @@ def test_what_sends_nothing_counts_in_any_run(order, foreign, capsys):
 def test_medcot_run_takes_no_orders_of_a_foreign_run(foreign, monkeypatch, capsys):
     path = foreign()
     monkeypatch.setenv("BANK_PIN", KEY)
-    config, said = runner.plan_config(path, None, ["training.max_steps=3"])
+    before = Run.open(path).config
+    config, _ = runner.plan_config(path, None, ["training.max_steps=3"])
+    assert describe_new_settings(before, config) == ["training.max_steps 6 -> 3"]
     run = Run.create(path, config)  # as `run_series` does, and notebook 01 in its kernel
     run = Run.create(path, load_config("smoke", overrides_of(run.config)))
     for opened in (run, Run.open(path)):
@@ -150,7 +153,7 @@ def test_medcot_run_takes_no_orders_of_a_foreign_run(foreign, monkeypatch, capsy
         "run/config.json: ignored hub.repo_id, hub.private, tracking.backend, tracking.project, tracking.entity, tracking.mode"
     )
     assert "because you did not set them; nothing is pushed and Weights & Biases stays offline. To use them: --set" in line
-    assert "--set hub.repo_id=mallory/cot --set hub.private=false --set" in line and "changed: hub" not in said
+    assert "--set hub.repo_id=mallory/cot --set hub.private=false --set" in line
 
 
 def test_the_line_is_one_line_whatever_it_quotes(foreign, capsys):
@@ -268,8 +271,8 @@ def test_own_runs_move_between_sessions_with_the_same_token(run_factory, monkeyp
 @pytest.mark.parametrize("profile", [None, "smoke"])
 def test_a_call_says_of_a_foreign_run_only_what_it_changes(profile, foreign):
     path = foreign("hub.repo_id=mallory/cot")
-    config, said = runner.plan_config(path, profile, ["training.max_steps=3"])
-    assert [line for line in said.splitlines() if line.startswith("changed")] == ["changed: training.max_steps 6 -> 3"]
+    config, _ = runner.plan_config(path, profile, ["training.max_steps=3"])
+    assert describe_new_settings(Run.open(path).config, config) == ["training.max_steps 6 -> 3"]
     assert config.tracking.mode == Run.create(path, config).config.tracking.mode == "offline"
 
 

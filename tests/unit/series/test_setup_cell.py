@@ -175,7 +175,8 @@ def project(tmp_path):
 def test_the_package_beside_the_notebook_or_above_it_is_used(place, project):
     folder = project if place == "." else project / "notebooks"
     package, run_dir = json.loads(run_cell(folder))
-    assert Path(package) == project / "medcot_utils" / "__init__.py" and run_dir == "runs/one"
+    assert Path(package) == project / "medcot_utils" / "__init__.py"
+    assert run_dir == str(project / "runs" / "one"), "the same folder from the checkout and from its notebooks"
 
 
 @pytest.fixture
@@ -303,6 +304,7 @@ def test_the_environment_may_put_the_run_on_drive_too(colab, monkeypatch):
     ("given", "path"),
     [
         (20251125, "20251125"),
+        ("runs/by-hand", "runs/by-hand"),
         ("2025.0", "2025.0"),
         ("~/runs/a", "HOME/runs/a"),
         (Path("~/b"), "HOME/b"),
@@ -312,7 +314,9 @@ def test_the_environment_may_put_the_run_on_drive_too(colab, monkeypatch):
 def test_a_run_directory_is_taken_as_it_is_written(given, path, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     expected = str(given) if path is None else path.replace("HOME", str(tmp_path))
-    assert drive.run_dir_of(given) == Path(expected)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")  # where a notebook opened by hand runs
+    assert drive.run_dir_of(given) == tmp_path / expected
 
 
 @pytest.mark.parametrize("given", [100000.0, True, None])
