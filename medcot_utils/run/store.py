@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from medcot_utils.config import ConfigError, RunConfig, config_from_dict, with_absolute_paths
+from medcot_utils.config import ConfigError, RunConfig, config_from_dict
+from medcot_utils.local_paths import with_absolute_paths
 from medcot_utils.machine import paths
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.names import refuse_links_out

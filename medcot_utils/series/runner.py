@@ -17,10 +17,10 @@ from medcot_utils.config import (
     overrides_of,
     parse_overrides,
     parse_value,
-    with_absolute_paths,
 )
 from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused, quote
 from medcot_utils.evaluation.merged_column import describe_merged, read_merged
+from medcot_utils.local_paths import with_absolute_paths
 from medcot_utils.machine import hardware, redaction
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.durations import describe_end, describe_length, describe_time
