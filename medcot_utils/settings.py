@@ -218,7 +218,8 @@ class EvaluationSettings(Section):
     merged_questions: int | None = added_later(
         None,
         ge=0,
-        description="questions that the merged model answers; null: all if the GPUs hold it, or if there are none; else 0",
+        description="questions that the merged model answers; null: all, on a CPU too, but none if there are GPUs and it does "
+        "not fit into them",
     )
     embedding_model: str | None = Field(
         None, description="a sentence-transformers model (folder or Hub id): also compares answers with references by meaning"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,12 +13,18 @@ import typer
 from markdown_it import MarkdownIt
 
 from medcot_utils.cli.main import app
-from medcot_utils.config import setting_names
+from medcot_utils.config import load_config, setting_names
+from medcot_utils.machine import disk
+from medcot_utils.machine.durations import describe_time
+from medcot_utils.machine.probe import KAGGLE_T4S
+from medcot_utils.series.estimate import estimate_series
+from medcot_utils.series.kaggle.build import MAX_HOURS
 
 ROOT = Path(__file__).parents[2]
 MARKDOWN = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/*.md"), *ROOT.glob("tests/**/README.md")]
 DOCUMENTS = sorted([*MARKDOWN, ROOT / "medcot_utils" / "data" / "README.md"])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ON_A_GPU = ("small", "article", "recommended", "full")  # in the order of the tables
 
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 
@@ -125,6 +132,58 @@ def test_the_articles_nine_steps_have_a_notebook_and_a_test_each():
     rows = re.findall(r"^\| (\d) \|(.*)\|$", text, flags=re.M)
     assert [number for number, _ in rows] == [str(number) for number in range(1, 10)]
     assert all("../notebooks/" in row and "`tests/" in row for _, row in rows)
+
+
+@every_document
+def test_every_setting_that_a_document_sets_is_accepted(document):
+    """In blocks of code: the profile and all --set of a command together, as `medcot run` and `medcot kaggle build` read them."""
+    blocks = [token.content.replace("\\\n", " ") for token in parsed(document) if token.type == "fence"]
+    for line in "\n".join(blocks).splitlines():
+        words = shlex.split(line, comments=True) if "--set" in line else []
+        given = [after for word, after in itertools.pairwise(words) if word == "--set"]
+        load_config(dict(itertools.pairwise(words)).get("--profile", "demo"), given)
+
+
+# --- numbers that the package computes ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_downloaded(monkeypatch, tmp_path):
+    monkeypatch.setattr("medcot_utils.machine.disk._hub_cache", lambda: tmp_path / "hub")
+
+
+def read_page(name):
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def test_the_times_on_kaggle_are_those_that_build_prints(nothing_downloaded):
+    table = read_page("kaggle.md").partition("| notebook | `small` |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    estimates = [estimate_series(load_config(profile), None, KAGGLE_T4S) for profile in ON_A_GPU]
+    columns = [[describe_time(one).partition(" (")[0] for one in (*made.steps.values(), made.total)] for made in estimates]
+    assert rows == [list(row) for row in zip([*estimates[0].steps, "all seven"], *columns, strict=True)]
+
+
+def test_the_disk_that_a_profile_needs_is_what_doctor_prints(nothing_downloaded, tmp_path):
+    needs = {profile: disk.needs(load_config(profile), tmp_path / "run") for profile in ON_A_GPU}
+    sums = {profile: sum(need.gib for need in parts) for profile, parts in needs.items()}
+    cached = sum(need.gib for need in needs["article"] if need.place == "Hub cache")
+    assert sums["article"] == sums["recommended"] == sums["full"]
+    for page in map(read_page, ("gpu.md", "disk.md")):
+        assert f"{sums['article']:.1f} GiB" in page and f"{sums['small']:.1f} GiB" in page
+    assert f"{cached:.1f} in the cache" in read_page("disk.md")
+
+
+def test_the_time_limit_in_the_documents_is_the_one_that_build_adds():
+    found = {hours for path in DOCUMENTS for hours in re.findall(r"training\.max_hours=(\d+)", path.read_text(encoding="utf-8"))}
+    assert found == {str(MAX_HOURS)}
+
+
+def test_make_says_how_large_the_install_is_before_it_begins():
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("$(INSTALLED):")[2].partition("\n\n")[0]
+    said = re.search(r"@echo 'installing .* ([\d.]+) GiB", recipe)
+    assert said and said.start() < recipe.index("$(BIN)/pip")
+    assert f"{said[1]} for the packages in `.venv`" in read_page("disk.md")
 
 
 # --- the README ------------------------------------------------------------------------------------------------------
