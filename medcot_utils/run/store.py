@@ -208,15 +208,41 @@ class StoredRun:
         """Return whether the artifact was made from today's settings and inputs and is on disk as recorded: by sha256, or by
         size alone if not `deep`."""
         try:
-            entry = self._entry(name)
-            # Nothing is made again because settings about accounts do not count here: it was made when they did.
-            settings = [self.config]
-            if self.stored is not self.config:
-                settings += [self.stored, with_accounts_of(self.config, entry.get("settings", {}))]
-            made_now = (self.fingerprint(name, entry["inputs"], config) for config in settings)
-            if entry["fingerprint"] not in made_now or self._size_on_disk(name) != entry["bytes"]:
+            if not self._is_made_from_todays(name) or self._size_on_disk(name) != self._entry(name)["bytes"]:
                 return False
             return not deep or self.require(name).exists()
+        except RunError:
+            return False
+
+    def _is_made_from_todays(self, name: str) -> bool:
+        """Return whether the record says that the artifact was made from today's settings and inputs, gone from the disk or not.
+
+        Raises RunError if the artifact or an input was never made."""
+        entry = self._entry(name)
+        # Nothing is made again because settings about accounts do not count here: it was made when they did.
+        settings = [self.config]
+        if self.stored is not self.config:
+            settings += [self.stored, with_accounts_of(self.config, entry.get("settings", {}))]
+        return entry["fingerprint"] in (self.fingerprint(name, entry["inputs"], config) for config in settings)
+
+    def step_to_redo(self, name: str) -> str | None:
+        """Return the notebook to run before an artifact is what today's settings give: the first one that made something on the
+        way to it, or the artifact itself, from other settings or inputs. None if there is none.
+
+        `is_fresh` compares an artifact with its own inputs alone, which may be stale themselves. An input that is gone from the
+        disk counts by its record, because a large one does not outlast a session."""
+        on_the_way = {name}
+        for one in reversed(ARTIFACTS):  # inputs stand before what is made from them
+            if one in on_the_way:
+                on_the_way.update(filter(self.wants, ARTIFACTS[one].inputs))
+        stale = (one for one in ARTIFACTS if one in on_the_way and not self._counts(one, on_disk=one == name))
+        return next((ARTIFACTS[one].step for one in stale), None)
+
+    def _counts(self, name: str, on_disk: bool) -> bool:
+        if on_disk:
+            return self.is_fresh(name, deep=False)
+        try:
+            return self._is_made_from_todays(name)
         except RunError:
             return False
 

@@ -19,6 +19,7 @@ from medcot_utils.config import (
     parse_value,
 )
 from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused, quote
+from medcot_utils.evaluation.headline import HEADLINE, OF_ANSWERS
 from medcot_utils.evaluation.merged_column import describe_merged, read_merged
 from medcot_utils.local_paths import with_absolute_paths
 from medcot_utils.machine import hardware, redaction
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
 NOTEBOOKS = tuple(STEPS)
 TRAINING = ARTIFACTS["adapter"].step
 _MOST_REASONS = 5  # why a step is redone, in its line
-HEADLINE = ("eval_loss", "closed_think_rate", "finished_rate", "rouge_l", "thinking_tokens", "answer_tokens")
-CHANGED_BY_CLOSING = ("rouge_l", "answer_tokens")  # the headline metrics of the answer
 
 # A headless kernel's own log (a note on its transport, the interrupt at shutdown) says nothing about the notebook.
 QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
@@ -382,8 +381,8 @@ class Status(TypedDict):
     run_dir: str
     profile: str
     steps: list[StepStatus]
-    metrics: dict[str, ComparedMetric]  # the headline metrics in metrics.json; empty before notebook 06
-    forced: dict[str, ComparedMetric]  # the headline metrics that forced closing changes; empty without forced closing
+    metrics: dict[str, ComparedMetric]  # the headline metrics in metrics.json; empty before notebook 06, and if they are stale
+    forced: dict[str, ComparedMetric]  # the headline metrics of answers; empty without forced closing
     merged: dict[str, ComparedMetric]  # the headline metrics, tuned to merged model; empty before notebook 07 measured it
     merged_verdict: str  # whether the merged model behaves as measured; empty if it is not measured
 
@@ -396,14 +395,14 @@ def status(run: Run) -> Status:
         | {key: recorded.get(name, {}).get(key) for key in ("seconds", "peak_memory_mb", "peak_gpu_memory_mb", "error")}
         for name in NOTEBOOKS
     ]
-    measured = run.read("metrics") if run.is_fresh("metrics", deep=False) else {"metrics": {}}
+    measured = run.read("metrics") if run.step_to_redo("metrics") is None else {"metrics": {}}
     merged = read_merged(run)
     return {
         "run_dir": str(run.path),
         "profile": run.config.profile,
         "steps": steps,
         "metrics": _only(HEADLINE, measured["metrics"]),
-        "forced": _only(CHANGED_BY_CLOSING, measured.get("forced", {})),
+        "forced": _only(OF_ANSWERS, measured.get("forced", {})),
         "merged": _only(HEADLINE, merged["metrics"] if merged else {}),
         "merged_verdict": describe_merged(run),
     }

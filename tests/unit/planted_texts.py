@@ -99,7 +99,9 @@ def planted_run(path: Any, name: str) -> Run:
             run.write(artifact, _join_pairs(value, planted) if artifact == "export_check" else value)
         elif artifact == "report":
             run.write(artifact, "no report yet")
-        elif artifact == "merged":
+        elif artifact in ("train_rows", "held_out_rows"):
+            run.write(artifact, run.read(artifact))
+        elif artifact in ("adapter", "merged"):
             run.write(artifact, lambda folder: (folder / "model.safetensors").write_bytes(b"0"))
     manifest = run.manifest()
     manifest["steps"] = {

@@ -17,11 +17,11 @@ from medcot_utils.cli import main
 from medcot_utils.cli.main import _parse_parameters
 from medcot_utils.config import PROFILES, load_config, setting_names
 from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused
+from medcot_utils.evaluation.headline import HEADLINE
 from medcot_utils.machine import hardware
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.run.directory import Run
 from medcot_utils.series import runner
-from medcot_utils.series.runner import HEADLINE
 
 MEDCOT = Path(sys.executable).with_name("medcot")
 
@@ -369,7 +369,7 @@ def test_the_help_of_run_names_every_notebook_parameter():
     assert names and set(re.findall(r"[A-Z_]{4,}", main.PARAMETERS)) == names
 
 
-@pytest.mark.parametrize("left", [(), ("answer_tokens", "rouge_l")], ids=["none", "two"])
+@pytest.mark.parametrize("left", [(), ("chrf", "rouge_l")], ids=["none", "two"])
 def test_status_shows_the_headline_metrics_that_there_are(tmp_path, medcot_here, left):
     run = fill(Run.create(tmp_path / "run", load_config("smoke")))
     measured = run.read("metrics")
@@ -380,7 +380,7 @@ def test_status_shows_the_headline_metrics_that_there_are(tmp_path, medcot_here,
     assert table.returncode == stored.returncode == 0, table.stderr
     assert list(json.loads(stored.stdout)["metrics"]) == sorted(left, reverse=True)
     assert ("before and after: no headline metric was measured" in table.stdout) is (not left)
-    assert ("length of the answer (tokens)" in table.stdout) is bool(left)
+    assert ("chrF of the answer" in table.stdout) is bool(left)
 
 
 @pytest.mark.parametrize("measured", [True, False], ids=["measured", "not yet"])
@@ -390,14 +390,15 @@ def test_status_has_a_column_for_the_merged_model(tmp_path, medcot_here, monkeyp
     run.record_step("06_comparison", state="done")
     monkeypatch.setattr(main.console, "width", 80)
     table, stored = medcot_here("status", run.path), json.loads(medcot_here("status", run.path, "--json").stdout)
-    assert max(len(line) for line in table.stdout.splitlines() if str(run.path) not in line and "What you" not in line) <= 80
+    lines = [line for line in table.stdout.splitlines() if str(run.path) not in line and "Does the merged" not in line]
+    assert max(map(len, lines)) <= 80
     assert ("merged" in table.stdout.partition("before and after")[2][:500]) is measured
-    expected = "The model that you load behaves as measured: no" if measured else "Merged model: see notebook 07."
+    expected = "Does the merged model behave as measured? Form: no" if measured else "Merged model: see notebook 07."
     assert expected in table.stdout and stored["merged_verdict"].startswith(expected)
-    assert list(stored["merged"]) == (list(HEADLINE) if measured else [])
-    assert list(stored["forced"]) == ["rouge_l", "answer_tokens"]
+    assert list(stored["merged"]) == (list(HEADLINE[:5]) if measured else [])
+    assert list(stored["forced"]) == ["rouge_l", "chrf"]
     assert "[0.54, 0.88]" in table.stdout or not measured, "an interval does not break"
-    assert "with forced closing" in " ".join(table.stdout.split())
+    assert "forced" in table.stdout, "and the label breaks"
 
 
 @pytest.mark.embedded
