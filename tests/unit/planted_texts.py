@@ -33,7 +33,7 @@ PAYLOADS = {
     "direction": ("\u202eevil\u202c \u2066a\u2067b\u2069 \u202dc", r"\u202eevil\u202c \u2066a\u2067b\u2069 \u202dc"),
 }
 # What stands for something: a model, a reading, a key into another table.
-_WORDS = {"model", "closed_by", "reading", "metric", "merge_into"}
+_WORDS = {"behaves", "model", "closed_by", "reading", "metric", "merge_into"}
 
 
 def mark(name: str) -> str:
