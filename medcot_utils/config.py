@@ -7,7 +7,6 @@ import copy
 import difflib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import cache
@@ -45,15 +44,6 @@ _PINS = {
     "dataset.name": ("dataset.subset", "dataset.revision", "dataset.sha256"),
 }
 
-# Settings that hold a path of this machine, or may hold one in place of a name.
-_PATHS = (
-    "dataset.path",
-    "dataset.name",
-    "model.name",
-    "model.quantized_name",
-    "evaluation.mcq_tasks",
-    "evaluation.embedding_model",
-)
 
 # What people type for a setting whose name in this field is another: string distance would never find these.
 _ALIASES = {
@@ -76,6 +66,7 @@ SECRETS_STAY_OUT = (
 )
 
 _NULL = ("null", "Null", "NULL", "~")
+_KINDS = {int: "a number", float: "a number", bool: "true or false", str: "a text", tuple: "a list", NoneType: "null"}
 
 
 class ConfigError(MedcotError):
@@ -104,7 +95,8 @@ class RunConfig(Section):
         if self.dataset.name != "shipped" and self.evaluation.num_questions > self.dataset.held_out_rows:
             raise ValueError(
                 f"evaluation.num_questions is {self.evaluation.num_questions}, more than dataset.held_out_rows "
-                f"({self.dataset.held_out_rows}): raise the second or lower the first"
+                f"({self.dataset.held_out_rows}): lower the first with --set "
+                f"evaluation.num_questions={self.dataset.held_out_rows}, or raise the second"
             )
         return self
 
@@ -214,9 +206,11 @@ def parse_value(what: str, text: str, types: Set[type]) -> Any:
 
     A text is taken as it is written, up to quotation marks around the whole of it. So are the texts in a list, and a text
     without brackets for a list; a number is decimal; everything else is YAML. Empty is None, and so is null unless only a
-    text is possible. Raises ConfigError beginning with `what` for a value that cannot be read."""
+    text is possible. Raises ConfigError beginning with `what` for a value that cannot be read, and for Python's None."""
     if not text or (text in _NULL and types != {str}):
         return None
+    if text == "None" and NoneType in types:
+        raise ConfigError(f"{what} is None: expected {_name_kinds(types)}. For no value, write null")
     if tuple in types and text.startswith("["):
         return _parse_list(what, text)
     if tuple in types or types <= {str, NoneType}:
@@ -229,6 +223,12 @@ def parse_value(what: str, text: str, types: Set[type]) -> Any:
     except yaml.YAMLError as error:
         raise ConfigError(f"{what}: {quote(text)} is not a YAML value ({getattr(error, 'problem', error)})") from error
     return text if isinstance(value, int) and ":" in text else value  # YAML 1.1 takes 1:30 for 90
+
+
+def _name_kinds(types: Set[type]) -> str:
+    """Return the kinds of value that a setting takes, in words: `a number, or null`."""
+    found = [words for kind, words in _KINDS.items() if kind in types]
+    return ", or ".join(dict.fromkeys(found))
 
 
 def _parse_list(what: str, text: str) -> list[str]:
@@ -286,45 +286,6 @@ def overrides_of(config: RunConfig) -> list[str]:
     pins = [pin for name, pins in _PINS.items() if config.get(name) != default.get(name) for pin in pins]
     changed = (name for name in setting_names() if name in pins or config.get(name) != default.get(name))
     return [f"{name}={json.dumps(config.get(name), ensure_ascii=False)}" for name in changed]
-
-
-# --- local paths ---------------------------------------------------------------------------------------------------
-
-
-def local_paths(config: RunConfig) -> dict[str, list[str]]:
-    """Return the settings that name files or folders of this machine, each with its paths as they are written."""
-    found = {}
-    for name in _PATHS:
-        value = config.get(name)
-        values = value if isinstance(value, list) else [value]
-        found[name] = [text for text in values if text is not None and _is_local(name, text)]
-    return {name: paths for name, paths in found.items() if paths}
-
-
-def _is_local(setting: str, text: str) -> bool:
-    if setting == "evaluation.mcq_tasks":
-        return text.endswith(".jsonl")
-    return setting == "dataset.path" or text.startswith(("/", "~", "./", "../")) or (text != "shipped" and Path(text).is_dir())
-
-
-def with_absolute_paths(config: RunConfig, held: RunConfig | None = None) -> RunConfig:
-    """Return a configuration that means the same from every folder: its local paths absolute, `~` replaced.
-
-    A path that `held`, the configuration of an existing run, names in another way stays as it is there: the name is part of
-    fingerprints, and another name for the same file redoes nothing."""
-    changes = {}
-    for setting, found in local_paths(config).items():
-        spelled = {path: _absolute(path) for path in found}
-        for earlier in local_paths(held).get(setting, []) if held else []:
-            same = [path for path in found if os.path.realpath(_absolute(earlier)) == os.path.realpath(spelled[path])]
-            spelled |= dict.fromkeys(same, earlier)
-        value = config.get(setting)
-        changes[setting] = [spelled.get(one, one) for one in value] if isinstance(value, list) else spelled[value]
-    return with_values(config, changes)
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - links stay, and no unknown ~name is an error
 
 
 @dataclass(frozen=True)
@@ -387,7 +348,9 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
             setting = _setting_of(fault)
             # A setting of several possible types has a fault for each of them.
             lines[setting] = f"{lines[setting]}, or {_lower(fault['msg'])}" if setting in lines else _explain(fault)
-        raise ConfigError("; ".join(lines.values())) from None
+        fields = _fields(RunConfig)
+        nullable = {name for name in lines if name in fields and NoneType in _types(fields[name].annotation)}
+        raise ConfigError("; ".join(line + ", or null" * (name in nullable) for name, line in lines.items())) from None
 
 
 def _refuse_tokens(value: Any, where: str = "", name: str = "") -> None:
@@ -423,4 +386,5 @@ def _explain(fault: Mapping[str, Any]) -> str:
         return str(fault["ctx"]["error"])
     if fault["type"] == "missing":
         return f"setting {name} is missing"
-    return f"setting {name} is {quote(fault['input'])}: {_lower(fault['msg'])}"
+    given = "null" if fault["input"] is None else quote(fault["input"])
+    return f"setting {name} is {given}: {_lower(fault['msg'])}"

@@ -100,15 +100,15 @@ def length_figure(tokens: Sequence[int], limit: int) -> Figure:
 _AT_LEAST = "≥"
 _MODELS = {"base": ("base", BASE), "tuned": ("tuned", TUNED), "merged": ("merged", MERGED)}
 _FORM = {
-    "closed_think_rate": "closes its\nthinking",
-    "finished_rate": "ends",
-    "bullet_rate": "is a list",
-    "one_paragraph_rate": "is one\nparagraph",
+    "closed_think_rate": "close their\nthinking",
+    "finished_rate": "end by\nthemselves",
+    "bullet_rate": "are a list",
+    "one_paragraph_rate": "are one\nparagraph",
 }
 _READINGS = {
-    "mcq_accuracy": ("strict", "strict"),
-    "mcq_letter": ("letter", "letter after\nthinking"),
-    "mcq_likelihood": ("likelihood", "likelihood\nof option"),
+    "mcq_accuracy": ("strict", "read\nstrictly"),
+    "mcq_letter": ("letter", "by letter"),
+    "mcq_likelihood": ("likelihood", "by\nlikelihood"),
 }
 
 
@@ -140,7 +140,7 @@ def comparison_figure(measured: Mapping[str, Any], merged: Mapping[str, Any] | N
     loss, form, likeness, length, readings = figure.subplots(5, 1) if narrow else _subplots_in_two_rows(figure)
     _draw_losses(loss, measured, merged or {})
     asked = f", {measured['n_questions']} questions" if "n_questions" in measured else ""
-    _draw_groups(form, f"Form of what each model wrote{asked}", "share of questions", _groups(measured, merged or {}, _FORM))
+    _draw_groups(form, f"Form{asked}: answers that …", "share", _groups(measured, merged or {}, _FORM))
     both = [
         group
         for name, label in {"rouge_l": "ROUGE-L", "chrf": "chrF"}.items()

@@ -65,8 +65,10 @@ class Section(BaseModel):
 
 class ModelSettings(Section):
     name: str = Field(description="Hub id, local folder, or embedded:smollm2-135m-instruct / embedded:tiny-random-llama")
-    revision: str | None = Field(None, description="commit of the Hub repository; None for a local folder")
-    quantized_name: str | None = Field(None, description="pre-quantized 4-bit copy that the unsloth engine loads instead")
+    revision: str | None = Field(None, description="commit of the Hub repository; null for a local folder")
+    quantized_name: str | None = Field(
+        None, description="pre-quantized 4-bit copy that is loaded instead, unless engine is transformers"
+    )
     quantized_revision: str | None = Field(None, description="commit of the pre-quantized copy")
     engine: Literal["auto", "unsloth", "transformers"] = Field(
         "auto", description="what loads and trains the model; auto: unsloth if it is installed and there is a CUDA GPU"
@@ -98,11 +100,11 @@ class DatasetSettings(Section):
     subset: str | None = Field(None, description="configuration of the data set on the Hub, such as en")
     revision: str | None = Field(None, description="commit of the data set; rows have changed under the same name before")
     sha256: str | None = Field(
-        None, pattern=r"^[0-9a-f]{64}$", description="digest of the data set's one file, checked after download; None: unchecked"
+        None, pattern=r"^[0-9a-f]{64}$", description="digest of the data set's one file, checked after download; null: unchecked"
     )
     path: str | None = Field(None, description="a local json, jsonl, csv, or parquet file, used instead of name")
     columns: ColumnNames = ColumnNames()
-    num_rows: int | None = Field(None, ge=1, description="training rows; None: all except the held-out ones")
+    num_rows: int | None = Field(None, ge=1, description="training rows; null: all except the held-out ones")
     held_out_rows: int = Field(ge=1, description="rows kept out of training; the most, if a `split` column chooses them")
     shuffle: bool = Field(False, description="shuffle with the seed before the split")
     loss_on: Literal["full", "completion"] = Field("completion", description="full: the loss includes the prompt")
@@ -145,7 +147,7 @@ class TrainingSettings(Section):
     save_steps: int = Field(20, ge=1, description="optimizer steps between two checkpoints")
     save_total_limit: int = Field(2, ge=1, description="checkpoints that are kept")
     eval_steps: int | None = Field(
-        None, ge=1, description="optimizer steps between two held-out losses during training; None: no such losses"
+        None, ge=1, description="optimizer steps between two held-out losses during training; null: no such losses"
     )
     eval_rows: int = Field(8, ge=1, description="held-out rows that the loss during training is taken on")
     batch_plan: Literal["auto", "as_set"] = Field(
@@ -199,13 +201,13 @@ class EvaluationSettings(Section):
         None,
         ge=1,
         description="tokens of the answer after thinking that was cut or never closed is closed for the model (forced closing); "
-        "None: no forced closing",
+        "null: no forced closing",
     )
     n_samples: int = Field(
         0, ge=0, description="sampled answers a question (temperature, top_p of generation) beside the greedy one"
     )
     mcq_tasks: Names = Field(("shipped",), description="shipped, medqa, medmcqa, pubmedqa, or a local .jsonl file")
-    mcq_limit: int | None = Field(None, ge=1, description="questions per task, spread over the specialties; None: all")
+    mcq_limit: int | None = Field(None, ge=1, description="questions per task, spread over the specialties; null: all")
     mcq_max_new_tokens: int = Field(1200, ge=1, description="the longest answer to a multiple-choice question, in tokens")
     base_16bit_loss: bool = added_later(
         False, description="also take the held-out loss of the 16-bit base, layer by layer if the GPUs cannot hold it"
@@ -241,7 +243,7 @@ class ExportSettings(Section):
     )
     check_new_tokens: int = Field(32, ge=1, description="greedy tokens that are compared for each of these prompts")
     gguf: Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m"] | None = Field(
-        None, description="also write the merged model as a GGUF file of this type, for llama.cpp and Ollama; None: no such file"
+        None, description="also write the merged model as a GGUF file of this type, for llama.cpp and Ollama; null: no such file"
     )
 
     @field_validator("gguf", mode="before")
@@ -252,7 +254,7 @@ class ExportSettings(Section):
 
 class HubSettings(Section):
     repo_id: str | None = Field(
-        None, pattern=r"^([\w.-]+/)?[\w.-]+$", description="user/name of the repository to push to; None: nothing is pushed"
+        None, pattern=r"^([\w.-]+/)?[\w.-]+$", description="user/name of the repository to push to; null: nothing is pushed"
     )
     layout: Literal["one", "separate"] = Field(
         "one", description="one: merged model at the root, adapter/ and gguf/ below; separate: NAME-lora, NAME-merged, NAME-gguf"
@@ -262,7 +264,7 @@ class HubSettings(Section):
         ("adapter", "merged", "gguf"), min_length=1, description="artifacts that are pushed; gguf only if the run has one"
     )
     tag: str | None = Field(
-        None, pattern=r"^[\w.-]+$", description="tag that a verified push sets; None: run- and a digest of what was pushed"
+        None, pattern=r"^[\w.-]+$", description="tag that a verified push sets; null: run- and a digest of what was pushed"
     )
     patience_seconds: float = Field(
         300, ge=0, description="how long one request is repeated while the Hub is busy, failing, or out of reach"
@@ -270,7 +272,7 @@ class HubSettings(Section):
     language: str | None = added_later(
         None,
         pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]+)*$",
-        description="the data's language as the model card names it (en, zh, pt-BR); None: as the data set or its script says",
+        description="the data's language as the model card names it (en, zh, pt-BR); null: as the data set or its script says",
     )
     verify_all: bool = Field(False, description="true: download every byte of a push again, not only both ends of large files")
 
@@ -286,7 +288,7 @@ class TrackingSettings(Section):
     )
     project: str = Field("medcot", min_length=1, description="the tracker's project")
     job_type: str = Field("training", description="W&B's job type")
-    entity: str | None = Field(None, description="W&B team or user; None: the key's own")
+    entity: str | None = Field(None, description="W&B team or user; null: the key's own")
     mode: Literal["auto", "online", "offline"] = Field(
         "auto", description="W&B: online needs a key, and notebook 01 fails without one; auto: offline without one"
     )

@@ -42,6 +42,8 @@ _SESSION = [
     "WANDB_DATA_DIR",
     "WANDB_CACHE_DIR",
     "TRACKIO_DIR",
+    "TRACKIO_SPACE_ID",
+    "TRACKIO_SERVER_URL",
 ]
 
 

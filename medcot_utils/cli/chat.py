@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -41,6 +42,8 @@ def chat(
 
     run = Run.open(choose_run(run_dir))
     run.require("adapter")  # before torch is imported
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a log would hold each of a bar's states
     from medcot_utils.models.chat import Chat, ChatError
 
     if question and page:
@@ -147,7 +150,7 @@ class Terminal:
 
     def _ask(self, question: str) -> bool:
         """Show the answers to one question. Return True if Ctrl-C stopped them."""
-        from medcot_utils.models.chat import NO_ANSWER, choose_sides
+        from medcot_utils.models.chat import choose_sides
 
         self._stop = stop = threading.Event()
         try:
@@ -159,8 +162,8 @@ class Terminal:
                     self._show(who, growing)
                 if stop.is_set():
                     break
-                if not self.last[who].text:
-                    self.console.print(NO_ANSWER)
+                if not (answer := self.last[who]).text:
+                    self.console.print(answer.explain_missing(self.chat.most_tokens))
         finally:
             self._stop = None
         if stop.is_set():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from medcot_utils.cli import web
-from medcot_utils.models.chat import NO_ANSWER, WARNING, Answer, Chat, ChatError, Who, choose_sides
+from medcot_utils.models.chat import WARNING, Answer, Chat, ChatError, Who, choose_sides
 from medcot_utils.plain_text import say
 from medcot_utils.run.directory import Run
 
@@ -23,10 +23,10 @@ CSS = """
 """
 
 
-def build_column(question: str, answer: Answer) -> list[gradio.ChatMessage]:
+def build_column(question: str, answer: Answer, most_tokens: int) -> list[gradio.ChatMessage]:
     """Return the messages of one model's column: the question, the thinking in its own fold, and the answer.
 
-    Texts are escaped, because gradio renders HTML tags even if Markdown is off."""
+    `most_tokens`: as in `Answer.explain_missing`. Texts are escaped, because gradio renders HTML tags even if Markdown is off."""
     from gradio import ChatMessage
 
     ended = answer.done or answer.seconds_thinking is not None
@@ -36,7 +36,7 @@ def build_column(question: str, answer: Answer) -> list[gradio.ChatMessage]:
         ChatMessage(web.escape(answer.thinking or "..."), metadata=fold),
     ]
     if answer.text or answer.done:
-        messages.append(ChatMessage(web.escape(answer.text or NO_ANSWER)))
+        messages.append(ChatMessage(web.escape(answer.text or answer.explain_missing(most_tokens))))
     return messages
 
 
@@ -51,7 +51,7 @@ def build_page(chat: Chat, base_too: bool) -> gradio.Blocks:
                 raise ChatError(f"the question is too long: at most {web.MOST_CHARACTERS:,} characters")
             for who in choose_sides(with_base):
                 for answer in chat.stream(question, who):
-                    columns[who] = build_column(question, answer)
+                    columns[who] = build_column(question, answer, chat.most_tokens)
                     yield list(columns.values())
         except ChatError as error:
             raise gr.Error(web.escape(str(error)), print_exception=False) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from medcot_utils.cli import push
 from medcot_utils.cli.chat import chat
 from medcot_utils.cli.console import PlainConsole, console, say
 from medcot_utils.cli.kaggle import app as kaggle_app
-from medcot_utils.cli.runs import RUNS, choose_run
+from medcot_utils.cli.runs import RUNS, choose_run, next_steps
 from medcot_utils.config import PROFILES
 from medcot_utils.errors import EX_INTERRUPTED, EX_PAUSED, MedcotError, SeriesInterrupted, SeriesPaused
 from medcot_utils.machine import installing
@@ -61,7 +60,12 @@ RunDir = Annotated[
     Path | None,
     typer.Option("--run-dir", parser=expand_home, metavar="<path>", help="the run directory; if not given, runs/<profile>"),
 ]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="override a setting: --set training.max_steps=10")]
+# The notebooks' own parameters; a test compares them.
+PARAMETERS = "a notebook parameter: QUESTION (asked in 02), SHOW_ROW (shown in 03), or SHOW (questions shown in 06)"
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="override a setting: --set training.max_steps=10; repeat for several"),
+]
 
 
 @app.command()
@@ -72,7 +76,10 @@ def run(
     first: Annotated[int, typer.Option("--from", min=1, max=7, help="first notebook")] = 1,
     last: Annotated[int, typer.Option("--to", min=1, max=7, help="last notebook")] = 7,
     force: Annotated[bool, typer.Option("--force", help="redo the notebooks even if nothing changed")] = False,
-    parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="a notebook parameter: NAME=VALUE")] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", metavar="NAME=VALUE", help=f"{PARAMETERS}; repeat for several"),
+    ] = None,
 ) -> None:
     """Run the notebooks in order. A second call resumes at the first unfinished notebook.
 
@@ -184,6 +191,8 @@ def status(
 
 
 def _print_status(found: Status, run: Run) -> None:
+    from medcot_utils.evaluation.merged_column import describe_stale
+
     title = f"{run.path} (profile {found['profile']})"
     steps = Table("step", Column("state", overflow="fold"), "seconds", "peak memory", title=title, title_justify="left")
     if used_a_gpu := any(step["peak_gpu_memory_mb"] for step in found["steps"]):
@@ -197,39 +206,46 @@ def _print_status(found: Status, run: Run) -> None:
     console.print(steps)
     compared = next(step["state"] == "done" for step in found["steps"] if step["name"] == "06_comparison")
     if found["metrics"]:
-        console.print(_metrics_table(found))
+        console.print(_metrics_table(run))
+    elif stale := describe_stale(run, "metrics"):
+        say(f"before and after: {stale}")
     elif compared:
         console.print("before and after: no headline metric was measured")
     if found["merged_verdict"] and compared:
         say(found["merged_verdict"])
     if found["metrics"] or compared:
         say(*(f"{what}: {path}" for what, path in _places(run)))
-        copy = shlex.join(["cp", "-r", str(run.path), f"{run.path}-first"])
-        say(f"to keep this result while you change settings, copy it: {copy}")
+        say(*next_steps(run.path))
 
 
-def _places(run: Run) -> list[tuple[str, Path]]:
-    """Return (name, path) of each part of a finished run that a person or another program may want."""
+def _places(run: Run) -> list[tuple[str, str]]:
+    """Return (name, path) of each part of a finished run that a person or another program may want; a stale one is marked."""
+    from medcot_utils.evaluation.merged_column import describe_stale
+
     wanted = {"report": "report", "adapter": "adapter", "merged model": "merged", "GGUF": "gguf", "model card": "model_card"}
-    there = [(what, run.place(name)) for what, name in wanted.items()]
-    return [(what, path) for what, path in (*there, ("executed notebooks", run.path / "notebooks")) if path.exists()]
+    there = {what: (run.place(name), describe_stale(run, name)) for what, name in wanted.items() if run.place(name).exists()}
+    marked = [(what, f"{path} ({stale})" if stale else str(path)) for what, (path, stale) in there.items()]
+    notebooks = run.path / "notebooks"
+    return [*marked, ("executed notebooks", str(notebooks))] if notebooks.exists() else marked
 
 
-def _metrics_table(found: Status) -> Table:
-    from medcot_utils.evaluation.comparison import metric_lines
+def _metrics_table(run: Run) -> Table:
+    from medcot_utils.evaluation.comparison import format_side, metric_lines
+    from medcot_utils.evaluation.headline import headline_rows
+    from medcot_utils.evaluation.merged_column import read_merged
 
-    lines = {name: (line.metric.label, line) for name, line in metric_lines(found["metrics"]).items()}
-    for name, line in metric_lines(found["forced"]).items():
-        lines[f"{name}, forced"] = (f"{line.metric.label}, with forced closing", line)
-    merged = {name: line.tuned for name, line in metric_lines(found["merged"]).items()}
+    rows = headline_rows(run.read("metrics"), read_merged(run))
+    merged = any(row.merged for row in rows)
     columns = ["base", "tuned", *(["merged"] if merged else []), "difference"]
     table = Table("metric and verdict", title="before and after", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, no_wrap=True)
-    for name, (label, line) in lines.items():
-        numbers = [line.base, line.tuned, *([merged.get(name, "")] if merged else []), line.difference]
+    for row in rows:
+        line = metric_lines({row.name: row.compared})[row.name]
+        beside = [format_side(row.merged, "tuned") if row.merged else ""] if merged else []
+        numbers = [line.base, line.tuned, *beside, line.difference]
         # Number and interval are on separate lines that do not break, so that the table fits in 80 columns.
-        table.add_row(f"{label}: {line.verdict}", *(number.replace(" [", "\n[", 1) for number in numbers))
+        table.add_row(f"{row.label}: {line.verdict}", *(number.replace(" [", "\n[", 1) for number in numbers))
     return table
 
 
@@ -240,7 +256,11 @@ def report(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(parser=expand_home, metavar="<path>", help="the HTML file; if not given, report.html in the run"),
+        typer.Option(
+            parser=expand_home,
+            metavar="<path>",
+            help="the HTML file; needed for several runs; if not given for one, report.html in the run",
+        ),
     ] = None,
 ) -> None:
     """Write the HTML report again. With several runs, write a report that compares them side by side."""

@@ -1,16 +1,23 @@
-"""The run that a command works on. If none is given, an error lists the runs that are here."""
+"""The run that a command works on. If none is given, it is the only one in runs/, or an error lists those that are there."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
+import typer
+
 from medcot_utils.errors import MedcotError
+from medcot_utils.plain_text import show_controls
 
 RUNS = Path("runs")  # the default folder of `medcot run`
 
 
 def choose_run(run_dir: Path | None) -> Path:
-    """Return the run directory that was given. If none was given, raise a MedcotError that lists the runs below runs/."""
+    """Return the run directory that was given or, if none was given, the only one in runs/, which one line on stderr names.
+
+    Raises MedcotError if there is none or several, and lists them."""
     from medcot_utils.run.store import CONFIG
 
     if run_dir is not None:
@@ -18,4 +25,23 @@ def choose_run(run_dir: Path | None) -> Path:
     found = sorted(str(file.parent) for file in RUNS.glob(f"*/{CONFIG}"))
     if not found:
         raise MedcotError(f"which run? There is none in {RUNS}/: give its directory, or make one with `medcot run`")
+    if len(found) == 1:
+        typer.echo(f"run directory: {show_controls(found[0])}, the only run in {RUNS}/", err=True)  # stdout may be JSON
+        return Path(found[0])
     raise MedcotError(f"which run? Found in {RUNS}/: {', '.join(found)}. Give one of these, or another directory")
+
+
+def next_steps(run_dir: Path) -> Iterator[str]:
+    """Yield what to do with a compared run: compare it with the newest other one beside it, and keep it before it changes."""
+    from medcot_utils.run.artifacts import ARTIFACTS
+
+    file = ARTIFACTS["metrics"].file
+    others = {path.parent.name: path.stat().st_mtime for path in run_dir.absolute().parent.glob(f"*/{file}")}
+    others.pop(run_dir.absolute().name, None)
+    if others:
+        other = run_dir.parent / max(others, key=others.__getitem__)
+        pair = shlex.join(["medcot", "report", str(other), str(run_dir), "--out", "both.html"])
+        yield f"to compare this run with {other}: {pair}"
+    copy = Path(f"{run_dir}-first")
+    if not copy.exists():
+        yield f"to keep this result, copy it before you change a setting: {shlex.join(['cp', '-r', str(run_dir), str(copy)])}"

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medcot_utils.data.cells import LIST, OBJECT, TIME, OtherCell
 from medcot_utils.errors import MedcotError
 from medcot_utils.plain_text import say
 from medcot_utils.text_files import decode, parse_json
@@ -61,26 +62,6 @@ def read_file(path: Path, choose: ChooseColumns) -> Cells:
     if not any(cells.values()):
         raise DataError(f"dataset.path {path.name}: the file holds no rows")
     return cells
-
-
-def as_text(value: object) -> str:
-    """Return the cell of an id, split or specialty as text: empty if it is missing, and 3 for 3.0, which is how tables hold
-    whole numbers if one is missing. Raises ValueError for a list or an object."""
-    if value is None or value != value:  # NaN
-        return ""
-    if isinstance(value, list | tuple | dict):
-        raise ValueError(f"is {value!r:.60}; expected a text or a number")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value)
-
-
-def is_whole(text: str) -> bool:
-    """Return whether a text can be written as UTF-8: half of a surrogate pair, left by a cut in JSON, cannot."""
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def check_size(size: int) -> None:
@@ -184,19 +165,50 @@ def _find_delimiter(text: str, choose: ChooseColumns) -> tuple[str, list[str]]:
 def _read_parquet(path: Path, choose: ChooseColumns) -> Cells:
     """Read the columns with each different text held once, and measure them before they are copied out: a file of 130 kB can
     hold one long text a million times."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
         schema = file.schema_arrow
         chosen = _choose_once(schema.names, choose)
-        flat = [name for name in chosen if not pa.types.is_nested(schema.field(name).type)]
+        unread = {name: _kind_of_type(schema.field(name).type) for name in chosen}
+        flat = [name for name in chosen if unread[name] is None]
         check_size(_stored_bytes(file.metadata, flat) + file.metadata.num_rows * _CELL_BYTES * len(chosen))
         rows = file.metadata.num_rows
     with pq.ParquetFile(path, read_dictionary=flat) as file:
         table = file.read(columns=flat)
     check_size(sum(_text_bytes(chunk) for column in table.columns for chunk in column.chunks))
-    return {name: table[name].to_pylist() if name in flat else [[]] * rows for name in chosen}
+    return {name: [OtherCell(kind)] * rows if (kind := unread[name]) else _cells(table[name]) for name in chosen}
+
+
+def _kind_of_type(kept: pa.DataType) -> str | None:
+    """Return which of `KINDS` the cells of a column are that is not worth reading; None for one that is."""
+    import pyarrow as pa
+
+    stored = kept.storage_type if isinstance(kept, pa.BaseExtensionType) else kept
+    if not pa.types.is_nested(stored):
+        return None
+    return OBJECT if pa.types.is_struct(stored) or pa.types.is_map(stored) else LIST
+
+
+def _cells(column: pa.ChunkedArray) -> list[object]:
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):
+        return [_cell(scalar) for scalar in column]
+
+
+def _cell(scalar: pa.Scalar) -> object:
+    """Return a cell that Python may be unable to hold: a time outside its years, or a text that is not UTF-8, whose broken
+    bytes become halves of characters."""
+    import pyarrow as pa
+
+    held = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
+    try:
+        return held.as_py()
+    except UnicodeDecodeError:
+        return held.as_buffer().to_pybytes().decode(errors="surrogateescape")
+    except (ValueError, OverflowError):
+        return OtherCell(TIME)
 
 
 def _stored_bytes(metadata: pa.parquet.FileMetaData, names: Sequence[str]) -> int:

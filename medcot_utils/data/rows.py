@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired
@@ -11,22 +11,25 @@ from typing import TYPE_CHECKING, NotRequired
 from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
 from medcot_utils.config import DatasetSettings, RunConfig
+from medcot_utils.data.cells import MARKS, NOT_A_STRING, clean_labels, clean_text, kind_of
 from medcot_utils.data.contamination import Repeat, find_repeats, normalize
-from medcot_utils.data.files import DataError, as_text, is_whole, read_file
+from medcot_utils.data.files import DataError, read_file
 from medcot_utils.data.hub import find_files
 from medcot_utils.data.prompts import ARTICLE_ANSWER, ARTICLE_QUESTION
+from medcot_utils.plain_text import say
 from medcot_utils.run.artifacts import SHIPPED_CASES
 
 if TYPE_CHECKING:
     import pandas as pd
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 TEXT_COLUMNS = ("Question", "Complex_CoT", "Response")
 _LABELS = ("id", "specialty", "split")
 _SHOWN_NAMES = 20
 _COMPARED_FIRST = 100
-# What stands for a text that Arrow cannot hold beside the others, and says why `validate_rows` drops its row.
-_NOT_A_STRING, _HALF_A_CHARACTER = "\0is not a string", "\0holds half a character"
+_SHOWN_REASONS = 3
+# Of a text: some 25,000 tokens, of which training would see the first few thousand, and an answer would wait for all.
+_MOST_CHARACTERS = 100_000
 
 
 class Row(TypedDict):
@@ -68,23 +71,65 @@ def load_rows(settings: DatasetSettings) -> Dataset:
     Raises DataError if the file is missing, empty, unreadable, lacks a column or does not match `settings.sha256`."""
     from datasets import Dataset
 
+    source, names = _source(settings), []
     if settings.path or settings.name == "shipped":
-        held = read_file(Path(settings.path or SHIPPED_CASES), lambda names: _choose_columns(names, settings))
+
+        def choose(columns: Sequence[str]) -> dict[str, str]:
+            names[:] = columns
+            return _choose_columns(columns, settings)
+
+        held = read_file(Path(settings.path or SHIPPED_CASES), choose)
         cells = {new: held[old] for old, new in _choose_columns([*held], settings).items()}
-        texts = {name: [_clean_text(cell) for cell in cells[name]] for name in TEXT_COLUMNS}
-        labels = {name: _clean_labels(name, cells[name]) for name in _LABELS if name in cells}
+        texts = {name: [clean_text(cell) for cell in cells[name]] for name in TEXT_COLUMNS}
+        labels = {name: _clean_labels(name, cells[name], source) for name in _LABELS if name in cells}
         rows = Dataset.from_dict(texts | labels)
     else:
         held = _load_from_hub(settings)
-        chosen = _choose_columns(held.column_names, settings)
+        names = held.column_names
+        chosen = _choose_columns(names, settings)
+        _check_types(held.features, chosen, source)
         rows = held.select_columns([*chosen]).rename_columns({old: new for old, new in chosen.items() if old != new})
         for name in [name for name in _LABELS if name in rows.column_names]:
-            names = getattr(held.features[name], "names", None)  # of a ClassLabel, whose cells are numbers
-            labels = _clean_labels(name, [cell if names is None or cell is None else names[cell] for cell in held[name]])
-            rows = rows.remove_columns(name).add_column(name, labels)
+            kinds = getattr(held.features[name], "names", None)  # of a ClassLabel, whose cells are numbers
+            labels = [cell if kinds is None or cell is None else kinds[cell] for cell in held[name]]
+            rows = rows.remove_columns(name).add_column(name, _clean_labels(name, labels, source))
     if "id" not in rows.column_names:
         rows = rows.add_column("id", [f"row-{index}" for index in range(len(rows))])
+    for label in [label for label in _LABELS if label not in names]:
+        for name in _named_like(label, names):
+            say(f"{source}: the column {name} is not used, since only `{label}` is: rename it if you meant that")
     return rows
+
+
+def _source(settings: DatasetSettings) -> str:
+    return Path(settings.path).name if settings.path else settings.name
+
+
+def _clean_labels(name: str, cells: Sequence[object], source: str) -> list[int] | list[str]:
+    try:
+        return clean_labels(name, cells)
+    except ValueError as error:
+        raise DataError(f"{source}: {error}") from error
+
+
+def _named_like(wanted: str, names: Sequence[str]) -> list[str]:
+    """Return the names that differ from one only by case or by spaces around them."""
+    return [name for name in names if name.strip().lower() == wanted.lower()]
+
+
+def _check_types(features: Features, chosen: Mapping[str, str], source: str) -> None:
+    """Raise DataError for a column of a data set on the Hub that holds no texts, before a cell of it is decoded."""
+    from datasets import ClassLabel, Value
+
+    for name, meant in chosen.items():
+        feature = features[name]
+        text = isinstance(feature, Value) and "string" in feature.dtype
+        if not text and (meant in TEXT_COLUMNS or not isinstance(feature, Value | ClassLabel)):
+            held = feature.dtype if isinstance(feature, Value) else type(feature).__name__
+            raise DataError(
+                f"data set {source}: the column {name!r} holds {held} in every row; expected texts. Name another column in "
+                f"dataset.columns, or give a file of yours with dataset.path"
+            )
 
 
 def _load_from_hub(settings: DatasetSettings) -> Dataset:
@@ -139,17 +184,23 @@ def check_data(config: RunConfig) -> str:
     """Return one line on the rows that the configuration's data gives, before any model is loaded.
 
     Raises DataError for a file, column, split, number of questions or repeats that would stop notebooks 02 and 03."""
-    settings = config.dataset
-    rows, _ = validate_rows(load_rows(settings))
-    train, held_out = split_rows(rows, settings, config.seed)
-    asked = config.evaluation.num_questions
-    article = choose_questions(held_out, asked)[:1]
-    if settings.repeats == "drop":
-        _check_repeats(train, [*article, *held_out], settings)
+    settings, asked = config.dataset, config.evaluation.num_questions
+    loaded = load_rows(settings)
+    try:
+        rows, report = validate_rows(loaded)
+        train, held_out = split_rows(rows, settings, config.seed)
+        article = choose_questions(held_out, asked)[:1]
+        if settings.repeats == "drop":
+            _check_repeats(train, [*article, *held_out], settings)
+    except DataError as error:
+        raise DataError(f"{_source(settings)}: {error}") from error
     line = f"{len(train)} rows to train on, {len(held_out)} held out, {asked} of them to be asked"
     unused = len(rows) - len(train) - len(held_out)
     by = f"dataset.num_rows is {settings.num_rows}, dataset.held_out_rows {settings.held_out_rows}"
-    return line + (f"; {unused} of {len(rows)} usable rows are left unused ({by})" if unused else "")
+    line += f"; {unused} of {len(rows)} usable rows are left unused ({by})" if unused else ""
+    return line + (
+        f"; {len(loaded) - len(rows)} of {len(loaded)} rows cannot be used: {report.reasons()}" if report.dropped else ""
+    )
 
 
 def _check_repeats(train: Dataset, questions: Sequence[AskedQuestion], settings: DatasetSettings) -> None:
@@ -168,44 +219,16 @@ def _choose_columns(names: Sequence[str], settings: DatasetSettings) -> dict[str
         if others := [f"dataset.columns.{other}" for other in wanted if other != key and wanted[other] == column]:
             raise DataError(f"dataset.columns.{key} and {', '.join(others)} all name {column!r}: each text needs its own column")
     if missing := {key: column for key, column in wanted.items() if column not in names}:
-        source = Path(settings.path).name if settings.path else settings.name
+        near = {key: _named_like(column, names) for key, column in missing.items()}
+        yours = {key: found[0] if len(found) == 1 and found[0].isidentifier() else "NAME" for key, found in near.items()}
         columns = f"column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing.values()))}"
         held = ", ".join(names[:_SHOWN_NAMES]) + f" and {len(names) - _SHOWN_NAMES} more" * (len(names) > _SHOWN_NAMES)
         raise DataError(
-            f"{source} has no {columns} (it has {held}): name yours with "
-            f"{' '.join(f'--set dataset.columns.{key}=NAME' for key in missing)}"
+            f"{_source(settings)} has no {columns} (it has {held}): name yours with "
+            f"{' '.join(f'--set dataset.columns.{key}={name}' for key, name in yours.items())}"
         )
     texts = dict(zip(wanted.values(), TEXT_COLUMNS, strict=True))
     return texts | {name: name for name in ("id", "specialty", "split") if name in names and name not in texts}
-
-
-def _clean_text(cell: object) -> str:
-    """Return a text as it is, and for anything else a mark that `validate_rows` counts: Arrow would stop at mixed types."""
-    if not isinstance(cell, str):
-        return _NOT_A_STRING
-    if not is_whole(cell):
-        return _HALF_A_CHARACTER
-    return cell
-
-
-def _clean_label(cell: object) -> str:
-    return as_text(cell).encode("utf-8", "replace").decode()  # half a character becomes a question mark
-
-
-def _clean_ids(cells: Sequence[object]) -> list[int] | list[str]:
-    """Return ids that tell answers and losses apart: the given ones, or `row-N` for one that is missing and for all if some
-    stand twice."""
-    numbers = all(type(cell) is int and abs(cell) < 2**63 for cell in cells)
-    ids = list(cells) if numbers else [_clean_label(cell) or f"row-{index}" for index, cell in enumerate(cells)]
-    return ids if len(set(ids)) == len(ids) else [f"row-{index}" for index in range(len(ids))]
-
-
-def _clean_labels(name: str, cells: Sequence[object]) -> list[int] | list[str]:
-    """Return the cells of id, specialty or split. Raises DataError for a list or an object."""
-    try:
-        return _clean_ids(cells) if name == "id" else [_clean_label(cell) for cell in cells]
-    except ValueError as error:
-        raise DataError(f"the column `{name}` cannot be used, a row {error}. Rename it if it means something else") from error
 
 
 # --- validate ------------------------------------------------------------------------------------------------------
@@ -220,6 +243,12 @@ class ValidationReport:
     dropped: dict[str, int]
     examples: dict[str, str]
 
+    def reasons(self) -> str:
+        """Return the most frequent reasons in a line, each with its rows and the first of them."""
+        most = Counter(self.dropped).most_common(_SHOWN_REASONS)
+        lines = [f"{reason} in {count} row{'s' * (count > 1)} (first: {self.examples[reason]:.60})" for reason, count in most]
+        return "; ".join(lines) + f"; and {len(self.dropped) - len(lines)} more" * (len(self.dropped) > len(lines))
+
     def table(self) -> pd.DataFrame:
         """Return one line per reason, with the first row it applied to."""
         import pandas as pd
@@ -232,8 +261,8 @@ class ValidationReport:
 def validate_rows(rows: Dataset, special_tokens: Sequence[str] = ()) -> tuple[Dataset, ValidationReport]:
     """Return the rows without those that would train the wrong thing, and a count of these by reason.
 
-    A row is dropped if a text is not a string, is empty, or holds a `<think>` tag or one of the tokenizer's special tokens
-    (it would be read as a control token), or if its question came before. Raises DataError if no row is left."""
+    A row is dropped if a text is not a string, is empty or very long, or holds a `<think>` tag or one of the tokenizer's special
+    tokens (it would be read as a control token), or if its question came before. Raises DataError if no row is left."""
     forbidden = ("<think>", "</think>", *special_tokens)
     dropped, examples, kept, seen = Counter(), {}, [], set()
     for index, row in enumerate(rows):
@@ -244,18 +273,21 @@ def validate_rows(rows: Dataset, special_tokens: Sequence[str] = ()) -> tuple[Da
         else:
             dropped[reason] += 1
             examples.setdefault(reason, str(row["id"]))
+    report = ValidationReport(len(rows), len(kept), dict(dropped), examples)
     if not kept:
-        raise DataError(f"no usable row is left of {len(rows)}: {dict(dropped)}. Check the file and dataset.columns")
-    return rows.select(kept), ValidationReport(len(rows), len(kept), dict(dropped), examples)
+        raise DataError(f"no usable row is left of {len(rows)}: {report.reasons()}. Check the file and dataset.columns")
+    return rows.select(kept), report
 
 
 def _find_fault(row: Row, forbidden: Sequence[str]) -> str | None:
     for column in TEXT_COLUMNS:
         value = row[column]
-        if not isinstance(value, str) or value in (_NOT_A_STRING, _HALF_A_CHARACTER):
-            return f"{column} {(value if isinstance(value, str) else _NOT_A_STRING)[1:]}"
+        if not isinstance(value, str) or value in MARKS:
+            return f"{column} {(value if isinstance(value, str) else NOT_A_STRING[kind_of(value)])[1:]}"
         if not value.strip():
             return f"{column} is empty"
+        if len(value) > _MOST_CHARACTERS:
+            return f"{column} is longer than {_MOST_CHARACTERS:,} characters"
         for token in forbidden:
             if token in value:
                 return f"{column} holds {token}"
@@ -303,7 +335,10 @@ def choose_questions(held_out: Dataset, count: int) -> list[Question]:
 
     Raises DataError if there are fewer rows."""
     if len(held_out) < count:
-        raise DataError(f"evaluation.num_questions is {count}, but only {len(held_out)} rows are held out: lower it")
+        raise DataError(
+            f"evaluation.num_questions is {count}, but only {len(held_out)} rows are held out: "
+            f"lower it with --set evaluation.num_questions={len(held_out)}"
+        )
     article = Question(
         id="article",
         scored=False,
@@ -326,9 +361,10 @@ def drop_repeats(train: Dataset, repeats: Sequence[Repeat]) -> Dataset:
     kept = train.select([index for index, row_id in enumerate(train["id"]) if str(row_id) not in repeated])
     if not len(kept):
         one = max(repeats, key=lambda repeat: repeat["similarity"])
+        row = f"{one['train_id']}" if f"{one['train_id']}".startswith("row") else f"row {one['train_id']}"
         texts = [f"{' '.join(text.split())!r:.100}" for text in (one["train_question"], one.get("question", ""))]
         raise DataError(
-            f"every training row repeats an evaluation question, for example row {one['train_id']}, {texts[0]}, repeats "
+            f"every training row repeats an evaluation question, for example {row}, {texts[0]}, repeats "
             f"{one['question_id']}, {texts[1]} (similarity {one['similarity']}, 8-word overlap {one['overlap']}). Hold out other "
             f"rows, raise dataset.near_repeat_similarity and dataset.ngram_overlap, or keep repeats with dataset.repeats=report"
         )

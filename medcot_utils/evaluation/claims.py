@@ -64,7 +64,7 @@ CLAIMS = (
         most=(("base", "bullet_rate", 1), ("tuned", "bullet_rate", -1)),
     ),
     Claim(
-        "Tuned, and only then, the answer is one paragraph",
+        "Tuned, the model answers in one paragraph, more often than the base",
         {"one_paragraph_rate": 1},
         of_answers=True,
         most=(("tuned", "one_paragraph_rate", 1),),

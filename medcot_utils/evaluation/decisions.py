@@ -159,9 +159,9 @@ def _need_for(name: str, difference: Difference, sign: int, level: float) -> tup
     if found >= smallest:
         needed, what = difference["needed"], f"the difference found of {abs(found):.2g} ({text})"
     else:
-        needed, what = need(smallest), f"a difference of {smallest:g} ({text})"
+        needed, what = need(smallest), f"a difference of {smallest:g}, the smallest that counts ({text})"
         if is_clear(difference) or (needed and needed <= difference["n"]):
-            needed, what = need(smallest - found), f"whether {text} differs by {smallest:g}"
+            needed, what = need(smallest - found), f"whether {text} differs by {smallest:g}, the smallest that counts"
     return needed and max(needed, difference["n"] + 1), what  # the present number has proved too few
 
 

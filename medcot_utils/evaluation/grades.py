@@ -75,9 +75,9 @@ def read_pairs(run: Run) -> list[Pair]:
     answers = {side: {record["id"]: record for record in by_sample(run.read(f"{side}_answers"))[0]} for side in SIDES}
     questions = run.read("questions")
     if not questions:
-        raise GradingError(f"{run.path.name}/ holds no question: run notebook 02_baseline_inference again with some")
+        raise GradingError(f"{run.name}/ holds no question: run notebook 02_baseline_inference again with some")
     if any(question["id"] not in answers[side] for question in questions for side in SIDES):
-        raise GradingError(f"the answers in {run.path.name}/ are to other questions: run notebooks 02 and 06 again")
+        raise GradingError(f"the answers in {run.name}/ are to other questions: run notebooks 02 and 06 again")
     pairs = []
     for question in sorted(questions, key=lambda question: not question["scored"]):
         coin = hashlib.sha256(f"{run.config.seed}:{question['id']}".encode()).digest()[0] % 2

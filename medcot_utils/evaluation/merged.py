@@ -63,7 +63,8 @@ class MergedMeasured(TypedDict):
     model and `tuned` is the merged model.
     same_answers: the number of questions that both models answered word for word the same.
     not_measured: why the merged model was not asked, as in `needs 15.0 GiB`; None if it was asked.
-    behaves: whether the model that people load behaves as measured. summary: the same in one line, with the reasons."""
+    behaves: whether the model that people load behaves as measured. summary: the same for form, length, and loss in
+    one line, with the reasons."""
 
     n_questions: int
     metrics: Metrics
@@ -104,7 +105,7 @@ def compare_merged(
         "not_measured": not_measured,
         "verdicts": verdicts,
         "behaves": _behaves(verdicts),
-        "summary": _summarize(verdicts, not_measured),
+        "summary": _summarize(verdicts),
     }
     return {**measured, "forced": forced} if forced else measured
 
@@ -155,21 +156,36 @@ def _behaves(verdicts: Sequence[MergedVerdict]) -> Behaves:
     return "yes" if all(text == AS_MEASURED for text in found) else "can't tell"
 
 
-def _summarize(verdicts: Sequence[MergedVerdict], not_measured: str | None) -> str:
-    """Return one line: yes, no, or can't tell, with the reasons, and with the aspects that are as measured."""
-    behaves = _behaves(verdicts)
-    as_measured = [one["about"] for one in verdicts if one["verdict"] == AS_MEASURED]
-    beginning = {"no": DIFFERS, "can't tell": CANNOT_TELL, "yes": AS_MEASURED}[behaves]
-    reasons = [
-        f"{METRICS[one['metric']].text} ({one['verdict'].removeprefix(beginning).lstrip(': ').removeprefix('with ')})"
-        for one in verdicts
-        if one["verdict"].startswith(beginning) and one["n"]
-    ]
-    if not_measured and behaves == "can't tell":
-        reasons.insert(0, f"its answers were not measured ({not_measured})")
-    because = "" if behaves == "yes" else f", because {'; '.join(reasons)}" if reasons else ""
-    also = f"; as measured: {', '.join(dict.fromkeys(as_measured))}" if as_measured else ""
-    return f"The model that you load behaves as measured: {behaves}{because}{also}"
+def _summarize(verdicts: Sequence[MergedVerdict]) -> str:
+    """Return a question and, for form, length, and loss, its answer: what differs first, what these questions leave open last."""
+    by_aspect: dict[str, list[MergedVerdict]] = {}
+    for one in verdicts:
+        by_aspect.setdefault(one["about"], []).append(one)
+    aspects: dict[str, list[str]] = {}
+    for about, found in by_aspect.items():
+        aspects.setdefault(_answer(found), []).append(about)
+    answers = sorted(aspects, key=lambda answer: (not answer.startswith("no,"), answer != "yes"))
+    said = (f"{_listed(aspects[answer]).capitalize()}: {answer}." for answer in answers)
+    return " ".join(["Does the merged model behave as measured?", *said])
+
+
+def _answer(found: Sequence[MergedVerdict]) -> str:
+    """Return what the verdicts on one aspect say together: `yes`, `no` with what differs, or why these questions can't tell."""
+    if differing := [one for one in found if one["verdict"].startswith(DIFFERS)]:
+        return f"no, {'; '.join(METRICS[one['metric']].text + one['verdict'].removeprefix(DIFFERS) for one in differing)}"
+    undecided = [one for one in found if one["verdict"] != AS_MEASURED]
+    if not undecided:
+        return "yes"
+    most = max(undecided, key=lambda one: one["needed"] or 0)
+    if all(one["needed"] for one in undecided):
+        few = "is" if most["n"] == 1 else "are"
+        return f"{count_of(most['metric'], most['n'])} {few} too few, {most['verdict'].partition(': ')[2]}"
+    why = dict.fromkeys(one["verdict"].partition(": ")[2] or one["verdict"] for one in undecided if not one["needed"])
+    return f"{CANNOT_TELL}, {'; '.join(why)}"
+
+
+def _listed(aspects: Sequence[str]) -> str:
+    return f"{', '.join(aspects[:-1])}, and {aspects[-1]}" if len(aspects) > 2 else " and ".join(aspects)
 
 
 def merged_table(measured: MergedMeasured) -> pd.DataFrame:

@@ -12,8 +12,14 @@ SEE_NOTEBOOK_07 = "Merged model: see notebook 07"
 
 
 def is_made(run: Run, name: str) -> bool:
-    """Return whether the run makes this artifact of notebook 07 and the one it holds is fresh."""
-    return run.wants(name) and run.is_fresh(name, deep=False)
+    """Return whether the run makes this artifact of notebook 07 and the one it holds belongs to today's adapter and settings."""
+    return run.wants(name) and run.step_to_redo(name) is None
+
+
+def describe_stale(run: Run, name: str) -> str:
+    """Return `stale: run notebook 07_export` for an artifact of an earlier training or of other settings, or an empty text."""
+    step = run.step_to_redo(name) if name in run.manifest()["artifacts"] else None
+    return f"stale: run notebook {step}" if step else ""
 
 
 def read_merged(run: Run) -> MergedMeasured | None:
@@ -30,6 +36,8 @@ def describe_merged(run: Run) -> str:
         return ""
     merged = read_merged(run)
     if merged is None:
-        return f"{SEE_NOTEBOOK_07}."
-    unasked = f" Its answers were not measured: {merged['not_measured']}." if merged["not_measured"] else ""
+        stale = describe_stale(run, "merged_metrics")
+        return f"The merged model is {stale}." if stale else f"{SEE_NOTEBOOK_07}."
+    why = merged["not_measured"]
+    unasked = f" Its answers were not measured: {why}." if why and why not in merged["summary"] else ""
     return f"{merged['summary'].rstrip('.')}.{unasked}"

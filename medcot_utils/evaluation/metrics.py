@@ -15,6 +15,8 @@ from medcot_utils.data.words import split_words
 from medcot_utils.errors import MedcotError
 from medcot_utils.evaluation.copied import remove_copied
 from medcot_utils.models.records import thinking_is_cut
+from medcot_utils.models.sentence_model import load_sentence_model
+from medcot_utils.models.tokenizer import ModelError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -53,7 +55,7 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "eval_loss": Metric("held-out loss, per trained token", "nats", -1),
     "perplexity": Metric("held-out perplexity", "", -1),
-    "closed_think_rate": Metric("thinking closed once, text on both sides", "share", 1, yes_or_no=True),
+    "closed_think_rate": Metric("answers that close their thinking", "share", 1, yes_or_no=True),
     "finished_rate": Metric("answers that end by themselves", "share", 1, yes_or_no=True),
     "answered_rate": Metric("answers with text after the thinking", "share", 1, yes_or_no=True),
     "thinking_tokens": Metric("length of the thinking", "tokens", 0),
@@ -61,18 +63,18 @@ METRICS: dict[str, Metric] = {
     "answer_tokens": Metric("length of the answer", "tokens", 0),
     "answer_words": Metric("length of the answer", "words", 0),
     "completion_words": Metric("length of everything written", "words", 0),
-    "bullet_rate": Metric("answers written as a list", "share", 0, yes_or_no=True),
-    "one_paragraph_rate": Metric("answers of exactly one paragraph, no list", "share", 0, yes_or_no=True),
+    "bullet_rate": Metric("answers that are a list", "share", 0, yes_or_no=True),
+    "one_paragraph_rate": Metric("answers that are one paragraph", "share", 0, yes_or_no=True),
     "repetition": Metric("4-word sequences that came before in the same text", "share", -1),
     "copied": Metric("words of the answer that copy the question, in sequences of 8", "share", 0),
     "rouge_l": Metric("ROUGE-L of the answer against the reference", "F1", 1),
     "chrf": Metric("chrF of the answer against the reference", "0 to 1", 1),
     "embedding_similarity": Metric("likeness of meaning to the reference, by evaluation.embedding_model", "cosine", 1),
-    "mcq_accuracy": Metric("multiple-choice questions answered rightly", "share", 1, yes_or_no=True),
-    "mcq_abstained": Metric("multiple-choice questions without a readable answer", "share", -1, yes_or_no=True),
-    "mcq_letter": Metric("questions whose right letter is the likeliest after the thinking", "share", 1, yes_or_no=True),
-    "mcq_likelihood": Metric("questions whose right option is the likeliest text, without thinking", "share", 1, yes_or_no=True),
-    "mcq_accuracy_answered": Metric("questions answered rightly, of those that both models answered", "share", 1, yes_or_no=True),
+    "mcq_accuracy": Metric("multiple choice read strictly", "share", 1, yes_or_no=True),
+    "mcq_abstained": Metric("multiple choice without a readable answer", "share", -1, yes_or_no=True),
+    "mcq_letter": Metric("multiple choice by letter", "share", 1, yes_or_no=True),
+    "mcq_likelihood": Metric("multiple choice by likelihood", "share", 1, yes_or_no=True),
+    "mcq_accuracy_answered": Metric("multiple choice read strictly, if both models answered", "share", 1, yes_or_no=True),
 }
 # An answer is compared with the reference without the words it copied: a copied question resembles any text on its subject.
 # A model that never closes its tag has no answer, so its style is measured on its thinking.
@@ -212,12 +214,8 @@ def embedding_similarity(answers: Sequence[str], references: Sequence[str], name
 
 @cache
 def embedder(name: str) -> SentenceTransformer:
-    """Load the sentence embedding model of this folder or Hub id. Raises MetricError if it or its library is missing."""
+    """Load the sentence embedding model of this folder or Hub id, once. Raises MetricError as `load_sentence_model` does."""
     try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise MetricError("evaluation.embedding_model needs another library: pip install sentence-transformers") from error
-    try:
-        return SentenceTransformer(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise MetricError(f"evaluation.embedding_model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        return load_sentence_model(name)
+    except ModelError as error:
+        raise MetricError(str(error)) from error

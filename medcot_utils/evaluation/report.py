@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 from medcot_utils import plots
 from medcot_utils.config import RunConfig, setting_names
 from medcot_utils.evaluation.claims import CANNOT_TELL
-from medcot_utils.evaluation.comparison import LABELS, MetricLine, compare_all, metric_lines
+from medcot_utils.evaluation.comparison import LABELS, MetricLine, metric_lines
 from medcot_utils.evaluation.grades import describe_grades, summarize_grades
 from medcot_utils.evaluation.intervals import format_interval
 from medcot_utils.evaluation.merged import LABELS as MERGED_LABELS
 from medcot_utils.evaluation.merged_column import describe_merged, read_merged
 from medcot_utils.evaluation.metrics import METRICS, Metric
-from medcot_utils.evaluation.scored_set import AnsweredQuestion
 from medcot_utils.evaluation.side_by_side import (
     Key,
     ShownRun,
@@ -28,8 +27,10 @@ from medcot_utils.evaluation.side_by_side import (
     read_run,
     show_question,
 )
+from medcot_utils.evaluation.tuned_models import compare_tuned
 from medcot_utils.models.losses import mean_loss
 from medcot_utils.plain_text import keep_intervals, show_controls
+from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.run.lock import RunError
 from medcot_utils.run.shapes import Entries, describe_missing
 
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from medcot_utils.evaluation.comparison import Metrics
     from medcot_utils.evaluation.measured import Measured
     from medcot_utils.evaluation.merged import MergedMeasured
-    from medcot_utils.models.losses import RowLoss
     from medcot_utils.run.directory import Run
 
 # Sections of settings in which runs may differ. Those that change how answers are made and judged come first.
@@ -74,7 +74,7 @@ def build_report(*runs: Run) -> str:
         names_of=METRICS,
         interval=format_interval,
         differences=_differences(shown) if several else {},
-        tuned=_tuned_compared(shown) if several else None,
+        tuned=compare_tuned(shown, _percent(runs[0])) if several else None,
         questions=questions,
         # A data set may number its specialties.
         specialties=sorted({str(one.question["specialty"]) for one in questions} - {""}),
@@ -148,9 +148,11 @@ class _Drawn:
 class _RunSection:
     """Hold what the page shows of one run. tables: {title: rows}.
 
-    decided: the claims that hold or do not hold; undecided: the others. merged_line: the text of `describe_merged`."""
+    stale: see `_describe_stale`. decided: the claims that hold or do not hold; undecided: the others. merged_line: the text of
+    `describe_merged`."""
 
     title: str
+    stale: str
     config: RunConfig
     confidence: str
     plan: Mapping[str, object]
@@ -176,6 +178,7 @@ def _run_section(shown: ShownRun, named: bool, anchors: Mapping[Key, str]) -> _R
     open_claims = [claim for claim in measured["claims"] if claim["verdict"].startswith(CANNOT_TELL)]
     return _RunSection(
         title=f"Run {shown.name}" if named else "The effects of fine-tuning",
+        stale=_describe_stale(shown, named),
         config=run.config,
         confidence=_percent(run),
         plan=run.read("plan"),
@@ -192,6 +195,16 @@ def _run_section(shown: ShownRun, named: bool, anchors: Mapping[Key, str]) -> _R
         data=shown.data_report,
         anchors={key[0]: anchors[key] for key in shown.questions},
     )
+
+
+def _describe_stale(shown: ShownRun, named: bool) -> str:
+    """Say that what the page shows was made with other settings or inputs than the run has now; an empty text if it was not."""
+    run = shown.run
+    steps = {run.step_to_redo(name) for name in (*ARTIFACTS["report"].inputs, "held_out_loss")} - {None}
+    if not steps:
+        return ""
+    which = f"Run {shown.name} is stale" if named else "This run is stale"
+    return f"{which}: its settings or inputs changed after these results. Run notebook {min(steps)}, and those after it."
 
 
 def _loss_before_training(run: Run) -> float | None:
@@ -268,56 +281,3 @@ def _format_setting(value: object) -> str:
     if isinstance(value, str):
         return f"…/{Path(value).name}" if Path(value).is_absolute() else value
     return "not set" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-@dataclass(frozen=True)
-class _TunedCompared:
-    """Hold each run's tuned model compared with the first run's, on `n` questions.
-
-    losses: whether the held-out loss is compared too. lines: for every metric, one line per other model, with the first run's
-    as base; empty if there are no common questions."""
-
-    n: int
-    confidence: str
-    labels: Sequence[str]
-    losses: bool = False
-    lines: Sequence[Sequence[MetricLine]] = ()
-
-
-def _tuned_compared(shown: Sequence[ShownRun]) -> _TunedCompared:
-    """Compare the tuned models on the questions that all runs asked and scored and that no run trained on.
-
-    The held-out loss is compared too if all runs measured it on the same rows."""
-    first = shown[0]
-    keys = [key for key in first.questions if all(_counts(one, key) for one in shown)]
-    labels = [f"tuned, {one.name}" for one in shown]
-    if not keys:
-        return _TunedCompared(0, _percent(first.run), labels)
-    questions = [
-        AnsweredQuestion(first.questions[key], dict(zip(labels, (one.answers["tuned"][key] for one in shown), strict=True)), {})
-        for key in keys
-    ]
-    losses = _common_losses(shown, labels)
-    # Without embedding_similarity: it would load the embedding model again.
-    settings = first.run.config.evaluation.model_copy(update={"embedding_model": None})
-    compared = compare_all(questions, losses, settings, first.run.config.seed)
-    lines = zip(*(metric_lines(metrics).values() for metrics in compared.values()), strict=True)
-    return _TunedCompared(len(keys), _percent(first.run), labels, bool(losses), [*lines])
-
-
-def _counts(shown: ShownRun, key: Key) -> bool:
-    return key in shown.answers["tuned"] and bool(shown.questions[key]["scored"]) and key[0] not in shown.seen
-
-
-def _common_losses(shown: Sequence[ShownRun], labels: Sequence[str]) -> list[RowLoss]:
-    """Return the tuned models' losses on the held-out rows that no run trained on; none unless all runs have the same rows."""
-    rows = {one.run.manifest()["artifacts"].get("held_out_rows", {}).get("sha256") for one in shown}
-    if len(rows) > 1 or rows == {None}:
-        return []
-    seen = set.union(*(one.seen for one in shown))
-    return [
-        record | {"model": label}
-        for label, one in zip(labels, shown, strict=True)
-        for record in one.run.read("held_out_loss")
-        if record["model"] == "tuned" and str(record["id"]) not in seen
-    ]

@@ -36,7 +36,7 @@ def tell_forgotten(names: list[str]) -> str:
 
 def check_local_paths(config: RunConfig) -> None:
     """Raise PlatformError for a folder of the settings that is not on this machine. Files are looked for where they are read."""
-    from medcot_utils.config import local_paths
+    from medcot_utils.local_paths import local_paths
 
     for setting, paths in local_paths(config).items():
         files = setting in ("dataset.path", "evaluation.mcq_tasks")
@@ -46,7 +46,7 @@ def check_local_paths(config: RunConfig) -> None:
 
 def asks_the_hub(config: RunConfig) -> bool:
     """Return whether a run of these settings reads from the Hugging Face Hub or writes to it."""
-    from medcot_utils.config import local_paths
+    from medcot_utils.local_paths import local_paths
 
     local, evaluation, model, data = local_paths(config), config.evaluation, config.model, config.dataset
     files = all(task == "shipped" or task.endswith(".jsonl") for task in evaluation.mcq_tasks)

@@ -49,16 +49,26 @@ def kaggle_root() -> Path:
     return expand_home(os.environ.get("MEDCOT_KAGGLE_ROOT") or "/kaggle")
 
 
+def working_root() -> Path:
+    """Return the folder that `runs` is in: the platform's working folder, or the one that commands are started in, which is the
+    folder above `notebooks` for a notebook that is opened by hand."""
+    roots = {"kaggle": kaggle_root() / "working", "colab": Path("/content")}
+    if root := roots.get(platform_name()):
+        return root
+    here = Path.cwd()
+    return here.parent if here.name == "notebooks" else here
+
+
 def default_run_dir() -> Path:
     """Return where notebooks opened by hand keep their run: MEDCOT_RUN_DIR, else a place in the platform's working folder."""
-    if chosen := os.environ.get("MEDCOT_RUN_DIR"):
-        return expand_home(chosen)
-    roots = {"kaggle": kaggle_root() / "working", "colab": Path("/content")}
-    root = roots.get(platform_name())
-    if root is None:
-        here = Path.cwd()
-        root = here.parent if here.name == "notebooks" else here
-    return root / "runs" / "notebooks"
+    return working_root() / expand_home(os.environ.get("MEDCOT_RUN_DIR") or "runs/notebooks")
+
+
+def display_path(folder: Path) -> str:
+    """Return a folder as a reader should see it: from `working_root` on if it lies below that, as in runs/demo; else its name."""
+    whole, root = folder.absolute(), working_root()
+    below = whole.is_relative_to(root) and whole != root
+    return whole.relative_to(root).as_posix() if below else whole.name
 
 
 def make_private(folder: Path) -> None:

@@ -168,11 +168,7 @@ def multiplies_packed(model: PreTrainedModel) -> bool:
 
 def describe_batches(settings: GenerationSettings, answers: int, gpus: int = 1) -> str:
     """Return one line on how many answers are generated at once, how, and on how many GPUs if there are several."""
-    import torch
-
-    how = f"in batches of {settings.batch_size}: a cache that grows"
-    if settings.cache_implementation == "static":
-        how = f"{settings.batch_size} at once: a cache of fixed size"
-        how += ", compiled steps" if torch.cuda.is_available() else ""
-    shared = f", dealt out to {gpus} GPUs" if gpus > 1 else ""
-    return f"{answers} answers {how}{shared}"
+    at_once = "all at once" if settings.batch_size == answers and gpus == 1 else f"{settings.batch_size} at once"
+    shared = f" on each of {gpus} GPUs" if gpus > 1 else ""
+    how = "; the next one begins when one ends" if settings.cache_implementation == "static" else ""
+    return f"{answers} answers, {at_once}{shared}{how}"

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 WARNING = "Not for clinical use: this model was tuned to study form and style. Its medicine can be wrong in any way."
-NO_ANSWER = "(no answer after the thinking)"
 Who = Literal["tuned", "base"]
 _CUT_TAG = re.compile(r"</?[think]{0,5}$")
 
@@ -50,6 +49,15 @@ class Answer:
     text: str = ""
     seconds_thinking: float | None = None
     done: bool = False
+
+    def explain_missing(self, most_tokens: int) -> str:
+        """Return a line for an answer without text: the thinking took all `most_tokens` tokens, or nothing came after it."""
+        if self.seconds_thinking is not None:
+            return "(no answer after the thinking)"
+        return (
+            f"(no answer: the thinking was not finished within {most_tokens} tokens, generation.max_new_tokens. "
+            f"Ask about a case, as in training)"
+        )
 
     def summarize_thinking(self) -> str:
         """Return one line on the thinking: its length in words, and how long it took or that it did not end."""
@@ -84,6 +92,7 @@ class Chat:
 
     def __init__(self, run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.run, self.model, self.tokenizer = run, model, tokenizer
+        self.most_tokens = run.config.generation.max_new_tokens  # of an answer with its thinking
         self._base: PreTrainedModel | None = None
         self._busy = threading.Lock()  # one answer at a time: the adapter is on or off for everyone
 

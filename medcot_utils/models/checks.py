@@ -13,9 +13,11 @@ from medcot_utils.data.prompts import inference_prompt
 from medcot_utils.data.rows import choose_questions, load_rows, split_rows, validate_rows
 from medcot_utils.errors import quote
 from medcot_utils.machine.weight_files import INDEX, SINGLE
-from medcot_utils.models.batches import check_context
+from medcot_utils.models.batches import GenerationError, check_context
 from medcot_utils.models.embedded import PREFIX, find_model_source
 from medcot_utils.models.tokenizer import NO_CODE, ModelError, load_tokenizer_from
+
+_MUCH_OF_A_CONTEXT = 5_000  # characters of a question: about a thousand tokens
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,14 @@ def check_answers(config: RunConfig, mcq_prompts: Sequence[str] = ()) -> str:
     context, settings = AutoConfig.from_pretrained(source, trust_remote_code=False), config.evaluation
     if mcq_prompts:
         check_context(context, tokenizer, mcq_prompts, settings.mcq_max_new_tokens, 0, "evaluation.mcq_max_new_tokens")
-    return check_context(context, tokenizer, prompts, config.generation.max_new_tokens, settings.answer_tokens or 0)
+    try:
+        return check_context(context, tokenizer, prompts, config.generation.max_new_tokens, settings.answer_tokens or 0)
+    except GenerationError as error:
+        longest = max(questions, key=lambda question: len(question["Question"]))
+        if (size := len(longest["Question"])) < _MUCH_OF_A_CONTEXT:
+            raise
+        which = f"that of {longest['id']:.60}, {size:,} characters"
+        raise GenerationError(f"{error}, or leave out the longest question: {which}") from error
 
 
 def _find_cached(settings: ModelSettings) -> Path | None:

@@ -27,20 +27,20 @@ class Artifact:
     @property
     def reads_model(self) -> bool:
         """Whether the base model or its tokenizer is loaded for it."""
-        return self.step != _SETUP and not {"model", "model.name"}.isdisjoint(self.settings)
+        return self.step != SETUP and not {"model", "model.name"}.isdisjoint(self.settings)
 
     @property
     def asks_mcq(self) -> bool:
         """Whether the multiple-choice questions are asked for it."""
-        return self.step != _SETUP and "evaluation.mcq_tasks" in self.settings
+        return self.step != SETUP and "evaluation.mcq_tasks" in self.settings
 
     @property
     def measures(self) -> bool:
         """Whether answers are measured for it, with the embedding model if there is one."""
-        return self.step != _SETUP and "evaluation" in self.settings
+        return self.step != SETUP and "evaluation" in self.settings
 
 
-_SETUP, _BASELINE, _DATA, _LORA = "01_setup", "02_baseline_inference", "03_dataset_prep", "04_lora_config"
+SETUP, _BASELINE, _DATA, _LORA = "01_setup", "02_baseline_inference", "03_dataset_prep", "04_lora_config"
 _TRAINING, _COMPARISON, _EXPORT = "05_training", "06_comparison", "07_export"
 
 _RESULTS = ("profile", "seed", "model", "prompt", "dataset", "lora", "training", "generation", "evaluation", "export")
@@ -59,7 +59,7 @@ _CHECK = tuple(f"export.{name}" for name in ("dtype", "logits_tolerance", "check
 _LOSS = ("model", "lora", *(f"training.{name}" for name in TrainingSettings.model_fields if name not in _HOW), "seed")
 
 ARTIFACTS: dict[str, Artifact] = {
-    "machine": Artifact(_SETUP, "machine.json", _ALL),
+    "machine": Artifact(SETUP, "machine.json", _ALL),
     "questions": Artifact(
         _BASELINE,
         "questions.jsonl",
@@ -149,7 +149,7 @@ class Step:
 
 def _steps() -> dict[str, Step]:
     steps = {}
-    for step in (_SETUP, _BASELINE, _DATA, _LORA, _TRAINING, _COMPARISON, _EXPORT):
+    for step in (SETUP, _BASELINE, _DATA, _LORA, _TRAINING, _COMPARISON, _EXPORT):
         makes = tuple(name for name, artifact in ARTIFACTS.items() if artifact.step == step)
         reads = {source for name in makes for source in ARTIFACTS[name].inputs if ARTIFACTS[source].step != step}
         steps[step] = Step(makes, tuple(sorted(reads)))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from medcot_utils.config import RunConfig, setting_names
 from medcot_utils.run.artifacts import ARTIFACTS
 
 if TYPE_CHECKING:
@@ -16,6 +17,12 @@ def describe_changes(before: Mapping[str, object], after: Mapping[str, object]) 
     """Return `setting old -> new` for every setting of `before` that has another value in `after`."""
     changed = [name for name, value in before.items() if name in after and after[name] != value]
     return [f"{name} {_show(before[name])} -> {_show(after[name])}" for name in changed]
+
+
+def describe_new_settings(before: RunConfig, after: RunConfig) -> list[str]:
+    """Return `setting old -> new` for every setting that is another one in the second configuration."""
+    names = setting_names()
+    return describe_changes(before.leaves(names), after.leaves(names))
 
 
 def _show(value: object) -> str:

@@ -13,7 +13,7 @@ from medcot_utils.machine import paths
 from medcot_utils.machine.durations import TimeEstimate, describe_end, describe_time
 from medcot_utils.machine.gpu import peak_gpu_memory_mb
 from medcot_utils.plain_text import say
-from medcot_utils.run.artifacts import ARTIFACTS, STEPS
+from medcot_utils.run.artifacts import ARTIFACTS, SETUP, STEPS
 from medcot_utils.run.changes import why_stale
 from medcot_utils.run.files import remove
 from medcot_utils.run.lock import RunError, hold, is_held, keep, let_go
@@ -39,8 +39,10 @@ class Run(StoredRun):
             self._sources = {ARTIFACTS[name]: digest_sources(ARTIFACTS[name], self.config) for name in STEPS[step].makes}
             here = {"pid": os.getpid(), "host": paths.host_name()}
             self.record_step(step, state="running", started=time.time(), **here, error=None)
-            if estimate := self.estimate(step):
-                # Not on standard error, which notebooks show on red ground.
+            # Not on standard error, which notebooks show on red ground.
+            if step == SETUP:
+                say(f"run directory: {self.name}")
+            elif estimate := self.estimate(step):
                 say(f"{step}: {describe_time(estimate)}, {describe_end(estimate, time.time())}")
         except BaseException:
             let_go(self.path)
@@ -61,7 +63,7 @@ class Run(StoredRun):
             if stale := self._stale_origin(name):
                 artifact = ARTIFACTS[stale]
                 raise RunError(
-                    f"{artifact.file} in {self.path.name}/ was made with other settings or inputs than the run has now "
+                    f"{artifact.file} in {self.name}/ was made with other settings or inputs than the run has now "
                     f"({'; '.join(why_stale(self, stale))}): run notebook {artifact.step} again, and those after it"
                 )
 

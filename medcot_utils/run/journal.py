@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medcot_utils.machine.disk import full_disk_told
+from medcot_utils.machine.paths import display_path
 from medcot_utils.run.clock import SessionClock, TimeBudgetReached
 from medcot_utils.run.files import write_atomic
 from medcot_utils.run.shapes import BATCH, read_records
@@ -46,7 +47,7 @@ class Journal:
         if head.decode(errors="replace") != self._head:
             return []
         # Behind the last line break is nothing, or a line cut off.
-        source = f"{self.path.parent.name}/{self.path.name}"
+        source = f"{display_path(self.path.parent)}/{self.path.name}"
         return [record for batch in read_records(b"\n".join(lines[:-1]), source, BATCH, 2) for record in batch]
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:

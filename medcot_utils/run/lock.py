@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.names import refuse_links_out
-from medcot_utils.machine.paths import host_name
+from medcot_utils.machine.paths import display_path, host_name
 
 LOCK, HOLDER = ".lock", ".lock.json"
 # What a file system answers that has no locks, as some network mounts have none: then nobody can be kept out.
@@ -114,10 +114,10 @@ def _read_holder(folder: Path) -> Holder | None:
 def _busy(folder: Path, holder: Holder | None) -> str:
     what = "wait until it ends, or choose another run directory (--run-dir, RUN_DIR)"
     if holder is None:
-        return f"another medcot run is working in {folder.name}/: {what}"
+        return f"another medcot run is working in {display_path(folder)}/: {what}"
     who = f"{holder['work']} (process {holder['pid']} on {holder['host']}, since {holder['since']})"
     kernel = ". A notebook opened by hand ends with its last cell, or when its kernel is restarted" * ("notebook" in who)
-    return f"{who} is working in {folder.name}/: {what}{kernel}"
+    return f"{who} is working in {display_path(folder)}/: {what}{kernel}"
 
 
 def is_held(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from typing_extensions import TypedDict  # pydantic refuses typing's own on Pyth
 from medcot_utils.errors import quote
 from medcot_utils.machine.durations import TimeEstimate, describe_time
 from medcot_utils.machine.names import require_inside
+from medcot_utils.machine.paths import display_path
 from medcot_utils.text_files import read_json
 
 FORMAT = 1
@@ -77,7 +78,7 @@ def read_manifest(path: Path) -> Manifest:
         fault = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg'][0].lower()}{fault['msg'][1:]}") from None
     for name, entry in manifest["artifacts"].items():
-        require_inside(entry["file"], f"{path.parent.name}/{path.name}, artifact {quote(name)}")
+        require_inside(entry["file"], f"{display_path(path.parent)}/{path.name}, artifact {quote(name)}")
     for step in manifest["steps"].values():  # its name until 0.1
         if "peak_card_memory_mb" in step:
             step["peak_gpu_memory_mb"] = step.pop("peak_card_memory_mb")

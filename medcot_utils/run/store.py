@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from medcot_utils.config import ConfigError, RunConfig, config_from_dict, with_absolute_paths
+from medcot_utils.config import ConfigError, RunConfig, config_from_dict
+from medcot_utils.local_paths import with_absolute_paths
 from medcot_utils.machine import paths
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.names import refuse_links_out
@@ -55,10 +56,10 @@ class StoredRun:
     """A run directory, opened, with its artifacts, which go by their names in `artifacts.ARTIFACTS`.
 
     `run.config` is its configuration, and `run.stored` the same as config.json holds it: with settings about accounts that do
-    not count (`accounts`)."""
+    not count (`accounts`). `run.signed` names those that this user gave."""
 
-    def __init__(self, path: Path, config: RunConfig, stored: RunConfig | None = None):
-        self.path, self.config, self.stored = path, config, stored or config
+    def __init__(self, path: Path, config: RunConfig, stored: RunConfig | None = None, signed: Collection[str] = ()):
+        self.path, self.config, self.stored, self.signed = path, config, stored or config, signed
         self._verified: dict[str, str] = {}
         self._sources: dict[Artifact, dict[str, str]] = {}  # as they were when the step began
         self._clock = SessionClock(config.training.max_hours)
@@ -147,10 +148,11 @@ class StoredRun:
             stored = config_from_dict(values)
         except (OSError, ValueError, ConfigError) as error:
             raise RunError(
-                f"{path.name}/{CONFIG} cannot be read ({error}): run notebook 01_setup in another run directory, or redo this "
-                f"one in place with `medcot run --profile NAME --force`"
+                f"{paths.display_path(path)}/{CONFIG} cannot be read ({error}): run notebook 01_setup in another run "
+                f"directory, or redo this one in place with `medcot run --profile NAME --force`"
             ) from error
-        return cls(path, settings_that_count(path, values, stored), stored)
+        config, signed = settings_that_count(path, values, stored)
+        return cls(path, config, stored, signed)
 
     # --- manifest --------------------------------------------------------------------------------------------
 
@@ -159,7 +161,7 @@ class StoredRun:
         try:
             return read_manifest(self.path / MANIFEST)
         except (OSError, ValueError) as error:
-            raise RunError(f"{self.path.name}/{MANIFEST} cannot be read ({error}): run notebook 01_setup again") from error
+            raise RunError(f"{self.name}/{MANIFEST} cannot be read ({error}): run notebook 01_setup again") from error
 
     def _save(self, manifest: Manifest) -> None:
         # Only while this process holds the lock: another one's changes since it was read would be lost.
@@ -199,22 +201,48 @@ class StoredRun:
     def _entry(self, name: str, entries: Mapping[str, ArtifactEntry] | None = None) -> ArtifactEntry:
         artifact, entry = ARTIFACTS[name], (self.manifest()["artifacts"] if entries is None else entries).get(name)
         if entry is None:
-            raise RunError(f"{artifact.file} is not in {self.path.name}/ yet: run notebook {artifact.step} first")
+            raise RunError(f"{artifact.file} is not in {self.name}/ yet: run notebook {artifact.step} first")
         return entry
 
     def is_fresh(self, name: str, deep: bool = True) -> bool:
         """Return whether the artifact was made from today's settings and inputs and is on disk as recorded: by sha256, or by
         size alone if not `deep`."""
         try:
-            entry = self._entry(name)
-            # Nothing is made again because settings about accounts do not count here: it was made when they did.
-            settings = [self.config]
-            if self.stored is not self.config:
-                settings += [self.stored, with_accounts_of(self.config, entry.get("settings", {}))]
-            made_now = (self.fingerprint(name, entry["inputs"], config) for config in settings)
-            if entry["fingerprint"] not in made_now or self._size_on_disk(name) != entry["bytes"]:
+            if not self._is_made_from_todays(name) or self._size_on_disk(name) != self._entry(name)["bytes"]:
                 return False
             return not deep or self.require(name).exists()
+        except RunError:
+            return False
+
+    def _is_made_from_todays(self, name: str) -> bool:
+        """Return whether the record says that the artifact was made from today's settings and inputs, gone from the disk or not.
+
+        Raises RunError if the artifact or an input was never made."""
+        entry = self._entry(name)
+        # Nothing is made again because settings about accounts do not count here: it was made when they did.
+        settings = [self.config]
+        if self.stored is not self.config:
+            settings += [self.stored, with_accounts_of(self.config, entry.get("settings", {}))]
+        return entry["fingerprint"] in (self.fingerprint(name, entry["inputs"], config) for config in settings)
+
+    def step_to_redo(self, name: str) -> str | None:
+        """Return the notebook to run before an artifact is what today's settings give: the first one that made something on the
+        way to it, or the artifact itself, from other settings or inputs. None if there is none.
+
+        `is_fresh` compares an artifact with its own inputs alone, which may be stale themselves. An input that is gone from the
+        disk counts by its record, because a large one does not outlast a session."""
+        on_the_way = {name}
+        for one in reversed(ARTIFACTS):  # inputs stand before what is made from them
+            if one in on_the_way:
+                on_the_way.update(filter(self.wants, ARTIFACTS[one].inputs))
+        stale = (one for one in ARTIFACTS if one in on_the_way and not self._counts(one, on_disk=one == name))
+        return next((ARTIFACTS[one].step for one in stale), None)
+
+    def _counts(self, name: str, on_disk: bool) -> bool:
+        if on_disk:
+            return self.is_fresh(name, deep=False)
+        try:
+            return self._is_made_from_todays(name)
         except RunError:
             return False
 
@@ -304,13 +332,13 @@ class StoredRun:
         artifact, entry = ARTIFACTS[name], self._entry(name)
         path = self.place(name)
         if not path.exists():
-            raise RunError(f"{artifact.file} is missing from {self.path.name}/: run notebook {artifact.step} again")
+            raise RunError(f"{artifact.file} is missing from {self.name}/: run notebook {artifact.step} again")
         if self._verified.get(name) != entry["sha256"]:
             digest, size = sha256_of(path)
             if size != entry["bytes"] or digest != entry["sha256"]:
                 fault = "truncated" if size < entry["bytes"] else "altered"
                 raise RunError(
-                    f"{artifact.file} in {self.path.name}/ is {fault} ({size:,} bytes, {entry['bytes']:,} recorded; "
+                    f"{artifact.file} in {self.name}/ is {fault} ({size:,} bytes, {entry['bytes']:,} recorded; "
                     f"sha256 differs from the manifest): run notebook {artifact.step} again"
                 )
             self._verified[name] = digest
@@ -334,10 +362,15 @@ class StoredRun:
         return folder
 
     def display(self, path: Path) -> str:
-        """Return a path as a reader should see it: from the run directory's name on."""
+        """Return a path of the run as a reader should see it, without folders above the one that commands are started in."""
         scratch = paths.scratch_dir(self.path)
-        root, name = (self.path, self.path.name) if path.is_relative_to(self.path) else (scratch, f"scratch/{scratch.name}")
+        root, name = (self.path, self.name) if path.is_relative_to(self.path) else (scratch, f"scratch/{scratch.name}")
         return f"{name}/{path.relative_to(root).as_posix()}"
+
+    @property
+    def name(self) -> str:
+        """The run directory as a reader should see it (`display_path`)."""
+        return paths.display_path(self.path)
 
     def makes(self, step: str) -> tuple[str, ...]:
         """Return the artifacts that a step makes with this configuration: not those whose setting is off (`Artifact.when`)."""

@@ -14,7 +14,8 @@ _MINE = "MyDrive"
 
 
 def run_dir_of(chosen: str | int | Path) -> Path:
-    """Return the run directory that a notebook's RUN_DIR names: `auto`, `drive` (a folder on Google Drive), or a path.
+    """Return the run directory that a notebook's RUN_DIR names: `auto`, `drive` (a folder on Google Drive), or a path,
+    relative to the folder that holds `runs`.
 
     Google Drive is mounted if the run directory is on it. A whole number is allowed, because `papermill -p RUN_DIR 20251125`
     passes one. Raises PlatformError, which says what to do, if Drive cannot be mounted or if papermill has changed the value in
@@ -27,7 +28,7 @@ def run_dir_of(chosen: str | int | Path) -> Path:
     if chosen == "drive":
         folder = paths.COLAB_DRIVE / _MINE / "medcot" / "runs" / "notebooks"
     else:
-        folder = default_run_dir() if chosen == "auto" else expand_home(str(chosen))
+        folder = default_run_dir() if chosen == "auto" else paths.working_root() / expand_home(str(chosen))
     if folder.resolve().is_relative_to(paths.COLAB_DRIVE.resolve()) and not (paths.COLAB_DRIVE / _MINE).is_dir():
         _mount(folder)
     return folder

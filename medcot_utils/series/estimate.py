@@ -7,22 +7,27 @@ that are moved. The constants below cover the rest. Each names the run that it c
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medcot_utils.config import RunConfig
 from medcot_utils.machine import disk
-from medcot_utils.machine.durations import TimeEstimate, describe_time
+from medcot_utils.machine.durations import TimeEstimate, add_times, describe_end, describe_time
 from medcot_utils.machine.paths import GIB, platform_name
 from medcot_utils.machine.probe import MachineSpeed
 from medcot_utils.models.batches import CPU_BATCH, ENOUGH, MAX_BATCH, PACKED_CAPABILITY, PACKED_ROWS
 from medcot_utils.models.embedded import is_made
+from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.series.workload import Asked, Workload, measure_workload
 from medcot_utils.training.batch_plan import count_processes
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from medcot_utils.run.directory import Run
 
 # The true time lies between estimate / band and estimate x band.
 _MEASURED_BAND, _PUBLISHED_BAND = 1.35, 1.6
@@ -69,7 +74,7 @@ class SeriesEstimate:
     @property
     def total(self) -> TimeEstimate:
         """Return the sum over all notebooks."""
-        return TimeEstimate(**{key: sum(step[key] for step in self.steps.values()) for key in ("seconds", "low", "high")})
+        return add_times(self.steps.values())
 
 
 def estimate_series(config: RunConfig, run_dir: Path | None, speed: MachineSpeed, online: bool = False) -> SeriesEstimate | None:
@@ -257,6 +262,21 @@ def estimate_table(estimate: SeriesEstimate) -> pd.DataFrame:
 
     lines = estimate.steps | {"all seven": estimate.total}
     return pd.DataFrame({f"time on {estimate.speed.where}": {step: describe_time(one) for step, one in lines.items()}})
+
+
+def describe_rest(run: Run, names: Iterable[str], force: bool = False) -> list[str]:
+    """Return a line on the time that these notebooks will take together: those that are not done, and those that read what they
+    make. The list is empty for fewer than two notebooks, or if notebook 01 could not tell their time."""
+    to_run: list[str] = []
+    for name in names:
+        sources = {ARTIFACTS[source].step for made in run.makes(name) for source in ARTIFACTS[made].inputs}
+        if force or not sources.isdisjoint(to_run) or run.step_state(name, deep=False) != "done":
+            to_run.append(name)
+    estimates = [estimate for name in to_run if (estimate := run.estimate(name))]
+    if len(to_run) < 2 or len(estimates) < len(to_run):
+        return []
+    total = add_times(estimates)
+    return [f"{len(to_run)} notebooks to run: {describe_time(total)}, {describe_end(total, time.time())}"]
 
 
 def describe_sessions(estimate: SeriesEstimate, config: RunConfig, on_kaggle: bool | None = None) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from medcot_utils.evaluation.claims import CANNOT_TELL, DOES_NOT, HOLDS
 from medcot_utils.evaluation.comparison import metric_lines, verdict
+from medcot_utils.evaluation.headline import headline_rows
 from medcot_utils.evaluation.intervals import format_interval, is_clear
 from medcot_utils.evaluation.merged import LABELS as MERGED_LABELS
 from medcot_utils.evaluation.metrics import METRICS
@@ -116,10 +117,9 @@ def _of_merged(text: _Text) -> list[str]:
         return []
     if any(f"merged model/{one['metric']}" in text.differing for one in merged["verdicts"]):
         return [f"The verdict on the merged model, which people load, {DIFFERS}."]
-    said = merged["summary"].partition(": ")[2]
-    if said.startswith("yes"):
+    if merged["behaves"] == "yes":
         return ["The merged model, which people load, behaves as measured."]
-    if said.startswith("no"):
+    if merged["behaves"] == "no":
         return ["The merged model, which people load, does not behave as measured."]
     return ["These questions cannot show whether the merged model, which people load, behaves as measured."]
 
@@ -135,20 +135,9 @@ def _time(text: _Text) -> str:
 
 def _readme_table(text: _Text) -> str:
     rows = []
-    for reading, names in (
-        ("as they answer", ("eval_loss", "closed_think_rate", "finished_rate")),
-        ("forced closing", ("rouge_l", "chrf")),
-    ):
-        for name in names:
-            if metric := text.metrics(reading).get(name):
-                said = text.verdict(f"{reading}/{name}", verdict(name, metric))
-                closed = ", with forced closing" * (reading == "forced closing")
-                rows.append((f"{METRICS[name].label}{closed}", f"{_arrow(metric)}: {said}"))
-    for one in text.demo["metrics"].get("mcq_readings", []):
-        if one["reading"] != "strict":  # it also tests the form, so only docs/results.md has it
-            said = text.verdict(_choice_key(one), verdict("mcq_accuracy", one))
-            label = f"{one['n']} multiple-choice questions, by {one['reading']} (share right; chance {one['chance']:.2f})"
-            rows.append((label, f"{_arrow(one)}: {said}"))
+    for row in headline_rows(text.demo["metrics"]):
+        said = text.verdict(f"{row.reading}/{row.name}", verdict(row.name, row.compared))
+        rows.append((row.label, f"{_arrow(row.compared)}: {said}"))
     return _table(["demo", "base → tuned", "made by"], [(*row, "`make demo`") for row in rows])
 
 

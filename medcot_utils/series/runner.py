@@ -17,26 +17,27 @@ from medcot_utils.config import (
     overrides_of,
     parse_overrides,
     parse_value,
-    setting_names,
-    with_absolute_paths,
 )
 from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused, quote
+from medcot_utils.evaluation.headline import HEADLINE, OF_ANSWERS
 from medcot_utils.evaluation.merged_column import describe_merged, read_merged
+from medcot_utils.local_paths import with_absolute_paths
 from medcot_utils.machine import hardware, redaction
 from medcot_utils.machine.disk import full_disk_told
-from medcot_utils.machine.durations import describe_end, describe_time
+from medcot_utils.machine.durations import describe_end, describe_length, describe_time
 from medcot_utils.machine.paths import HOME, PACKAGE, expand_home
 from medcot_utils.models.engine import quiet_start
 from medcot_utils.plain_text import say
 from medcot_utils.run.accounts import settle
 from medcot_utils.run.artifacts import ARTIFACTS, PROGRESS, STEPS
-from medcot_utils.run.changes import describe_changes
+from medcot_utils.run.changes import describe_new_settings
 from medcot_utils.run.clock import SESSION_STARTED, SessionClock, TimeBudgetReached
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import write_atomic
 from medcot_utils.run.lock import hold
 from medcot_utils.run.manifest import GpuPeak, describe_costs
 from medcot_utils.run.store import CONFIG
+from medcot_utils.series.estimate import describe_rest
 from medcot_utils.series.kernel import KERNEL, check_kernel
 from medcot_utils.series.preflight import preflight
 from medcot_utils.series.progress import Watch, watching
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
 NOTEBOOKS = tuple(STEPS)
 TRAINING = ARTIFACTS["adapter"].step
 _MOST_REASONS = 5  # why a step is redone, in its line
-HEADLINE = ("eval_loss", "closed_think_rate", "finished_rate", "rouge_l", "thinking_tokens", "answer_tokens")
-CHANGED_BY_CLOSING = ("rouge_l", "answer_tokens")  # the headline metrics of the answer
 
 # A headless kernel's own log (a note on its transport, the interrupt at shutdown) says nothing about the notebook.
 QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
@@ -85,7 +84,7 @@ def notebooks_dir() -> Path:
 def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) -> tuple[RunConfig, str]:
     """Return the configuration of this call and lines on it, after the checks of `preflight` that need no network.
 
-    The lines say where the configuration comes from, and which settings it changes in the run. If a check asks for a key, a
+    The lines say where the configuration comes from, and count its rows and questions. If a check asks for a key, a
     person in a terminal can type it, which is not possible later under papermill. If a profile is given, the configuration starts
     from it. If not, an existing run keeps its stored settings, and the overrides replace some. Raises MedcotError for an unknown
     profile or setting, for a run that another process works in, and for the first check that fails."""
@@ -105,8 +104,7 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
     stored = there.config if there else None
     config = settle(with_absolute_paths(config, stored), there)
     counts = [check.line for check in preflight(config, run_dir, online=False) if check.name in ("data", "questions")]
-    changes = describe_changes(stored.leaves(setting_names()), config.leaves(setting_names())) if stored else []
-    return config, "\n".join([line, *counts, *(f"changed: {change}" for change in changes)])
+    return config, "\n".join([line, *counts])
 
 
 def parameters_of(notebook: Path) -> dict[str, object]:
@@ -187,21 +185,34 @@ def run_series(
     Run.check_place(run_dir, config, force)
     with hold(run_dir, "medcot run"):
         before = (run_dir / CONFIG).read_text(encoding="utf-8") if (run_dir / CONFIG).exists() else None
+        there, began = Run.open_if_readable(run_dir), time.time()
         run = Run.create(run_dir, config, force)
+        changes = describe_new_settings(there.config, run.config) if there else []
         reached = ["before the first cell"]
 
         def report_and_remember(name: str, cell: int, cells: int) -> None:
             reached[:] = [f"in {name}, cell {cell} of {cells}"]
             report(name, cell, cells)
 
+        def run_steps(names: Iterable[str]) -> int:
+            return _run_steps(run, names, folder, force, parameters or {}, say, report_and_remember, show)
+
+        names = NOTEBOOKS[first - 1 : last]
         try:
-            _run_steps(run, NOTEBOOKS[first - 1 : last], folder, force, parameters or {}, say, report_and_remember, show)
+            ran = run_steps(names[:1]) if first == 1 else 0
+            # Only now, because notebook 01 may refuse the settings, and nothing has changed then.
+            rest = names[1:] if first == 1 else names
+            for line in (*(f"changed: {change}" for change in changes), *describe_rest(run, rest, force)):
+                say(line)
+            ran += run_steps(rest)
         except KeyboardInterrupt:
             raise SeriesInterrupted(f"interrupted {reached[0]}{_training_step(run)}; the same command resumes") from None
         except SeriesError:
             if first == 1 and run.step_state(NOTEBOOKS[0]) == "failed":  # notebook 01 refuses settings that cannot be used
                 _put_back(run_dir / CONFIG, before)
             raise
+    if ran > 1:
+        say(f"{ran} notebooks run in {describe_length(time.time() - began)}")
     return run
 
 
@@ -235,8 +246,9 @@ def _run_steps(
     say: Callable[[str], None],
     report: Report,
     show: Show,
-) -> None:
-    clock, worked = SessionClock(run.config.training.max_hours), False
+) -> int:
+    """Run those of the notebooks that are not done, and return how many ran."""
+    clock, worked, ran = SessionClock(run.config.training.max_hours), False, 0
     for name in names:
         asked = sorted(parameters.keys() & parameters_of(folder / f"{name}.ipynb"))
         state = run.step_state(name)
@@ -256,11 +268,12 @@ def _run_steps(
         given = {"RUN_DIR": str(run.path.absolute()), **parameters}
         if name == NOTEBOOKS[0]:
             given |= {"PROFILE": run.config.profile, "OVERRIDES": overrides_of(run.config)}
-        if estimate := run.estimate(name):
+        if name != NOTEBOOKS[0] and (estimate := run.estimate(name)):  # notebook 01 is about to make it anew
             say(f"{name}: {describe_time(estimate)}, {describe_end(estimate, time.time())}")
         _run_notebook(run, folder / f"{name}.ipynb", given, report, say, show)
         say(f"{name}: {describe_costs(run.manifest()['steps'][name])}")
-    return run
+        ran += 1
+    return ran
 
 
 def _in_short(reasons: list[str]) -> str:
@@ -283,7 +296,7 @@ def _run_notebook(
     # raises the errors that it logs.
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     try:
-        with watching(name, run.estimate(name), say, show) as watch:
+        with watching(name, None if name == NOTEBOOKS[0] else run.estimate(name), say, show) as watch:
             _register_engine(name, report, watch)
             papermill.execute_notebook(
                 _escape(notebook),
@@ -368,8 +381,8 @@ class Status(TypedDict):
     run_dir: str
     profile: str
     steps: list[StepStatus]
-    metrics: dict[str, ComparedMetric]  # the headline metrics in metrics.json; empty before notebook 06
-    forced: dict[str, ComparedMetric]  # the headline metrics that forced closing changes; empty without forced closing
+    metrics: dict[str, ComparedMetric]  # the headline metrics in metrics.json; empty before notebook 06, and if they are stale
+    forced: dict[str, ComparedMetric]  # the headline metrics of answers; empty without forced closing
     merged: dict[str, ComparedMetric]  # the headline metrics, tuned to merged model; empty before notebook 07 measured it
     merged_verdict: str  # whether the merged model behaves as measured; empty if it is not measured
 
@@ -382,14 +395,14 @@ def status(run: Run) -> Status:
         | {key: recorded.get(name, {}).get(key) for key in ("seconds", "peak_memory_mb", "peak_gpu_memory_mb", "error")}
         for name in NOTEBOOKS
     ]
-    measured = run.read("metrics") if run.is_fresh("metrics", deep=False) else {"metrics": {}}
+    measured = run.read("metrics") if run.step_to_redo("metrics") is None else {"metrics": {}}
     merged = read_merged(run)
     return {
         "run_dir": str(run.path),
         "profile": run.config.profile,
         "steps": steps,
         "metrics": _only(HEADLINE, measured["metrics"]),
-        "forced": _only(CHANGED_BY_CLOSING, measured.get("forced", {})),
+        "forced": _only(OF_ANSWERS, measured.get("forced", {})),
         "merged": _only(HEADLINE, merged["metrics"] if merged else {}),
         "merged_verdict": describe_merged(run),
     }

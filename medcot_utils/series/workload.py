@@ -27,7 +27,7 @@ _OPTIONS = 4  # options of a multiple-choice question
 _OPTION_TOKENS = {"shipped": 60}  # tokens that are read for one option: the question and the option's text
 _LONGER_OPTION_TOKENS = 200  # the same for other tasks, whose questions are cases
 # The number of questions of the tasks that need a download; see evaluation/mcq/*.yaml.
-_TASK_QUESTIONS = {"medqa": 1273, "medmcqa": 4183, "pubmedqa": 500}
+_TASK_QUESTIONS = {"medqa": 1273, "medmcqa": 4183, "pubmedqa": 1000}
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _ANSWER_SECONDS, _INIT_SECONDS, _FINISH_SECONDS = 10, 30, 120
 # {a name in a log entry after `rewrite_logs`: the entry's kind}; any other entry is of kind "train".
 _KINDS = {"eval/loss": "eval", "train/train_runtime": "end", "train/skipped_step": "skipped"}
+# trackio's own variables, by which it sends every run to a Space or a server.
+_TRACKIO_SENDS_TO = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_BUCKET_ID", "TRACKIO_DATASET_ID")
 
 
 class TrackedRun(TypedDict):
@@ -189,6 +191,9 @@ class Trackio(_WandbInterface):
     """Track with trackio: a SQLite file in the run directory (or in TRACKIO_DIR), to which later sessions add."""
 
     def open(self, folder: Path, tracked: TrackedRun, settings: TrackingSettings, config: Mapping[str, Any]) -> TrackedRun:
+        if settings.mode == "offline":
+            for place in _TRACKIO_SENDS_TO:
+                os.environ.pop(place, None)
         home = Path(os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio")))  # trackio reads it on import
         import trackio
         from trackio.sqlite_storage import SQLiteStorage

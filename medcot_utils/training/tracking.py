@@ -21,6 +21,7 @@ from medcot_utils.config import RunConfig
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine import hardware, secrets, user_key
 from medcot_utils.machine.names import require_plain
+from medcot_utils.machine.paths import working_root
 from medcot_utils.plain_text import say
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import to_json, write_atomic
@@ -179,7 +180,7 @@ class Session:
             self.tracker = None
             say(
                 f"tracking ends here ({describe_error(error)[:300]}): the run continues without it, and its own log in "
-                f"{self.run.path.name}/ has everything"
+                f"{self.run.name}/ has everything"
             )
 
     def send_log(self, log_history: Sequence[LogEntry]) -> None:
@@ -242,10 +243,10 @@ def describe_tracking(run: Run) -> str:
 
 
 def _path_from_here(run: Run, folder: str) -> tuple[str, str]:
-    """Return (from where, path) of a folder, as one types it from here or, if that is far away, in the run directory.
+    """Return (from where, path) of a folder, as one types it in the folder that commands are started in or, if the run is not
+    below that, in the run directory.
 
     The path is never absolute, because people share executed notebooks."""
-    relative = os.path.relpath(run.path.absolute() / folder)
-    if relative.startswith("../.."):
-        return f", in the run directory {run.path.name}", str(Path(folder))
-    return "", relative
+    if run.path.absolute().is_relative_to(working_root()):
+        return "", os.path.relpath(run.path.absolute() / folder, working_root())
+    return f", in the run directory {run.name}", str(Path(folder))

@@ -190,7 +190,8 @@ def _restore_finished(trainer: SFTTrainer, checkpoint: Path, state: TrainerState
 def _keep_finished_steps(trainer: SFTTrainer) -> None:
     """Save the state after the last finished step, and release the trainer's GPU memory.
 
-    A step that ran out of memory has changed neither weights nor optimizer, so nothing needs to be undone."""
+    Memory runs out in the forward or backward pass, before the optimizer, whose states are small. So a step that ran out has
+    changed no weights, and nothing needs to be undone."""
     trainer.model.zero_grad(set_to_none=True)
     saved = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
     if trainer.state.global_step > 0 and checkpoint_fault(saved) is not None:

@@ -11,10 +11,11 @@ import subprocess
 import pytest
 from commands import manifest, medcot, notebook_times, redone, states, succeed
 
+from medcot_utils.evaluation.headline import HEADLINE
 from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS
 from medcot_utils.run.directory import Run
-from medcot_utils.series.runner import HEADLINE, notebooks_dir
+from medcot_utils.series.runner import notebooks_dir
 
 pytestmark = pytest.mark.series
 
@@ -48,10 +49,10 @@ def test_all_seven_are_done_and_every_artifact_is_there(first_call):
     assert all(f"{name}: " in result.stdout for name in STEPS)
 
 
-def test_status_gives_six_headline_metrics_with_their_intervals(first_call):
+def test_status_gives_seven_headline_metrics_with_their_intervals(first_call):
     found = json.loads(succeed("status", first_call[0], "--json").stdout)
     assert found["profile"] == "smoke"
-    assert set(found["metrics"]) == set(HEADLINE) and len(HEADLINE) == 6
+    assert set(found["metrics"]) == set(HEADLINE) and len(HEADLINE) == 7
     for name, metric in found["metrics"].items():
         assert set(metric) - {"cut"} == {"base", "tuned", "difference"}
         for label in ("base", "tuned", "difference"):

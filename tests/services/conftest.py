@@ -34,8 +34,8 @@ def trained(run_factory, content, tmp_path, monkeypatch) -> Callable[..., Run]:
         "plan": {"steps": 6, "total_parameters": 1000},
     }
 
-    def make(*overrides: str, name: str = "run") -> Run:
-        run = run_factory(*overrides, name=name)
+    def make(*overrides: str, name: str = "run", profile: str = "smoke") -> Run:
+        run = run_factory(*overrides, name=name, profile=profile)
         for artifact in ARTIFACTS:
             run.write(artifact, real.get(artifact, content(artifact)))
         return run

@@ -127,11 +127,11 @@ def test_tensorboard_holds_each_step_once_after_kill_and_resume(trained, train_t
     [
         (".", "", "run/"),
         ("run", "", ""),
-        ("notebooks", "", "../run/"),
+        ("notebooks", "", "run/"),
         ("far/away/from", ", in the run directory run", ""),
     ],
 )
-def test_the_printed_path_is_relative_to_the_working_folder(
+def test_the_printed_path_is_one_to_type_where_commands_start(
     trained, train_tracked, in_child, tmp_path, monkeypatch, here, place, prefix
 ):
     run = trained("tracking.backend=tensorboard")
@@ -139,7 +139,8 @@ def test_the_printed_path_is_relative_to_the_working_folder(
     (tmp_path / here).mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(tmp_path / here)
     assert tracking.describe_tracking(run).endswith(f"to see it{place}: tensorboard --logdir {prefix}tracking/tensorboard")
-    assert ((run.path if place else Path()) / prefix / "tracking" / "tensorboard").is_dir()
+    typed_in = run.path if place else tmp_path if here == "notebooks" else Path()
+    assert (typed_in / prefix / "tracking" / "tensorboard").is_dir()
 
 
 def test_another_training_is_another_tracked_run(trained, train_tracked, in_child):
@@ -219,7 +220,7 @@ def test_wandb_without_a_server_goes_offline_in_reasonable_time(
 ):
     with socket.socket() as taken:  # bound and not listening: refused at once, as by a server that is down
         taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1] if answers == "nobody" else unhelpful_server
+        port = taken.getsockname()[1] if answers == "nobody" else unhelpful_server.server_port
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
         monkeypatch.setattr("medcot_utils.training.trackers._INIT_SECONDS", 4)
@@ -234,13 +235,28 @@ def test_wandb_without_a_server_goes_offline_in_reasonable_time(
     assert subprocess.check_output(leet, text=True).count("train/loss") >= 6
 
 
+@pytest.mark.parametrize("backend", ["wandb", "trackio"])
+def test_offline_sends_nothing_whatever_the_environment_says(
+    backend, trained, train_tracked, in_child, monkeypatch, unhelpful_server
+):
+    address = f"http://127.0.0.1:{unhelpful_server.server_port}"
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("TRACKIO_SERVER_URL", f"{address}?write_token=one")
+    run = trained(f"tracking.backend={backend}", "tracking.mode=offline")
+    said = in_child(lambda: train_tracked(run, 0, 6))
+    assert unhelpful_server.asked == [] and "tracking ends here" not in said
+    assert [path for path in (run.path / "tracking" / backend).rglob("*") if path.suffix in (".wandb", ".db")]
+
+
 @pytest.fixture
 def unhelpful_server():
-    """The port of a server that answers 500 to everything."""
+    """A server that answers 500 to everything, and lists in `asked` what it was asked."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Unhelpful(BaseHTTPRequestHandler):
         def do_GET(self):
+            server.asked.append(self.path)
             self.send_error(500)
 
         do_POST = do_HEAD = do_GET
@@ -249,6 +265,7 @@ def unhelpful_server():
             """Quiet."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Unhelpful)
+    server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_port
+    yield server
     server.shutdown()

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 from medcot_utils.evaluation.comparison import metrics_table
+from medcot_utils.run.directory import Run
+from medcot_utils.series import runner
 from medcot_utils.training import tracking
 
 pytest_plugins = ("wandb_server",)
@@ -70,3 +72,23 @@ def test_an_offline_run_is_uploaded_by_the_printed_command(wandb_server, trained
     done = subprocess.run([program, *command[1:]], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and wandb_server.key not in done.stdout + done.stderr, done.stderr
     assert_whole(wandb_server, json.loads((run.path / "tracking.json").read_text())["id"])
+
+
+def test_a_strangers_run_of_the_defaults_is_sent_only_if_asked(
+    wandb_server, trained, train_tracked, in_child, monkeypatch, tmp_path
+):
+    with monkeypatch.context() as patch:
+        patch.setenv("MEDCOT_KEY", "the key of somebody else")
+        trained(profile="demo")
+    monkeypatch.setenv("WANDB_BASE_URL", wandb_server.address)
+    monkeypatch.setenv("WANDB_API_KEY", wandb_server.key)
+
+    def train(*settings):
+        config, _ = runner.plan_config(tmp_path / "run", None, settings)
+        Run.create(tmp_path / "run", config)
+        in_child(lambda: train_tracked(Run.open(tmp_path / "run"), 0, 6))
+        return set(wandb_server.held("select run_id from runs"))
+
+    before = set(wandb_server.held("select run_id from runs"))
+    assert train() == train("hub.repo_id=ann/cot") == before
+    assert len(train("tracking.backend=wandb") - before) == 1

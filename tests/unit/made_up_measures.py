@@ -143,7 +143,8 @@ def merged(not_measured=None):
         "same_answers": 0,
         "not_measured": not_measured,
         "verdicts": [one | {"needed": None} for one in verdicts],
-        "summary": "The model that you load behaves as measured: no, because its form differs",
+        "behaves": "no",
+        "summary": "Does the merged model behave as measured? Form: no, fewer answers close their thinking. Loss: yes.",
     }
 
 

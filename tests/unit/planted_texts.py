@@ -33,7 +33,7 @@ PAYLOADS = {
     "direction": ("\u202eevil\u202c \u2066a\u2067b\u2069 \u202dc", r"\u202eevil\u202c \u2066a\u2067b\u2069 \u202dc"),
 }
 # What stands for something: a model, a reading, a key into another table.
-_WORDS = {"model", "closed_by", "reading", "metric", "merge_into"}
+_WORDS = {"behaves", "model", "closed_by", "reading", "metric", "merge_into"}
 
 
 def mark(name: str) -> str:
@@ -99,7 +99,9 @@ def planted_run(path: Any, name: str) -> Run:
             run.write(artifact, _join_pairs(value, planted) if artifact == "export_check" else value)
         elif artifact == "report":
             run.write(artifact, "no report yet")
-        elif artifact == "merged":
+        elif artifact in ("train_rows", "held_out_rows"):
+            run.write(artifact, run.read(artifact))
+        elif artifact in ("adapter", "merged"):
             run.write(artifact, lambda folder: (folder / "model.safetensors").write_bytes(b"0"))
     manifest = run.manifest()
     manifest["steps"] = {

@@ -8,18 +8,14 @@ import pytest
 from pydantic import ValidationError
 
 from medcot_utils.config import (
-    _PATHS,
     PROFILES,
     ConfigError,
-    RunConfig,
-    _fields,
     config_from_dict,
     load_config,
     overrides_of,
     profile_needs,
     read_profile,
     setting_names,
-    with_absolute_paths,
 )
 
 ARTICLE = {
@@ -220,9 +216,16 @@ def test_overrides_do_not_leak_into_the_next_configuration():
         ("profile=demo", r"profile is not a setting: choose it with --profile"),
         ("training.max_steps", r"--set training\.max_steps: expected NAME=VALUE"),
         ("seed=[1", r"--set seed: '\[1' is not a YAML value"),
-        ("dataset.num_rows=many", r"setting dataset\.num_rows is 'many': input should be a valid integer"),
+        ("dataset.num_rows=many", r"setting dataset\.num_rows is 'many': input should be a valid integer.*, or null$"),
+        ("dataset.num_rows=None", r"--set dataset\.num_rows is None: expected a number, or null\. For no value, write null"),
+        ("dataset.path=None", r"--set dataset\.path is None: expected a text, or null\. For no value, write null"),
+        ("export.gguf=q9", r"setting export\.gguf is 'q9': .*or 'q3_k_m', or null$"),
+        (
+            "training.max_steps=None",
+            r"setting training\.max_steps is 'None': input should be a valid integer[^;]*string as an integer$",
+        ),
         ("training.max_steps=yes", r"setting training\.max_steps is True: expected a value, not true or false"),
-        ("training.max_steps=", r"setting training\.max_steps is None: input should be a valid integer"),
+        ("training.max_steps=", r"setting training\.max_steps is null: input should be a valid integer"),
         ("training.max_steps=0", r"training\.max_steps is 0: expected a number of steps, or -1"),
         ("training.learning_rate=.inf", r"setting training\.learning_rate is inf: input should be a finite number"),
         ("generation.temperature=0", r"setting generation\.temperature is 0: input should be greater than 0"),
@@ -236,9 +239,9 @@ def test_overrides_do_not_leak_into_the_next_configuration():
         ("training.num_processes=all", r"setting training\.num_processes is 'all': .*input should be 'auto'"),
         ("training.batch_plan=manual", r"setting training\.batch_plan is 'manual': input should be 'auto' or 'as_set'"),
         ("training.max_hours=1:30", r"setting training\.max_hours is '1:30': input should be a valid number"),
-        ("model.name=", r"setting model\.name is None: input should be a valid string"),
+        ("model.name=", r"setting model\.name is null: input should be a valid string"),
         ("tracking.mode=off", r"setting tracking\.mode is 'off': input should be 'auto', 'online' or 'offline'"),
-        ("evaluation.mcq_tasks=null", r"setting evaluation\.mcq_tasks is None: input should be a valid tuple"),
+        ("evaluation.mcq_tasks=null", r"setting evaluation\.mcq_tasks is null: input should be a valid tuple"),
         ("evaluation.mcq_tasks=[shipped", r"--set evaluation\.mcq_tasks: '\[shipped' is not a list"),
         ("seed=-1", r"setting seed is -1: input should be greater than or equal to 0"),
         ("seed=4294967296", r"setting seed is 4294967296: input should be less than"),
@@ -412,72 +415,6 @@ def test_every_profile_says_what_it_needs(profile):
     assert needs.memory_gib > 0 and needs.expect
     assert (needs.gpu_gib is not None) == ("unsloth" in needs.packages) == (profile not in ("smoke", "demo"))
     assert "needs" not in read_profile(profile)
-
-
-# --- local paths -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder with a model, a data set and an embedding model in it, as the working and the home folder."""
-    for name in ("models/llama", "me/data", "minilm"):
-        (tmp_path / name).mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
-
-
-LOCAL = [
-    ("model.name", "models/llama", "models/llama"),
-    ("model.name", "./models/other/", "models/other"),
-    ("model.name", "~/models/llama", "models/llama"),
-    ("model.quantized_name", "models/llama", "models/llama"),
-    ("dataset.name", "me/data", "me/data"),
-    ("dataset.path", "rows.jsonl", "rows.jsonl"),
-    ("dataset.path", "~/x/../rows #1.jsonl", "rows #1.jsonl"),
-    ("evaluation.mcq_tasks", "[shipped, own.jsonl, ~/more.jsonl]", ["shipped", "own.jsonl", "more.jsonl"]),
-    ("evaluation.embedding_model", "minilm", "minilm"),
-]
-
-
-@pytest.mark.parametrize(("setting", "given", "path"), LOCAL)
-def test_a_local_path_becomes_absolute(setting, given, path, here):
-    config = with_absolute_paths(load_config("smoke", [f"{setting}={given}", "evaluation.num_questions=1"]))
-    texts = path if isinstance(path, list) else [path]
-    absolute = [text if text == "shipped" else str(here / text) for text in texts]
-    assert config.get(setting) == (absolute if isinstance(path, list) else absolute[0])
-    assert with_absolute_paths(config) == config == load_config("smoke", overrides_of(config))
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "model.name=me/other",
-        "model.name=embedded:smollm2-135m-instruct",
-        "dataset.name=shipped",
-        "evaluation.mcq_tasks=[medqa, shipped]",
-        "evaluation.embedding_model=a/b",
-    ],
-)
-def test_a_name_on_the_hub_is_no_path(override, here):
-    (here / "shipped").mkdir()
-    config = load_config("smoke", [override])
-    assert with_absolute_paths(config) == config
-
-
-@pytest.mark.parametrize(("setting", "given", "path"), LOCAL)
-def test_a_path_in_a_run_of_before_stays_as_it_was_written(setting, given, path, here):
-    held = load_config("smoke", [f"{setting}={given}", "evaluation.num_questions=1"])
-    again = with_absolute_paths(held)
-    assert with_absolute_paths(held, held) == with_absolute_paths(again, held) == held
-    (here.parent / f"{here.name}-link").symlink_to(here)
-    linked = load_config("smoke", [pair.replace(str(here), f"{here}-link") for pair in overrides_of(again)])
-    assert with_absolute_paths(linked, held) == held
-
-
-def test_settings_that_may_be_local_are_all_known():
-    told = {name for name, field in _fields(RunConfig).items() if re.search("local|folder", field.description or "", re.I)}
-    assert told - {"model.revision"} <= set(_PATHS)
 
 
 @pytest.mark.parametrize(

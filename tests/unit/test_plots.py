@@ -95,7 +95,7 @@ def test_the_mark_of_a_bound_is_larger_than_a_number():
 def test_an_alt_text_says_what_each_panel_shows():
     assert describe_figure(loss_figure(LOG)) == "Loss during fine-tuning: loss (nats per token) over optimizer step"
     text = describe_figure(comparison_figure(made_up_measures.measured()))
-    assert text.startswith("The effects of fine-tuning, on held-out rows and questions. Held-out loss: nats per token. Form of")
+    assert text.startswith("The effects of fine-tuning, on held-out rows and questions. Held-out loss: nats per token. Form, ")
     assert text.endswith(". Multiple choice: share right")
     assert describe_figure(Figure()) == ""
 

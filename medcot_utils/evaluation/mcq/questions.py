@@ -14,7 +14,8 @@ from typing import Any
 
 from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
-from medcot_utils.data.files import as_text, check_size, is_whole
+from medcot_utils.data.cells import as_text, is_whole
+from medcot_utils.data.files import check_size
 from medcot_utils.data.hub import find_files
 from medcot_utils.errors import MedcotError, quote
 from medcot_utils.plain_text import say

@@ -71,10 +71,10 @@ def chosen_artifacts(run: Run, settings: HubSettings) -> list[str]:
         raise RunError("hub.artifacts names only gguf, but this run makes none: set export.gguf, run notebook 07_export")
     for name in [*names, *(["gguf_check"] if "gguf" in names else []), "model_card"]:
         run.require(name)
-        if not run.is_fresh(name, deep=False):
+        if step := run.step_to_redo(name):
             raise RunError(
-                f"{ARTIFACTS[name].file} in {run.path.name}/ was made with other settings or inputs than the run has now: run "
-                f"notebook {ARTIFACTS[name].step} again before pushing"
+                f"{ARTIFACTS[name].file} in {run.name}/ was made with other settings or inputs than the run has now: run "
+                f"notebook {step} again before pushing"
             )
     if set(names) & {"merged", "gguf"}:
         require_agreement(run.read("export_check"))

@@ -14,7 +14,8 @@ from typing import Any
 
 import nbformat
 
-from medcot_utils.config import PROFILES, load_config, local_paths, profile_needs
+from medcot_utils.config import PROFILES, load_config, profile_needs
+from medcot_utils.local_paths import local_paths
 from medcot_utils.machine.names import OutsideError, resolve_below
 from medcot_utils.run.files import write_atomic
 from medcot_utils.series.kaggle.accelerators import ACCELERATORS, DEFAULT, check_accelerator, find_accelerator

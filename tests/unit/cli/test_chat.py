@@ -11,12 +11,16 @@ import pytest
 from medcot_utils.cli.chat import HELP, Terminal, chat
 from medcot_utils.config import load_config
 from medcot_utils.errors import MedcotError
-from medcot_utils.models.chat import NO_ANSWER, WARNING, Answer, ChatError, grow_answer
+from medcot_utils.models.chat import WARNING, Answer, ChatError, grow_answer
 from medcot_utils.run.directory import Run
+
+UNFINISHED = "the thinking was not finished within 192 tokens, generation.max_new_tokens. Ask about a case, as in training)"
 
 
 class Scripted:
     """A chat whose models answer with given pieces."""
+
+    most_tokens = 192
 
     def __init__(self, **pieces):
         self.pieces, self.asked = pieces, []
@@ -50,7 +54,10 @@ def test_thinking_that_is_asked_for_is_printed_before_the_answer(capsys):
 
 
 def test_an_answer_that_never_comes_is_said_to_be_missing(capsys):
-    assert printed(capsys, Scripted(tuned=["Hm."]), "Why?") == ["(thinking, not finished: 1 words; --show)", NO_ANSWER]
+    first, second = printed(capsys, Scripted(tuned=["Hm."]), "Why?")
+    assert first == "(thinking, not finished: 1 words; --show)"
+    assert second == "(no answer: " + UNFINISHED
+    assert printed(capsys, Scripted(tuned=["Hm.</think>"]), "Why?")[1] == "(no answer after the thinking)"
 
 
 def test_both_models_are_named_and_the_base_comes_first(capsys):
@@ -129,13 +136,14 @@ def test_an_empty_question_given_as_an_option_is_an_error():
         (Answer("a <b>"), "thinking", "pending", ["a &lt;b&gt;"]),
         (Answer("a b", "", 1.25), "thinking: 2 words, 1.2 s", "done", ["a b"]),
         (Answer("a b", "<i>", 1.0, done=True), "thinking: 2 words, 1.0 s", "done", ["a b", "&lt;i&gt;"]),
-        (Answer("a", done=True), "thinking, not finished: 1 words", "done", ["a", NO_ANSWER]),
+        (Answer("a", done=True), "thinking, not finished: 1 words", "done", ["a", f"(no answer: {UNFINISHED}"]),
+        (Answer("a", "", 1.0, done=True), "thinking: 1 words, 1.0 s", "done", ["a", "(no answer after the thinking)"]),
     ],
 )
 def test_a_column_holds_question_folded_thinking_and_answer(answer, title, status, texts):
     from medcot_utils.cli.chat_page import build_column
 
-    asked, thinking, *rest = build_column("x < y?", answer)
+    asked, thinking, *rest = build_column("x < y?", answer, 192)
     assert (asked.role, asked.content) == ("user", "x &lt; y?")
     assert thinking.metadata == {"title": title, "status": status}
     assert [message.content for message in (thinking, *rest)] == texts

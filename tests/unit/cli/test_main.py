@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,11 @@ from medcot_utils.cli import main
 from medcot_utils.cli.main import _parse_parameters
 from medcot_utils.config import PROFILES, load_config, setting_names
 from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused
+from medcot_utils.evaluation.headline import HEADLINE
 from medcot_utils.machine import hardware
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.run.directory import Run
-from medcot_utils.series.runner import HEADLINE
+from medcot_utils.series import runner
 
 MEDCOT = Path(sys.executable).with_name("medcot")
 
@@ -336,13 +338,38 @@ def test_status_as_json_has_no_metrics_before_the_comparison(tmp_path):
 @pytest.mark.parametrize("command", ["status", "report", "grade", "chat", "push", "train"])
 def test_a_command_without_a_run_lists_those_that_are_here(command, medcot_here, tmp_path):
     assert "There is none in runs/" in the_one_line(medcot_here(command, cwd=tmp_path))
-    for name in ("two", "one"):
+    for name in ("one", "two"):
         Run.create(tmp_path / "runs" / name, load_config("smoke"))
     (tmp_path / "runs" / "no run").mkdir()
     assert "Found in runs/: runs/one, runs/two. Give one" in the_one_line(medcot_here(command, cwd=tmp_path))
 
 
-@pytest.mark.parametrize("left", [(), ("answer_tokens", "rouge_l")], ids=["none", "two"])
+def test_a_command_without_a_run_takes_the_only_one(medcot_here, tmp_path):
+    Run.create(tmp_path / "runs" / "one", load_config("smoke"))
+    result = medcot_here("status", "--json", cwd=tmp_path)
+    assert json.loads(result.stdout)["run_dir"] == "runs/one"
+    assert result.stderr == "run directory: runs/one, the only run in runs/\n"
+
+
+def test_a_compared_run_says_how_to_keep_and_compare_it(medcot_here, tmp_path):
+    for name in ("first", "other", "mine"):
+        run = fill(Run.create(tmp_path / "runs" / name, load_config("smoke")))
+        run.record_step("06_comparison", state="done")
+    os.utime(tmp_path / "runs" / "other" / "metrics.json", (0, 0))
+    shown = medcot_here("status", "runs/mine", cwd=tmp_path).stdout.splitlines()
+    assert "to compare this run with runs/first: medcot report runs/first runs/mine --out both.html" in shown
+    assert shown[-1] == "to keep this result, copy it before you change a setting: cp -r runs/mine runs/mine-first"
+    (tmp_path / "runs" / "mine").rename(tmp_path / "runs" / "first-first")
+    assert not any("cp -r" in line for line in medcot_here("status", "runs/first", cwd=tmp_path).stdout.splitlines())
+
+
+def test_the_help_of_run_names_every_notebook_parameter():
+    folder, own = runner.notebooks_dir(), {"RUN_DIR", "PROFILE", "OVERRIDES"}  # those have options
+    names = set().union(*(runner.parameters_of(folder / f"{step}.ipynb") for step in STEPS)) - own
+    assert names and set(re.findall(r"[A-Z_]{4,}", main.PARAMETERS)) == names
+
+
+@pytest.mark.parametrize("left", [(), ("chrf", "rouge_l")], ids=["none", "two"])
 def test_status_shows_the_headline_metrics_that_there_are(tmp_path, medcot_here, left):
     run = fill(Run.create(tmp_path / "run", load_config("smoke")))
     measured = run.read("metrics")
@@ -353,7 +380,7 @@ def test_status_shows_the_headline_metrics_that_there_are(tmp_path, medcot_here,
     assert table.returncode == stored.returncode == 0, table.stderr
     assert list(json.loads(stored.stdout)["metrics"]) == sorted(left, reverse=True)
     assert ("before and after: no headline metric was measured" in table.stdout) is (not left)
-    assert ("length of the answer (tokens)" in table.stdout) is bool(left)
+    assert ("chrF of the answer" in table.stdout) is bool(left)
 
 
 @pytest.mark.parametrize("measured", [True, False], ids=["measured", "not yet"])
@@ -363,14 +390,15 @@ def test_status_has_a_column_for_the_merged_model(tmp_path, medcot_here, monkeyp
     run.record_step("06_comparison", state="done")
     monkeypatch.setattr(main.console, "width", 80)
     table, stored = medcot_here("status", run.path), json.loads(medcot_here("status", run.path, "--json").stdout)
-    assert max(len(line) for line in table.stdout.splitlines() if str(run.path) not in line and "What you" not in line) <= 80
+    lines = [line for line in table.stdout.splitlines() if str(run.path) not in line and "Does the merged" not in line]
+    assert max(map(len, lines)) <= 80
     assert ("merged" in table.stdout.partition("before and after")[2][:500]) is measured
-    expected = "The model that you load behaves as measured: no" if measured else "Merged model: see notebook 07."
+    expected = "Does the merged model behave as measured? Form: no" if measured else "Merged model: see notebook 07."
     assert expected in table.stdout and stored["merged_verdict"].startswith(expected)
-    assert list(stored["merged"]) == (list(HEADLINE) if measured else [])
-    assert list(stored["forced"]) == ["rouge_l", "answer_tokens"]
+    assert list(stored["merged"]) == (list(HEADLINE[:5]) if measured else [])
+    assert list(stored["forced"]) == ["rouge_l", "chrf"]
     assert "[0.54, 0.88]" in table.stdout or not measured, "an interval does not break"
-    assert "with forced closing" in " ".join(table.stdout.split())
+    assert "forced" in table.stdout, "and the label breaks"
 
 
 @pytest.mark.embedded

@@ -150,13 +150,6 @@ def test_an_id_in_a_csv_keeps_its_leading_zeros(tmp_path):
     assert loaded(tmp_path, rows, "csv")["id"] == ["000", "001", "002", "003"]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-@pytest.mark.parametrize("column", ["id", "split", "specialty"])
-def test_lists_and_objects_as_labels_are_refused(tmp_path, suffix, column):
-    with pytest.raises(DataError, match=rf"the column `{column}` cannot be used, a row is \[.*expected a text or a number"):
-        loaded(tmp_path, [row | {column: ["a", "b"]} for row in ROWS], suffix)
-
-
 def test_labels_of_a_data_set_with_classes_are_cleaned_too(tmp_path):
     columns = {"specialty": [1, 0, None, 1], "id": [1.0, None, 3.0, 4.0], "split": ["train", None, "x", "train"]}
     features = Features(

@@ -139,9 +139,9 @@ def test_a_missing_column_names_the_setting_that_maps_it(tmp_path, column, key):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"Question": 7}, "Question is not a string"),
-        ({"Complex_CoT": None}, "Complex_CoT is not a string"),
-        ({"Response": ["a"]}, "Response is not a string"),
+        ({"Question": 7}, "Question is not a string (a number)"),
+        ({"Complex_CoT": None}, "Complex_CoT is missing"),
+        ({"Response": ["a"]}, "Response is not a string (a list)"),
         ({"Response": " \n"}, "Response is empty"),
         ({"Complex_CoT": "so </think> then"}, "Complex_CoT holds </think>"),
         ({"Question": "<think>?"}, "Question holds <think>"),
@@ -158,7 +158,7 @@ def test_an_unusable_row_is_left_out_and_counted_by_its_reason(tmp_path, row, re
 
 def test_a_column_of_numbers_only_is_reported_as_not_text(tmp_path):
     path = write(tmp_path / "x.csv", [row | {"Response": i} for i, row in enumerate(ROWS)])
-    with pytest.raises(DataError, match=r"no usable row is left of 4: \{'Response is not a string': 4\}"):
+    with pytest.raises(DataError, match=r"no usable row is left of 4: Response is not a string \(a number\) in 4 rows"):
         validate_rows(load_rows(settings(path)))
 
 
@@ -251,6 +251,8 @@ def test_the_refusal_of_repeats_shows_the_nearest_pair_and_settings():
     )
     with pytest.raises(DataError, match=expected) as caught:
         drop_repeats(dataset({}), repeats)
+    with pytest.raises(DataError, match=r"for example row-2, 'Why so\?', repeats q"):
+        drop_repeats(dataset({"id": "row-2"}), [repeat_of("row-2") | {"similarity": 86.5, "overlap": 0.1}])
     long = repeat_of("r0") | {"question": "Why?\n" * 10_000, "train_question": "So\n" * 10_000}
     with pytest.raises(DataError) as other:
         drop_repeats(dataset({}), [long])
@@ -291,5 +293,7 @@ def test_the_articles_question_is_asked_first_and_unscored():
 
 
 def test_more_questions_than_held_out_rows_are_refused():
-    with pytest.raises(DataError, match=r"evaluation\.num_questions is 4, but only 3 rows are held out"):
+    with pytest.raises(
+        DataError, match=r"evaluation\.num_questions is 4, but only 3 rows are held out: .*--set evaluation\.num_questions=3$"
+    ):
         choose_questions(dataset({}, {}, {}), 4)

@@ -401,12 +401,12 @@ def test_guessing_where_the_base_abstains_is_not_more_precise():
 
 def test_fewer_lists_prove_nothing_if_the_base_rarely_used_them():
     found = judged(drawn(1, 150, lists=0.3), drawn(2, 150, lists=0.0))["bullet_rate"]
-    assert found == f"{DOES_NOT} with 150 questions, forced closing: answers written as a list, base: fewer than half"
+    assert found == f"{DOES_NOT} with 150 questions, forced closing: answers that are a list, base: fewer than half"
 
 
 def test_lists_that_are_only_somewhat_fewer_are_lists_still():
     found = judged(drawn(1, 200, lists=1.0), drawn(2, 200, lists=0.85))["bullet_rate"]
-    assert found == f"{DOES_NOT} with 200 questions, forced closing: answers written as a list, tuned: more than half"
+    assert found == f"{DOES_NOT} with 200 questions, forced closing: answers that are a list, tuned: more than half"
 
 
 def test_every_claim_names_known_metrics_and_their_direction():

@@ -9,15 +9,16 @@ from medcot_utils.evaluation.claims import ARTICLE_CLAIM, CLAIMS, claims_table, 
 from medcot_utils.evaluation.decisions import CANNOT_TELL, DOES_NOT, HOLDS
 from medcot_utils.evaluation.metrics import METRICS
 
+SMALLEST = "a difference of 5, the smallest that counts ("
+
 
 def test_a_difference_too_small_to_matter_is_none_however_clear():
     tiny = made(-2e-4, -3e-4, -1e-4, n=2000)
     assert verdict_of("eval_loss", {"eval_loss": tiny}).endswith("differs by less than 0.01")
     small = made(-0.008, -0.015, -0.001, n=50, spread=0.02)
-    whether = "whether held-out loss, per trained token differs by 0.01"
-    assert (
-        verdict_of("eval_loss", {"eval_loss": small}) == f"can't tell with 50 held-out rows: it takes about 785 to show {whether}"
-    )
+    whether = "whether held-out loss, per trained token differs by 0.01, the smallest that counts"
+    found = verdict_of("eval_loss", {"eval_loss": small})
+    assert found == f"can't tell with 50 held-out rows: it takes about 785 to show {whether}"
 
 
 # --- how many questions it would take ------------------------------------------------------------------------------
@@ -27,9 +28,21 @@ def test_a_difference_too_small_to_matter_is_none_however_clear():
     ("difference", "needed", "what"),
     [
         ({"value": -8.0, "low": -20.0, "high": 4.0, "spread": 30.0, "needed": 111}, 111, "the difference found of 8 ("),
-        ({"value": 8.0, "low": -4.0, "high": 20.0, "spread": 30.0, "needed": 111}, 283, "a difference of 5 ("),
-        ({"value": 0.0, "low": -12.0, "high": 12.0, "spread": 30.0, "needed": None}, 283, "a difference of 5 ("),
-        ({"value": -2.0, "low": -14.0, "high": 10.0, "spread": 30.0, "needed": 1766}, 283, "a difference of 5 ("),
+        (
+            {"value": 8.0, "low": -4.0, "high": 20.0, "spread": 30.0, "needed": 111},
+            283,
+            SMALLEST,
+        ),
+        (
+            {"value": 0.0, "low": -12.0, "high": 12.0, "spread": 30.0, "needed": None},
+            283,
+            SMALLEST,
+        ),
+        (
+            {"value": -2.0, "low": -14.0, "high": 10.0, "spread": 30.0, "needed": 1766},
+            283,
+            SMALLEST,
+        ),
         ({"value": -8.0, "low": -16.0, "high": 0.1, "spread": 12.0, "needed": 18}, 25, "the difference found of 8 ("),
     ],
     ids=["found", "found the other way", "nothing found", "found too little", "nearly enough"],
@@ -62,7 +75,7 @@ def test_a_majority_that_is_not_clear_says_how_many_it_takes():
     found = made(-0.5, -0.6, -0.4, n=40, p=0.001, alpha=0.05, changed=0.5, needed=15) | shares
     record = judged_record("bullet_rate", judge({}, {}, {}, forced={"bullet_rate": found}))
     assert record["needed"] == 194  # ((1.96 x 0.5 + 0.84 x 0.49) / 0.1)^2
-    assert record["verdict"].endswith("it takes about 194 to show that base, answers written as a list are more than half")
+    assert record["verdict"].endswith("it takes about 194 to show that base, answers that are a list are more than half")
 
 
 # --- verdicts from made-up numbers ---------------------------------------------------------------------------------

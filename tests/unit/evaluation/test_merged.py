@@ -58,7 +58,7 @@ def verdicts(measured):
 def test_the_same_answers_and_loss_behave_as_measured():
     found = compared()
     assert set(verdicts(found).values()) == {AS_MEASURED} and found["behaves"] == "yes"
-    assert found["summary"] == "The model that you load behaves as measured: yes; as measured: form, length, loss"
+    assert found["summary"] == "Does the merged model behave as measured? Form, length, and loss: yes."
     assert found["same_answers"] == found["n_questions"] == 40
     assert json.loads(json.dumps(found)) == found
 
@@ -77,7 +77,13 @@ def test_what_a_reader_would_notice_differs(changes, metric, verdict):
     found = compared(**changes)
     assert verdicts(found)[metric].startswith(verdict)
     assert found["behaves"] == ("yes" if verdict == AS_MEASURED else "no")
-    assert ("no, because " in found["summary"]) is (found["behaves"] == "no")
+    assert (": no, " in found["summary"]) is (found["behaves"] == "no")
+
+
+def test_the_summary_says_first_what_differs():
+    beginning, _, end = compared(n=24, words=80)["summary"].partition("? Length: no, length of everything written: rose, from ")
+    assert beginning == "Does the merged model behave as measured"
+    assert end.endswith("]. Loss: yes. Form: 24 questions are too few, about 35 would tell.")
 
 
 def test_too_few_questions_cannot_tell_and_say_how_many_would():
@@ -85,7 +91,9 @@ def test_too_few_questions_cannot_tell_and_say_how_many_would():
     needed = {one["metric"]: one["needed"] for one in found["verdicts"]}
     assert verdicts(found)["closed_think_rate"] == "can't tell with 24 questions: about 35 would tell"
     assert needed == {"closed_think_rate": 35, "finished_rate": 35, "completion_words": None, "eval_loss": None}
-    assert found["behaves"] == "can't tell" and "24 questions: about 35 would tell" in found["summary"]
+    assert found["behaves"] == "can't tell" and found["summary"] == (
+        "Does the merged model behave as measured? Length and loss: yes. Form: 24 questions are too few, about 35 would tell."
+    )
     # As many as are said to be needed are enough, and one fewer are not.
     assert compared(n=35)["behaves"] == "yes" and compared(n=34)["behaves"] == "can't tell"
     assert verdicts(compared(n=5))["completion_words"] == "can't tell with 5 questions: at least 6 are needed"
@@ -94,6 +102,7 @@ def test_too_few_questions_cannot_tell_and_say_how_many_would():
 def test_cut_answers_have_no_length_to_behave_as_measured():
     both = score_merged(questions(40), answers(40, finished=False), answers(40, finished=False), REPORT)
     found = compare_merged(both.counted, losses(), SETTINGS, 7)
+    assert "ength: can't tell, 40 of 40 measured" in found["summary"]
     cut = "40 of 40 measured (4-bit) answers and 40 of 40 merged answers were cut"
     assert verdicts(found)["completion_words"] == f"can't tell with 40 questions: {cut}"
     # Longer although cut: it differs all the more. Shorter, but cut: who knows.
@@ -112,7 +121,7 @@ def test_a_model_that_was_not_asked_says_what_it_needs():
         {"eval_loss", "perplexity"},
     )
     assert verdicts(found)["finished_rate"] == "can't tell: not measured, needs 15.0 GiB"
-    assert found["summary"].endswith("can't tell, because its answers were not measured (needs 15.0 GiB); as measured: loss")
+    assert found["summary"].endswith("Loss: yes. Form and length: can't tell, not measured, needs 15.0 GiB.")
 
 
 def test_a_loss_that_is_no_number_cannot_be_told():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from made_up_runs import ATTACK, CONFIG, MORE, QUESTIONS, Tags, fill, fill_more
+from made_up_runs import ATTACK, CONFIG, MORE, QUESTIONS, Tags, fill, fill_more, retrain
 from matplotlib.figure import Figure
 
 from medcot_utils import evaluation, plots
@@ -135,9 +135,9 @@ def test_multiple_choice_has_a_line_for_each_reading(measured_more):
 
 def test_the_merged_model_has_its_verdict_and_difference(measured_more):
     page = shown(measured_more)
-    assert "The model that you load behaves as measured: no, because its form differs." in page
-    assert "form: thinking closed once, text on both sides: differs: fell, worse" in page
-    closed = next(row for row in table(measured_more, "merged")[1:] if row[0].startswith("thinking closed"))
+    assert "Does the merged model behave as measured? Form: no, fewer answers close their thinking. Loss: yes." in page
+    assert "form: answers that close their thinking: differs: fell, worse" in page
+    closed = next(row for row in table(measured_more, "merged")[1:] if row[0].startswith("answers that close"))
     assert [cell.split(" [")[0] for cell in closed[1:3]] == ["1.00", "0.71"] and closed[3].startswith("-0.29")
 
 
@@ -145,7 +145,26 @@ def test_a_merged_model_not_measured_yet_is_left_to_notebook_07(tmp_path):
     run = fill_more(Run.create(tmp_path / "run", MORE), merged=False)
     page = build_report(run)
     assert "Merged model: see notebook 07." in shown(page) and 'class="merged"' not in page
-    assert "Merged model" not in shown(build_report(fill(Run.create(tmp_path / "old", CONFIG))))
+    assert "erged model" not in shown(build_report(fill(Run.create(tmp_path / "old", CONFIG))))
+
+
+def test_the_merged_model_of_an_earlier_adapter_is_left_out(tmp_path):
+    run = retrain(fill_more(Run.create(tmp_path / "run", MORE)))
+    assert run.is_fresh("merged_answers"), "by its own inputs: the merged weights are still those that it came from"
+    page = build_report(run)
+    assert "<title>medcot: base and tuned</title>" in page and "<h3>merged</h3>" not in page and 'class="merged"' not in page
+    assert "The merged model is stale: run notebook 07_export." in shown(page)
+    assert not re.search(r"<th>merged</th>|The merged one\.", page) and "This run is stale" not in page
+
+
+def test_results_of_other_settings_are_said_to_be_stale(tmp_path):
+    fill(Run.create(tmp_path / "run", CONFIG))
+    changed = CONFIG.model_copy(update={"training": CONFIG.training.model_copy(update={"learning_rate": 0.1})})
+    stale = Run.create(tmp_path / "run", changed)
+    line = "stale: its settings or inputs changed after these results. Run notebook 04_lora_config, and those after it."
+    assert f"This run is {line}" in shown(build_report(stale))
+    page = shown(build_report(fill(Run.create(tmp_path / "other", CONFIG)), stale))
+    assert f"Run run is {line}" in page and "Run other is stale" not in page
 
 
 def test_a_merged_model_too_large_for_the_gpu_says_so(tmp_path):

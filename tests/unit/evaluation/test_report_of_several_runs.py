@@ -204,11 +204,66 @@ def test_tuned_models_are_compared_on_the_shared_questions(tmp_path):
     head, *lines = table(page, "tuned")
     assert head == ["metric", "tuned, a", "tuned, b", "difference", "verdict", "tuned, c", "difference", "verdict"]
     by_name = {line[0]: line[1:] for line in lines}
-    assert by_name["answers written as a list (share)"][3] == "rose"
-    for name, text in (("answer_words", "length of the answer (words)"), ("bullet_rate", "answers written as a list (share)")):
+    assert by_name["answers that are a list (share)"][3] == "rose"
+    for name, text in (("answer_words", "length of the answer (words)"), ("bullet_rate", "answers that are a list (share)")):
         b, c = (metric_lines({name: expected[run][name]})[name] for run in "bc")
         assert by_name[text] == [b.base, *(value for line in (b, c) for value in (line.tuned, line.difference, line.verdict))]
-    assert by_name["thinking closed once, text on both sides (share)"][6] == "fell, worse"
+    assert by_name["answers that close their thinking (share)"][6] == "fell, worse"
+
+
+def closed(run, text="The vagus."):
+    """The run with forced answers and every reading of multiple choice."""
+    forced = {"closed_by": "budget", "answer": text, "answer_tokens": 5, "finished": True}
+    read = {"question": "Which?", "letter": "B", "likelihood": "A"}
+    for name in ("base", "tuned"):
+        run.write(f"{name}_answers", [record | {"forced": forced} for record in run.read(f"{name}_answers")])
+        run.write(f"{name}_mcq", [record | read for record in run.read(f"{name}_mcq")])
+    return run
+
+
+def choices(page):
+    return {line[0]: line[1:4] for line in table(page, "tuned") if line[0].startswith("multiple choice")}
+
+
+def test_forced_answers_and_multiple_choice_are_compared_too(tmp_path):
+    questions = asking(*range(8))
+    unclosed = {"questions": questions, "tuned": ("", False)}
+    first, second = closed(make(tmp_path / "a", **unclosed), "No."), closed(make(tmp_path / "b", **unclosed))
+    page = build_report(first, second)
+    by_name = {line[0]: line[1:] for line in table(page, "tuned")}
+    forced = by_name["ROUGE-L of the answer against the reference, with forced closing (F1)"]
+    assert [cell.split(" [")[0] for cell in forced[:3]] == ["0.00", "1.00", "1.00"] and forced[3] == "rose, better"
+    assert "chrF of the answer against the reference, with forced closing (0 to 1)" in by_name
+    assert {name: cells[0][:4] for name, cells in choices(page).items()} == {
+        "multiple choice by letter (share)": "1.00",
+        "multiple choice by likelihood (share)": "0.00",
+    }
+    assert "and that no run trained on, and 8 multiple-choice questions; greedy answers;" in text_of(page)
+    plain = build_report(first, make(tmp_path / "c", questions=questions))
+    assert choices(plain) == {} and "multiple-choice questions; greedy" not in text_of(plain)
+    assert not [line for line in table(plain, "tuned") if "with forced closing" in line[0]]
+
+
+def test_multiple_choice_is_compared_on_common_unseen_questions(tmp_path):
+    first, second = closed(make(tmp_path / "a")), closed(make(tmp_path / "b"))
+    asked = ["gout", "measles", "asthma", "rickets", "tetanus", "scurvy", "malaria", "anthrax"]
+    numbered = [one | {"question": f"{name}?"} for one, name in zip(first.read("tuned_mcq"), asked, strict=True)]
+    changes = {"m6": {"letter": "A"}, "m7": {"question": "Where?", "letter": "A"}}  # another question, for m7
+    first.write("tuned_mcq", numbered)
+    second.write("tuned_mcq", [one | changes.get(one["id"], {}) for one in numbered])
+    page = build_report(first, second)
+    assert "and 7 multiple-choice questions" in text_of(page)
+    assert choices(page)["multiple choice by letter (share)"][1].startswith("0.86 "), "all but m6"
+    # A training row of run a repeats m6, so its metrics count seven of the eight.
+    rows = first.read("train_rows").map(lambda row: {"Question": numbered[6]["question"]})
+    measured = first.read("metrics")
+    counted = measured["metrics"]["mcq_accuracy"]
+    fewer = {"mcq_accuracy": counted | {"difference": counted["difference"] | {"n": 7}}}
+    first.write("train_rows", rows)
+    first.write("metrics", measured | {"metrics": measured["metrics"] | fewer})
+    page = build_report(first, second)
+    assert "and 6 multiple-choice questions" in text_of(page)
+    assert choices(page)["multiple choice by letter (share)"][1].startswith("1.00 ")
 
 
 def test_losses_are_compared_only_on_the_same_rows(tmp_path):

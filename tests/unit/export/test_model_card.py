@@ -71,8 +71,8 @@ def test_the_card_has_a_column_for_the_merged_model(measured_more):
     table = rows(card, "metric")
     assert table["metric"] == ["base", "tuned", "merged", "difference, tuned from base", "verdict"]
     assert [cell.split(" [")[0] for cell in table["held-out loss, per trained token (nats)"]][:3] == ["3.99", "3.18", "3.06"]
-    assert "merged into the 16-bit base. **The model that you load behaves as measured: no" in card.text
-    assert "form: thinking closed once, text on both sides: differs: fell, worse" in card.text
+    assert "merged into the 16-bit base. **Does the merged model behave as measured? Form: no" in card.text
+    assert "form: answers that close their thinking: differs: fell, worse" in card.text
     assert "| shipped, letter |" in card.text and "With forced closing" in card.text and "16-bit base has" in card.text
 
 

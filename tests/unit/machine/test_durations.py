@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from medcot_utils.machine.durations import describe_end, describe_time
+from medcot_utils.machine.durations import add_times, describe_end, describe_length, describe_time
 
 
 def lasting(seconds):
@@ -25,6 +25,11 @@ def lasting(seconds):
 )
 def test_the_unit_of_a_time_follows_its_length(seconds, said):
     assert describe_time(lasting(seconds)) == said
+    assert describe_length(seconds) == said.partition(" (")[0]
+
+
+def test_the_time_of_several_pieces_of_work_is_their_sum():
+    assert add_times([lasting(40), lasting(20)]) == lasting(60)
 
 
 def test_the_end_is_a_time_of_day_until_the_band_is_over(monkeypatch):

@@ -52,6 +52,14 @@ def test_the_environment_overrides_the_platforms_run_directory(monkeypatch, tmp_
     assert default_run_dir() == tmp_path / "mine"
 
 
+def test_a_relative_run_directory_is_found_from_the_checkout(monkeypatch, tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setenv("MEDCOT_RUN_DIR", "runs/mine")
+    for folder in (tmp_path, tmp_path / "notebooks"):
+        monkeypatch.chdir(folder)
+        assert default_run_dir() == tmp_path / "runs" / "mine"
+
+
 @pytest.mark.parametrize(
     ("gpus", "profile", "reason"),
     [

@@ -86,8 +86,11 @@ def test_a_simulated_gpu_gets_what_its_memory_holds(loaded, monkeypatch, free_gi
 
 def test_how_questions_are_answered_is_said_in_one_line():
     dynamic, static = (settings(batch_size=4, cache_implementation=cache) for cache in ("dynamic", "static"))
-    assert describe_batches(dynamic, 9) == "9 answers in batches of 4: a cache that grows"
-    assert describe_batches(static, 9).startswith("9 answers 4 at once: a cache of fixed size")
+    assert describe_batches(dynamic, 9) == "9 answers, 4 at once"
+    assert describe_batches(dynamic, 4) == "4 answers, all at once"
+    assert describe_batches(static, 9) == "9 answers, 4 at once; the next one begins when one ends"
+    assert describe_batches(dynamic, 4, gpus=2) == "4 answers, 4 at once on each of 2 GPUs"
+    assert describe_batches(dynamic, 9, gpus=2) == "9 answers, 4 at once on each of 2 GPUs"
 
 
 @pytest.mark.model

@@ -97,7 +97,7 @@ def test_two_processes_give_the_records_of_one_in_order(loaded, others, elsewher
     assert answers(loaded, others=others, journal=journal) == expected
     assert 1 <= len(elsewhere.taken) <= 4, "of five batches this process writes one at least"
     assert {record["id"] for record in journal.read()} == {question["id"] for question in QUESTIONS}
-    assert "10 answers in batches of 2: a cache that grows, dealt out to 2 GPUs" in capsys.readouterr().out
+    assert "10 answers, 2 at once on each of 2 GPUs" in capsys.readouterr().out
     (worker,) = others._workers
     assert answers(loaded, others=others) == expected
     assert others._workers == [worker] and worker._process.is_alive(), "it stays for the next call"

@@ -14,6 +14,7 @@ from medcot_utils.config import PROFILES, load_config, overrides_of
 from medcot_utils.export.hub import push
 from medcot_utils.machine.secrets import SECRET_NAMES
 from medcot_utils.run.artifacts import STEPS
+from medcot_utils.run.changes import describe_new_settings
 from medcot_utils.run.directory import Run
 from medcot_utils.run.store import CONFIG
 from medcot_utils.series import notebook, runner
@@ -37,11 +38,11 @@ GIVEN = ("hub.repo_id=ann/cot", "tracking.entity=hospital")
 def foreign(run_factory, monkeypatch):
     """`foreign(*settings)`: the folder of a run that somebody else has made with these settings."""
 
-    def make(*settings, name="run"):
+    def make(*settings, name="run", profile="smoke"):
         with monkeypatch.context() as patch:
             patch.setenv("MEDCOT_KEY", "the key of somebody else")
             patch.delenv("WANDB_API_KEY", raising=False)  # of this user, which would sign too
-            return run_factory(*(settings or ORDERS), name=name).path
+            return run_factory(*(settings or ORDERS), name=name, profile=profile).path
 
     return make
 
@@ -96,6 +97,39 @@ def test_a_foreign_run_is_not_tracked_online(order, foreign, monkeypatch, capsys
     assert choose_tracker(Run.open(path).config).backend == "wandb", "the user's own word"
 
 
+@pytest.mark.parametrize("profile", [None, "demo"])
+def test_a_foreign_run_of_the_defaults_is_tracked_offline(profile, foreign, monkeypatch, capsys):
+    path = foreign("seed=1", profile="demo")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    for settings in (["seed=1"], ["seed=1", "hub.repo_id=ann/cot"], ["seed=1", "training.max_steps=3"]):
+        Run.create(path, runner.plan_config(path, profile, settings)[0])
+        choice = choose_tracker(Run.open(path).config)
+        assert (choice.backend, choice.mode) == ("wandb", "offline")
+        assert Run.open(path).stored.tracking == load_config("demo").tracking
+    (line, _) = dict.fromkeys(capsys.readouterr().err.splitlines())  # and one without the push, once the call gives that
+    assert line == (
+        "run/config.json: ignored tracking.backend, because you did not set it; nothing is pushed and Weights & Biases stays "
+        "offline. To use it: --set tracking.backend=wandb (in notebook 01: OVERRIDES; medcot push: --repo-id)"
+    )
+
+
+@pytest.mark.parametrize("given", ["tracking.backend=wandb", "tracking.mode=online", "tracking.project=mine"])
+def test_a_foreign_run_of_the_defaults_is_tracked_if_asked(given, foreign, monkeypatch, capsys):
+    path = foreign("seed=1", profile="demo")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    Run.create(path, runner.plan_config(path, None, [given])[0])
+    capsys.readouterr()
+    for settings in ([], ["training.max_steps=3"]):
+        Run.create(path, runner.plan_config(path, None, settings)[0])
+        assert choose_tracker(Run.open(path).config).mode == "online", "as this user said once"
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_key_the_line_is_left_out(foreign, capsys):
+    path = foreign("seed=1", profile="demo")
+    assert choose_tracker(Run.open(path).config).backend == "trackio" and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("order", ["tracking.backend=tensorboard", "tracking.mode=offline"])
 def test_what_sends_nothing_counts_in_any_run(order, foreign, capsys):
     assert Run.open(foreign(order)).config == load_config("smoke", [order])
@@ -105,7 +139,9 @@ def test_what_sends_nothing_counts_in_any_run(order, foreign, capsys):
 def test_medcot_run_takes_no_orders_of_a_foreign_run(foreign, monkeypatch, capsys):
     path = foreign()
     monkeypatch.setenv("BANK_PIN", KEY)
-    config, said = runner.plan_config(path, None, ["training.max_steps=3"])
+    before = Run.open(path).config
+    config, _ = runner.plan_config(path, None, ["training.max_steps=3"])
+    assert describe_new_settings(before, config) == ["training.max_steps 6 -> 3"]
     run = Run.create(path, config)  # as `run_series` does, and notebook 01 in its kernel
     run = Run.create(path, load_config("smoke", overrides_of(run.config)))
     for opened in (run, Run.open(path)):
@@ -117,7 +153,7 @@ def test_medcot_run_takes_no_orders_of_a_foreign_run(foreign, monkeypatch, capsy
         "run/config.json: ignored hub.repo_id, hub.private, tracking.backend, tracking.project, tracking.entity, tracking.mode"
     )
     assert "because you did not set them; nothing is pushed and Weights & Biases stays offline. To use them: --set" in line
-    assert "--set hub.repo_id=mallory/cot --set hub.private=false --set" in line and "changed: hub" not in said
+    assert "--set hub.repo_id=mallory/cot --set hub.private=false --set" in line
 
 
 def test_the_line_is_one_line_whatever_it_quotes(foreign, capsys):
@@ -203,11 +239,24 @@ def test_own_settings_count_in_every_process_and_place(run_factory, tmp_path, mo
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_a_run_that_sets_nothing_says_and_signs_nothing(profile, run_factory, monkeypatch, capsys):
-    monkeypatch.setenv("MEDCOT_KEY", "short")  # any use of the key would be an error
+def test_a_run_that_sets_nothing_is_known_as_made_here(profile, run_factory, monkeypatch, capsys):
     run = run_factory(profile=profile)
-    assert Run.open(run.path).config == load_config(profile)
-    assert capsys.readouterr().err == "" and not (run.path / "accounts.json").exists()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)  # a key that comes later
+    assert Run.open(run.path).config == run.config == load_config(profile)
+    assert Run.open(run.path).signed == {"tracking.backend"} and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("first", ["demo", "smoke"])
+def test_an_own_run_of_the_defaults_stays_online(first, run_factory, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    run_factory(profile=first)
+    run = run_factory(profile="demo", force=True)
+    monkeypatch.setenv("MEDCOT_KEY", "that of the next session")
+    for settings in ([], ["training.max_steps=3"]):
+        Run.create(run.path, runner.plan_config(run.path, None, settings)[0])
+        choice = choose_tracker(Run.open(run.path).config)
+        assert (choice.backend, choice.mode) == ("wandb", "online")
+    assert capsys.readouterr().err == ""
 
 
 def test_own_runs_move_between_sessions_with_the_same_token(run_factory, monkeypatch):
@@ -222,8 +271,8 @@ def test_own_runs_move_between_sessions_with_the_same_token(run_factory, monkeyp
 @pytest.mark.parametrize("profile", [None, "smoke"])
 def test_a_call_says_of_a_foreign_run_only_what_it_changes(profile, foreign):
     path = foreign("hub.repo_id=mallory/cot")
-    config, said = runner.plan_config(path, profile, ["training.max_steps=3"])
-    assert [line for line in said.splitlines() if line.startswith("changed")] == ["changed: training.max_steps 6 -> 3"]
+    config, _ = runner.plan_config(path, profile, ["training.max_steps=3"])
+    assert describe_new_settings(Run.open(path).config, config) == ["training.max_steps 6 -> 3"]
     assert config.tracking.mode == Run.create(path, config).config.tracking.mode == "offline"
 
 

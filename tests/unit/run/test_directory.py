@@ -320,9 +320,26 @@ def test_a_step_does_not_begin_on_a_damaged_input(run_factory, write_all):
     assert run.step_state("07_export") == "not run"
 
 
-def test_a_shown_path_does_not_tell_the_machines_folders(run_factory):
+def test_a_shown_path_does_not_tell_the_machines_folders(run_factory, tmp_path, monkeypatch):
     run = run_factory()
-    assert run.display(run.write("machine", {})) == "run/machine.json"
+    path = run.write("machine", {})
+    assert run.display(path) == "run/machine.json"
+    monkeypatch.chdir(tmp_path.parent)  # a command's folder, with the run below it
+    assert run.display(path) == f"{tmp_path.name}/run/machine.json"
+    with pytest.raises(RunError, match=rf"questions\.jsonl is not in {tmp_path.name}/run/ yet"):
+        run.read("questions")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")  # that of a notebook opened by hand
+    assert run.display(path) == "run/machine.json"
+
+
+def test_notebook_01_says_where_the_run_is_and_no_time(run_factory, tmp_path, monkeypatch, capsys):
+    run = run_factory()
+    estimate = {step: {"seconds": 240.0, "low": 180.0, "high": 330.0} for step in STEPS}
+    run.write("machine", {"estimate": estimate})
+    monkeypatch.chdir(tmp_path.parent)
+    run.begin("01_setup")
+    assert capsys.readouterr().out == f"run directory: {tmp_path.name}/run\n"
 
 
 # --- steps -------------------------------------------------------------------------------------------------------------
@@ -353,24 +370,26 @@ ESTIMATE = {"seconds": 240.0, "low": 180.0, "high": 330.0}
 
 def test_an_estimate_stands_beside_the_time_it_took(run_factory, capsys):
     run = run_factory()
-    run.write("machine", {"estimate": {"01_setup": ESTIMATE, "04_lora_config": {"seconds": "long"}}})
-    run.begin("01_setup")
+    run.write("machine", {"estimate": {"02_baseline_inference": ESTIMATE, "04_lora_config": {"seconds": "long"}}})
+    run.begin("02_baseline_inference")
     said = capsys.readouterr()
-    assert said.out.startswith("01_setup: 4 min (3 to 6), until about ") and said.err == "", "no red ground in a notebook"
-    entry = run.record_done("01_setup")
-    assert entry["estimate"] == run.manifest()["steps"]["01_setup"]["estimate"] == ESTIMATE
+    assert said.out.startswith("02_baseline_inference: 4 min (3 to 6), until about ") and said.err == "", (
+        "no red ground in a notebook"
+    )
+    entry = run.record_done("02_baseline_inference")
+    assert entry["estimate"] == run.manifest()["steps"]["02_baseline_inference"]["estimate"] == ESTIMATE
     assert ", estimated 4 min (3 to 6), peak memory" in describe_costs(entry)
     assert run.estimate("03_dataset_prep") is run.estimate("04_lora_config") is None
 
 
-@pytest.mark.parametrize("machine", [None, "", "[]", "{}", '{"estimate": null}', '{"estimate": {"01_setup": null}}'])
+@pytest.mark.parametrize("machine", [None, "", "[]", "{}", '{"estimate": null}', '{"estimate": {"02_baseline_inference": null}}'])
 def test_a_run_without_an_estimate_begins_in_silence(run_factory, capsys, machine):
     run = run_factory()
     if machine is not None:
         (run.path / "machine.json").write_text(machine)
-    run.begin("01_setup")
-    assert run.estimate("01_setup") is None and capsys.readouterr() == ("", "")
-    assert describe_costs(run.record_done("01_setup")).count(",") == 1
+    run.begin("02_baseline_inference")
+    assert run.estimate("02_baseline_inference") is None and capsys.readouterr() == ("", "")
+    assert describe_costs(run.record_done("02_baseline_inference")).count(",") == 1
 
 
 def test_a_step_whose_process_is_gone_is_interrupted(run_factory):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -59,6 +60,21 @@ BY_INPUT = [
 
 def stale(run: Run) -> set[str]:
     return {name for name in ARTIFACTS if not run.is_fresh(name)}
+
+
+def test_a_stale_input_further_back_names_the_notebook_to_redo(run_factory, write_all):
+    run = write_all(run_factory())
+    assert {run.step_to_redo(name) for name in ARTIFACTS} == {None}
+    run.write("adapter", lambda folder: (folder / "weights.bin").write_bytes(b"another one"))
+    assert run.is_fresh("merged_answers") and run.step_to_redo("merged_answers") == "07_export"
+    assert run.step_to_redo("adapter") is None and run.step_to_redo("metrics") == "05_training", "its held-out loss"
+    assert run_factory("seed=5").step_to_redo("model_card") == "02_baseline_inference"
+
+
+def test_weights_that_are_gone_do_not_make_their_answers_stale(run_factory, write_all):
+    run = write_all(run_factory())
+    shutil.rmtree(run.place("merged"))
+    assert run.step_to_redo("merged_answers") is None and run.step_to_redo("merged") == "07_export"
 
 
 def test_nothing_is_stale_after_a_whole_series_opened_anew(run_factory, write_all):

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from medcot_utils import settings
 from medcot_utils.cli.main import app
 from medcot_utils.config import RunConfig, load_config, setting_names
+from medcot_utils.evaluation.headline import HEADLINE
 from medcot_utils.machine.paths import HOME
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.run.directory import Run
@@ -91,7 +92,8 @@ def test_the_profile_that_made_it_trains_nothing_again(old_run):
 def test_status_and_report_work_on_a_run_of_0_1_0(old_run):
     shown = CliRunner().invoke(app, ["status", str(old_run.path), "--json"])
     found = json.loads(shown.stdout)
-    assert {step["state"] for step in found["steps"]} == {"done"} and set(found["metrics"]) == set(runner.HEADLINE)
+    assert {step["state"] for step in found["steps"]} == {"done"} and set(found["metrics"]) == set(HEADLINE[:5])
+    assert not Run.open(old_run.path).step_to_redo("report")
     assert "before and after" in CliRunner().invoke(app, ["status", str(old_run.path)]).stdout
     (old_run.path / "report.html").unlink()
     made = CliRunner().invoke(app, ["report", str(old_run.path)])
@@ -154,6 +156,7 @@ def test_only_a_value_unlike_the_default_counts():
 IN_ANOTHER_PROCESS = """
 import json, sys
 from pathlib import Path
+from medcot_utils.evaluation.headline import HEADLINE
 from medcot_utils.config import config_from_dict
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.run.directory import Run

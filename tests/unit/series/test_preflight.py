@@ -120,6 +120,22 @@ def test_offline_no_embedded_model_is_made_for_a_check(tmp_path, monkeypatch):
         preflight(config, tmp_path / "run")
 
 
+def test_a_question_too_long_for_the_context_is_named(tmp_path):
+    rows = [{"Question": f"Why {i}?", "Complex_CoT": "So.", "Response": "Yes.", "id": f"case-{i}"} for i in range(6)]
+    rows[4]["Question"] = "why " * 3000
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [
+        f"dataset.path={tmp_path}/mine.jsonl",
+        "dataset.repeats=report",
+        "dataset.held_out_rows=3",
+        "evaluation.num_questions=3",
+    ]
+    with pytest.raises(
+        MedcotError, match=r"2048 tokens: .*, or leave out the longest question: that of case-4, 12,000 characters$"
+    ):
+        checks(load_config("smoke", data), tmp_path)["answers"]()
+
+
 def test_without_forced_closing_no_context_is_asked_for(tmp_path):
     assert "answers" not in names(load_config("smoke", ["evaluation.answer_tokens=null"]), tmp_path)
 

@@ -135,15 +135,15 @@ def test_the_loss_sentence_tells_learning_from_rounding(demo, share, learning, s
 
 
 @pytest.mark.parametrize(
-    ("summary", "said"),
+    ("behaves", "said"),
     [
         ("yes", "The merged model, which people load, behaves as measured."),
-        ("no, because it differs", "does not behave as measured."),
-        ("can't tell, because of few questions", "These questions cannot show whether the merged model"),
+        ("no", "does not behave as measured."),
+        ("can't tell", "These questions cannot show whether the merged model"),
     ],
 )
-def test_the_merged_sentence_follows_its_verdict(demo, summary, said):
-    demo["merged"]["summary"] = f"The model that you load behaves as measured: {summary}"
+def test_the_merged_sentence_follows_its_verdict(demo, behaves, said):
+    demo["merged"]["behaves"] = behaves
     assert said in text_of(demo, "caption") and said in text_of(demo, "merged")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import nbformat
 import pytest
@@ -158,28 +159,40 @@ def test_spent_sessions_go_on_one_notebook_at_a_time(run_factory, notebooks):
 # --- what it says ------------------------------------------------------------------------------------------------------
 
 
-def say_plan(run, profile, *overrides):
-    """What a call says before it begins, without the counts of rows and questions."""
-    lines = plan_config(run.path, profile, overrides)[1].split("\n")
-    return [line for line in lines if line.startswith(("profile", "changed"))]
+def call(run, profile, *overrides, **more):
+    """The lines on profile and changed settings that a call says."""
+    config, line = plan_config(run.path, profile, overrides)
+    said = line.split("\n")
+    run_series(run.path, config, say=said.append, **more)
+    return [line for line in said if line.startswith(("profile", "changed"))]
 
 
-def test_every_setting_that_a_call_changes_is_said(run_factory):
+def test_every_setting_that_a_call_changes_is_said(run_factory, notebooks):
     run = run_factory("training.learning_rate=0.1", "evaluation.num_questions=3")
-    assert say_plan(run, None) == ["profile smoke: as in run/"]
-    assert say_plan(run, "smoke", "training.max_steps=4") == [
+    assert call(run, None) == ["profile smoke: as in run/"]
+    assert call(run, None, "training.max_steps=4", last=1) == ["profile smoke: as in run/", "changed: training.max_steps 6 -> 4"]
+    assert call(run, None, "training.max_steps=5", first=5) == ["profile smoke: as in run/", "changed: training.max_steps 4 -> 5"]
+    assert call(run, "smoke", "training.max_steps=4") == [
         "profile smoke: as asked",
-        "changed: training.max_steps 6 -> 4",
+        "changed: training.max_steps 5 -> 4",
         "changed: training.learning_rate 0.1 -> 0.002",
         "changed: evaluation.num_questions 3 -> 6",
     ]
-    assert say_plan(run, None, "training.max_steps=4") == ["profile smoke: as in run/", "changed: training.max_steps 6 -> 4"]
 
 
-def test_a_run_that_cannot_be_read_has_nothing_to_change(run_factory):
+def test_a_refused_call_says_no_changed_setting(done, notebooks):
+    notebooks[FIRST], said = refuse, []
+    with pytest.raises(SeriesError, match="HubError"):
+        run_series(done.path, load_config("smoke", ["hub.repo_id=ann/cot"]), say=said.append)
+    with pytest.raises(MedcotError, match=r"holds a run of dataset\.path"):
+        run_series(done.path, load_config("smoke", ["dataset.path=rows.jsonl"]), say=said.append)
+    assert not any("changed:" in line for line in said)
+
+
+def test_a_run_that_cannot_be_read_has_nothing_to_change(run_factory, notebooks):
     run = run_factory()
     (run.path / CONFIG).write_text("{")
-    assert say_plan(run, "smoke") == ["profile smoke: as asked"]
+    assert call(run, "smoke", force=True) == ["profile smoke: as asked"]
 
 
 def test_a_step_done_again_says_why(done, notebooks):
@@ -203,7 +216,13 @@ def test_each_notebook_says_how_long_it_should_take(run_factory, notebooks):
 
     notebooks[FIRST] = look
     run_series(run.path, run.config, say=said.append)
-    assert [line.partition(": 4 min (3 to 6), until about ")[0] for line in said if "until" in line] == list(STEPS)[1:]
+    total, *lines = [line for line in said if "until" in line]
+    assert total.startswith("6 notebooks to run: 24 min (18 to 33), until about ")
+    assert [line.partition(": 4 min (3 to 6), until about ")[0] for line in lines] == list(STEPS)[1:]
+    assert re.fullmatch(r"7 notebooks run in \d+ s", said[-1])
+    said.clear()
+    run_series(run.path, load_config("smoke", ["training.max_steps=3"]), say=said.append)
+    assert any(line.startswith("4 notebooks to run: 16 min (12 to 22)") for line in said), "06 and 07 read what 05 makes"
 
 
 @pytest.mark.parametrize("value", ["hf_" + "aB" * 17, "of somebody special"])

@@ -46,7 +46,8 @@ def test_the_cell_is_short_and_passes_the_linter(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in ('RUN_DIR = "auto"', cell)])
     (tmp_path / "notebooks").mkdir()
     nbformat.write(notebook, tmp_path / "notebooks" / "one.ipynb")
-    shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
+    for file in ("pyproject.toml", "notebooks/ruff.toml"):
+        shutil.copyfile(ROOT / file, tmp_path / file)
     for command in (["check"], ["format", "--check"]):
         ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", "."]
         done = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -174,7 +175,8 @@ def project(tmp_path):
 def test_the_package_beside_the_notebook_or_above_it_is_used(place, project):
     folder = project if place == "." else project / "notebooks"
     package, run_dir = json.loads(run_cell(folder))
-    assert Path(package) == project / "medcot_utils" / "__init__.py" and run_dir == "runs/one"
+    assert Path(package) == project / "medcot_utils" / "__init__.py"
+    assert run_dir == str(project / "runs" / "one"), "the same folder from the checkout and from its notebooks"
 
 
 @pytest.fixture
@@ -190,7 +192,7 @@ def attached(project, tmp_path):
 
 def test_attached_data_is_never_code_without_a_package(attached, tmp_path):
     line = run_cell(tmp_path / "kaggle" / "working", **attached)
-    assert line.startswith("ModuleNotFoundError: no medcot_utils here") and not (tmp_path / "ran").exists()
+    assert line.startswith("ModuleNotFoundError: no medcot_utils: ") and not (tmp_path / "ran").exists()
 
 
 def test_attached_data_is_never_code_beside_the_checkout(attached, project, tmp_path):
@@ -232,7 +234,7 @@ def test_where_it_is_nowhere_one_line_says_what_to_do(source, tmp_path):
     nowhere = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.file://{tmp_path}/.insteadOf"}
     nowhere["GIT_CONFIG_VALUE_0"] = "https://github.com/"
     line = run_cell(tmp_path / "alone", source, **nowhere)
-    assert line.startswith("ModuleNotFoundError: no medcot_utils here: open its checkout, put the project in a folder medcot")
+    assert line.startswith("ModuleNotFoundError: no medcot_utils: open its checkout, copy it to ./medcot, or set SOURCE")
 
 
 # --- Google Drive --------------------------------------------------------------------------------------------------
@@ -302,6 +304,7 @@ def test_the_environment_may_put_the_run_on_drive_too(colab, monkeypatch):
     ("given", "path"),
     [
         (20251125, "20251125"),
+        ("runs/by-hand", "runs/by-hand"),
         ("2025.0", "2025.0"),
         ("~/runs/a", "HOME/runs/a"),
         (Path("~/b"), "HOME/b"),
@@ -311,7 +314,9 @@ def test_the_environment_may_put_the_run_on_drive_too(colab, monkeypatch):
 def test_a_run_directory_is_taken_as_it_is_written(given, path, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     expected = str(given) if path is None else path.replace("HOME", str(tmp_path))
-    assert drive.run_dir_of(given) == Path(expected)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")  # where a notebook opened by hand runs
+    assert drive.run_dir_of(given) == tmp_path / expected
 
 
 @pytest.mark.parametrize("given", [100000.0, True, None])

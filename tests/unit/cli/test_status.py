@@ -1,0 +1,55 @@
+"""What `medcot status` shows, and `medcot run` at its end: the README's rows, and a mark on what is stale."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import made_up_measures
+import pytest
+from made_up_runs import MORE, fill_more, retrain
+from typer.testing import CliRunner
+
+from medcot_utils.cli import main
+from medcot_utils.evaluation.headline import HEADLINE, headline_rows
+from medcot_utils.run.directory import Run
+from medcot_utils.series.results_text import write_parts
+
+
+@pytest.fixture
+def status(monkeypatch):
+    """`status(run)`: what the command prints."""
+    monkeypatch.setattr(main.console, "width", 200)
+    return lambda run, *options: CliRunner().invoke(main.app, ["status", str(run.path), *options]).stdout
+
+
+def test_the_final_table_has_the_rows_of_the_readme(tmp_path, status):
+    run = fill_more(Run.create(tmp_path / "run", MORE))
+    run.record_step("06_comparison", state="done")
+    labels = [row.label for row in headline_rows(run.read("metrics"))]
+    readme = write_parts(made_up_measures.demo(), set())["table"]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in readme.splitlines()[2:]] == labels
+    assert len(labels) == len(HEADLINE) and labels[-1] == "multiple choice by likelihood (share), 60 questions, chance 0.25"
+    assert "multiple choice by letter (share), 60 questions, chance 0.25" in labels
+    shown = " ".join(status(run).partition("before and after")[2].split())
+    places = [shown.index(" ".join(label.split()[:4])) for label in labels]
+    assert places == sorted(places) and len(set(places)) == len(HEADLINE)
+
+
+def test_status_marks_what_an_earlier_training_left(tmp_path, status):
+    run = fill_more(Run.create(tmp_path / "run", MORE))
+    for name in ("report", "model_card"):
+        run.write(name, "as it was made")
+    run.record_step("06_comparison", state="done")
+    assert "stale" not in status(run)
+    retrain(run).write("report", "as it was made")
+    lines = status(run).splitlines()
+    marked = [line.split(": ")[0] for line in lines if line.endswith("(stale: run notebook 07_export)")]
+    assert marked == ["merged model", "model card"] and "The merged model is stale: run notebook 07_export." in lines
+    changed = MORE.model_copy(update={"training": MORE.training.model_copy(update={"learning_rate": 0.1})})
+    Run.create(run.path, changed)
+    shown = status(run)
+    assert "before and after: stale: run notebook 05_training" in shown and "held-out loss" not in shown
+    assert re.search(r"^report: .* \(stale: run notebook 04_lora_config\)$", shown, re.MULTILINE)
+    assert re.search(r"^adapter: .* \(stale: run notebook 05_training\)$", shown, re.MULTILINE)
+    assert json.loads(status(run, "--json"))["metrics"] == {}
