@@ -56,6 +56,7 @@ _COMPILED, _COMPILE_SECONDS = 1.4, 10
 # The number of small operations that take as long as, in this order: starting a kernel with the libraries; importing Unsloth;
 # loading a parameter; a resample; unpacking the embedded SmolLM2 (17 s on two CPU cores).
 _START, _UNSLOTH, _PER_PARAMETER, _PER_RESAMPLE, _UNPACK_EMBEDDED = 2.8e6, 8e6, 4e-4, 200, 5e6
+_CHECKS = 1.5  # notebook 01 on two CPU cores: its checks and the probe take half as long again as the libraries
 _DOWNLOAD = 100e6  # bytes per second from the Hub
 _MERGE = 12.0  # bytes read, written, and compared per parameter of the merged model
 _DISK = 1e9  # bytes per second
@@ -94,7 +95,7 @@ def estimate_series(config: RunConfig, run_dir: Path | None, speed: MachineSpeed
     copies = [what for what in ("base model, 4 bits", "base model, 16 bits") if what in downloads]
     first, second = (*copies, "", "")[:2]
     found = {
-        "01_setup": seconds.start() + downloads.get("data set", 0) + seconds.unpack_embedded(),
+        "01_setup": _CHECKS * seconds.start() + downloads.get("data set", 0) + seconds.unpack_embedded(),
         "02_baseline_inference": seconds.load() + downloads.get(first, 0) + seconds.stream() + seconds.ask(work.asked),
         "03_dataset_prep": seconds.start() + seconds.tokenize(),
         "04_lora_config": seconds.load(training=True),
@@ -298,4 +299,4 @@ def describe_sessions(estimate: SeriesEstimate, config: RunConfig, on_kaggle: bo
     longest = max(estimate.steps, key=lambda step: estimate.steps[step]["seconds"])
     less = "training.max_steps or dataset.num_rows" if longest == "05_training" else _FEWER_ANSWERS
     do = f"{longest} takes longest: lower {less}"
-    return f"{line}: {many}{week}. {do if limit else f'Set training.max_hours=11, and the series pauses in time; {do}'}"
+    return f"{line}: {many}{week}. {do if limit else f'Set training.max_hours=10, and the series pauses in time; {do}'}"

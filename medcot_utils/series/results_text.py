@@ -88,10 +88,10 @@ def _caption(text: _Text) -> str:
 
 def _findings(text: _Text) -> list[str]:
     """Return one sentence each on form, similarity, loss, and merged model."""
-    found = [f"The share of answers that close their reasoning {text.change('as they answer', 'closed_think_rate')}."]
+    found = [f"The share of answers that close their thinking {text.change('as they answer', 'closed_think_rate')}."]
     if text.metrics("forced closing"):
         rouge, chrf = (text.change("forced closing", name) for name in ("rouge_l", "chrf"))
-        found.append(f"With unclosed reasoning closed for both models, ROUGE-L against the references {rouge}, and chrF {chrf}.")
+        found.append(f"With unclosed thinking closed for both models, ROUGE-L against the references {rouge}, and chrF {chrf}.")
     return [*found, *_of_loss(text)[:1], *_of_merged(text)]
 
 
@@ -129,7 +129,7 @@ def _time(text: _Text) -> str:
     memory = f"{text.demo['peak_memory_mb'] / 1024:.1f} GiB"
     return _filled(
         f"`make demo` took {minutes:.0f} minutes on {_count(machine['cores'])} CPU cores ({machine['processor']}) and at most "
-        f"{memory} per notebook, once everything was installed."
+        f"{memory} per notebook, after the install."
     )
 
 

@@ -35,18 +35,19 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-SOURCE = "{repository}"  # owner/name on GitHub; `make badges REPO=owner/name` writes it
-here = Path(os.environ.get("MEDCOT_HOME") or Path.cwd())  # the checkout, or what medcot run itself runs from; never data
+SOURCE = "{repository}"  # owner/name on GitHub; `make badges` writes it
+here = Path(os.environ.get("MEDCOT_HOME") or Path.cwd())  # the checkout, or what medcot run runs from
 homes = [str(home) for home in (here, here.parent, here / "medcot") if (home / "medcot_utils").is_dir()]
 sys.path[:0] = [home for home in homes if home not in sys.path]
-if not find_spec("medcot_utils") and (not SOURCE or os.system(f"git clone -q --depth 1 https://github.com/{{SOURCE}} medcot")):
+if not find_spec("medcot_utils") and (not SOURCE or os.system({clone})):  # fmt: skip
     raise ModuleNotFoundError("{not_found}")
 sys.path.append(str(Path.cwd() / "medcot"))
 from medcot_utils.series.notebook import finish, start, table
 
 run_dir = start(RUN_DIR)"""
 
-_NOT_FOUND = "no medcot_utils here: open its checkout, put the project in a folder medcot here, or set SOURCE"
+_CLONE = 'f"git clone -q --depth 1 https://github.com/{SOURCE} medcot"'
+_NOT_FOUND = "no medcot_utils: open its checkout, copy it to ./medcot, or set SOURCE"
 
 
 class RepositoryError(MedcotError):
@@ -55,7 +56,7 @@ class RepositoryError(MedcotError):
 
 def setup_cell(repository: str) -> str:
     """Return the setup cell's source, the same in all seven notebooks."""
-    return _TEMPLATE.format(repository=repository, not_found=_NOT_FOUND)
+    return _TEMPLATE.format(repository=repository, clone=_CLONE, not_found=_NOT_FOUND)
 
 
 # These entries collapse the cell, in this order: in JupyterLab, in Colab, on Kaggle.

@@ -101,9 +101,9 @@ def test_no_number_of_the_demo_stands_outside_its_parts():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ((0.0, 1.0, 0.1), "their reasoning rose from 0.00 to 1.00."),
-        ((1.0, 0.0, 0.1), "their reasoning fell from 1.00 to 0.00."),
-        ((0.4, 0.5, 0.4), "their reasoning shows no difference (0.40 and 0.50)."),
+        ((0.0, 1.0, 0.1), "their thinking rose from 0.00 to 1.00."),
+        ((1.0, 0.0, 0.1), "their thinking fell from 1.00 to 0.00."),
+        ((0.4, 0.5, 0.4), "their thinking shows no difference (0.40 and 0.50)."),
     ],
 )
 def test_the_caption_says_what_became_of_the_form(demo, values, said):
