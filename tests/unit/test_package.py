@@ -44,7 +44,7 @@ def test_the_wheel_holds_the_package_and_the_notebooks(wheel):
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         notebooks = {name: archive.read(name) for name in names if name.endswith(".ipynb")}
     expected = {name for name in tracked() if name.startswith("medcot_utils/")}
-    expected |= {f"medcot_utils/{name}" for name in tracked() if name.startswith("notebooks/")}
+    expected |= {f"medcot_utils/{name}" for name in tracked() if Path(name).match("notebooks/*.ipynb")}
     assert names == expected
     assert len(notebooks) == 7
     for name, content in notebooks.items():
