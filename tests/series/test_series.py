@@ -54,13 +54,14 @@ def test_status_gives_seven_headline_metrics_with_their_intervals(first_call):
     assert found["profile"] == "smoke"
     assert set(found["metrics"]) == set(HEADLINE) and len(HEADLINE) == 7
     for name, metric in found["metrics"].items():
-        assert set(metric) - {"cut"} == {"base", "tuned", "difference"}
+        counts = {"n", "both", "only_base", "only_tuned", "neither"} if name.startswith("mcq_") else set()
+        assert set(metric) - {"cut"} == {"base", "tuned", "difference"} | counts
         for label in ("base", "tuned", "difference"):
             side = metric[label]
             tested = {"needed"} | ({"p", "alpha", "changed"} if METRICS[name].yes_or_no else {"spread"})
             assert set(side) == {"value", "low", "high", "n"} | (tested if label == "difference" else set())
             assert side["low"] <= side["value"] <= side["high"]
-            assert side["n"] == (40 if name == "eval_loss" else 6)
+            assert side["n"] == (4 if counts else 40 if name == "eval_loss" else 6)
     loss = found["metrics"]["eval_loss"]
     assert loss["difference"]["value"] == pytest.approx(loss["tuned"]["value"] - loss["base"]["value"])
     assert loss["difference"]["high"] < 0, "six steps lower the loss of the tiny model on every resample"

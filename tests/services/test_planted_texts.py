@@ -230,6 +230,7 @@ from medcot_utils.cli import chat_page, web
 from medcot_utils.models.chat import Answer, ChatError
 texts = "\\n".join(map(mark, PAYLOADS))
 class Parrot:
+    most_tokens = 192
     def stream(self, question, who, stop=None):
         if question == "error":
             raise ChatError(f"too long: {texts}")
