@@ -32,12 +32,13 @@ def choose_run(run_dir: Path | None) -> Path:
 
 
 def next_steps(run_dir: Path) -> Iterator[str]:
-    """Yield what to do with a compared run: compare it with the newest other one beside it, and keep it before it changes."""
+    """Yield what to do with a compared run: compare it with the newest other one beside it that was asked the same questions,
+    and keep it before it changes."""
     from medcot_utils.run.artifacts import ARTIFACTS
 
-    file = ARTIFACTS["metrics"].file
-    others = {path.parent.name: path.stat().st_mtime for path in run_dir.absolute().parent.glob(f"*/{file}")}
-    others.pop(run_dir.absolute().name, None)
+    file, asked = ARTIFACTS["metrics"].file, _questions_of(run_dir)
+    beside = [path for path in run_dir.absolute().parent.glob(f"*/{file}") if path.parent.name != run_dir.absolute().name]
+    others = {path.parent.name: path.stat().st_mtime for path in beside if asked and _questions_of(path.parent) == asked}
     if others:
         other = run_dir.parent / max(others, key=others.__getitem__)
         pair = shlex.join(["medcot", "report", str(other), str(run_dir), "--out", "both.html"])
@@ -45,3 +46,15 @@ def next_steps(run_dir: Path) -> Iterator[str]:
     copy = Path(f"{run_dir}-first")
     if not copy.exists():
         yield f"to keep this result, copy it before you change a setting: {shlex.join(['cp', '-r', str(run_dir), str(copy)])}"
+
+
+def _questions_of(run_dir: Path) -> str | None:
+    """Return the digest of the questions that a run asked; None if its manifest cannot be read or names none."""
+    from medcot_utils.machine.names import OutsideError
+    from medcot_utils.run.manifest import read_manifest
+    from medcot_utils.run.store import MANIFEST
+
+    try:
+        return read_manifest(run_dir / MANIFEST)["artifacts"]["questions"]["sha256"]
+    except (OSError, ValueError, KeyError, OutsideError):
+        return None

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from medcot_utils.config import EvaluationSettings, RunConfig
-from medcot_utils.evaluation.intervals import format_interval, is_clear, mean_of, questions_needed, share_questions_needed
+from medcot_utils.evaluation.intervals import (
+    SHOWN_AS_ZERO,
+    format_interval,
+    is_clear,
+    mean_of,
+    questions_needed,
+    share_questions_needed,
+)
 from medcot_utils.evaluation.loss import compare_losses
 from medcot_utils.evaluation.metrics import METRICS, Metric, cut_lengths, embedder, sampled_columns
 from medcot_utils.evaluation.paired import ComparedMetric, CutLengths, Metrics, compare_shares, compare_statistics
@@ -184,7 +191,8 @@ def is_shown(name: str, metric: ComparedMetric) -> bool:
 def verdict(name: str, metric: ComparedMetric, labels: Labels = LABELS) -> str:
     """Say whether the metric rose or fell, and for better or worse, or that no difference is shown.
 
-    The verdict depends only on the interval, the exact test, and the cut answers."""
+    The verdict depends only on the interval, the exact test, and the cut answers. A difference that `format_interval` shows as
+    0.00, ends of its interval included, is no better and no worse."""
     difference = metric["difference"]
     if not np.isfinite(difference["value"]):
         return "can't tell: not a finite number"
@@ -193,6 +201,8 @@ def verdict(name: str, metric: ComparedMetric, labels: Labels = LABELS) -> str:
     if undone := undone_by_cut(name, metric, labels):
         return f"can't tell: {undone}"
     direction = "rose" if difference["value"] > 0 else "fell"
+    if max(abs(difference["low"]), abs(difference["high"])) < SHOWN_AS_ZERO:
+        return f"{direction} by less than {SHOWN_AS_ZERO}"
     better = METRICS[name].better
     judged = "" if not better else ", better" if np.sign(difference["value"]) == better else ", worse"
     return direction + judged

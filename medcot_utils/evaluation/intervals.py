@@ -14,6 +14,7 @@ from medcot_utils.config import EvaluationSettings
 Array = np.ndarray
 # A function of question positions, which lie along the last axis; the axes before it are resamples.
 Statistic = Callable[[Array], Array]
+SHOWN_AS_ZERO = 0.005  # what is smaller is 0.00 in two digits
 FEWEST_QUESTIONS = 6
 # For more questions than this, the normal approximation of the exact test's power is close enough.
 _EXACT_POWER_UP_TO = 5000

@@ -55,7 +55,7 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "eval_loss": Metric("held-out loss, per trained token", "nats", -1),
     "perplexity": Metric("held-out perplexity", "", -1),
-    "closed_think_rate": Metric("answers that close their thinking", "share", 1, yes_or_no=True),
+    "closed_think_rate": Metric("answers that close their thinking once", "share", 1, yes_or_no=True),
     "finished_rate": Metric("answers that end by themselves", "share", 1, yes_or_no=True),
     "answered_rate": Metric("answers with text after the thinking", "share", 1, yes_or_no=True),
     "thinking_tokens": Metric("length of the thinking", "tokens", 0),

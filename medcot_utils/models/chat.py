@@ -51,12 +51,13 @@ class Answer:
     done: bool = False
 
     def explain_missing(self, most_tokens: int) -> str:
-        """Return a line for an answer without text: the thinking took all `most_tokens` tokens, or nothing came after it."""
+        """Return a line for an answer without text: nothing came after the thinking, or the thinking did not end. `most_tokens`
+        is the budget of thinking and answer together; the model may have stopped before."""
         if self.seconds_thinking is not None:
             return "(no answer after the thinking)"
         return (
-            f"(no answer: the thinking was not finished within {most_tokens} tokens, generation.max_new_tokens. "
-            f"Ask about a case, as in training)"
+            f"(no answer: the thinking was not finished. The budget is {most_tokens} tokens, generation.max_new_tokens; a "
+            f"question like those in the training rows gets an answer more often)"
         )
 
     def summarize_thinking(self) -> str:

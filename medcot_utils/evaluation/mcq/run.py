@@ -228,7 +228,7 @@ def _read_likeliest(
                 bar.update(len(keys))
 
     kept = sum(name in records[key] for name, rows in readings for key in rows)
-    with tqdm(total=len(by_letter) + len(by_text), initial=kept, desc=f"likeliest options, {label}", unit="question") as bar:
+    with tqdm(total=len(by_letter) + len(by_text), initial=kept, desc=f"likeliest options, {label}", unit="reading") as bar:
         read_missing(bar)
 
 

@@ -14,7 +14,10 @@ from medcot_utils.errors import MedcotError
 from medcot_utils.models.chat import WARNING, Answer, ChatError, grow_answer
 from medcot_utils.run.directory import Run
 
-UNFINISHED = "the thinking was not finished within 192 tokens, generation.max_new_tokens. Ask about a case, as in training)"
+UNFINISHED = (
+    "the thinking was not finished. The budget is 192 tokens, generation.max_new_tokens; a question like those in the training "
+    "rows gets an answer more often)"
+)
 
 
 class Scripted:

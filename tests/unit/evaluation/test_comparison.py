@@ -229,6 +229,13 @@ def test_the_table_has_a_line_for_every_metric_with_its_verdict():
     assert table.loc[METRICS["closed_think_rate"].label, "verdict"] == "rose, better"
 
 
+@pytest.mark.parametrize(("high", "said"), [(0.004, "rose by less than 0.005"), (0.006, "rose, worse")])
+def test_a_difference_shown_as_zero_is_neither_better_nor_worse(high, said):
+    estimate = {"value": 0.002, "low": 0.001, "high": high, "n": 40}
+    shown = {"base": estimate, "tuned": estimate, "difference": estimate | {"needed": None, "spread": 0.1}}
+    assert verdict("eval_loss", shown) == said
+
+
 def test_the_needed_table_has_found_and_given_differences():
     metrics = compared(answers(well_formed=3), answers(well_formed=9))
     table = needed_table(metrics, 0.95, sizes=(0.2, 0.1))

@@ -136,7 +136,7 @@ def test_multiple_choice_has_a_line_for_each_reading(measured_more):
 def test_the_merged_model_has_its_verdict_and_difference(measured_more):
     page = shown(measured_more)
     assert "Does the merged model behave as measured? Form: no, fewer answers close their thinking. Loss: yes." in page
-    assert "form: answers that close their thinking: differs: fell, worse" in page
+    assert "form: answers that close their thinking once: differs: fell, worse" in page
     closed = next(row for row in table(measured_more, "merged")[1:] if row[0].startswith("answers that close"))
     assert [cell.split(" [")[0] for cell in closed[1:3]] == ["1.00", "0.71"] and closed[3].startswith("-0.29")
 

@@ -208,7 +208,7 @@ def test_tuned_models_are_compared_on_the_shared_questions(tmp_path):
     for name, text in (("answer_words", "length of the answer (words)"), ("bullet_rate", "answers that are a list (share)")):
         b, c = (metric_lines({name: expected[run][name]})[name] for run in "bc")
         assert by_name[text] == [b.base, *(value for line in (b, c) for value in (line.tuned, line.difference, line.verdict))]
-    assert by_name["answers that close their thinking (share)"][6] == "fell, worse"
+    assert by_name["answers that close their thinking once (share)"][6] == "fell, worse"
 
 
 def closed(run, text="The vagus."):

@@ -72,7 +72,7 @@ def test_the_card_has_a_column_for_the_merged_model(measured_more):
     assert table["metric"] == ["base", "tuned", "merged", "difference, tuned from base", "verdict"]
     assert [cell.split(" [")[0] for cell in table["held-out loss, per trained token (nats)"]][:3] == ["3.99", "3.18", "3.06"]
     assert "merged into the 16-bit base. **Does the merged model behave as measured? Form: no" in card.text
-    assert "form: answers that close their thinking: differs: fell, worse" in card.text
+    assert "form: answers that close their thinking once: differs: fell, worse" in card.text
     assert "| shipped, letter |" in card.text and "With forced closing" in card.text and "16-bit base has" in card.text
 
 
