@@ -44,7 +44,7 @@ _ATTENDED_ON_CPU = 14
 _READ_ONCE_ON_CPU = 0.45  # share of the tokens of prompts and options that a CPU reads, because common beginnings are read once
 _16_BIT_ANSWERS_GIB = 36  # the 8B model in 16 bits (16 GB), the cache of 64 answers of 1,200 tokens (12 GB), and room to work
 _NO_CHECKPOINTING_BYTES = 5  # GPU memory per parameter with which the article's 8 rows need no checkpointing: 40 GB at 8B
-_SEVERAL_GPUS = 0.9  # speed of each additional GPU, relative to one; two were measured at 1.78 times one (docs/benchmarks.md)
+_SEVERAL_GPUS = 0.9  # speed of each additional GPU, relative to one: two train 1.91 times as fast (docs/benchmarks.md)
 # Small operations of a decoder layer for one token: 21 ms per token at 8B on an H200.
 _LAYER_OPERATIONS = 200
 # Bytes moved per parameter if 4-bit weights are unpacked at every step: 115 ms per step at 8B on a T4, where Unsloth unpacks them
