@@ -1,8 +1,6 @@
-"""Run the whole series with the full-size model, all seven notebooks headless, and record what each notebook needed:
+"""Run the whole series with the full-size model, all seven notebooks headless, and record what each notebook needed.
 
-    python benchmarks/series.py --model PATH --rows FILE --work FOLDER --out benchmarks/results/NAME-series.json
-
-The run directories stay in FOLDER, so the same command resumes an interrupted run. `benchmarks/report.py` makes a table."""
+The run directory stays in the folder `--work`, so the same command resumes an interrupted run. `run.py` calls this."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from run import REHEARSAL, environment
+from run import REHEARSAL
 
 RUNS = {"a large card": ["generation.cache_implementation=static"], "as on a T4": REHEARSAL}
 # Profile article with fewer steps, questions, and tokens: enough for every notebook to do all of its work.
@@ -56,16 +54,29 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """Return the run's record so far: {steps: {notebook: {state, seconds, peak_memory_mb, peak_gpu_memory_mb}}}.
+    """Return the run's record so far: {steps: {notebook: {state, seconds, estimate, cells, ...}}}.
 
     If notebook 05 is done, memory_gb and skipped_steps are added."""
     steps = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["steps"]
-    keys = ("state", "seconds", "peak_memory_mb", "peak_gpu_memory_mb")
+    keys = ("state", "seconds", "estimate", "peak_memory_mb", "peak_gpu_memory_mb")
     found: dict[str, Any] = {"steps": {step: {key: entry.get(key) for key in keys} for step, entry in steps.items()}}
+    for step, entry in found["steps"].items():
+        if (executed := run_dir / "notebooks" / f"{step}.ipynb").exists():
+            entry["cells"] = slow_cells(executed)
     if found["steps"].get("05_training", {}).get("state") == "done":
         log = [json.loads(line) for line in (run_dir / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
         found["memory_gb"] = training_memory_gb(run_dir / "notebooks" / "05_training.ipynb")
         found["skipped_steps"] = sum(entry.get("skipped_step", 0) for entry in log)
+    return found
+
+
+def slow_cells(executed: Path) -> dict[str, float]:
+    """Return {number of the cell and its first line: seconds} of the code cells that took half a second or more."""
+    found = {}
+    for number, cell in enumerate(nbformat.read(executed, 4).cells):
+        seconds = cell.metadata.get("papermill", {}).get("duration") or 0
+        if cell.cell_type == "code" and seconds >= 0.5:
+            found[f"{number} {cell.source.splitlines()[0]}"] = round(seconds, 1)
     return found
 
 
@@ -81,20 +92,15 @@ def training_memory_gb(executed: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(RUNS))
     parser.add_argument("--model", required=True, help="a folder or Hub id; benchmarks/make_random_8b.py makes one")
     parser.add_argument("--rows", required=True, help="a .jsonl file with Question, Complex_CoT, Response")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the run directories")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the run directory")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--set", action="append", default=[], help="a setting that overrides all of these")
     options = parser.parse_args()
-    found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
-    cards = environment()["cards"]
-    found |= {"what": WHAT, "card": cards[0] if cards else None}
-    for name in options.only:
-        found[name] = measure(name, options)
-        options.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    sys.exit(any(found[name]["exit"] for name in options.only))
+    found = {"what": WHAT} | measure(options.name, options)
+    options.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

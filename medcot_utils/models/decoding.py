@@ -121,6 +121,14 @@ class RowRules:
         """Return a row that has written nothing. Args: letters: the letters that it chooses from."""
         return WrittenRow(letters=letters if self.letter_tokens else "")
 
+    def keep_plain(self, row: WrittenRow, tokens: Sequence[int]) -> bool:
+        """Keep tokens of a row's own text together if none of them can end it. Return whether they were kept."""
+        plain = row.closed_by is None and not row.to_write and self._tokenizer.eos_token_id not in tokens
+        if plain and len(row.own) + len(tokens) < self._max_new_tokens:
+            row.own.extend(tokens)
+            return True
+        return False
+
     def follow(self, row: WrittenRow, token: int, score: Callable[[int], float]) -> int | None:
         """Keep the token that a row would write next. Return the token to write instead, or None to write the row's own.
 

@@ -226,10 +226,11 @@ def make_writer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how:
 
 def convert_to_write(model: PreTrainedModel, how: HowToWrite) -> PreTrainedModel:
     """Return the model in the form that writes fastest with the chosen cache. The model passed in may become unusable."""
+    from medcot_utils.models.joined_projections import join_projections
     from medcot_utils.models.plain_weights import dequantize, make_plain
 
     if how.settings.cache_implementation == "static":
-        return dequantize(model) if how.in_16_bits else model.eval()
+        return join_projections(dequantize(model)) if how.in_16_bits else model.eval()
     return make_plain(model) if _can_merge_here(model) else model
 
 

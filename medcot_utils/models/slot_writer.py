@@ -131,6 +131,9 @@ class SlotWriter:
 
     def _follow(self, row: _Row, tokens: Sequence[int], scores: Sequence[dict[int, float]]) -> _Move | None:
         """Keep what a row has written in a turn. Return a move if the row must continue from another token or place."""
+        if not row.forced and self._rules.keep_plain(row.written, tokens):
+            row.made += len(tokens)
+            return None
         for token, its in zip(tokens, scores, strict=True):
             row.made += 1
             if row.forced:

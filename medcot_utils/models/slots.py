@@ -21,9 +21,7 @@ from medcot_utils.models.prefix import attends_to_all
 _SLOTS = "slots"
 # Rotary embeddings that do not depend on the longest position, because a recorded graph cannot look it up.
 _STEADY_ROTARY = {"default", "linear", "llama3", "yarn"}
-_FLASH_FROM = (8, 0)  # compute capability
-
-Bounds = tuple[torch.Tensor, torch.Tensor]  # where each row's queries and keys begin, in the form of flash attention
+_KERNEL_FROM = (8, 0)  # compute capability; the kernel has not run below
 
 
 def fits_slots(model: PreTrainedModel) -> bool:
@@ -91,24 +89,24 @@ def _attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     held: torch.Tensor | None = None,
-    bounds: Bounds | None = None,
+    with_kernel: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend as SDPA does. While rows write, each attends to the first `held` (rows,) tokens of its slot."""
     if held is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if bounds is None:
-        within = torch.arange(key.shape[2], device=key.device) < held[:, None]
-        return grouped_attention(query, key, value, within[:, None, None], scaling), None
-    # The query heads that share a key head become queries of one head, so each key is read once.
-    rows, heads, _, width = query.shape
-    groups, longest = key.shape[1], key.shape[2]
-    queries = query.view(rows, groups, heads // groups, width).transpose(1, 2).reshape(-1, groups, width)
-    kept = [states.transpose(1, 2).flatten(0, 1) for states in (key, value)]
-    out, *_ = torch.ops.aten._flash_attention_forward(
-        queries, *kept, *bounds, heads // groups, longest, 0.0, False, False, scale=scaling, seqused_k=held
-    )
-    return out.view(rows, heads // groups, groups, width).transpose(1, 2).reshape(rows, 1, heads, width), None
+    if with_kernel:
+        from medcot_utils.models.slot_attention import attend_to_slots
+
+        return attend_to_slots(query, key, value, held, scaling or query.shape[-1] ** -0.5), None
+    within = torch.arange(key.shape[2], device=key.device) < held[:, None]
+    return grouped_attention(query, key, value, within[:, None, None], scaling), None
+
+
+def _fits_kernel(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    if device.type != "cuda" or dtype.itemsize != 2 or torch.cuda.get_device_capability(device) < _KERNEL_FROM:
+        return False
+    return width >= 16 and width.bit_count() == 1  # Triton's tiles
 
 
 def _write_with(
@@ -144,10 +142,7 @@ class Slots:
         self.tokens, self.places = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
         self._rows = torch.arange(rows, device=device)
         self._reads: tuple[int, torch.Tensor, torch.Tensor] | None = None
-        self._bounds: Bounds | None = None
-        if device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= _FLASH_FROM:
-            ends = torch.arange(rows + 1, dtype=torch.int32, device=device)
-            self._bounds = ends * (config.num_attention_heads // shape[2]), ends * capacity
+        self._with_kernel = _fits_kernel(device, dtype, shape[-1])
         self._write = torch.compile(_write_with, dynamic=False) if device.type == "cuda" else _write_with
 
     @contextmanager
@@ -182,7 +177,8 @@ class Slots:
             cache = _Reading(states, *self._reads)
             return type(layer).forward(layer, hidden, attention_mask=attention_mask, past_key_values=cache, **given)
         attention_mask = attention_mask.flatten()
-        return self._write(layer, hidden, states, self._rows, self.places, held=attention_mask, bounds=self._bounds, **given)
+        given |= {"held": attention_mask, "with_kernel": self._with_kernel}
+        return self._write(layer, hidden, states, self._rows, self.places, **given)
 
     def read_prefix(self) -> None:
         """Read the common beginning of all prompts into every slot."""

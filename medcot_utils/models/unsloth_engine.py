@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import unsloth  # noqa: F401 - it patches the libraries below, so it comes first
@@ -17,6 +19,7 @@ from medcot_utils.models.dequantized import open_quantized
 from medcot_utils.models.embedded import find_model_source
 from medcot_utils.models.engine import TrainerArguments, compute_dtype, get_local_rank, loads_copy
 from medcot_utils.models.merging import MergeBase
+from medcot_utils.models.row_attention import attend_in_rows
 from medcot_utils.models.targets import check_targets
 from medcot_utils.models.tokenizer import own_code_refused, prepare_tokenizer
 
@@ -105,7 +108,50 @@ def trainer_arguments(settings: TrainingSettings, model: PreTrainedModel) -> Tra
     joins = settings.padding == "padding_free" or (settings.padding == "auto" and _loader(model.dtype) is FastModel)
     if settings.padding == "padded":
         return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "padding_free": False}
+    if joins:
+        _split_rows_together()
     return {"dataset_kwargs": {}, "max_length": None, "padding_free": True if joins else None}
+
+
+def _split_rows_together() -> None:
+    """Make `FastLanguageModel` use `attend_in_rows` for the rows of a joined batch, with the kernel that Unsloth chooses."""
+    from unsloth.utils import attention_dispatch as unsloths
+
+    attend_in_slices = unsloths._sdpa_packed_segments
+    if isinstance(attend_in_slices, partial):  # replaced already
+        return
+
+    def attend(
+        otherwise: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lengths: Sequence[int],
+        *,
+        n_groups: int,
+        is_causal: bool,
+        sliding_window: int | None,
+        sdpa_kwargs: dict[str, Any],
+        training: bool = False,
+    ) -> torch.Tensor | None:
+        lengths = [length for length in lengths if length > 0]
+        if not training or sliding_window is not None or sum(lengths) != query.shape[-2]:
+            groups = {"n_groups": n_groups, "is_causal": is_causal, "sliding_window": sliding_window}
+            return otherwise(query, key, value, lengths, **groups, sdpa_kwargs=sdpa_kwargs, training=training)
+        shared = n_groups > 1 and unsloths._sdpa_takes_gqa(
+            *(states[:, :, : max(lengths)] for states in (query, key)),
+            is_causal,
+            False,
+            value[:, :, : max(lengths)],
+            sdpa_kwargs.get("dropout_p", 0.0),
+            no_cudnn=unsloths._avoids_cudnn(query, training),
+        )
+        if n_groups > 1 and not shared:
+            key, value = (states.repeat_interleave(n_groups, dim=1) for states in (key, value))
+        given = {**sdpa_kwargs, "is_causal": is_causal} | ({"enable_gqa": True} if shared else {})
+        return attend_in_rows(query, key, value, lengths, partial(unsloths._training_sdpa, **given))
+
+    unsloths._sdpa_packed_segments = partial(attend, attend_in_slices)
 
 
 def data_collator(model: PreTrainedModel) -> DataCollator | None:

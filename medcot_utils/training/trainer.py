@@ -75,6 +75,8 @@ def sft_arguments(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
         "gradient_checkpointing": bool(plan.gradient_checkpointing),
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
+        # True waits for the GPU at every step, and logs the average of earlier losses instead of a loss that is not finite.
+        "logging_nan_inf_filter": False,
         "report_to": "none",
     } | ({"ddp_find_unused_parameters": False} if plan.num_processes > 1 else {})
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from medcot_utils.config import load_config
-from medcot_utils.models import slot_writer, slots
+from medcot_utils.models import slot_writer
 from medcot_utils.models.batches import count_read_at_once, split
 from medcot_utils.models.engine import get_engine
 from medcot_utils.models.generation import Asked, answer_prompts
@@ -237,31 +237,6 @@ def test_models_that_fit_slots(change, fits):
     config = AutoConfig.for_model(change.pop("model_type"), **sizes, **{k: v for k, v in change.items() if "attn" not in k})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=change["attn_implementation"])
     assert fits_slots(model) is fits
-
-
-def attend_row_by_row(query, key, value, ends_q, ends_k, max_q, max_k, dropout, causal, debug, *, scale, seqused_k):
-    """What aten's flash attention over rows of unequal lengths computes: (queries, heads, width), each row for itself."""
-    assert (dropout, causal, debug) == (0.0, False, False) and max_q == ends_q[1] and max_k == ends_k[1]
-    out = torch.empty_like(query)
-    for row, held in enumerate(seqused_k.tolist()):
-        queries = slice(ends_q[row], ends_q[row + 1])
-        keys, values = (states[ends_k[row] : ends_k[row] + held].transpose(0, 1) for states in (key, value))
-        scores = query[queries].transpose(0, 1) @ keys.transpose(1, 2) * scale
-        out[queries] = (scores.softmax(dim=-1) @ values).transpose(0, 1)
-    return out, None, None, None, None
-
-
-def test_simulated_flash_attention_gives_the_grouped_one(monkeypatch):
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", attend_row_by_row)
-    torch.manual_seed(2)
-    rows, groups, shared, capacity, width = 3, 2, 4, 11, 8
-    query = torch.randn(rows, groups * shared, 1, width)
-    key, value = (torch.randn(rows, capacity, groups, width).transpose(1, 2) for _ in range(2))
-    held, ends = torch.tensor([11, 1, 6]), torch.arange(rows + 1)
-    grouped, _ = slots._attend(None, query, key, value, None, 0.3, held=held)
-    flash, _ = slots._attend(None, query, key, value, None, 0.3, held=held, bounds=(ends * shared, ends * capacity))
-    assert flash.shape == grouped.shape == (rows, 1, groups * shared, width)
-    assert torch.allclose(flash, grouped, atol=1e-6)
 
 
 def test_prompts_are_read_when_a_quarter_of_the_slots_is_free():
