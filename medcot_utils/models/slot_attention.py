@@ -37,8 +37,8 @@ def _attend_to_part(
     row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     queries, columns = tl.arange(0, QUERIES), tl.arange(0, WIDTH)
     exists = queries < SHARE
-    places = query + row * query_row + (head * SHARE + queries)[:, None] * query_head + columns[None, :]
-    asked = tl.load(places, mask=exists[:, None], other=0.0)
+    asking = query + row * query_row + (head * SHARE + queries)[:, None] * query_head + columns[None, :]
+    asked = tl.load(asking, mask=exists[:, None], other=0.0)
     count = tl.load(held + row)
     share = tl.cdiv(tl.cdiv(count, PARTS), TOKENS) * TOKENS
     end = tl.minimum(count, (part + 1) * share)
