@@ -21,12 +21,12 @@ def _attend_to_part(
     held,
     out,
     sums,
-    scale,
     query_row,
     query_head,
     key_row,
     key_head,
     key_token,
+    SCALE: tl.constexpr,
     SHARE: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
@@ -50,7 +50,7 @@ def _attend_to_part(
         inside = tokens < end
         places = row * key_row + head * key_head + tokens[:, None] * key_token + columns[None, :]
         keys = tl.load(key + places, mask=inside[:, None], other=0.0)
-        scores = tl.where(inside[None, :], tl.dot(asked, tl.trans(keys)) * scale, float("-inf"))
+        scores = tl.where(inside[None, :], tl.dot(asked, tl.trans(keys)) * SCALE, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         weights, factor = tl.exp(scores - higher[:, None]), tl.exp(highest - higher)
         values = tl.load(value + places, mask=inside[:, None], other=0.0)
@@ -84,12 +84,12 @@ def attend_to_slots(
         held,
         out,
         sums,
-        scale,
         query.stride(0),
         query.stride(1),
         key.stride(0),
         key.stride(1),
         key.stride(2),
+        SCALE=scale,  # as an argument, it would be a double in compiled code
         SHARE=heads // groups,
         WIDTH=width,
         PARTS=parts,

@@ -8,9 +8,10 @@ import torch
 from medcot_utils.models.plain_weights import grouped_attention
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows, heads, groups, width", [(1, 14, 2, 64), (3, 32, 8, 128), (200, 8, 8, 128)])
-def test_the_kernel_gives_the_grouped_attention(rows, heads, groups, width, dtype):
+def test_the_kernel_gives_the_grouped_attention(rows, heads, groups, width, dtype, compiled):
     from medcot_utils.models.slot_attention import attend_to_slots
 
     torch.manual_seed(0)
@@ -22,6 +23,7 @@ def test_the_kernel_gives_the_grouped_attention(rows, heads, groups, width, dtyp
     within = (torch.arange(capacity, device="cuda") < held[:, None])[:, None, None]
     expected = grouped_attention(query.float(), key.float(), value.float(), within, 0.1)
     key[~within[:, 0, :, :, None].expand_as(key)] = torch.nan  # what is beyond a row's last token must not count
-    found = attend_to_slots(query, key, value, held, 0.1)
+    attend = torch.compile(attend_to_slots, dynamic=False) if compiled else attend_to_slots
+    found = attend(query, key, value, held, 0.1)
     assert found.shape == (rows, 1, heads, width) and found.dtype == dtype
     torch.testing.assert_close(found.float(), expected, atol=2e-2 if dtype == torch.bfloat16 else 2e-3, rtol=0)
