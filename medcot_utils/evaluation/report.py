@@ -29,7 +29,7 @@ from medcot_utils.evaluation.side_by_side import (
 )
 from medcot_utils.evaluation.tuned_models import compare_tuned
 from medcot_utils.models.losses import mean_loss
-from medcot_utils.plain_text import keep_intervals, show_controls
+from medcot_utils.plain_text import keep_intervals, say, show_controls
 from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.run.lock import RunError
 from medcot_utils.run.shapes import Entries, describe_missing
@@ -66,6 +66,9 @@ def build_report(*runs: Run) -> str:
     anchors = anchors_of(shown)
     questions = [show_question(key, anchor, shown, columns) for key, anchor in anchors.items()]
     several = len(runs) > 1
+    tuned = compare_tuned(shown, _percent(runs[0])) if several else None
+    if tuned and tuned.why_not:
+        say(f"the tuned models are not compared: {tuned.why_not}")
     labels = [column.label for column in columns]
     return environment.get_template("report.html.j2").render(
         title=f"runs {listed(one.name for one in shown)}" if several else f"{', '.join(labels[:-1])} and {labels[-1]}",
@@ -74,7 +77,7 @@ def build_report(*runs: Run) -> str:
         names_of=METRICS,
         interval=format_interval,
         differences=_differences(shown) if several else {},
-        tuned=compare_tuned(shown, _percent(runs[0])) if several else None,
+        tuned=tuned,
         questions=questions,
         # A data set may number its specialties.
         specialties=sorted({str(one.question["specialty"]) for one in questions} - {""}),
