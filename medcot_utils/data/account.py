@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
+from medcot_utils.config import show_value
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -28,7 +30,7 @@ def list_uses(report: DataReport, config: RunConfig) -> list[RowUse]:
     repeating = len({repeat["train_id"] for repeat in report["repeats"]}) if report["repeats_dropped"] else 0
     trained = report["checks"]["rows"]
     apart = report["rows_read"] - sum(report["dropped"].values()) - repeating - report["overlong_dropped"] - trained
-    sizes = f"dataset.num_rows is {show(data.num_rows)}, dataset.held_out_rows {data.held_out_rows}"
+    sizes = f"dataset.num_rows is {show_value(data.num_rows)}, dataset.held_out_rows {data.held_out_rows}"
     uses = [RowUse(what="left out", rows=count, why=reason) for reason, count in report["dropped"].items()]
     if "held_out" in report:
         held_out, too_long_held_out = report["held_out"], report["held_out_overlong"]
@@ -57,8 +59,3 @@ def describe_uses(report: DataReport, config: RunConfig) -> str:
     fewer = f" ({asked} asked for with dataset.num_rows)" if asked and trained["rows"] < asked else ""
     rest = "; ".join(f"{use['rows']} {use['what']} ({use['why']})" for use in others)
     return f"trains on {trained['rows']} of {report['rows_read']} rows{fewer}" + (f"; {rest}" if rest else "")
-
-
-def show(value: object) -> str:
-    """Return a number as a user writes it in a setting: `null` for None."""
-    return "null" if value is None else str(value)

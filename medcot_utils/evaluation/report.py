@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils import plots
-from medcot_utils.config import RunConfig, setting_names
+from medcot_utils.config import RunConfig, setting_names, show_value
 from medcot_utils.evaluation.claims import CANNOT_TELL
 from medcot_utils.evaluation.comparison import LABELS, MetricLine, metric_lines
 from medcot_utils.evaluation.grades import describe_grades, summarize_grades
@@ -281,6 +280,4 @@ def _differences(shown: Sequence[ShownRun]) -> dict[str, list[str]]:
 
 def _format_setting(value: object) -> str:
     """Return a setting's value as text; of an absolute path, only the last part."""
-    if isinstance(value, str):
-        return f"…/{Path(value).name}" if Path(value).is_absolute() else value
-    return "not set" if value is None else json.dumps(value, ensure_ascii=False)
+    return f"…/{Path(value).name}" if isinstance(value, str) and Path(value).is_absolute() else show_value(value)

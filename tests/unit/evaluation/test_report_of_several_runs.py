@@ -182,7 +182,7 @@ def test_runs_that_differ_in_nothing_are_said_to(tmp_path):
 
 def test_a_path_of_this_machine_is_not_in_what_differs(tmp_path):
     page = build_report(make(tmp_path / "a"), make(tmp_path / "b", f"dataset.path={tmp_path}/rows.jsonl"))
-    assert ["dataset.path", "not set", "…/rows.jsonl"] in table(page, "differences") and str(tmp_path) not in page
+    assert ["dataset.path", "null", "…/rows.jsonl"] in table(page, "differences") and str(tmp_path) not in page
 
 
 # --- the tuned models compared -----------------------------------------------------------------------------------
