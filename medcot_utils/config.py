@@ -367,6 +367,11 @@ def _refuse_tokens(value: Any, where: str = "", name: str = "") -> None:
         )
 
 
+def show_value(value: object) -> str:
+    """Return a setting's value as a user types it: `null` for None, `true`, and a text without quotation marks."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _lower(message: str) -> str:
     return message[0].lower() + message[1:]
 

@@ -65,11 +65,11 @@ class Section(BaseModel):
 
 class ModelSettings(Section):
     name: str = Field(description="Hub id, local folder, or embedded:smollm2-135m-instruct / embedded:tiny-random-llama")
-    revision: str | None = Field(None, description="commit of the Hub repository; null for a local folder")
+    revision: str | None = Field(None, description="commit of the Hub repository; null: its newest, or a local folder")
     quantized_name: str | None = Field(
-        None, description="pre-quantized 4-bit copy that is loaded instead, unless engine is transformers"
+        None, description="pre-quantized 4-bit copy that is loaded instead, unless engine is transformers; null: no copy"
     )
-    quantized_revision: str | None = Field(None, description="commit of the pre-quantized copy")
+    quantized_revision: str | None = Field(None, description="commit of the pre-quantized copy; null: its newest")
     engine: Literal["auto", "unsloth", "transformers"] = Field(
         "auto", description="what loads and trains the model; auto: unsloth if it is installed and there is a CUDA GPU"
     )
@@ -79,7 +79,7 @@ class ModelSettings(Section):
     )
     max_seq_length: int = Field(2048, ge=64, description="tokens of prompt and completion together")
     gpu_memory_gib: float | None = Field(
-        None, gt=0, description="use no more of the GPU: rehearse a T4 with 14.5 on a larger one"
+        None, gt=0, description="use no more of the GPU: rehearse a T4 with 14.5 on a larger one; null: all of it"
     )
 
 
@@ -97,12 +97,12 @@ class ColumnNames(Section):
 
 class DatasetSettings(Section):
     name: str = Field(description="`shipped` or a data set on the Hub")
-    subset: str | None = Field(None, description="configuration of the data set on the Hub, such as en")
-    revision: str | None = Field(None, description="commit of the data set; rows have changed under the same name before")
+    subset: str | None = Field(None, description="configuration of the data set on the Hub, such as en; null: its default")
+    revision: str | None = Field(None, description="commit of the data set; null: its newest, whose rows may change")
     sha256: str | None = Field(
         None, pattern=r"^[0-9a-f]{64}$", description="digest of the data set's one file, checked after download; null: unchecked"
     )
-    path: str | None = Field(None, description="a local json, jsonl, csv, or parquet file, used instead of name")
+    path: str | None = Field(None, description="a local json, jsonl, csv, or parquet file, used instead of name; null: name")
     columns: ColumnNames = ColumnNames()
     num_rows: int | None = Field(None, ge=1, description="training rows; null: all except the held-out ones")
     held_out_rows: int = Field(ge=1, description="rows kept out of training; the most, if a `split` column chooses them")
@@ -162,7 +162,7 @@ class TrainingSettings(Section):
         None,
         gt=0,
         description="hours of a session: the series pauses before they end, training with a checkpoint, answers and "
-        "multiple choice after a batch, else between two notebooks; the next call resumes",
+        "multiple choice after a batch, else between two notebooks; the next call resumes; null: no end",
     )
 
     @property
@@ -222,7 +222,9 @@ class EvaluationSettings(Section):
         "not fit into them",
     )
     embedding_model: str | None = Field(
-        None, description="a sentence-transformers model (folder or Hub id): also compares answers with references by meaning"
+        None,
+        description="a sentence-transformers model (folder or Hub id): also compares answers with references by meaning; "
+        "null: not by meaning",
     )
     confidence_level: float = Field(0.95, gt=0.5, lt=1, description="confidence level of all intervals and tests")
     n_resamples: int = Field(5000, ge=200, description="bootstrap resamples")

@@ -23,7 +23,8 @@ from medcot_utils.plain_text import show_controls
 if TYPE_CHECKING:
     from medcot_utils.models.chat import Answer, Chat, Who
 
-HELP = "/show: the thinking of the last answer   /base: turn the base model's answers on or off   /exit: quit"
+HELP = "/show: the thinking of the last answer   /base: turn the base model's answers on or off   /exit, exit, quit: end"
+_END = ("/exit", "/quit", "exit", "quit")  # as a question, the bare words would cost an answer
 
 
 def chat(
@@ -87,7 +88,7 @@ class Terminal:
         before = signal.signal(signal.SIGINT, self._interrupted)
         try:
             for line in self._typed() if self.questions is None else self.questions:
-                if self.questions is None and line.startswith("/"):
+                if self.questions is None and (line.startswith("/") or line.lower() in _END):
                     if not self._command(line):
                         return
                     continue
@@ -133,8 +134,8 @@ class Terminal:
                 yield line
 
     def _command(self, line: str) -> bool:
-        """Execute a line that begins with a slash. Return False if it ends the chat."""
-        if line in ("/exit", "/quit"):
+        """Execute a line that is no question. Return False if it ends the chat."""
+        if line.lower() in _END:
             return False
         if line == "/base":
             self.base_too = not self.base_too

@@ -259,7 +259,7 @@ def report(
         typer.Option(
             parser=expand_home,
             metavar="<path>",
-            help="the HTML file; needed for several runs; if not given for one, report.html in the run",
+            help="the HTML file, such as runs/both.html; needed for several runs; if not given for one, report.html in the run",
         ),
     ] = None,
 ) -> None:
@@ -271,7 +271,7 @@ def report(
 
     run_dirs = run_dirs or [choose_run(None)]
     if out is None and len(run_dirs) > 1:
-        raise MedcotError("a report of several runs needs its own file: name one with --out")
+        raise MedcotError("a report of several runs needs its own file: name one, as in --out runs/both.html")
     runs = [Run.open(run_dir) for run_dir in run_dirs]
     if out is None:
         with hold(runs[0].path, "medcot report"):

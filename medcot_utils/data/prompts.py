@@ -58,7 +58,7 @@ class ParsedCompletion:
         return self.closed == 1 and bool(self.thinking) and bool(self.answer)
 
 
-_TAG = re.compile(r"</?think>")
+TAG = re.compile(r"</?think>")
 
 
 def parse_completion(completion: str, opened: bool = True) -> ParsedCompletion:
@@ -73,5 +73,5 @@ def parse_completion(completion: str, opened: bool = True) -> ParsedCompletion:
     elif not opened and not closed:
         return ParsedCompletion("", completion.strip(), 0)
     thinking, _, answer = body.partition("</think>")
-    thinking, answer = _TAG.sub("", thinking).strip(), _TAG.sub("", f"{preface}{answer}").strip()
+    thinking, answer = TAG.sub("", thinking).strip(), TAG.sub("", f"{preface}{answer}").strip()
     return ParsedCompletion(thinking, answer, closed)

@@ -190,26 +190,43 @@ def check_data(config: RunConfig) -> str:
         rows, report = validate_rows(loaded)
         train, held_out = split_rows(rows, settings, config.seed)
         article = choose_questions(held_out, asked)[:1]
-        if settings.repeats == "drop":
-            _check_repeats(train, [*article, *held_out], settings)
+        repeating = _check_repeats(train, [*article, *held_out], settings) if settings.repeats == "drop" else 0
     except DataError as error:
         raise DataError(f"{_source(settings)}: {error}") from error
-    line = f"{len(train)} rows to train on, {len(held_out)} held out, {asked} of them to be asked"
-    unused = len(rows) - len(train) - len(held_out)
-    by = f"dataset.num_rows is {settings.num_rows}, dataset.held_out_rows {settings.held_out_rows}"
-    line += f"; {unused} of {len(rows)} usable rows are left unused ({by})" if unused else ""
+    of = f" of {settings.num_rows} asked for (dataset.num_rows)" if len(train) < (settings.num_rows or 0) else ""
+    line = f"{len(train)} rows to train on{of}, {len(held_out)} held out, {asked} of them to be asked"
+    if repeating:
+        line += f"; {repeating} of the rows to train on will be left out, since they repeat a held-out question (dataset.repeats)"
+    if unused := _describe_unused(rows, train, held_out, settings):
+        line += f"; {len(rows) - len(train) - len(held_out)} of {len(rows)} usable rows are left unused ({unused})"
     return line + (
         f"; {len(loaded) - len(rows)} of {len(loaded)} rows cannot be used: {report.reasons()}" if report.dropped else ""
     )
 
 
-def _check_repeats(train: Dataset, questions: Sequence[AskedQuestion], settings: DatasetSettings) -> None:
-    """Raise DataError as `drop_repeats` does. If one of the first rows is kept, the others need no comparison."""
+def _describe_unused(rows: Dataset, train: Dataset, held_out: Dataset, settings: DatasetSettings) -> str:
+    """Return which settings leave usable rows unused; an empty text if none are."""
+    if len(train) + len(held_out) == len(rows):
+        return ""
+    if "split" not in rows.column_names:
+        return f"dataset.num_rows is {settings.num_rows}, dataset.held_out_rows {settings.held_out_rows}"
+    marked = sum(split == "train" for split in rows["split"])
+    left = {
+        f"marked train: dataset.num_rows is {settings.num_rows}": marked - len(train),
+        f"not marked train: dataset.held_out_rows is {settings.held_out_rows}": len(rows) - marked - len(held_out),
+    }
+    return "; ".join(f"{count} {why}" for why, count in left.items() if count)
+
+
+def _check_repeats(train: Dataset, questions: Sequence[AskedQuestion], settings: DatasetSettings) -> int:
+    """Return how many rows `drop_repeats` leaves out, or raise DataError as it does.
+
+    If one of the first rows is kept, the others need no comparison, and only the first ones are counted."""
     first = train.select(range(min(len(train), _COMPARED_FIRST)))
     try:
-        drop_repeats(first, find_repeats(first, questions, settings))
+        return len(first) - len(drop_repeats(first, find_repeats(first, questions, settings)))
     except DataError:
-        drop_repeats(train, find_repeats(train, questions, settings))
+        return len(train) - len(drop_repeats(train, find_repeats(train, questions, settings)))
 
 
 def _choose_columns(names: Sequence[str], settings: DatasetSettings) -> dict[str, str]:

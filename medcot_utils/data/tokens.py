@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NotRequired
 
 from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
@@ -42,7 +42,8 @@ class TokenCounts(TypedDict):
 class DataReport(TypedDict):
     """Hold what notebook 03 did to the training rows: data_report.json.
 
-    `dropped` counts invalid rows by reason. `repeats_dropped`: rows in `repeats` were left out of training.
+    `dropped` counts invalid rows by reason. `repeats_dropped`: rows in `repeats` were left out of training. `held_out` counts
+    the rows held out, and `held_out_overlong` those that were too long for it; `list_uses` accounts for all rows.
     `prompt_is_prefix` counts the rows whose tokens begin with exactly the inference prompt's tokens."""
 
     rows_read: int
@@ -54,6 +55,8 @@ class DataReport(TypedDict):
     truncated: int
     prompt_is_prefix: int
     checks: LabelChecks
+    held_out: NotRequired[int]  # runs of earlier versions lack it
+    held_out_overlong: NotRequired[int]
 
 
 def add_text_column(rows: Dataset, eos_token: str) -> Dataset:
@@ -165,11 +168,16 @@ def _holds(tokenizer: PreTrainedTokenizerBase, labels: list[int], text: str) -> 
 
 
 def summarize_preparation(
-    validation: ValidationReport, lengths: LengthReport, checks: LabelChecks, repeats: list[Repeat], repeats_dropped: bool
+    validation: ValidationReport,
+    lengths: LengthReport,
+    checks: LabelChecks,
+    repeats: list[Repeat],
+    repeats_dropped: bool,
+    held_out: LengthReport | None = None,
 ) -> DataReport:
-    """Return what notebook 03 found, as one record."""
+    """Return what notebook 03 found, as one record. `lengths` is of the training rows; `held_out`, of the held-out rows."""
     tokens = lengths.tokens
-    return DataReport(
+    report = DataReport(
         rows_read=validation.rows_in,
         dropped=validation.dropped,
         repeats=repeats,
@@ -180,3 +188,6 @@ def summarize_preparation(
         prompt_is_prefix=lengths.prompt_is_prefix,
         checks=checks,
     )
+    if held_out:
+        report["held_out"], report["held_out_overlong"] = len(held_out.tokens) - held_out.dropped, held_out.dropped
+    return report

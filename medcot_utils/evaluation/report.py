@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcot_utils import plots
-from medcot_utils.config import RunConfig, setting_names
+from medcot_utils.config import RunConfig, setting_names, show_value
 from medcot_utils.evaluation.claims import CANNOT_TELL
 from medcot_utils.evaluation.comparison import LABELS, MetricLine, metric_lines
 from medcot_utils.evaluation.grades import describe_grades, summarize_grades
@@ -29,7 +28,7 @@ from medcot_utils.evaluation.side_by_side import (
 )
 from medcot_utils.evaluation.tuned_models import compare_tuned
 from medcot_utils.models.losses import mean_loss
-from medcot_utils.plain_text import keep_intervals, show_controls
+from medcot_utils.plain_text import keep_intervals, say, show_controls
 from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.run.lock import RunError
 from medcot_utils.run.shapes import Entries, describe_missing
@@ -66,6 +65,9 @@ def build_report(*runs: Run) -> str:
     anchors = anchors_of(shown)
     questions = [show_question(key, anchor, shown, columns) for key, anchor in anchors.items()]
     several = len(runs) > 1
+    tuned = compare_tuned(shown, _percent(runs[0])) if several else None
+    if tuned and tuned.why_not:
+        say(f"the tuned models are not compared: {tuned.why_not}")
     labels = [column.label for column in columns]
     return environment.get_template("report.html.j2").render(
         title=f"runs {listed(one.name for one in shown)}" if several else f"{', '.join(labels[:-1])} and {labels[-1]}",
@@ -74,7 +76,7 @@ def build_report(*runs: Run) -> str:
         names_of=METRICS,
         interval=format_interval,
         differences=_differences(shown) if several else {},
-        tuned=compare_tuned(shown, _percent(runs[0])) if several else None,
+        tuned=tuned,
         questions=questions,
         # A data set may number its specialties.
         specialties=sorted({str(one.question["specialty"]) for one in questions} - {""}),
@@ -278,6 +280,4 @@ def _differences(shown: Sequence[ShownRun]) -> dict[str, list[str]]:
 
 def _format_setting(value: object) -> str:
     """Return a setting's value as text; of an absolute path, only the last part."""
-    if isinstance(value, str):
-        return f"…/{Path(value).name}" if Path(value).is_absolute() else value
-    return "not set" if value is None else json.dumps(value, ensure_ascii=False)
+    return f"…/{Path(value).name}" if isinstance(value, str) and Path(value).is_absolute() else show_value(value)

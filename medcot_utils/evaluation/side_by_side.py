@@ -11,7 +11,7 @@ from medcot_utils.data.contamination import contaminated
 from medcot_utils.data.words import split_words
 from medcot_utils.evaluation.merged_column import is_made
 from medcot_utils.evaluation.metrics import chrf, is_bullet_list
-from medcot_utils.models.records import by_sample
+from medcot_utils.models.records import END_OF_THINKING, by_sample
 from medcot_utils.plain_text import show_controls
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def anchors_of(shown: Sequence[ShownRun]) -> dict[Key, str]:
 class ShownAnswer:
     """Hold an answer as the page shows it under its question.
 
+    thinking, answer: as they were written, tags in them included; thinking: everything, if there is no answer.
     thinking_words, answer_words: lengths of what the model wrote by itself. marks: notes on its form, and on its length
     compared with the base model's answer. forced, closed_by: the answer with forced closing and what ended the thinking, if the
     model did not close it."""
@@ -199,6 +200,8 @@ def _outcome(labels: Sequence[str], records: Sequence[AnswerRecord], n_runs: int
 
 def _shown_answer(label: str, record: AnswerRecord, base: AnswerRecord | None) -> ShownAnswer:
     thinking, answer = len(split_words(record["thinking"])), len(split_words(record["answer"]))
+    # As it was written: a tag that the parser removes explains why nothing is taken for the answer.
+    before_tag, _, after_tag = (text.strip() for text in record["completion"].partition(END_OF_THINKING))
     marks = [] if record["well_formed"] else ["does not close the tag properly"]
     if not record["finished"]:
         marks.append("cut off")
@@ -207,7 +210,8 @@ def _shown_answer(label: str, record: AnswerRecord, base: AnswerRecord | None) -
     before, now = (len(split_words(f"{one['thinking']} {one['answer']}")) for one in (base or record, record))
     if before and now and not 1 / _MARKED_RATIO < now / before < _MARKED_RATIO:
         marks.append(f"{now / before:.1f} times the words" if now > before else f"{before / now:.1f} times fewer words")
-    shown = ShownAnswer(label, record["thinking"], record["answer"], thinking, answer, marks)
+    texts = (before_tag, after_tag) if record["answer"] else (record["completion"].strip(), "")
+    shown = ShownAnswer(label, *texts, thinking, answer, marks)
     forced = record.get("forced")
     if not forced or forced["closed_by"] == "itself":
         return shown

@@ -32,7 +32,8 @@ class TunedCompared:
     """Hold each run's tuned model compared with the first run's, on `n` questions.
 
     losses: whether the held-out loss is compared too. lines: for every metric, one line per other model, with the first run's
-    as base; empty if there are no common questions. n_mcq: the number of multiple-choice questions that are compared."""
+    as base; empty if there are no common questions. n_mcq: the number of multiple-choice questions that are compared.
+    why_not: why nothing is; empty if something is."""
 
     n: int
     confidence: str
@@ -40,6 +41,7 @@ class TunedCompared:
     losses: bool = False
     lines: Sequence[Sequence[MetricLine]] = ()
     n_mcq: int = 0
+    why_not: str = ""
 
 
 def compare_tuned(shown: Sequence[ShownRun], confidence: str) -> TunedCompared:
@@ -51,7 +53,7 @@ def compare_tuned(shown: Sequence[ShownRun], confidence: str) -> TunedCompared:
     keys = [key for key in first.questions if all(_counts(one, key) for one in shown)]
     labels = [f"tuned, {one.name}" for one in shown]
     if not keys:
-        return TunedCompared(0, confidence, labels)
+        return TunedCompared(0, confidence, labels, why_not=_explain_none(shown))
     questions = [
         AnsweredQuestion(first.questions[key], dict(zip(labels, (one.answers["tuned"][key] for one in shown), strict=True)), {})
         for key in keys
@@ -80,6 +82,15 @@ def _named_forced(line: MetricLine) -> MetricLine:
 
 def _counts(shown: ShownRun, key: Key) -> bool:
     return key in shown.answers["tuned"] and bool(shown.questions[key]["scored"]) and key[0] not in shown.seen
+
+
+def _explain_none(shown: Sequence[ShownRun]) -> str:
+    """Return why no question can be compared: the runs asked different ones, or trained on those that they share."""
+    asked = {one.name: {key for key, question in one.questions.items() if question["scored"]} for one in shown}
+    if common := set.intersection(*asked.values()):
+        return f"a run trained on, or did not answer, each of the {len(common)} questions that all runs asked and scored"
+    each = ", ".join(f"{name}: {len(keys)}" for name, keys in asked.items())
+    return f"no question was asked and scored in all of the runs (scored questions: {each})"
 
 
 def _common_losses(shown: Sequence[ShownRun], labels: Sequence[str]) -> list[RowLoss]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 _TIMES = 8  # each is measured; the fastest counts, since other programs slow the others down
+_SMALL_STEPS = 20_000
+_PARTS = 2  # on a busy machine, a pass is so much shorter, and there are so many more: some are hardly interrupted
 _BUSY_LOAD = 1.5  # processes that ran in the last minute; one of them is the series' own
+_BUSY_PERCENT = 30  # of all cores, by other programs, just before the probe: the load is slow to show a program that has begun
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,14 @@ class MachineSpeed:
     small_steps: float  # small operations that one core starts, Python included
     capability: tuple[int, int] | None = None  # compute capability of the GPUs
     measured: bool = True  # here; else published or derived
-    busy: bool = False  # other programs used the processor meanwhile
+    busy: bool = False  # other programs used the processor meanwhile, and the CPU's rates are those without them
 
     @property
     def how(self) -> str:
         """Return where the numbers come from, in words."""
         if not self.measured:
             return "an estimate from published rates"
-        return "by a probe of this machine" + (", which other programs slowed down" if self.busy else "")
+        return "by a probe of this machine" + (", as if the other programs did not run that slow it now" if self.busy else "")
 
 
 # Kaggle's two GPUs. `product` is what the public runs of medcot_utils/data/t4_reference.json come to: 60 steps of 8 rows of
@@ -54,13 +58,13 @@ def measure_speed() -> MachineSpeed:
     """Measure this machine, once in a process. Takes two or three seconds, and at most 1.5 GB of memory."""
     import torch
 
-    gpus, busy = visible_gpus(), psutil.getloadavg()[0] > _BUSY_LOAD
-    small = _count_per_second(_take_small_steps, 20_000)
+    gpus, busy = visible_gpus(), _is_busy()
+    small = _count_per_second(_take_small_steps, _SMALL_STEPS, threads=1 if busy else None)
     if not gpus:
         cores = torch.get_num_threads()
-        return MachineSpeed(
-            f"{cores} CPU cores", 0, 0.0, _measure_product(512, 1024, 4096), _measure_weights(), 1.0, small, busy=busy
-        )
+        threads = _usable_threads() if busy else None
+        product, memory = _measure_product(512, 1024, 4096, threads), _measure_weights(threads)
+        return MachineSpeed(f"{cores} CPU cores", 0, 0.0, product, memory, 1.0, small, busy=busy)
     first = gpus[0]
     same = count_gpus_alike()
     product, memory, upload = _measure_product(4096, 4096, 4096), _measure_copy(), _measure_upload()
@@ -69,14 +73,30 @@ def measure_speed() -> MachineSpeed:
     return MachineSpeed(where, same, first.memory_gib, product, memory, upload, small, first.capability, busy=busy)
 
 
-def _count_per_second(work: Callable[[], object], amount: float) -> float:
-    """Return how much of an amount is done per second, the fastest of a few times."""
+def _is_busy() -> bool:
+    return psutil.getloadavg()[0] > _BUSY_LOAD or psutil.cpu_percent(interval=0.3) > _BUSY_PERCENT
+
+
+def _usable_threads() -> int:
+    """Return how many threads can compute at once: those of torch, but no more than a container may use."""
+    import joblib
+    import torch
+
+    return min(torch.get_num_threads(), joblib.cpu_count())
+
+
+def _count_per_second(work: Callable[[], object], amount: float, threads: int | None = None) -> float:
+    """Return how much of an amount is done per second, the fastest of a few times.
+
+    Args: threads: how many threads share the work on a busy machine. A pass then takes the processor's time of each thread,
+        which leaves out the time that other programs had. None: time by the clock."""
     work()
     seconds = []
-    for _ in range(_TIMES):
-        began = time.perf_counter()
+    for _ in range(_TIMES * (_PARTS if threads else 1)):
+        began, used = time.perf_counter(), time.process_time()
         work()
-        seconds.append(time.perf_counter() - began)
+        clock, used = time.perf_counter() - began, time.process_time() - used
+        seconds.append(min(clock, used / threads) if threads else clock)
     return amount / min(seconds)
 
 
@@ -84,7 +104,7 @@ def _take_small_steps() -> None:
     import torch
 
     one = torch.zeros(1)
-    for _ in range(20_000):
+    for _ in range(_SMALL_STEPS):
         one.add_(1)
 
 
@@ -103,28 +123,29 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _measure_product(rows: int, width: int, out: int) -> float:
+def _measure_product(rows: int, width: int, out: int, threads: int | None = None) -> float:
     import torch
 
     device, dtype = _device_and_dtype()
     left, right = torch.ones(rows, width, device=device, dtype=dtype), torch.ones(width, out, device=device, dtype=dtype)
-    turns = 20 if device == "cuda" else 4
+    turns = 20 if device == "cuda" else 4 // (_PARTS if threads else 1)
 
     def multiply() -> None:
         for _ in range(turns):
             left @ right
         _wait()
 
-    return _count_per_second(multiply, turns * 2.0 * rows * width * out)
+    return _count_per_second(multiply, turns * 2.0 * rows * width * out, threads)
 
 
-def _measure_weights() -> float:
+def _measure_weights(threads: int | None) -> float:
     """Return the bytes of float32 weights that a CPU multiplies with one row per second: more than its own cache holds."""
     import torch
 
     weights = [torch.ones(1024, 2048) for _ in range(64)]
-    row = torch.ones(1, 2048)
-    return _count_per_second(lambda: [row @ one.T for one in weights], sum(one.numel() * 4 for one in weights))
+    row, size = torch.ones(1, 2048), sum(one.numel() * 4 for one in weights)
+    parts = itertools.cycle([weights[part::_PARTS] for part in range(_PARTS)] if threads else [weights])
+    return _count_per_second(lambda: [row @ one.T for one in next(parts)], size / (_PARTS if threads else 1), threads)
 
 
 def _measure_copy() -> float:

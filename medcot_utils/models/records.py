@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NotRequired, cast
 
 from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
-from medcot_utils.data.prompts import parse_completion
+from medcot_utils.data.prompts import TAG, parse_completion
 from medcot_utils.plain_text import show_controls
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class ForcedAnswer(TypedDict):
 
     closed_by: ClosedBy
     answer: str  # stripped; tags that the model wrote after the forced one stay in it
-    answer_tokens: int  # the tokens of the answer without tags, as in `AnswerRecord`
+    answer_tokens: int  # the tokens that the model generated for the answer, as in `AnswerRecord`
     finished: bool  # ended by EOS
 
 
@@ -49,8 +50,8 @@ class AnswerRecord(TypedDict):
     thinking: str  # the text before the first `</think>`, stripped; the whole text if the tag was never closed
     answer: str  # the text after the tag, stripped
     completion_tokens: int  # including EOS
-    thinking_tokens: int
-    answer_tokens: int
+    thinking_tokens: int  # the tokens that the model generated for this text: without tags, EOS, and space around it
+    answer_tokens: int  # likewise. Runs of earlier versions counted the text tokenized again, which can come to more
     closed: int  # how many `</think>` tags were written
     well_formed: bool  # closed exactly once, with text on both sides
     finished: bool  # ended by EOS, not cut off at max_new_tokens
@@ -130,16 +131,18 @@ def record_answer(tokenizer: PreTrainedTokenizerBase, asked: Asked, written: Wri
 
 def make_record(tokenizer: PreTrainedTokenizerBase, prompt: str, token_ids: list[int], seconds: float) -> AnswerRecord:
     """Return the record of one completion, without id and sample, from its token ids, which may have padding after EOS."""
-    completion, tokens, finished = _read(tokenizer, token_ids)
+    own, finished = _until_eos(tokenizer, token_ids)
+    completion = tokenizer.decode(own, skip_special_tokens=True)
     parsed = parse_completion(completion)
+    closed_at = completion.find(END_OF_THINKING) if parsed.closed else len(completion)
     return {
         "prompt": prompt,
         "completion": completion,
         "thinking": parsed.thinking,
         "answer": parsed.answer,
-        "completion_tokens": tokens,
-        "thinking_tokens": _count(tokenizer, parsed.thinking),
-        "answer_tokens": _count(tokenizer, parsed.answer),
+        "completion_tokens": len(own) + finished,
+        "thinking_tokens": _count(tokenizer, own, completion, 0, closed_at),
+        "answer_tokens": _count(tokenizer, own, completion, closed_at, len(completion)),
         "closed": parsed.closed,
         "well_formed": parsed.well_formed,
         "finished": finished,
@@ -156,23 +159,41 @@ def make_forced(
     if closed_by == "itself":
         own = {"answer": record["answer"], "answer_tokens": record["answer_tokens"], "finished": record["finished"]}
         return cast("ForcedAnswer", {"closed_by": closed_by, **own})
-    written, _, finished = _read(tokenizer, token_ids)
-    answer = parse_completion(CLOSING + written).answer
+    ids, finished = _until_eos(tokenizer, token_ids)
+    written = tokenizer.decode(ids, skip_special_tokens=True)
     return {
         "closed_by": closed_by,
         "answer": written.strip(),
-        "answer_tokens": _count(tokenizer, answer),
+        "answer_tokens": _count(tokenizer, ids, written, 0, len(written)),
         "finished": finished,
     }
 
 
-def _read(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> tuple[str, int, bool]:
-    """Return the text up to EOS without special tokens, its number of tokens including EOS, and whether there is an EOS."""
-    finished = tokenizer.eos_token_id in token_ids
-    if finished:
-        token_ids = token_ids[: token_ids.index(tokenizer.eos_token_id)]
-    return tokenizer.decode(token_ids, skip_special_tokens=True), len(token_ids) + finished, finished
+def _until_eos(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> tuple[list[int], bool]:
+    """Return the token ids before EOS, and whether there is an EOS."""
+    if tokenizer.eos_token_id not in token_ids:
+        return token_ids, False
+    return token_ids[: token_ids.index(tokenizer.eos_token_id)], True
 
 
-def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _count(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], text: str, begin: int, end: int) -> int:
+    """Return how many of the token ids wrote `text[begin:end]`, without tags and the space around them.
+
+    `text` is what the ids decode to. To tokenize it again would not do: a model need not choose the tokens that its tokenizer
+    would, and the count could be above the budget."""
+
+    def written(count: int) -> str:
+        return tokenizer.decode(token_ids[:count], skip_special_tokens=True)
+
+    def complete(count: int) -> int:
+        return len(written(count).rstrip("\ufffd"))  # bytes that do not yet make a character
+
+    counts, tokens, at = range(len(token_ids) + 1), 0, begin
+    for piece in TAG.split(text[begin:end]):
+        at = text.index(piece, at)
+        if piece.strip():
+            first = at + len(piece) - len(piece.lstrip())
+            before = bisect_right(counts, first, key=lambda count: len(written(count))) - 1
+            tokens += min(bisect_left(counts, at + len(piece.rstrip()), key=complete), len(token_ids)) - before
+        at += len(piece)
+    return tokens

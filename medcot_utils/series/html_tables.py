@@ -17,7 +17,7 @@ _HEAD = re.compile(r"<thead>.*?</thead>", re.DOTALL)
 # A number, which may be a bound, with its unit, or with its interval.
 _NUMBER = re.compile(r"((at least|at most) )?[-+]?(\d[\d,]*)?\.?\d+(e[-+]?\d+)?( ?%| [kMG]i?B)?( \[[^\]]*\])?")
 _BOUND = re.compile(r"\bat (?:least|most) (?=[-\d])")
-_NO_VALUE = {"", "-", "...", "None", "NaN", "nan", "<NA>", "not reported"}
+_NO_VALUE = {"", "-", "...", "None", "none", "NaN", "nan", "<NA>", "not reported"}
 _LONG = 24  # characters; the column of a longer text holds a few words per line, and a longer word is broken
 _SHORT = 16  # characters; a shorter text of one word does not break at a hyphen, and a longer word may break after _ and /
 _WORD = re.compile(rf"[^\s&;]{{{_SHORT + 1},}}")  # not an HTML entity such as &amp;

@@ -128,10 +128,10 @@ def _let_go_if_failed(result: ExecutionResult) -> None:
 
 
 def table(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
-    """Return a mapping as a table with one column, `name`."""
+    """Return a mapping as a table with one column, `name`. A value that is not there reads `none`."""
     import pandas as pd
 
-    return pd.DataFrame({name: {key: str(value) for key, value in values.items()}})
+    return pd.DataFrame({name: {key: "none" if value is None else str(value) for key, value in values.items()}})
 
 
 def wrap_texts(frame: pd.DataFrame, **formats: Any) -> Styler:

@@ -18,6 +18,7 @@ from medcot_utils.config import (
     parse_overrides,
     parse_value,
 )
+from medcot_utils.data.account import describe_uses
 from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused, quote
 from medcot_utils.evaluation.headline import HEADLINE, OF_ANSWERS
 from medcot_utils.evaluation.merged_column import describe_merged, read_merged
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from medcot_utils.evaluation.comparison import ComparedMetric, Metrics
 
 NOTEBOOKS = tuple(STEPS)
-TRAINING = ARTIFACTS["adapter"].step
+DATA, TRAINING = ARTIFACTS["data_report"].step, ARTIFACTS["adapter"].step
 _MOST_REASONS = 5  # why a step is redone, in its line
 
 # A headless kernel's own log (a note on its transport, the interrupt at shutdown) says nothing about the notebook.
@@ -272,6 +273,8 @@ def _run_steps(
             say(f"{name}: {describe_time(estimate)}, {describe_end(estimate, time.time())}")
         _run_notebook(run, folder / f"{name}.ipynb", given, report, say, show)
         say(f"{name}: {describe_costs(run.manifest()['steps'][name])}")
+        if name == DATA:
+            say(f"{name}: {describe_uses(run.read('data_report'), run.config)}")
         ran += 1
     return ran
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
-from medcot_utils.config import RunConfig
+from medcot_utils.config import RunConfig, show_value
 from medcot_utils.machine.paths import PACKAGE
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ def compare_with_reference(config: RunConfig, log_history: Sequence[LogEntry]) -
     import pandas as pd
 
     if differing := reference_differences(config):
-        lines = [{"setting": name, "public T4 runs": theirs, "this run": ours} for name, (theirs, ours) in differing.items()]
+        shown = {name: map(show_value, both) for name, both in differing.items()}
+        lines = [{"setting": name, "public T4 runs": theirs, "this run": ours} for name, (theirs, ours) in shown.items()]
         return pd.DataFrame(lines).set_index("setting")
     losses = {entry["step"]: float(entry["loss"]) for entry in log_history if "loss" in entry}
     columns = ["step", "band low", "band high", "this run", "inside"]

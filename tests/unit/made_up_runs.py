@@ -8,6 +8,7 @@ import made_up_measures
 
 from medcot_utils import evaluation
 from medcot_utils.config import load_config
+from medcot_utils.data.prompts import TAG
 from medcot_utils.evaluation.metrics import METRICS
 
 _MERGE = "export.merge_into=base_16bit"
@@ -49,9 +50,9 @@ def answer(question, answer_text, closed, thinking="so & so", sample=0):
         "id": question["id"],
         "sample": sample,
         "prompt": question["Question"],
-        "thinking": thinking,
-        "answer": answer_text,
-        "completion": answer_text,
+        "thinking": TAG.sub("", thinking),
+        "answer": TAG.sub("", answer_text),
+        "completion": f"{thinking}\n</think>\n{answer_text}" if answer_text else thinking,
         "well_formed": closed,
         "finished": closed,
         "closed": int(closed),

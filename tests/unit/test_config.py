@@ -16,6 +16,7 @@ from medcot_utils.config import (
     profile_needs,
     read_profile,
     setting_names,
+    show_value,
 )
 
 ARTICLE = {
@@ -427,3 +428,10 @@ def test_every_profile_says_what_it_needs(profile):
 )
 def test_one_value_is_taken_as_a_list_of_one(override, setting, value):
     assert load_config("smoke", [override]).get(setting) == value
+
+
+@pytest.mark.parametrize("typed", ["null", "true", "0.002", "500", "embedded:smollm2-135m-instruct"])
+def test_a_value_is_shown_as_a_user_types_it(typed):
+    names = {"null": "dataset.num_rows", "true": "dataset.shuffle", "0.002": "training.learning_rate", "500": "dataset.num_rows"}
+    name = names.get(typed, "model.name")
+    assert show_value(load_config("demo", [f"{name}={typed}"]).get(name)) == typed

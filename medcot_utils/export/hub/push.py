@@ -126,7 +126,7 @@ def _connect(token: str | None, secrets: SecretsSettings, settings: HubSettings,
     if token:
         found = remember(token, "argument")
     else:
-        found = require_secret("Hugging Face", "the push to the Hub", "leave hub.repo_id unset", secrets)
+        found = require_secret("Hugging Face", "the push to the Hub", "set hub.repo_id to null", secrets)
     check_proxies()
     return HubClient(HfApi(token=found.value.get_secret_value()), settings.patience_seconds, say)
 

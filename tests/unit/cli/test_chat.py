@@ -102,6 +102,28 @@ def test_ctrl_c_stops_the_answers_to_one_question_only(capsys, typed):
     assert chat.asked == ["base", "tuned"]
 
 
+@pytest.mark.parametrize("line", ["/exit", "/quit", "exit", "quit", "Exit", "QUIT"])
+def test_a_word_that_ends_the_chat_is_not_asked(capsys, typed, line):
+    chat = Scripted(tuned=["b</think>yes"])
+    typed(line, "Why?")
+    Terminal(chat, False).talk()
+    assert (lines_of(capsys), chat.asked) == ([HELP], [])
+
+
+def test_a_question_that_holds_such_a_word_is_asked(typed):
+    chat = Scripted(tuned=["b</think>yes"])
+    typed("How to quit smoking?", "exit wound, what now?")
+    Terminal(chat, False).talk()
+    assert len(chat.asked) == 2
+
+
+def test_an_unknown_command_is_answered_with_the_commands(capsys, typed):
+    chat = Scripted(tuned=["b</think>yes"])
+    typed("/thinking")
+    Terminal(chat, False).talk()
+    assert (lines_of(capsys), chat.asked) == ([HELP, HELP], [])
+
+
 def test_ctrl_c_at_any_other_moment_gives_the_hint(capsys, typed, monkeypatch):
     typed(press_ctrl_c, "/base", press_ctrl_c, "/exit")
     terminal = Terminal(Scripted(tuned=["b</think>yes"]), False)

@@ -23,6 +23,13 @@ def test_every_setting_says_what_it_means():
     assert silent == []
 
 
+def test_every_setting_that_may_be_null_says_what_null_means():
+    schema = RunConfig.model_json_schema()["$defs"].values()
+    fields = [field for one in schema for field in one["properties"].items() if {"type": "null"} in field[1].get("anyOf", [])]
+    assert len(fields) > 15
+    assert [name for name, field in fields if "null: " not in field["description"]] == []
+
+
 def test_a_setting_shows_value_meaning_choices_and_default():
     text = shown("training.warmup_steps", width=120)
     assert text.count("training.") == 1

@@ -276,6 +276,27 @@ def test_rows_left_unused_are_counted_before_the_run(tmp_path):
     assert check(tmp_path / "x.jsonl", UNLIKE) == line + unused
 
 
+def test_unused_rows_of_a_split_column_name_the_setting(tmp_path):
+    marked = [row | {"split": split} for row, split in zip(UNLIKE, ["train", "train", *["test"] * 4], strict=True)]
+    said = check(tmp_path / "x.jsonl", marked, "dataset.num_rows=1")
+    assert said.endswith("3 of 6 usable rows are left unused (1 marked train: dataset.num_rows is 1; 2 not marked train: "
+                         "dataset.held_out_rows is 2)")  # fmt: skip
+    said = check(tmp_path / "x.jsonl", marked, "dataset.num_rows=null")
+    assert said.endswith("2 of 6 usable rows are left unused (2 not marked train: dataset.held_out_rows is 2)")
+
+
+def test_fewer_training_rows_than_asked_for_are_said(tmp_path):
+    said = check(tmp_path / "x.jsonl", UNLIKE[:4])
+    assert said == "2 rows to train on of 3 asked for (dataset.num_rows), 2 held out, 2 of them to be asked"
+
+
+def test_rows_that_repeat_a_question_are_counted_early(tmp_path):
+    alike = UNLIKE[1] | {"Question": "Which valve leaked?"}
+    said = check(tmp_path / "x.jsonl", [alike, UNLIKE[0], UNLIKE[2], UNLIKE[1], UNLIKE[3]])
+    assert "; 1 of the rows to train on will be left out, since they repeat a held-out question (dataset.repeats)" in said
+    assert "repeat" not in check(tmp_path / "x.jsonl", [alike, *UNLIKE[:4]], "dataset.repeats=report")
+
+
 @pytest.mark.parametrize("most_compared", [1, 100])
 def test_rows_that_all_repeat_a_question_are_refused_early(tmp_path, monkeypatch, most_compared):
     monkeypatch.setattr("medcot_utils.data.rows._COMPARED_FIRST", most_compared)

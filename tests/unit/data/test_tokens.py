@@ -227,6 +227,10 @@ def test_shipped_cases_go_through_the_whole_path_without_a_loss(tokenizer):
     train, lengths = tokenized(tokenizer, rows=train.to_list())
     checks = check_labels(train, tokenizer, lengths.truncated)
     report = data.summarize_preparation(validation, lengths, checks, [], True)
+    _, of_held_out = tokenized(tokenizer, rows=held_out.to_list())
+    whole = data.summarize_preparation(validation, lengths, checks, [], True, of_held_out)
+    assert whole == report | {"held_out": 40, "held_out_overlong": 0}
+    assert sum(use["rows"] for use in data.list_uses(whole, config)) == 160
     assert (len(train), len(held_out), validation.dropped, lengths.dropped) == (120, 40, {}, 0)
     assert report == json.loads(json.dumps(report))
     assert report["tokens"]["max"] <= 1024 and report["prompt_is_prefix"] == 120

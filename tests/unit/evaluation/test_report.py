@@ -203,3 +203,11 @@ def test_a_forced_answer_is_labeled_below_what_was_written(tmp_path, closed_by, 
     assert f"Answer with forced closing ({why}):" in base and ATTACK in Tags(base).text and ATTACK not in base
     assert "forced closing" not in tuned and "The mitral valve." in tuned and "The merged one." in merged
     assert "(no answer" not in page
+
+
+def test_tags_in_what_a_model_wrote_are_shown_as_text(tmp_path):
+    tagged = {"base": ("", False), "tuned": ("Rest.</think>Fluids.", True), "thinking": "so <think> it is"}
+    page = build_report(fill(Run.create(tmp_path / "run", CONFIG), **tagged))
+    base, tuned = re.findall(r"<section><h3>(.*?)</section>", page, re.DOTALL)[:2]
+    assert "everything that it wrote by itself" in base and "so &lt;think&gt; it is" in base
+    assert "so &lt;think&gt; it is" in tuned and "Rest.&lt;/think&gt;Fluids." in tuned

@@ -17,7 +17,7 @@ from medcot_utils.run.directory import Run
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
 
 SCORED = [question["id"] for question in QUESTIONS if question["scored"]]
-NONE = "There is no such question: all runs must ask and score it"
+NONE = "The tuned models are not compared: "
 
 
 def make(folder, *overrides, **given):
@@ -77,7 +77,7 @@ def test_several_runs_stand_beside_each_other(tmp_path):
     assert all(page.count(f'<article id="{question["id"]}"') == 1 for question in QUESTIONS)
 
 
-def test_two_data_sets_with_the_same_ids_are_kept_apart(tmp_path):
+def test_two_data_sets_with_the_same_ids_are_kept_apart(tmp_path, capsys):
     nerves = make(tmp_path / "nerves", questions=asking(0, 1), base=said("base"), tuned=said("a"))
     bones = make(tmp_path / "bones", questions=asking(1, 2, text="Which bone"), base=said("base"), tuned=said("b"))
     page = build_report(nerves, bones)
@@ -89,7 +89,9 @@ def test_two_data_sets_with_the_same_ids_are_kept_apart(tmp_path):
         assert card["outcome"] == f"{run} alone: both: reasons and answers" and card["tags"] == [f"asked in {run} alone"]
     identities = [card["id"] for card in found]
     assert identities == ["row-0", "row-1", "row-1-2", "row-2"], "a link leads to one question only"
-    assert NONE in text_of(page) and table(page, "tuned") == []
+    why = "no question was asked and scored in all of the runs (scored questions: nerves: 2, bones: 2)"
+    assert NONE + why in text_of(page) and table(page, "tuned") == []
+    assert capsys.readouterr().out.splitlines() == [f"the tuned models are not compared: {why}"]
     assert ["questions", "2 asked, 2 of them not in all runs", "2 asked, 2 of them not in all runs"] in table(page, "differences")
 
 
@@ -180,7 +182,7 @@ def test_runs_that_differ_in_nothing_are_said_to(tmp_path):
 
 def test_a_path_of_this_machine_is_not_in_what_differs(tmp_path):
     page = build_report(make(tmp_path / "a"), make(tmp_path / "b", f"dataset.path={tmp_path}/rows.jsonl"))
-    assert ["dataset.path", "not set", "…/rows.jsonl"] in table(page, "differences") and str(tmp_path) not in page
+    assert ["dataset.path", "null", "…/rows.jsonl"] in table(page, "differences") and str(tmp_path) not in page
 
 
 # --- the tuned models compared -----------------------------------------------------------------------------------
@@ -277,13 +279,15 @@ def test_losses_are_compared_only_on_the_same_rows(tmp_path):
     assert "The held-out loss is not compared, because the runs measured it on different rows" in text_of(page)
 
 
-def test_runs_without_a_shared_question_are_not_compared(tmp_path):
+def test_runs_without_a_shared_question_are_not_compared(tmp_path, capsys):
     repeats = [{"train_id": "t9", "question_id": q, "train_question": "?", "exact": True} for q in SCORED[:2]]
     rest = [question for question in QUESTIONS if question["id"] not in SCORED[2:]]
     # q0 and q1 are asked in both; one of each pair of runs trained on them, and the article's question counts nowhere.
     extra = [*rest, *asking(7)]
     page = build_report(make(tmp_path / "a"), make(tmp_path / "b", questions=extra, repeats=repeats, trained_on=SCORED[:2]))
-    assert NONE in text_of(page) and table(page, "tuned") == []
+    why = "a run trained on, or did not answer, each of the 2 questions that all runs asked and scored"
+    assert NONE + why in text_of(page) and table(page, "tuned") == []
+    assert capsys.readouterr().out.splitlines() == [f"the tuned models are not compared: {why}"]
     assert NONE not in text_of(build_report(make(tmp_path / "a"), make(tmp_path / "c", questions=extra)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -34,11 +35,31 @@ def test_the_rate_is_the_amount_over_the_shortest_time(monkeypatch):
     assert probe._count_per_second(lambda: None, 100) == 50
 
 
-@pytest.mark.parametrize(("load", "told"), [(0.9, ""), (3.2, ", which other programs slowed down")])
-def test_a_busy_machine_is_told(cpu, monkeypatch, load, told):
+def test_a_pass_on_a_busy_machine_takes_its_threads_own_time(monkeypatch):
+    clock, used = itertools.count(step=9), itertools.count(step=4)  # 9 s by the clock, 4 s of the processor
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "process_time", lambda: next(used))
+    rates = [probe._count_per_second(lambda: None, 36, threads) for threads in (None, 1, 2)]
+    assert rates == [4, 9, 18]
+
+
+def test_no_more_threads_count_than_a_container_may_use(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 2)
+    assert probe._usable_threads() == 2
+
+
+BUSY = ", as if the other programs did not run that slow it now"
+
+
+@pytest.mark.parametrize(("load", "percent", "told"), [(0.9, 4.0, ""), (3.2, 4.0, BUSY), (0.9, 60.0, BUSY)])
+def test_a_busy_machine_is_told(cpu, monkeypatch, load, percent, told):
     monkeypatch.setattr("psutil.getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr(probe, "_count_per_second", lambda work, amount: amount)
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: percent)
+    shared = []
+    monkeypatch.setattr(probe, "_count_per_second", lambda work, amount, threads: shared.append(threads) or amount)
     assert probe.measure_speed().how == f"by a probe of this machine{told}"
+    assert shared == ([1, probe._usable_threads(), probe._usable_threads()] if told else [None] * 3)
 
 
 def test_kaggles_gpus_are_no_measurement():

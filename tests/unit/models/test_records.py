@@ -56,6 +56,34 @@ def test_an_eos_at_once_is_an_empty_finished_answer_of_one_token(tokenizer):
     assert (record["thinking_tokens"], record["answer_tokens"], record["well_formed"]) == (0, 0, False)
 
 
+def test_lengths_count_generated_tokens_not_retokenized_text(tokenizer, ids):
+    def letters(text):
+        return [token for letter in text for token in ids(letter)]
+
+    own = [*letters("It hurts."), *ids("</think>"), *letters("Gout.")]
+    record = make_record(tokenizer, "prompt", own, 0)
+    assert (record["thinking_tokens"], record["answer_tokens"]) == (len(letters("It hurts.")), len(letters("Gout.")))
+    assert len(ids("It hurts.")) < len(letters("It hurts.")), "otherwise this shows nothing"
+    assert make_forced(tokenizer, record, "budget", letters("Gout."))["answer_tokens"] == len(letters("Gout."))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_length_is_above_the_tokens_that_were_generated(tokenizer, ids, seed):
+    import torch
+
+    drawn = torch.randint(0, len(tokenizer), (2, 24), generator=torch.Generator().manual_seed(seed)).tolist()
+    own = [token for token in [*drawn[0][:8], *ids("</think>"), *drawn[0][8:]] if token != tokenizer.eos_token_id]
+    record = make_record(tokenizer, "prompt", own, 0)
+    assert record["thinking_tokens"] + record["answer_tokens"] <= record["completion_tokens"] == len(own)
+    assert 0 < make_forced(tokenizer, record, "budget", drawn[1])["answer_tokens"] <= len(drawn[1])
+
+
+def test_a_character_of_several_tokens_is_counted_whole(tokenizer, ids):
+    record = make_record(tokenizer, "prompt", [*ids("痛い"), *ids("</think>"), *ids("痛風")], 0)
+    assert (record["thinking_tokens"], record["answer_tokens"]) == (len(ids("痛い")), len(ids("痛風")))
+    assert len(ids("痛風")) > 2, "otherwise this shows nothing"
+
+
 # --- forced closing ------------------------------------------------------------------------------------------------
 
 

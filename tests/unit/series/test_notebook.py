@@ -112,6 +112,11 @@ def test_an_ordinary_table_has_the_texts_that_pandas_writes():
     assert ours.replace("\N{NO-BREAK SPACE}", " ") == f"<div>\n{theirs}\n</div>"
 
 
+def test_a_value_that_is_not_there_reads_none_in_lower_case():
+    frame = table({"unsloth": None, "trl": "1.14.2"}, "version")
+    assert frame["version"].to_dict() == {"unsloth": "none", "trl": "1.14.2"}
+
+
 def test_a_notebooks_start_lets_every_table_be_shown_so(monkeypatch):
     from IPython.core.interactiveshell import InteractiveShell
 

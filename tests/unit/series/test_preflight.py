@@ -30,7 +30,7 @@ def test_every_check_is_one_line(tmp_path):
     assert [check.name for check in made] == ALL
     assert all(check.line and "\n" not in check.line for check in made)
     lines = {check.name: check.line for check in made}
-    unused = "108 of 160 usable rows are left unused (dataset.num_rows is 12, dataset.held_out_rows 40)"
+    unused = "108 of 160 usable rows are left unused (108 marked train: dataset.num_rows is 12)"
     assert lines["data"] == f"12 rows to train on, 40 held out, 6 of them to be asked; {unused}"
     assert lines["questions"] == "4 multiple-choice questions; 56 of 60 are left unused (evaluation.mcq_limit is 4)"
     assert re.fullmatch(r"answers take up to [34]\d\d of the model's 2048 tokens", lines["answers"])

@@ -30,6 +30,10 @@ def done(run_factory, write_all):
     return run
 
 
+ROWS = {"rows_read": 3, "dropped": {"duplicate question": 1}, "repeats": [], "repeats_dropped": True, "overlong_dropped": 0}
+ROWS |= {"checks": {"rows": 1}, "held_out": 1, "held_out_overlong": 0}  # of notebook 03's report
+
+
 @pytest.fixture
 def notebooks(monkeypatch, content):
     """Notebooks that write made-up content; `notebooks[step]` is what another one does instead. `.ran` are their names."""
@@ -45,7 +49,7 @@ def notebooks(monkeypatch, content):
             if notebook.stem in self:
                 return self[notebook.stem](run, report)
             for name in run.makes(notebook.stem):
-                run.write(name, content(name))
+                run.write(name, content(name) | ROWS if name == "data_report" else content(name))
             run.record_step(notebook.stem, state="done", seconds=1.0, peak_memory_mb=1)
 
     made = Notebooks()
@@ -204,6 +208,13 @@ def test_a_step_done_again_says_why(done, notebooks):
     assert "06_comparison: redone, because generation.max_new_tokens 24 -> 20" in again
     assert "07_export: redone, because generation.max_new_tokens 24 -> 20" in again, "the merged model answers anew"
     assert notebooks.ran == [FIRST, "02_baseline_inference", "06_comparison", "07_export"]
+
+
+def test_after_notebook_03_every_row_is_accounted_for(run_factory, notebooks):
+    run, said = run_factory(), []
+    run_series(run.path, run.config, say=said.append)
+    line = "03_dataset_prep: trains on 1 of 3 rows (12 asked for with dataset.num_rows)"
+    assert f"{line}; 1 left out (duplicate question); 1 held out (dataset.held_out_rows is 40)" in said
 
 
 def test_each_notebook_says_how_long_it_should_take(run_factory, notebooks):

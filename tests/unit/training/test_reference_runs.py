@@ -69,6 +69,7 @@ def test_the_demos_table_names_its_model():
     table = compare_with_reference(load_config("demo"), [])
     assert table.loc["model.name", "public T4 runs"] == "unsloth/DeepSeek-R1-Distill-Llama-8B"
     assert table.loc["model.name", "this run"] == "embedded:smollm2-135m-instruct"
+    assert table.loc["dataset.num_rows"].tolist() == ["500", "null"], "as a user types them"
 
 
 # --- the band ------------------------------------------------------------------------------------------------------
