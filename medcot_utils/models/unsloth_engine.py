@@ -110,6 +110,7 @@ def trainer_arguments(settings: TrainingSettings, model: PreTrainedModel) -> Tra
         return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "padding_free": False}
     if joins:
         _split_rows_together()
+        _check_masks_once()
     return {"dataset_kwargs": {}, "max_length": None, "padding_free": True if joins else None}
 
 
@@ -152,6 +153,26 @@ def _split_rows_together() -> None:
         return attend_in_rows(query, key, value, lengths, partial(unsloths._training_sdpa, **given))
 
     unsloths._sdpa_packed_segments = partial(attend, attend_in_slices)
+
+
+def _check_masks_once() -> None:
+    """Make `FastModel` check only the first joined batch's mask: each check waits for the GPU, and all masks are made alike."""
+    from unsloth.utils import hf_packed_attention as unsloths
+
+    check = unsloths._mask_is_block_causal
+    if isinstance(check, partial):  # replaced already
+        return
+    trusted: set[int | None] = set()
+
+    def check_first(check: Any, mask: Any, ends: torch.Tensor, total: int, window: int | None = None) -> bool:
+        whole = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.shape == (1, 1, total, total)
+        if whole and window in trusted:
+            return True
+        if found := check(mask, ends, total, window):
+            trusted.add(window)
+        return found
+
+    unsloths._mask_is_block_causal = partial(check_first, check)
 
 
 def data_collator(model: PreTrainedModel) -> DataCollator | None:
