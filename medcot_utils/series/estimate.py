@@ -36,7 +36,9 @@ _MEASURED_BAND, _PUBLISHED_BAND = 1.35, 1.6
 # with checkpointing; joined rows were 1.23 times as fast as padded ones in one run). The third is for two CPU cores, where rows
 # share their template (demo). The first step compiles.
 _TRAINED, _TRAINED_CHECKPOINTED, _TRAINED_ON_CPU = 0.53 * 1.23, 0.32, 0.55
-_COMPILE_TRAINING_SECONDS = 32
+# Seconds of compilation: in the blocks that train joined rows (22 s for the first step at 8B on an H200, 12 s for the second, and
+# the evaluations), and with checkpointing in float16.
+_COMPILE_JOINED, _COMPILE_TRAINING, _JOINED_FROM = 45, 10, (8, 0)
 # The same share for text that is only read, at two operations per weight and token. On a CPU, a common beginning is read once.
 _READ, _READ_ON_CPU = 0.4, 0.74
 # Bytes moved on a CPU for each byte of keys and values that a token attends to (demo: 25 rows of 350 tokens, 0.3 s per step).
@@ -50,16 +52,19 @@ _LAYER_OPERATIONS = 200
 # Bytes moved per parameter if 4-bit weights are unpacked at every step: 115 ms per step at 8B on a T4, where Unsloth unpacks them
 # for more than 16 rows. From an H100 on, bitsandbytes unpacks most layers for more than 16 rows (18 ms per step).
 _UNPACKED, _UNPACKED_FROM = 5.0, (9, 0)
-# A compiled step over a cache of fixed size takes 1.4 times as long as reading the weights (6.9 ms at 8B on an H100). Compiling
-# takes 10 s.
-_COMPILED, _COMPILE_SECONDS = 1.4, 10
-# The number of small operations that take as long as, in this order: starting a kernel with the libraries; importing Unsloth;
-# loading a parameter; a resample; unpacking the embedded SmolLM2 (17 s on two CPU cores).
-_START, _UNSLOTH, _PER_PARAMETER, _PER_RESAMPLE, _UNPACK_EMBEDDED = 2.8e6, 8e6, 4e-4, 200, 5e6
+# A compiled step over a cache of fixed size takes 1.4 times as long as reading the weights (4.9 ms at 8B on an H200). Compiling
+# takes 5 to 9 s, and less in a later notebook, because torch keeps compiled code on disk.
+_COMPILED, _COMPILE_SECONDS = 1.4, 4
+# The number of small operations that take as long as, in this order: starting a kernel with the libraries, and importing those
+# that load a model; the same with a GPU (15 s and 1 s on an H200's machine); importing Unsloth.
+_START, _LOADER, _START_WITH_GPU, _LOADER_WITH_GPU, _UNSLOTH = 2.8e6, 2.8e6, 4.8e6, 0.3e6, 5.6e6
+# The same for loading a parameter; a resample; unpacking the embedded SmolLM2 (17 s on two CPU cores).
+_PER_PARAMETER, _PER_RESAMPLE, _UNPACK_EMBEDDED = 4e-4, 200, 5e6
 _CHECKS = 1.5  # notebook 01 on two CPU cores: its checks and the probe take half as long again as the libraries
 _DOWNLOAD = 100e6  # bytes per second from the Hub
 _MERGE = 12.0  # bytes read, written, and compared per parameter of the merged model
 _DISK = 1e9  # bytes per second
+_CACHED = 8e9  # bytes per second of files that the system still holds in RAM, as it does after a download
 
 _FEWER_ANSWERS = "evaluation.num_questions, evaluation.n_samples or evaluation.mcq_limit"
 SESSION_HOURS, WEEKLY_HOURS = 12, 30  # Kaggle's limits for a session and for a week's GPU time
@@ -123,16 +128,17 @@ class _Seconds:
     # --- start, load ---------------------------------------------------------------------------------------------
 
     def start(self) -> float:
-        return _START / self.speed.small_steps
+        return (_START_WITH_GPU if self.speed.gpus else _START) / self.speed.small_steps
 
     def load(self, training: bool = False) -> float:
         """Return the time to load the libraries and a model."""
         unsloth = self.engine_is_unsloth and (training or not self.compiles())
-        return self.start() + (_UNSLOTH if unsloth else _START) / self.speed.small_steps + self.load_again()
+        loader = _UNSLOTH if unsloth else _LOADER_WITH_GPU if self.speed.gpus else _LOADER
+        return self.start() + loader / self.speed.small_steps + self.load_again()
 
     def load_again(self) -> float:
         """Return the time to load another model in the same notebook."""
-        copied = 2 * self.model.parameters / _DISK * bool(self.speed.gpus)
+        copied = 2 * self.model.parameters / _CACHED * bool(self.speed.gpus)
         return _PER_PARAMETER * self.model.parameters / self.speed.small_steps + copied
 
     def unpack_embedded(self) -> float:
@@ -159,7 +165,8 @@ class _Seconds:
         processes = count_processes(self.config, self.speed.gpus) if self.speed.gpus else 1
         faster = 1 + (processes - 1) * _SEVERAL_GPUS
         operations = 4 * self.model.parameters * self.work.steps * self.work.step_rows * self.work.row_tokens
-        compiled = _COMPILE_TRAINING_SECONDS if self.speed.gpus else 0
+        joined = (self.speed.capability or (0, 0)) >= _JOINED_FROM and self.config.model.dtype != "float16"
+        compiled = (_COMPILE_JOINED if joined else _COMPILE_TRAINING) if self.speed.gpus else 0
         evaluated = self.read(self.work.evaluated_rows * self.work.row_tokens)
         return compiled + operations / (self.speed.product * share * faster) + evaluated
 
