@@ -31,6 +31,7 @@ class TrainerArguments(TypedDict, total=False):
     dataset_kwargs: dict[str, bool]
     max_length: int | None
     padding_free: bool | None
+    dataset_num_proc: int
     loss_type: str
 
 

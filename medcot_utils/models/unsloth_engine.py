@@ -104,14 +104,15 @@ def set_checkpointing(model: PreTrainedModel, checkpointing: Literal["unsloth"] 
 def trainer_arguments(settings: TrainingSettings, model: PreTrainedModel) -> TrainerArguments:
     """Return the arguments that say how rows of unequal length share a batch: padded, or joined without padding.
 
-    For joined rows, Unsloth must see their lengths, which `skip_prepare_dataset` would prevent."""
+    For joined rows, Unsloth must see their lengths, which `skip_prepare_dataset` would prevent. The rows are tokenized already, so
+    one process prepares them; Unsloth would start one for every core."""
     joins = settings.padding == "padding_free" or (settings.padding == "auto" and _loader(model.dtype) is FastModel)
     if settings.padding == "padded":
         return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "padding_free": False}
     if joins:
         _split_rows_together()
         _check_masks_once()
-    return {"dataset_kwargs": {}, "max_length": None, "padding_free": True if joins else None}
+    return {"dataset_kwargs": {}, "max_length": None, "padding_free": True if joins else None, "dataset_num_proc": 1}
 
 
 def _split_rows_together() -> None:
