@@ -104,8 +104,8 @@ def set_checkpointing(model: PreTrainedModel, checkpointing: Literal["unsloth"] 
 def trainer_arguments(settings: TrainingSettings, model: PreTrainedModel) -> TrainerArguments:
     """Return the arguments that say how rows of unequal length share a batch: padded, or joined without padding.
 
-    For joined rows, Unsloth must see their lengths, which `skip_prepare_dataset` would prevent. The rows are tokenized already, so
-    one process prepares them; Unsloth would start one for every core."""
+    For joined rows, Unsloth must see their lengths, which `skip_prepare_dataset` would prevent. The rows are already tokenized,
+    so one process prepares them; Unsloth would start one for every core."""
     joins = settings.padding == "padding_free" or (settings.padding == "auto" and _loader(model.dtype) is FastModel)
     if settings.padding == "padded":
         return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "padding_free": False}
