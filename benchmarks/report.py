@@ -145,6 +145,9 @@ def series_table(found: dict[str, Any]) -> list[str]:
             + " | ".join(" / ".join(map(str, m.values())) for m in memory)
             + " |"
         )
+    own = [[state.get("own_memory_mb") or 0 for state in run["steps"].values()] for run in runs.values()]
+    if all(map(any, own)):
+        lines.append("| most in any notebook: GB of RAM of its own | " + " | ".join(f"{max(mb) / 1e3:.1f}" for mb in own) + " |")
     most = [[state.get("peak_gpu_memory_mb") for state in run["steps"].values()] for run in runs.values()]
     reserved = [max((card["reserved"] / 1e3 for card in cards if card), default=None) for cards in most]
     lines.append(
@@ -240,7 +243,7 @@ def main() -> None:
         *generation_table(found),
         *mixed_table(found),
         "",
-        "What stands between these and the limit:",
+        "Between these and the limit:",
         "",
         *(f"- {what}: {why}." for what, why in BETWEEN.items()),
         *cards_table(found),

@@ -7,12 +7,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import psutil
 from run import REHEARSAL
 
 RUNS = {"a large card": ["generation.cache_implementation=static"], "as on a T4": REHEARSAL}
@@ -46,11 +48,31 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     pairs = [f"model.name={options.model}", f"dataset.path={options.rows}", *(f"{key}={SETTINGS[key]}" for key in SETTINGS)]
     sets = [word for pair in [*pairs, *settings] for word in ("--set", pair)]
     command = [sys.executable, "-m", "medcot_utils", "run", "--profile", "article", "--run-dir", str(run_dir), *sets]
-    done = subprocess.run(command, check=False)
-    print(f"{name}: exit {done.returncode}", flush=True)
+    runner, samples = psutil.Popen(command), []
+    while runner.poll() is None:
+        samples.append((time.time(), own_memory_mb(runner)))
+        time.sleep(0.25)
+    print(f"{name}: exit {runner.returncode}", flush=True)
     if not (run_dir / "manifest.json").exists():
-        sys.exit(done.returncode)  # medcot refused to begin and has said why
-    return {"settings": settings, "exit": done.returncode} | read_run(run_dir)
+        sys.exit(runner.returncode)  # medcot refused to begin and has said why
+    found = read_run(run_dir)
+    for entry in found["steps"].values():
+        if entry["seconds"]:
+            end = entry["started"] + entry["seconds"]
+            entry["own_memory_mb"] = max((mb for at, mb in samples if entry["started"] <= at <= end), default=None)
+    return {"settings": settings, "exit": runner.returncode} | found
+
+
+def own_memory_mb(runner: psutil.Process) -> int:
+    """Return the RAM of the largest process that the runner has started, in MB, without the pages of files.
+
+    The system drops a file's pages if another process needs the memory, so they count for nothing here."""
+    sizes = [0]
+    for process in runner.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            memory = process.memory_info()
+            sizes.append(memory.rss - memory.shared)
+    return round(max(sizes) / 1e6)
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
@@ -58,7 +80,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 
     If notebook 05 is done, memory_gb and skipped_steps are added."""
     steps = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["steps"]
-    keys = ("state", "seconds", "estimate", "peak_memory_mb", "peak_gpu_memory_mb")
+    keys = ("state", "started", "seconds", "estimate", "peak_memory_mb", "peak_gpu_memory_mb")
     found: dict[str, Any] = {"steps": {step: {key: entry.get(key) for key in keys} for step, entry in steps.items()}}
     for step, entry in found["steps"].items():
         if (executed := run_dir / "notebooks" / f"{step}.ipynb").exists():
