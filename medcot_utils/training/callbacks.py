@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
@@ -24,6 +25,10 @@ MAX_SKIPPED_STEPS = 5
 
 class SkippedStepsError(MedcotError):
     """Say that GradScaler skipped more steps than is usual at the start."""
+
+
+class DivergedError(MedcotError):
+    """Say that a loss was not finite, so that the weights are not either."""
 
 
 class WithoutTokenCount(TrainerCallback):
@@ -136,6 +141,30 @@ class SkippedSteps(TrainerCallback):
             )
 
     on_train_end = on_step_begin  # for a step skipped at the very end
+
+
+class FiniteLoss(TrainerCallback):
+    """End training whose loss is not finite: its weights are not either, and no later step repairs them.
+
+    The loss is logged but not saved, and then DivergedError is raised. In float16 GradScaler skips such steps, so the weights
+    stay as they were, and `SkippedSteps` counts."""
+
+    def __init__(self) -> None:
+        self.diverged: float | None = None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        # At the end, `train_loss` is the mean of all steps, those without a line in the log too.
+        logged = [float(logs[name]) for name in ("loss", "train_loss") if name in (logs or {})]
+        if not args.fp16 and not all(map(math.isfinite, logged)):
+            self.diverged = logged[0]
+            control.should_save, control.should_evaluate, control.should_training_stop = False, False, True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.diverged is not None:
+            raise DivergedError(
+                f"the training loss is {self.diverged} at step {state.global_step} instead of a finite number, so the adapter is "
+                f"of no use: lower training.learning_rate (it is {args.learning_rate:g}), or look for rows with odd text"
+            )
 
 
 # {name in the log: its number format in the table}

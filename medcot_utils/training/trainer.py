@@ -21,6 +21,7 @@ from medcot_utils.run.artifacts import PROGRESS
 from medcot_utils.run.clock import TimeBudgetReached
 from medcot_utils.training.batch_plan import BatchPlan, batch_plans, choose_plans
 from medcot_utils.training.callbacks import (
+    FiniteLoss,
     LossFigure,
     ProgressFile,
     SkippedSteps,
@@ -251,8 +252,8 @@ def update_jointly(trainer: SFTTrainer) -> None:
 def prepare_trainer(trainer: SFTTrainer, config: RunConfig, loss_before: float | None = None) -> SFTTrainer:
     """Prepare a trainer in place, and return it.
 
-    The trainer then uses one GPU, keeps LoRA matrices in float32, updates them at once, and checks skipped steps and time. A
-    progress bar and a live loss figure (`LossFigure`, with `loss_before` at step 0) replace printed dictionaries.
+    The trainer then uses one GPU, keeps LoRA matrices in float32, updates them at once, and checks skipped steps, losses, and
+    time. A progress bar and a live loss figure (`LossFigure`, with `loss_before` at step 0) replace printed dictionaries.
 
     Raises:
         TrainingError: if the effective batch is not the configured one."""
@@ -265,6 +266,7 @@ def prepare_trainer(trainer: SFTTrainer, config: RunConfig, loss_before: float |
     if isinstance(trainer.data_collator, JoinedRows):
         trainer.add_callback(WithoutTokenCount())
     trainer.add_callback(SkippedSteps(trainer.accelerator))
+    trainer.add_callback(FiniteLoss())
     if config.training.max_hours:
         trainer.add_callback(TimeBudget(config.training.max_hours))
     several = trainer.args.world_size > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 
@@ -24,6 +25,7 @@ from transformers import TrainerCallback
 from medcot_utils.config import load_config
 from medcot_utils.run.clock import SESSION_STARTED, TimeBudgetReached
 from medcot_utils.training.callbacks import (
+    DivergedError,
     SkippedSteps,
     SkippedStepsError,
     TrackLog,
@@ -248,6 +250,27 @@ def test_scripted_skipped_steps_reach_the_tracker_before_the_error(tmp_path):
     assert [entry["step"] for entry in session.sent if "skipped_step" in entry] == [1, 2, 3, 4, 5, 6]
     assert [entry["step"] for entry in session.sent if "loss" in entry][-1] == 6, "with its loss"
     assert not session.open
+
+
+DIVERGING = [*SETTINGS, "training.learning_rate=1e8", "training.warmup_steps=0"]
+
+
+@pytest.mark.model
+def test_a_loss_that_is_not_finite_counts_even_if_no_step_logs(tmp_path):
+    with pytest.raises(DivergedError, match="loss is nan at step 6"):
+        trained(tmp_path, load_config("smoke", [*DIVERGING, "training.logging_steps=100"]))
+
+
+@pytest.mark.model
+def test_a_loss_that_is_not_finite_ends_the_run_unsaved(tmp_path):
+    session, diverging = SentLog(), load_config("smoke", DIVERGING)
+    make, plans = trainer_maker(tmp_path, diverging)
+    with pytest.raises(DivergedError, match=r"loss is nan at step \d.*lower training\.learning_rate \(it is 1e\+08\)"):
+        train(make, plans, diverging, [TrackLog(lambda: session)])
+    sent = [entry["loss"] for entry in session.sent if "loss" in entry]
+    assert not session.open and math.isnan(sent[-1]) and all(map(math.isfinite, sent[:-1])), "the log says so"
+    saved = sorted(int(folder.name.removeprefix("checkpoint-")) for folder in tmp_path.glob("checkpoint-*"))
+    assert all(step < len(sent) for step in saved), "no checkpoint after the first such loss"
 
 
 @pytest.mark.model
