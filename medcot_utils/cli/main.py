@@ -29,7 +29,7 @@ from medcot_utils.plain_text import one_line
 
 if TYPE_CHECKING:
     from medcot_utils.run.directory import Run
-    from medcot_utils.series.runner import Status
+    from medcot_utils.series.status import Status
 
 app = typer.Typer(
     add_completion=False,
@@ -126,6 +126,7 @@ def _run_notebooks(
     from rich.table import Column
 
     from medcot_utils.series import runner
+    from medcot_utils.series.status import read_status
 
     config, line = runner.plan_config(folder, profile, settings)
     say(*line.split("\n"))
@@ -156,7 +157,7 @@ def _run_notebooks(
             report=count,
             show=(lambda line: progress.update(task, description=one_line(line))) if console.is_terminal else None,
         )
-    _print_status(runner.status(finished), finished)
+    _print_status(read_status(finished), finished)
 
 
 def _parse_parameters(pairs: list[str]) -> dict[str, object]:
@@ -180,10 +181,10 @@ def status(
 ) -> None:
     """Show what each step of a run has done, and the headline metrics."""
     from medcot_utils.run.directory import Run
-    from medcot_utils.series import runner
+    from medcot_utils.series.status import read_status
 
     run = Run.open(choose_run(run_dir))
-    found = runner.status(run)
+    found = read_status(run)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:

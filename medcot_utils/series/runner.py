@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any
 
 from medcot_utils.config import (
     SECRETS_STAY_OUT,
@@ -20,8 +20,6 @@ from medcot_utils.config import (
 )
 from medcot_utils.data.account import describe_uses
 from medcot_utils.errors import MedcotError, SeriesInterrupted, SeriesPaused, quote
-from medcot_utils.evaluation.headline import HEADLINE, OF_ANSWERS
-from medcot_utils.evaluation.merged_column import describe_merged, read_merged
 from medcot_utils.local_paths import with_absolute_paths
 from medcot_utils.machine import hardware, redaction
 from medcot_utils.machine.disk import full_disk_told
@@ -36,15 +34,12 @@ from medcot_utils.run.clock import SESSION_STARTED, SessionClock, TimeBudgetReac
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import write_atomic
 from medcot_utils.run.lock import hold
-from medcot_utils.run.manifest import GpuPeak, describe_costs
+from medcot_utils.run.manifest import describe_costs
 from medcot_utils.run.store import CONFIG
 from medcot_utils.series.estimate import describe_rest
 from medcot_utils.series.kernel import KERNEL, check_kernel
 from medcot_utils.series.preflight import preflight
 from medcot_utils.series.progress import Watch, watching
-
-if TYPE_CHECKING:
-    from medcot_utils.evaluation.comparison import ComparedMetric, Metrics
 
 NOTEBOOKS = tuple(STEPS)
 DATA, TRAINING = ARTIFACTS["data_report"].step, ARTIFACTS["adapter"].step
@@ -365,51 +360,3 @@ def _register_engine(name: str, report: Report, watch: Watch) -> None:
                 nb_man.nb, nb_man.save = copies.make(nb_man.nb), save
 
     papermill_engines.register("medcot", ReportingEngine)
-
-
-class StepStatus(TypedDict):
-    """Hold a step as `medcot status` shows it. A value that was not recorded is None."""
-
-    name: str
-    state: str  # from `Run.step_state`
-    seconds: float | None
-    peak_memory_mb: int | None
-    peak_gpu_memory_mb: GpuPeak | None
-    error: str | None
-
-
-class Status(TypedDict):
-    """Hold a run as `medcot status --json` prints it."""
-
-    run_dir: str
-    profile: str
-    steps: list[StepStatus]
-    metrics: dict[str, ComparedMetric]  # the headline metrics in metrics.json; empty before notebook 06, and if they are stale
-    forced: dict[str, ComparedMetric]  # the headline metrics of answers; empty without forced closing
-    merged: dict[str, ComparedMetric]  # the headline metrics, tuned to merged model; empty before notebook 07 measured it
-    merged_verdict: str  # whether the merged model behaves as measured; empty if it is not measured
-
-
-def status(run: Run) -> Status:
-    """Return the state and costs of each step of a run, and the headline metrics."""
-    recorded = run.manifest()["steps"]
-    steps = [
-        {"name": name, "state": run.step_state(name, deep=False)}
-        | {key: recorded.get(name, {}).get(key) for key in ("seconds", "peak_memory_mb", "peak_gpu_memory_mb", "error")}
-        for name in NOTEBOOKS
-    ]
-    measured = run.read("metrics") if run.step_to_redo("metrics") is None else {"metrics": {}}
-    merged = read_merged(run)
-    return {
-        "run_dir": str(run.path),
-        "profile": run.config.profile,
-        "steps": steps,
-        "metrics": _only(HEADLINE, measured["metrics"]),
-        "forced": _only(OF_ANSWERS, measured.get("forced", {})),
-        "merged": _only(HEADLINE, merged["metrics"] if merged else {}),
-        "merged_verdict": describe_merged(run),
-    }
-
-
-def _only(names: Iterable[str], metrics: Metrics) -> dict[str, ComparedMetric]:
-    return {name: metrics[name] for name in names if name in metrics}

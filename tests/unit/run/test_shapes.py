@@ -27,6 +27,7 @@ from medcot_utils.run.journal import Journal
 from medcot_utils.run.lock import RunError
 from medcot_utils.run.shapes import SHAPES, _adapter
 from medcot_utils.series import runner
+from medcot_utils.series.status import read_status
 from medcot_utils.training.tracking import describe_tracking
 
 OTHERS = (None, "text", ["list"], 7, {"a": {"b": 1}})
@@ -87,7 +88,7 @@ def changed(run, file, entry, other):
 
 
 def status(run):
-    found = runner.status(opened := Run.open(run.path))
+    found = read_status(opened := Run.open(run.path))
     main._print_status(found, opened)
     json.dumps(found)
 
