@@ -39,6 +39,7 @@ def record(case, thinking, answer):
     closed = bool(answer)
     lengths = {"thinking_tokens": 7, "answer_tokens": 5}
     texts = {"thinking": f"{thinking} {FILLER}", "answer": answer and f"{answer} {FILLER}"}
+    texts["completion"] = "\n</think>\n".join(filter(None, texts.values()))
     return {"id": case, "sample": 0, "closed": int(closed), "well_formed": closed, "finished": closed, **texts, **lengths}
 
 
@@ -134,7 +135,7 @@ def test_model_text_is_shown_verbatim_and_never_executed(page, tmp_path):
     (scripts, images, elements, texts), console, title = browse(tmp_path, page, script)
     assert title == "medcot: base and tuned" and console == []
     assert (scripts, images, elements) == (2, 2, 1), "the page's script and this test's, the two figures, the question's link"
-    assert texts[:2] == [f"{ATTACK} {FILLER}", f"Mitral or not, {ATTACK} {FILLER}"]
+    assert texts[:2] == [f"{ATTACK} {FILLER}".strip(), f"Mitral or not, {ATTACK} {FILLER}".strip()]
     # The same text unescaped does run: the test could see it.
     assert browse(tmp_path, page.replace("<h1>", f"{ATTACK}<h1>"), "setTimeout(() => report(1), 500)")[2] == "ran"
 

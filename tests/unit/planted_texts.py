@@ -58,6 +58,8 @@ def plant(value: Any, planted: str, key: str = "") -> Any:
         return {name: plant(one, planted, name) for name, one in value.items()}
     if isinstance(value, list):
         return [plant(one, planted, key) for one in value]
+    if key == "completion" and isinstance(value, str):  # the page shows its parts
+        value = value.replace("\n</think>", f"{planted}\n</think>")
     # A single letter is an option.
     return value + planted if isinstance(value, str) and key not in _WORDS and len(value) > 1 else value
 
