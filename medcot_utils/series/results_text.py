@@ -11,6 +11,7 @@ from medcot_utils.evaluation.claims import CANNOT_TELL, DOES_NOT, HOLDS
 from medcot_utils.evaluation.comparison import metric_lines, verdict
 from medcot_utils.evaluation.headline import headline_rows
 from medcot_utils.evaluation.intervals import format_interval, is_clear
+from medcot_utils.evaluation.merged import AS_MEASURED
 from medcot_utils.evaluation.merged import LABELS as MERGED_LABELS
 from medcot_utils.evaluation.metrics import METRICS
 
@@ -88,7 +89,7 @@ def _caption(text: _Text) -> str:
 
 def _findings(text: _Text) -> list[str]:
     """Return one sentence each on form, similarity, loss, and merged model."""
-    found = [f"The share of answers that close their thinking {text.change('as they answer', 'closed_think_rate')}."]
+    found = [f"The share of greedy answers that close their thinking {text.change('as they answer', 'closed_think_rate')}."]
     if text.metrics("forced closing"):
         rouge, chrf = (text.change("forced closing", name) for name in ("rouge_l", "chrf"))
         found.append(f"With unclosed thinking closed for both models, ROUGE-L against the references {rouge}, and chrF {chrf}.")
@@ -121,7 +122,12 @@ def _of_merged(text: _Text) -> list[str]:
         return ["The merged model, which people load, behaves as measured."]
     if merged["behaves"] == "no":
         return ["The merged model, which people load, does not behave as measured."]
-    return ["These questions cannot show whether the merged model, which people load, behaves as measured."]
+    shown: dict[str, bool] = {}
+    for one in merged["verdicts"]:
+        shown[one["about"]] = shown.get(one["about"], True) and one["verdict"] == AS_MEASURED
+    alike, open_ = (", ".join(about for about in shown if shown[about] is wanted) for wanted in (True, False))
+    unknown = f"{merged['n_questions']} questions cannot show whether the merged model, which people load, behaves as measured"
+    return [f"{unknown} in {open_}" + (f"; in {alike.replace(', ', ' and ')} it does." if alike else ".")]
 
 
 def _time(text: _Text) -> str:

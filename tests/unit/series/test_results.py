@@ -139,7 +139,7 @@ def test_the_loss_sentence_tells_learning_from_rounding(demo, share, learning, s
     [
         ("yes", "The merged model, which people load, behaves as measured."),
         ("no", "does not behave as measured."),
-        ("can't tell", "These questions cannot show whether the merged model"),
+        ("can't tell", "questions cannot show whether the merged model, which people load, behaves as measured in form"),
     ],
 )
 def test_the_merged_sentence_follows_its_verdict(demo, behaves, said):
