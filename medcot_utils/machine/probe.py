@@ -44,7 +44,7 @@ class MachineSpeed:
         """Return where the numbers come from, in words."""
         if not self.measured:
             return "an estimate from published rates"
-        return "by a probe of this machine" + (", which other programs slow now: without them, it takes less" if self.busy else "")
+        return "by a probe of this machine" + (", which other programs slow now: alone, it takes less" if self.busy else "")
 
 
 # Kaggle's two GPUs. `product` is what the public runs of medcot_utils/data/t4_reference.json come to: 60 steps of 8 rows of

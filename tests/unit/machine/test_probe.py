@@ -49,7 +49,7 @@ def test_no_more_threads_count_than_a_container_may_use(monkeypatch):
     assert probe._usable_threads() == 2
 
 
-BUSY = ", which other programs slow now: without them, it takes less"
+BUSY = ", which other programs slow now: alone, it takes less"
 
 
 @pytest.mark.parametrize(("load", "percent", "told"), [(0.9, 4.0, ""), (3.2, 4.0, BUSY), (0.9, 60.0, BUSY)])
