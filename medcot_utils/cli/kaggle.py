@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from medcot_utils.cli.console import console, say
 from medcot_utils.config import PROFILES
 from medcot_utils.machine.paths import expand_home
+
+if TYPE_CHECKING:
+    from medcot_utils.series.kaggle.build import Built
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,7 +58,7 @@ def build(
     )
     say(f"{built.notebook}: {built.bytes / 1e3:.0f} kB, profile {built.profile}")
     for setting in built.added:
-        say(f"added: {setting}, because Kaggle ends a session after 12 hours")
+        say(f"added: {setting}, because Kaggle ends a session after 12 hours, and this run may take as long")
     if built.left_out:
         names = ", ".join(built.left_out)
         say(f"left out, because they are not files of the project (git add adds them to it): {names}")
@@ -66,8 +69,7 @@ def build(
     owner, _, _ = built.metadata.id.partition("/")
     if owner == PLACEHOLDER_OWNER:
         say("its owner is set by medcot kaggle push; for `kaggle kernels push` give --id NAME/SLUG")
-    if built.metadata.enable_gpu:
-        _print_times("article" if built.profile == "auto" else built.profile, built.settings, built.metadata.machine_shape)
+    _print_times(built)
     for line in list_next_steps(built, folder):
         say(line)
 
@@ -78,19 +80,20 @@ def _warn_of_image(image: str | None) -> None:
         say(f"{warning}; medcot kaggle build drops it")
 
 
-def _print_times(profile: str, settings: list[str], accelerator: str) -> None:
+def _print_times(built: Built) -> None:
     from medcot_utils.cli.tables import times_table
     from medcot_utils.config import load_config
-    from medcot_utils.machine.probe import KAGGLE_T4S
-    from medcot_utils.series.estimate import describe_sessions, estimate_series
+    from medcot_utils.series.estimate import describe_sessions
     from medcot_utils.series.kaggle.accelerators import DEFAULT
 
-    config = load_config(profile, settings)
+    accelerator = built.metadata.machine_shape
     if accelerator != DEFAULT:
-        say(f"no time estimate: published rates exist only for {DEFAULT}, not for {accelerator}")
-    elif estimate := estimate_series(config, None, KAGGLE_T4S):
-        console.print(times_table({profile: estimate}))
-        say(describe_sessions(estimate, config, on_kaggle=True))
+        other = accelerator or "a session without a GPU; medcot doctor shows the time on this machine"
+        say(f"no time estimate: published rates exist only for {DEFAULT}, not for {other}")
+    elif built.estimate:
+        profile = "article" if built.profile == "auto" else built.profile
+        console.print(times_table({profile: built.estimate}))
+        say(describe_sessions(built.estimate, load_config(profile, built.settings), on_kaggle=True))
     else:
         say("no time estimate: the model's size is not known until it is downloaded")
 

@@ -306,4 +306,6 @@ def describe_sessions(estimate: SeriesEstimate, config: RunConfig, on_kaggle: bo
     longest = max(estimate.steps, key=lambda step: estimate.steps[step]["seconds"])
     less = "training.max_steps or dataset.num_rows" if longest == "05_training" else _FEWER_ANSWERS
     do = f"{longest} takes longest: lower {less}"
-    return f"{line}: {many}{week}. {do if limit else f'Set training.max_hours=10, and the series pauses in time; {do}'}"
+    pauses = "The series pauses" if limit else "Set training.max_hours=10, and the series pauses"
+    resumes = "in time, and a next session resumes it (medcot kaggle build --continue-from)"
+    return f"{line}: {many}{week}. {pauses} {resumes}. {do}"

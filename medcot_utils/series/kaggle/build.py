@@ -17,7 +17,9 @@ import nbformat
 from medcot_utils.config import PROFILES, load_config, profile_needs
 from medcot_utils.local_paths import local_paths
 from medcot_utils.machine.names import OutsideError, resolve_below
+from medcot_utils.machine.probe import KAGGLE_T4S
 from medcot_utils.run.files import write_atomic
+from medcot_utils.series.estimate import SeriesEstimate, estimate_series
 from medcot_utils.series.kaggle.accelerators import ACCELERATORS, DEFAULT, check_accelerator, find_accelerator
 from medcot_utils.series.kaggle.carried import carried_files, payload, refuse_secrets
 from medcot_utils.series.kaggle.earlier import RUN_NAME
@@ -26,6 +28,7 @@ from medcot_utils.series.kaggle.metadata import (
     PLACEHOLDER_OWNER,
     KaggleError,
     KernelMetadata,
+    describe_id_fault,
     read_unvalidated,
     validated,
     write_metadata,
@@ -49,6 +52,7 @@ class Built:
     added: list[str]  # settings that the build added
     left_out: list[str]  # files beside the carried ones that do not belong to the project
     dropped_image: str | None  # the docker_image that the metadata file had, if it was removed
+    estimate: SeriesEstimate | None  # None without published rates, and for a model of unknown size
 
 
 def build(
@@ -82,7 +86,9 @@ def build(
     if accelerator is not None:
         find_accelerator(accelerator)
     shape = accelerator or _usual_accelerator(profile, held)
-    settings = _checked_settings(profile, given, shape)
+    settings, estimate = _checked_settings(profile, given, shape)
+    if kernel and (fault := describe_id_fault(kernel)):
+        raise KaggleError(f"--id {fault}")
     kernel = kernel or held.get("id", f"{PLACEHOLDER_OWNER}/medcot-series")
     slug = kernel.rpartition("/")[2]
     image = held.get("docker_image")
@@ -115,7 +121,7 @@ def build(
     write_metadata(folder, metadata)
     added = [setting for setting in settings if setting not in given]
     dropped = image if image and not metadata.docker_image else None
-    return Built(path, metadata, profile, settings, size, added, left_out, dropped)
+    return Built(path, metadata, profile, settings, size, added, left_out, dropped, estimate)
 
 
 def _held_profile(folder: Path, code_file: Any) -> str | None:
@@ -143,8 +149,9 @@ def _usual_accelerator(profile: str, held: dict[str, Any]) -> str:
     return shape if isinstance(shape, str) and shape in ACCELERATORS else DEFAULT
 
 
-def _checked_settings(profile: str, settings: list[str], shape: str) -> list[str]:
-    """Return the settings, with a time limit for a session on a GPU. Raises MedcotError if something cannot run on Kaggle."""
+def _checked_settings(profile: str, settings: list[str], shape: str) -> tuple[list[str], SeriesEstimate | None]:
+    """Return the settings and the time that the series will take. A run on a GPU that may take as long as a session gets a time
+    limit. Raises MedcotError if something cannot run on Kaggle."""
     for name in ("demo", "article") if profile == "auto" else (profile,):
         config = load_config(name, settings)
         for setting, found in local_paths(config).items():
@@ -152,9 +159,11 @@ def _checked_settings(profile: str, settings: list[str], shape: str) -> list[str
         preflight(config, run_dir=None, online=False)
         if shape:
             check_accelerator(shape, config)
-    if _on_a_gpu(profile) and config.training.max_hours is None:
+    estimate = estimate_series(config, None, KAGGLE_T4S) if shape == DEFAULT else None
+    is_short = estimate is not None and estimate.total["high"] < MAX_HOURS * 3600
+    if _on_a_gpu(profile) and config.training.max_hours is None and not is_short:
         settings = [*settings, f"training.max_hours={MAX_HOURS}"]
-    return settings
+    return settings, estimate
 
 
 def _refuse_files_of_this_machine(setting: str, paths: list[str]) -> None:

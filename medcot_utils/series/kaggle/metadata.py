@@ -18,6 +18,7 @@ from medcot_utils.text_files import read_json
 
 METADATA = "kernel-metadata.json"
 PLACEHOLDER_OWNER = "your-name"
+_SHORTEST, _LONGEST = 5, 50  # characters of a title, and so of the slug that Kaggle makes from it
 _SOURCE = r"[A-Za-z0-9][\w-]*/[\w-]+"
 
 
@@ -31,7 +32,7 @@ class KernelMetadata(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: str
-    title: str = Field(min_length=5, max_length=50)
+    title: str = Field(min_length=_SHORTEST, max_length=_LONGEST)
     code_file: str
     language: Literal["python"] = "python"
     kernel_type: Literal["notebook"] = "notebook"
@@ -52,10 +53,8 @@ class KernelMetadata(BaseModel):
     @field_validator("id")
     @classmethod
     def _owner_and_slug(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][\w-]*/[a-z0-9]+(?:-[a-z0-9]+)*", value) or len(value.partition("/")[2]) < 5:
-            raise ValueError(
-                f"{value!r} is not owner/slug, with a slug of at least five lowercase letters, digits, and single hyphens"
-            )
+        if fault := describe_id_fault(value):
+            raise ValueError(fault)
         return value
 
     @field_validator("code_file")
@@ -108,6 +107,18 @@ class KernelMetadata(BaseModel):
         return self
 
 
+def describe_id_fault(value: str) -> str | None:
+    """Return what is wrong with the id of a kernel and what was expected; None for a valid id."""
+    slug = value.partition("/")[2]
+    is_named = re.fullmatch(r"[A-Za-z0-9][\w-]*/[a-z0-9]+(?:-[a-z0-9]+)*", value)
+    if is_named and _SHORTEST <= len(slug) <= _LONGEST:
+        return None
+    return (
+        f"{value!r} is not owner/slug: expected your name on Kaggle and a slug of {_SHORTEST} to {_LONGEST} lowercase letters, "
+        f"digits, and single hyphens, as in NAME/medcot-series"
+    )
+
+
 def read_metadata(folder: Path) -> KernelMetadata:
     """Return the validated kernel-metadata.json of a folder. Raises KaggleError with all its faults in one line."""
     values = read_unvalidated(folder)
@@ -142,7 +153,17 @@ def validated(values: Mapping[str, Any], prefix: str = "") -> KernelMetadata:
 
 def _explain(fault: Mapping[str, Any]) -> str:
     name = ".".join(map(str, fault["loc"]))
-    message = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]
+    match fault["type"]:
+        case "value_error":
+            message = str(fault["ctx"]["error"])
+        case "string_too_short" | "string_too_long":
+            message = f"{fault['input']!r} has {len(fault['input'])} characters, expected {_SHORTEST} to {_LONGEST}"
+        case "literal_error":
+            message = f"expected {fault['ctx']['expected']}, not {fault['input']!r}"
+        case "extra_forbidden":
+            message = "no such field; remove it"
+        case _:
+            message = f"{fault['msg'][:1].lower()}{fault['msg'][1:]}"
     return f"{name}: {message}" if name else message
 
 

@@ -56,10 +56,11 @@ def _what_stays(config: RunConfig) -> list[str]:
     lost = [name for name in large if name not in sent]
     lines = ["comes back: adapter, answers, scores, report, executed notebooks, and checkpoints while the training needs them"]
     if sent:
-        lines.append(f"goes only to the Hub ({config.hub.repo_id}), because the output holds 20 GB: {', '.join(sent)}")
+        lines.append(f"goes only to the Hub ({config.hub.repo_id}), because it is not in the output: {', '.join(sent)}")
     if lost:
         lines.append(
-            f"ends with the session, since the output holds 20 GB: {', '.join(lost)}. To keep it, build with --set "
-            f"hub.repo_id=NAME/MODEL and attach the Hub's secret; or make it again from the fetched run with medcot run"
+            f"ends with the session, because it is on the session's scratch disk, not in the output: {', '.join(lost)}. To keep "
+            f"it, build with --set hub.repo_id=NAME/MODEL and attach the Hub's secret; or make it again from the fetched run with "
+            f"medcot run"
         )
     return lines

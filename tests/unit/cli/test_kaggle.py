@@ -30,12 +30,26 @@ def test_build_shows_the_hours_of_each_notebook_as_an_estimate(build, profile):
 
 
 def test_build_says_that_a_session_will_not_do(build):
-    assert "one session may not be enough. 05_training takes longest: lower training.max_steps" in build("--profile", "full")
-    assert "about 2 sessions. 05_training" in build("--profile", "full", "--set", "training.num_processes=1")
+    said = build("--profile", "full")
+    assert "one session may not be enough. The series pauses in time, and a next session resumes it (medcot kaggle build" in said
+    assert "--continue-from). 05_training takes longest: lower training.max_steps" in said
+    assert "about 2 sessions. The series" in build("--profile", "full", "--set", "training.num_processes=1")
 
 
-def test_build_for_a_cpu_tells_no_time(build):
-    assert "time on" not in build("--profile", "demo")
+@pytest.mark.parametrize(("profile", "limited"), [("small", False), ("article", False), ("full", True)])
+def test_only_a_run_as_long_as_a_session_gets_a_limit(build, profile, limited):
+    assert ("added: training.max_hours=10, because" in build("--profile", profile)) is limited
+
+
+def test_a_run_of_unknown_length_gets_a_limit(build):
+    assert "added: training.max_hours=10" in build("--profile", "small", "--accelerator", "NvidiaTeslaA100")
+
+
+def test_build_for_a_cpu_says_why_it_tells_no_time(build):
+    said = build("--profile", "demo")
+    assert (
+        "time on 2 x" not in said and "no time estimate: published rates exist only for NvidiaTeslaT4, not for a session" in said
+    )
 
 
 def test_build_of_a_model_of_unknown_size_says_so(build):

@@ -153,10 +153,10 @@ def made_of(hours, speed=KAGGLE_T4S, step="05_training"):
         (
             10,
             [],
-            ": one session may not be enough. Set training.max_hours=10, and the series pauses in time; 05_training takes",
+            ": one session may not be enough. Set training.max_hours=10, and the series pauses in time, and a next session",
         ),
         (15, [], ": about 2 sessions. Set training.max_hours=10"),
-        (15, ["training.max_hours=10"], ": about 2 sessions. 05_training takes longest: lower training.max_steps or"),
+        (15, ["training.max_hours=10"], ": about 2 sessions. The series pauses in time, and a next session resumes"),
         (9, ["training.max_hours=3"], ": about 3 sessions."),
         (40, [], ": about 4 sessions, and more than a week's 30 h."),
     ],

@@ -76,14 +76,15 @@ def test_the_cells_are_short_and_valid_and_have_no_outputs(tmp_path):
     values = {}
     exec(cells(built)[0], values)
     assert values["PROFILE"] == "article" and values["KERNEL"] == "your-name/medcot-series"
+    assert values["SETTINGS"] == ["training.max_steps=3", "dataset.path=/kaggle/input/mine/rows.jsonl"]
+
+
+def test_a_run_of_several_sessions_gets_a_time_limit(tmp_path):
+    built, values = build(tmp_path, "full", ["seed=3"]), {}
+    exec(cells(built)[0], values)
     assert built.added == ["training.max_hours=10"], "said by the command"
-    assert build(tmp_path, "article", ["training.max_hours=3"]).added == build(tmp_path, "demo").added == []
-    # Without a limit of one's own the training pauses before Kaggle would end the session.
-    assert values["SETTINGS"] == [
-        "training.max_steps=3",
-        "dataset.path=/kaggle/input/mine/rows.jsonl",
-        "training.max_hours=10",
-    ]
+    assert values["SETTINGS"] == ["seed=3", "training.max_hours=10"]
+    assert build(tmp_path, "full", ["training.max_hours=3"]).added == build(tmp_path, "demo").added == []
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,8 @@ def test_the_cells_are_short_and_valid_and_have_no_outputs(tmp_path):
         ({"settings": ["dataset.path=rows.jsonl"]}, "make it a data set on Kaggle"),
         ({"kernel": "medcot-series"}, "is not owner/slug"),
         ({"kernel": "ann/Medcot"}, "is not owner/slug"),
-        ({"kernel": "ann/med"}, "at least five"),
+        ({"kernel": "ann/med"}, "^--id 'ann/med' is not owner/slug: .* a slug of 5 to 50 lowercase [^;]*$"),
+        ({"kernel": f"ann/{'m' * 51}"}, "a slug of 5 to 50"),
         ({"continue_from": ["first-run"]}, "kernel_sources: 'first-run' is not owner/slug"),
         ({"datasets": ["a/b/c"]}, "dataset_sources: 'a/b/c' is not owner/slug"),
         ({"accelerator": "T4x2"}, "no accelerator 'T4x2': expected one of NvidiaTeslaT4"),
@@ -328,7 +330,7 @@ def test_a_secret_in_a_setting_is_refused_and_not_repeated(known, tmp_path, monk
 
 FAULTS = {
     "title": ({"title": "another name"}, "title 'another name' makes the slug 'another-name', but id says 'medcot-series'"),
-    "short title": ({"title": "med"}, "title: String should have at least 5 characters"),
+    "short title": ({"title": "med"}, "title: 'med' has 3 characters, expected 5 to 50"),
     "internet": ({"enable_internet": False}, "the session must install its pinned stack"),
     "gpu": ({"machine_shape": "NvidiaTeslaP100"}, "choose NvidiaTeslaT4"),
     "unknown GPU": (
@@ -336,8 +338,8 @@ FAULTS = {
         "machine_shape: no accelerator 'NvidiaTeslaT5': expected one of NvidiaTeslaT4",
     ),
     "no GPU": ({"machine_shape": ""}, "enable_gpu is True, but machine_shape is ''"),
-    "language": ({"language": "r"}, "language: Input should be 'python'"),
-    "unknown field": ({"enable_gpus": True}, "enable_gpus: Extra inputs are not permitted"),
+    "language": ({"language": "r"}, "language: expected 'python', not 'r'"),
+    "unknown field": ({"enable_gpus": True}, "enable_gpus: no such field; remove it"),
     "TPU": ({"enable_tpu": True}, "enable_tpu is true, but the series runs on a CUDA GPU or the CPU"),
     "model": ({"model_sources": ["a/b/c"]}, "is not owner/model/framework/variation/VERSION"),
 }

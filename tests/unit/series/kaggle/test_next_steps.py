@@ -34,6 +34,8 @@ def test_the_steps_lead_from_a_token_to_the_fetched_run(said):
 def test_what_ends_with_the_session_is_named_unless_pushed(said):
     lost = said("article")[-1]
     assert lost.startswith("ends with the session") and ": merged. To keep it" in lost and "hub.repo_id=NAME/MODEL" in lost
+    assert "because it is on the session's scratch disk, not in the output" in lost and "GB" not in lost
+    assert said("demo")[-1] == lost, "a small model is left out too"
     assert ": merged, gguf. To keep it" in said("article", "export.gguf=f16")[-1]
     lines = said("article", "hub.repo_id=ann/hearts")
     assert lines[-1].startswith("goes only to the Hub (ann/hearts)") and lines[-1].endswith(": merged")
