@@ -70,7 +70,7 @@ Settings = Annotated[
 
 @app.command()
 def run(
-    profile: Annotated[str | None, typer.Option(help=f"{', '.join(PROFILES)} or auto")] = None,
+    profile: Annotated[str | None, typer.Option(help=f"{', '.join(PROFILES)} or auto; if not given, as in the run, else auto")] = None,
     run_dir: RunDir = None,
     settings: Settings = None,
     first: Annotated[int, typer.Option("--from", min=1, max=7, help="first notebook")] = 1,
@@ -83,7 +83,8 @@ def run(
 ) -> None:
     """Run the notebooks in order. A second call resumes at the first unfinished notebook.
 
-    With --profile, the settings are the profile's, changed by --set. Without it, the run in --run-dir keeps its settings."""
+    With --profile, the settings are the profile's, changed by --set. Without it, the run in --run-dir keeps its settings,
+    and a new run takes auto: article on a GPU that can hold it, else demo."""
     from medcot_utils.machine import hardware
 
     if first > last:
@@ -192,7 +193,7 @@ def status(
 
 
 def _print_status(found: Status, run: Run) -> None:
-    from medcot_utils.evaluation.merged_column import describe_stale
+    from medcot_utils.evaluation.merged_column import describe_stale, suggest_questions
 
     title = f"{run.path} (profile {found['profile']})"
     steps = Table("step", Column("state", overflow="fold"), "seconds", "peak memory", title=title, title_justify="left")
@@ -213,7 +214,7 @@ def _print_status(found: Status, run: Run) -> None:
     elif compared:
         console.print("before and after: no headline metric was measured")
     if found["merged_verdict"] and compared:
-        say(found["merged_verdict"])
+        say(found["merged_verdict"], *filter(None, [suggest_questions(run)]))
     if found["metrics"] or compared:
         say(*(f"{what}: {path}" for what, path in _places(run)))
         say(*next_steps(run.path))
@@ -237,8 +238,9 @@ def _metrics_table(run: Run) -> Table:
 
     rows = headline_rows(run.read("metrics"), read_merged(run))
     merged = any(row.merged for row in rows)
+    title = f"before and after; brackets: {run.config.evaluation.confidence_level * 100:g} % intervals"
     columns = ["base", "tuned", *(["merged"] if merged else []), "difference"]
-    table = Table("metric and verdict", title="before and after", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table("metric and verdict", title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, no_wrap=True)
     for row in rows:
@@ -260,7 +262,7 @@ def report(
         typer.Option(
             parser=expand_home,
             metavar="<path>",
-            help="the HTML file, such as runs/both.html; needed for several runs; if not given for one, report.html in the run",
+            help="the HTML file, such as runs/demo-and-lr.html; needed for several runs; if not given for one, report.html in the run",
         ),
     ] = None,
 ) -> None:
@@ -272,7 +274,7 @@ def report(
 
     run_dirs = run_dirs or [choose_run(None)]
     if out is None and len(run_dirs) > 1:
-        raise MedcotError("a report of several runs needs its own file: name one, as in --out runs/both.html")
+        raise MedcotError("a report of several runs needs its own file: name one, as in --out runs/demo-and-lr.html")
     runs = [Run.open(run_dir) for run_dir in run_dirs]
     if out is None:
         with hold(runs[0].path, "medcot report"):

@@ -41,7 +41,8 @@ def next_steps(run_dir: Path) -> Iterator[str]:
     others = {path.parent.name: path.stat().st_mtime for path in beside if asked and _questions_of(path.parent) == asked}
     if others:
         other = run_dir.parent / max(others, key=others.__getitem__)
-        pair = shlex.join(["medcot", "report", str(other), str(run_dir), "--out", str(run_dir.parent / "both.html")])
+        out = run_dir.parent / f"{other.name}-and-{run_dir.absolute().name}.html"
+        pair = shlex.join(["medcot", "report", str(other), str(run_dir), "--out", str(out)])
         yield f"to compare this run with {other}: {pair}"
     copy = Path(f"{run_dir}-first")
     if not copy.exists():

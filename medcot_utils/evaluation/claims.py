@@ -79,6 +79,7 @@ CLAIMS = (
     ),
 )
 _LOSS_CLAIM = CLAIMS[0]
+ANSWERED = "answered by both models by themselves (thinking closed, and an answer after it, without forced closing)"
 ARTICLE_CLAIM = "The tuned model answers the article's test question better"
 
 
@@ -148,9 +149,9 @@ def _of_answers(claim: Claim, answered: Metrics, forced: Metrics | None, sampled
         reading = "as they answer, on the questions that both models answered"
         return Evidence(reading, " that both answered", answered, claim.expected, [in_samples])
     by_themselves = Beside("on the questions that both answered by themselves", answered, claim.expected)
-    shown = "none was answered by both models by themselves"
+    shown = f"no question was {ANSWERED}"
     if claim.expected.keys() <= answered.keys():
-        shown = f"the {fewest(claim.expected, answered)} that both answered by themselves: {_values(claim.expected, answered)}"
+        shown = f"the {fewest(claim.expected, answered)} {ANSWERED}: {_values(claim.expected, answered)}"
     reading = f"{FORCED}, on all scored questions"
     return Evidence(reading, f", {FORCED}", forced, claim.expected, [by_themselves, in_samples], shown)
 

@@ -9,7 +9,16 @@ import numpy as np
 from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
 from medcot_utils.config import EvaluationSettings
-from medcot_utils.evaluation.intervals import Array, Difference, Estimate, estimate, format_interval, is_clear, ratio_of
+from medcot_utils.evaluation.intervals import (
+    FEWEST_QUESTIONS,
+    Array,
+    Difference,
+    Estimate,
+    estimate,
+    format_interval,
+    is_clear,
+    ratio_of,
+)
 from medcot_utils.evaluation.paired import ComparedMetric, compare_statistics
 
 if TYPE_CHECKING:
@@ -80,21 +89,31 @@ def compare_loss_bars(losses: Sequence[RowLoss], settings: EvaluationSettings, s
     }
 
 
+def describe_share(bars: LossBars) -> str:
+    """Return the share of the fall from base to tuned that makes up for rounding, or why there is none."""
+    if bars["share"] is not None:
+        return format_interval(bars["share"])
+    if (n := bars["rounding"]["n"]) < FEWEST_QUESTIONS:
+        return f"not computed: {n} held-out {'row' if n == 1 else 'rows'}, and at least {FEWEST_QUESTIONS} are needed"
+    return "not computed: no fall from the 4-bit base to the tuned model is shown"
+
+
 def losses_table(metrics: Mapping[str, ComparedMetric], bars: LossBars | None) -> pd.DataFrame:
     """Return a table of each model's loss and of the differences, with intervals, in nats per trained token."""
     import pandas as pd
 
     loss = metrics.get("eval_loss")
-    lines: dict[str, Estimate | None] = {"16-bit base": bars["base_16bit"]} if bars else {}
+    lines: dict[str, Estimate] = {"16-bit base": bars["base_16bit"]} if bars else {}
     if loss:
         lines |= {"4-bit base": loss["base"], "tuned": loss["tuned"], "tuned minus 4-bit base": loss["difference"]}
     if bars:
         lines |= {
             "4-bit minus 16-bit base: what rounding had cost": bars["rounding"],
             "tuned minus 16-bit base: what was learned": bars["learning"],
-            "share of the fall that makes up for rounding": bars["share"],
         }
-    shown = {name: "the loss did not fall" if value is None else format_interval(value) for name, value in lines.items()}
+    shown = {name: format_interval(value) for name, value in lines.items()}
+    if bars:
+        shown["share of the fall that makes up for rounding"] = describe_share(bars)
     return pd.Series(shown, name="nats per token [interval]", dtype=object).to_frame()
 
 

@@ -14,6 +14,7 @@ from medcot_utils.evaluation.claims import CANNOT_TELL
 from medcot_utils.evaluation.comparison import LABELS, MetricLine, metric_lines
 from medcot_utils.evaluation.grades import describe_grades, summarize_grades
 from medcot_utils.evaluation.intervals import format_interval
+from medcot_utils.evaluation.loss import describe_share
 from medcot_utils.evaluation.merged import LABELS as MERGED_LABELS
 from medcot_utils.evaluation.merged_column import describe_merged, read_merged
 from medcot_utils.evaluation.metrics import METRICS, Metric
@@ -249,14 +250,13 @@ def _loss_bars(measured: Measured) -> list[_LossBar]:
     if "losses" not in measured:
         return []
     losses = measured["losses"]
-    share = losses["share"]
     return [
         _LossBar("16-bit base", format_interval(losses["base_16bit"])),
         _LossBar("4-bit base, which the adapter was trained on", format_interval(losses["base"])),
         _LossBar("tuned", format_interval(losses["tuned"])),
         _LossBar("what rounding the base to 4 bits cost", format_interval(losses["rounding"])),
         _LossBar("tuned against the 16-bit base: what was learned beyond that", format_interval(losses["learning"])),
-        _LossBar("share of the whole fall that only makes up for rounding", format_interval(share) if share else "did not fall"),
+        _LossBar("share of the whole fall that only makes up for rounding", describe_share(losses)),
     ]
 
 

@@ -184,5 +184,5 @@ def _data_source(config: RunConfig) -> str:
     if config.dataset.path:
         return f"a local file, {Path(config.dataset.path).name}"
     if config.dataset.name == "shipped":
-        return "the cases shipped with medcot (120 training rows, written for teaching)"
+        return "the cases shipped with medcot, written for teaching"
     return f"{config.dataset.name} at revision {config.dataset.revision}"

@@ -24,7 +24,7 @@ from medcot_utils.local_paths import with_absolute_paths
 from medcot_utils.machine import hardware, redaction
 from medcot_utils.machine.disk import full_disk_told
 from medcot_utils.machine.durations import describe_end, describe_length, describe_time
-from medcot_utils.machine.paths import HOME, PACKAGE, expand_home
+from medcot_utils.machine.paths import HOME, PACKAGE, display_path, expand_home
 from medcot_utils.models.engine import quiet_start
 from medcot_utils.plain_text import say
 from medcot_utils.run.accounts import settle
@@ -92,7 +92,7 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
         stored = Run.open(run_dir).config
         names = set(parse_overrides(overrides))
         kept = [pair for pair in overrides_of(stored) if pair.partition("=")[0] not in names]
-        config, line = load_config(stored.profile, [*kept, *overrides]), f"profile {stored.profile}: as in {run_dir.name}/"
+        config, line = load_config(stored.profile, [*kept, *overrides]), f"profile {stored.profile}: as in {display_path(run_dir)}"
     else:
         name, line = hardware.resolve_profile(profile or "auto")
         config = load_config(name, overrides)

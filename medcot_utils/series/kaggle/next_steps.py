@@ -60,7 +60,7 @@ def _what_stays(config: RunConfig) -> list[str]:
     if lost:
         lines.append(
             f"ends with the session, because it is on the session's scratch disk, not in the output: {', '.join(lost)}. To keep "
-            f"it, build with --set hub.repo_id=NAME/MODEL and attach the Hub's secret; or make it again from the fetched run with "
-            f"medcot run"
+            f"it, build with --set hub.repo_id=NAME/MODEL and attach the Hub's secret; or make it again from the fetched run "
+            f"with medcot run"
         )
     return lines

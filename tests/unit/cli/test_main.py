@@ -357,7 +357,7 @@ def test_a_compared_run_says_how_to_keep_and_compare_it(medcot_here, tmp_path):
         run.record_step("06_comparison", state="done")
     os.utime(tmp_path / "runs" / "other" / "metrics.json", (0, 0))
     shown = medcot_here("status", "runs/mine", cwd=tmp_path).stdout.splitlines()
-    assert "to compare this run with runs/first: medcot report runs/first runs/mine --out runs/both.html" in shown
+    assert "to compare this run with runs/first: medcot report runs/first runs/mine --out runs/first-and-mine.html" in shown
     assert shown[-1] == "to keep this result, copy it before you change a setting: cp -r runs/mine runs/mine-first"
     other = Run.open(tmp_path / "runs" / "first")
     other.write("questions", other.read("questions")[1:])

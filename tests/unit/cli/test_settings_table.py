@@ -43,6 +43,12 @@ def test_words_choose_settings_by_name_or_meaning():
         shown("leraning_rate")
 
 
+def test_rounding_finds_the_settings_that_decide_on_it():
+    text = shown("rounding", width=120)
+    names = ("model.load_in_4bit", "evaluation.base_16bit_loss", "export.merge_into")
+    assert [name in text for name in names] == [True] * 3 and "lora.r" not in text
+
+
 def test_the_whole_table_fits_80_columns_and_cuts_no_name():
     text = shown(profile="article")
     assert max(map(len, text.splitlines())) <= 80

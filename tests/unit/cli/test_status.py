@@ -32,6 +32,7 @@ def test_the_final_table_has_the_rows_of_the_readme(tmp_path, status):
     assert len(labels) == len(HEADLINE) and labels[-1] == "multiple choice by likelihood (share), 60 questions, chance 0.25"
     assert "multiple choice by letter (share), 60 questions, chance 0.25" in labels
     shown = " ".join(status(run).partition("before and after")[2].split())
+    assert shown.startswith("; brackets: 95 % intervals ")
     places = [shown.index(" ".join(label.split()[:4])) for label in labels]
     assert places == sorted(places) and len(set(places)) == len(HEADLINE)
 

@@ -9,7 +9,7 @@ import pytest
 from made_up_claims import BY_METRIC, judged_record, made
 
 from medcot_utils.config import load_config
-from medcot_utils.evaluation.claims import CLAIMS, judge, outcome
+from medcot_utils.evaluation.claims import ANSWERED, CLAIMS, judge, outcome
 from medcot_utils.evaluation.comparison import FORCED, compare
 from medcot_utils.evaluation.decisions import CANNOT_TELL, DOES_NOT, HOLDS, SMALLEST
 from medcot_utils.evaluation.mcq.scores import compare_mcq
@@ -245,9 +245,9 @@ def test_what_both_answered_themselves_must_not_contradict(metric):
         answered = {} if beside is None else {name: made(beside, beside - 1, beside + 1, n=9) for name in names}
         record = judged_record(metric, judge({}, answered, {}, forced=forced))
         assert outcome(record) == expected and record["n"] == 20 and record["reading"].startswith("forced closing")
-        none = "none was answered by both models by themselves"
+        none = f"no question was {ANSWERED}"
         assert (record["answered_result"] == none) is (beside is None)
-        assert beside is None or record["answered_result"].startswith("the 9 that both answered by themselves: 1.00 [")
+        assert beside is None or record["answered_result"].startswith(f"the 9 {ANSWERED}: 1.00 [")
     text = METRICS[metric].text
     where = "on the questions that both answered by themselves"
     assert record["verdict"] == f"can't tell with 20 questions, forced closing: {text} went the other way {where}"
@@ -358,6 +358,12 @@ def test_the_share_that_rounding_had_cost_stands_in_the_result():
     assert record["result"].endswith(
         "; 16-bit base 3.61 [3.59, 3.63]: the 4-bit rounding had cost 0.39 of 0.81, 48 % [46 %, 50 %]"
     )
+
+
+def test_rounding_that_cost_nothing_has_no_sign():
+    losses = bars(-0.001, -0.02) | {"share": {"value": -0.001, "low": -0.002, "high": 0.01, "n": 40}}
+    record = judged_record("eval_loss", judge({"eval_loss": made(-0.8, -0.9, -0.7, n=40)}, {}, {}, losses=losses))
+    assert record["result"].endswith("the 4-bit rounding had cost 0.00 of 0.02, 0 % [0 %, 1 %]")
 
 
 def test_a_16_bit_base_that_was_not_measured_is_named():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medcot_utils.config import load_config
-from medcot_utils.evaluation.loss import compare_loss_bars, compare_losses
+from medcot_utils.evaluation.loss import compare_loss_bars, compare_losses, describe_share, losses_table
 
 SETTINGS = load_config("smoke").evaluation  # 95 %, 500 resamples
 
@@ -41,6 +41,21 @@ def test_the_bars_are_the_metrics_own_numbers():
 def test_of_a_loss_that_did_not_fall_there_is_no_share(tuned):
     found = compare_loss_bars(losses(base=4.0, tuned=tuned, base_16bit=3.6), SETTINGS, 7)
     assert found["share"] is None and found["rounding"]["value"] == pytest.approx(0.4, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("n", "tuned", "why"),
+    [
+        (4, 3.2, "not computed: 4 held-out rows, and at least 6 are needed"),
+        (1, 3.2, "not computed: 1 held-out row, and at least 6 are needed"),
+        (40, 4.0, "not computed: no fall from the 4-bit base to the tuned model is shown"),
+    ],
+)
+def test_a_share_that_is_not_computed_says_why(n, tuned, why):
+    held_out = losses(n=n, base=4.0, tuned=tuned, base_16bit=3.6)
+    found = compare_loss_bars(held_out, SETTINGS, 7)
+    table = losses_table(compare_losses(held_out, ("base", "tuned"), SETTINGS, 7), found)
+    assert describe_share(found) == table.iloc[-1, 0] == why
 
 
 def test_without_the_16_bit_base_there_are_no_bars():

@@ -207,7 +207,8 @@ def test_the_model_card_has_numbers_license_and_limits(run):
     cut = keep_intervals("at least 7.00 [7.00, 7.00] | 7.00 [7.00, 7.00] | at most 0.00 [0.00, 0.00]")
     assert f"| length of the thinking (tokens) | {cut} |" in card.text, "the base model's were cut off"
     assert keep_intervals("2.00 [2.00, 2.00] | 1.50 [1.50, 1.50] | -0.50 [-0.50, -0.50] | fell, better") in card.text
-    assert "the rest on 4 held-out questions" in card.text and "117 training rows" in card.text
+    assert "the rest on 4 held-out questions" in card.text and card.text.count("training rows;") == 1
+    assert "Data: the cases shipped with medcot, written for teaching; 117 training rows;" in card.text
     assert "0.0012" in card.text and "3 of 3 prompts" in card.text
     assert "1.81 nats per token, that of the 4-bit base + adapter 1.95" in card.text and "1 of 3 prompts" in card.text
     assert str(run.path) not in text

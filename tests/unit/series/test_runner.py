@@ -171,11 +171,17 @@ def call(run, profile, *overrides, **more):
     return [line for line in said if line.startswith(("profile", "changed"))]
 
 
+def test_the_plan_names_the_run_from_the_working_folder_on(run_factory, notebooks, monkeypatch):
+    run = run_factory()
+    monkeypatch.chdir(run.path.parent.parent)
+    assert call(run, None) == [f"profile smoke: as in {run.path.parent.name}/run"]
+
+
 def test_every_setting_that_a_call_changes_is_said(run_factory, notebooks):
     run = run_factory("training.learning_rate=0.1", "evaluation.num_questions=3")
-    assert call(run, None) == ["profile smoke: as in run/"]
-    assert call(run, None, "training.max_steps=4", last=1) == ["profile smoke: as in run/", "changed: training.max_steps 6 -> 4"]
-    assert call(run, None, "training.max_steps=5", first=5) == ["profile smoke: as in run/", "changed: training.max_steps 4 -> 5"]
+    assert call(run, None) == ["profile smoke: as in run"]
+    assert call(run, None, "training.max_steps=4", last=1) == ["profile smoke: as in run", "changed: training.max_steps 6 -> 4"]
+    assert call(run, None, "training.max_steps=5", first=5) == ["profile smoke: as in run", "changed: training.max_steps 4 -> 5"]
     assert call(run, "smoke", "training.max_steps=4") == [
         "profile smoke: as asked",
         "changed: training.max_steps 5 -> 4",
