@@ -73,7 +73,9 @@ class ModelSettings(Section):
     engine: Literal["auto", "unsloth", "transformers"] = Field(
         "auto", description="what loads and trains the model; auto: unsloth if it is installed and there is a CUDA GPU"
     )
-    load_in_4bit: bool = Field(True, description="store the weights of the base in 4 bits (nf4), as QLoRA does: less memory, at the cost of rounding")
+    load_in_4bit: bool = Field(
+        True, description="store the weights of the base in 4 bits (nf4), as QLoRA does: less memory, at the cost of rounding"
+    )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto", description="type of the activations; auto: bfloat16 on GPUs that have it, float16 on others, float32 on a CPU"
     )
@@ -210,8 +212,9 @@ class EvaluationSettings(Section):
     mcq_limit: int | None = Field(None, ge=1, description="questions per task, spread over the specialties; null: all")
     mcq_max_new_tokens: int = Field(1200, ge=1, description="the longest answer to a multiple-choice question, in tokens")
     base_16bit_loss: bool = added_later(
-        False, description="also take the held-out loss of the 16-bit base, which shows what rounding to 4 bits had cost; layer by layer if the GPUs "
-        "cannot hold it"
+        False,
+        description="also take the held-out loss of the 16-bit base, which shows what rounding to 4 bits had cost; layer by layer "
+        "if the GPUs cannot hold it",
     )
     measure_merged: bool = added_later(
         False, description="measure the merged model in notebook 07: answers, and loss on all held-out rows"
@@ -235,7 +238,8 @@ class ExportSettings(Section):
     dtype: Literal["float16", "bfloat16"] = Field("float16", description="type of the merged model's weights")
     merge_into: Literal["base_16bit", "dequantized_4bit"] = added_later(
         "base_16bit",
-        description="weights that the adapter is added to: the 16-bit base, or the 4-bit weights it was trained with, rounding included",
+        description="weights that the adapter is added to: the 16-bit base, or the 4-bit weights it was trained with, rounding "
+        "included",
     )
     logits_tolerance: float = Field(
         0.02, gt=0, description="largest allowed mean absolute difference of log-probabilities (float16; bfloat16: 8 times that)"

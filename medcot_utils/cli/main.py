@@ -70,7 +70,9 @@ Settings = Annotated[
 
 @app.command()
 def run(
-    profile: Annotated[str | None, typer.Option(help=f"{', '.join(PROFILES)} or auto; if not given, as in the run, else auto")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help=f"{', '.join(PROFILES)} or auto; if not given, as in the run, else auto")
+    ] = None,
     run_dir: RunDir = None,
     settings: Settings = None,
     first: Annotated[int, typer.Option("--from", min=1, max=7, help="first notebook")] = 1,
@@ -262,7 +264,7 @@ def report(
         typer.Option(
             parser=expand_home,
             metavar="<path>",
-            help="the HTML file, such as runs/demo-and-lr.html; needed for several runs; if not given for one, report.html in the run",
+            help="the HTML file, such as runs/demo-and-lr.html; needed for several runs; if not given for one, the run's report.html",
         ),
     ] = None,
 ) -> None:

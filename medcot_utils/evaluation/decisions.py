@@ -214,7 +214,8 @@ def describe_rounding(bars: LossBars) -> str:
     """Say how much of the fall the rounding had cost, in nats per token, as in `0.39 of 0.81, 48 % [45 %, 52 %]`."""
     rounding, fall = bars["rounding"]["value"], bars["base"]["value"] - bars["tuned"]["value"]
     share = bars["share"]
-    text = f"; 16-bit base {format_interval(bars['base_16bit'])}: the 4-bit rounding had cost {rounding:z.2f}"  # z: what rounds to zero has no sign
+    # z: what rounds to zero has no sign
+    text = f"; 16-bit base {format_interval(bars['base_16bit'])}: the 4-bit rounding had cost {rounding:z.2f}"
     if share is None or share["low"] is None:
         return text
     return f"{text} of {fall:.2f}, {share['value']:z.0%} [{share['low']:z.0%}, {share['high']:z.0%}]".replace("%", " %")

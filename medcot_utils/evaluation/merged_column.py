@@ -34,13 +34,19 @@ def suggest_questions(run: Run) -> str:
     """Return the settings with which the merged model's verdict could be decided; an empty text if it is decided, if no number
     of questions would decide it, or if the run does not hold out as many rows."""
     merged = read_merged(run)
-    needed = max((one["needed"] or 0 for one in merged["verdicts"] if one["metric"] in merged["metrics"]), default=0) if merged else 0
+    needed = (
+        max((one["needed"] or 0 for one in merged["verdicts"] if one["metric"] in merged["metrics"]), default=0) if merged else 0
+    )
     config, settings = run.config, run.config.evaluation
     if not needed or needed > config.dataset.held_out_rows:
         return ""
     fewer = {"num_questions": settings.num_questions, "merged_questions": settings.merged_questions}
     sets = [f"--set evaluation.{name}={needed}" for name, asked in fewer.items() if asked is not None and asked < needed]
-    return f"to ask the merged model enough questions: {' '.join(sets)}; {config.dataset.held_out_rows} rows are held out" if sets else ""
+    return (
+        f"to ask the merged model enough questions: {' '.join(sets)}; {config.dataset.held_out_rows} rows are held out"
+        if sets
+        else ""
+    )
 
 
 def describe_merged(run: Run) -> str:

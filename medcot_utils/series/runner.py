@@ -92,7 +92,10 @@ def plan_config(run_dir: Path, profile: str | None, overrides: Iterable[str]) ->
         stored = Run.open(run_dir).config
         names = set(parse_overrides(overrides))
         kept = [pair for pair in overrides_of(stored) if pair.partition("=")[0] not in names]
-        config, line = load_config(stored.profile, [*kept, *overrides]), f"profile {stored.profile}: as in {display_path(run_dir)}"
+        config, line = (
+            load_config(stored.profile, [*kept, *overrides]),
+            f"profile {stored.profile}: as in {display_path(run_dir)}",
+        )
     else:
         name, line = hardware.resolve_profile(profile or "auto")
         config = load_config(name, overrides)
