@@ -213,8 +213,8 @@ class EvaluationSettings(Section):
     mcq_max_new_tokens: int = Field(1200, ge=1, description="the longest answer to a multiple-choice question, in tokens")
     base_16bit_loss: bool = added_later(
         False,
-        description="also take the held-out loss of the 16-bit base, which shows what rounding to 4 bits had cost; layer by layer "
-        "if the GPUs cannot hold it",
+        description="also take the held-out loss of the 16-bit base, which shows what rounding to 4 bits had cost; layer by "
+        "layer if the GPUs cannot hold it",
     )
     measure_merged: bool = added_later(
         False, description="measure the merged model in notebook 07: answers, and loss on all held-out rows"
