@@ -264,7 +264,7 @@ def report(
         typer.Option(
             parser=expand_home,
             metavar="<path>",
-            help="the HTML file, such as runs/demo-and-lr.html; needed for several runs; for one, by default the run's report.html",
+            help="the HTML file, such as runs/demo-and-lr.html; needed for several runs; by default the run's report.html",
         ),
     ] = None,
 ) -> None:
