@@ -31,22 +31,16 @@ def read_merged(run: Run) -> MergedMeasured | None:
 
 
 def suggest_questions(run: Run) -> str:
-    """Return the settings with which the merged model's verdict could be decided; an empty text if it is decided, if no number
-    of questions would decide it, or if the run does not hold out as many rows."""
-    merged = read_merged(run)
-    needed = (
-        max((one["needed"] or 0 for one in merged["verdicts"] if one["metric"] in merged["metrics"]), default=0) if merged else 0
-    )
-    config, settings = run.config, run.config.evaluation
-    if not needed or needed > config.dataset.held_out_rows:
+    """Return the settings that ask the merged model as many questions as would decide its verdict; an empty text if none would,
+    or if the run holds out fewer rows."""
+    merged, settings, rows = read_merged(run), run.config.evaluation, run.config.dataset.held_out_rows
+    verdicts = merged["verdicts"] if merged else []
+    needed = max((one["needed"] or 0 for one in verdicts if one["about"] != "loss"), default=0)  # the loss takes rows
+    asked = {"num_questions": settings.num_questions, "merged_questions": settings.merged_questions}
+    sets = [f"--set evaluation.{name}={needed}" for name, number in asked.items() if number is not None and number < needed]
+    if not sets or needed > rows:
         return ""
-    fewer = {"num_questions": settings.num_questions, "merged_questions": settings.merged_questions}
-    sets = [f"--set evaluation.{name}={needed}" for name, asked in fewer.items() if asked is not None and asked < needed]
-    return (
-        f"to ask the merged model enough questions: {' '.join(sets)}; {config.dataset.held_out_rows} rows are held out"
-        if sets
-        else ""
-    )
+    return f"to ask the merged model as many questions as would tell: {' '.join(sets)}; {rows} rows are held out"
 
 
 def describe_merged(run: Run) -> str:

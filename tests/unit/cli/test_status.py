@@ -11,6 +11,8 @@ from made_up_runs import MORE, fill_more, retrain
 from typer.testing import CliRunner
 
 from medcot_utils.cli import main
+from medcot_utils.config import load_config
+from medcot_utils.evaluation import merged_column
 from medcot_utils.evaluation.headline import HEADLINE, headline_rows
 from medcot_utils.run.directory import Run
 from medcot_utils.series.results_text import write_parts
@@ -54,3 +56,28 @@ def test_status_marks_what_an_earlier_training_left(tmp_path, status):
     assert re.search(r"^report: .* \(stale: run notebook 04_lora_config\)$", shown, re.MULTILINE)
     assert re.search(r"^adapter: .* \(stale: run notebook 05_training\)$", shown, re.MULTILINE)
     assert json.loads(status(run, "--json"))["metrics"] == {}
+
+
+@pytest.mark.parametrize(
+    ("needed", "settings", "said"),
+    [
+        (35, [], "evaluation.num_questions=35; 40 rows are held out"),
+        (35, ["evaluation.num_questions=36", "evaluation.merged_questions=8"], "evaluation.merged_questions=35; 40 rows are"),
+        (35, ["evaluation.merged_questions=8"], "evaluation.num_questions=35 --set evaluation.merged_questions=35; 40 rows"),
+        (41, [], None),
+        (None, [], None),
+    ],
+)
+def test_too_few_questions_name_the_setting_for_more(needed, settings, said, tmp_path, monkeypatch):
+    config = load_config("smoke", ["dataset.held_out_rows=40", "evaluation.num_questions=24", *settings])
+    verdicts = [{"about": "form", "needed": needed}, {"about": "loss", "needed": 99}]
+    monkeypatch.setattr(merged_column, "read_merged", lambda run: {"verdicts": verdicts})
+    shown = merged_column.suggest_questions(Run.create(tmp_path / "run", config))
+    assert shown.startswith(f"to ask the merged model as many questions as would tell: --set {said}") if said else shown == ""
+
+
+def test_status_shows_the_setting_for_more_questions(tmp_path, status, monkeypatch):
+    run = fill_more(Run.create(tmp_path / "run", MORE))
+    run.record_step("06_comparison", state="done")
+    monkeypatch.setattr(merged_column, "suggest_questions", lambda run: "to ask more")
+    assert "to ask more" in status(run).splitlines()
