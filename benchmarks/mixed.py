@@ -21,12 +21,13 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", required=True, help="a .jsonl file with Question")
     parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--set", action="append", default=[], help="a further setting")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     from medcot_utils.config import load_config
     from medcot_utils.models.engine import get_engine
 
-    settings = [*REHEARSAL, f"model.name={options.model}", f"generation.max_new_tokens={options.max_new_tokens}"]
+    settings = [*REHEARSAL, f"model.name={options.model}", f"generation.max_new_tokens={options.max_new_tokens}", *options.set]
     config = load_config("article", settings)
     engine = get_engine(config.model, fast_answers=True)
     import torch

@@ -63,11 +63,14 @@ def _answer(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     config, questions = run.config, _choose_questions(run, model)
     if not questions:
         return []
+    # A model that is spread over GPUs has no slots. In 4 bits it was on one, so the setting may ask for slots.
+    spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    generation = config.generation.model_copy(update={"cache_implementation": "dynamic"} if spread else {})
     return answer_questions(
         model,
         tokenizer,
         questions,
-        config.generation,
+        generation,
         config.prompt.newline_after_think,
         config.seed,
         answer_tokens=config.evaluation.answer_tokens,

@@ -20,7 +20,7 @@ from medcot_utils.models.losses import mean_loss, row_losses
 from medcot_utils.models.merge_check import WeightCheck, compare_weights, find_weight_fault
 from medcot_utils.models.merging import MergeBase, load_base, merge, open_16bit_base
 from medcot_utils.plain_text import say
-from medcot_utils.run.files import sha256_of
+from medcot_utils.run.files import sha256_of_each
 
 if TYPE_CHECKING:
     import torch
@@ -291,10 +291,9 @@ def _begin_alike(one: Probe, other: Probe, tolerance: float) -> bool:
 def _written_files(run: Run) -> list[WrittenFile]:
     folders = [run.require("adapter"), run.require("merged")]
     files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
-    digests = [sha256_of(file) for file in files]
     return [
         {"file": f"{file.parent.name}/{file.name}", "bytes": size, "sha256": digest}
-        for file, (digest, size) in zip(files, digests, strict=True)
+        for file, (digest, size) in zip(files, sha256_of_each(files), strict=True)
     ]
 
 

@@ -88,10 +88,11 @@ def _compare_weight(base: Any, found: Any, change: torch.Tensor | None) -> tuple
     if not shape:  # a single number
         return _is_rounded_sum(base[:], found[:], None), 0.0, 0.0
     rows = max(1, PIECE // max(1, math.prod(shape[1:])))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     right, along, size = True, 0.0, 0.0
     for at in range(0, shape[0], rows):
-        ours, theirs = base[at : at + rows].float(), found[at : at + rows]
-        added = None if change is None else change[at : at + rows]
+        ours, theirs = base[at : at + rows].to(device).float(), found[at : at + rows].to(device)
+        added = None if change is None else change[at : at + rows].to(device)
         right = _is_rounded_sum(ours, theirs, added) and right
         if added is not None:
             along += float(((theirs.float() - ours) * added).sum(dtype=torch.float64))

@@ -117,7 +117,7 @@ def merge(settings: ModelSettings, adapter: Path, out: Path, dtype: str, base: M
         weights = {}
         for name in names:
             weight = slices[name][:]
-            weights[name] = changes.get(name, lambda unchanged: unchanged)(weight).to(kind)
+            weights[name] = changes.get(name, lambda unchanged: unchanged)(weight).to(kind).cpu()
         save_file(weights, out / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -197,14 +197,16 @@ def open_weights(folder: Path) -> dict[str, Any]:
 
 
 def _read_changes(adapter: Path) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return {name of a changed weight: function that returns the merged weight, in float32}.
+    """Return {name of a changed weight: function that returns the merged weight, in float32, on a GPU if there is one}.
 
     The merged weight is W + scaling B A (Hu et al. 2021, section 4.1). With rsLoRA, the scaling is alpha divided by the square
     root of r (Kalajdzievski 2023). A trained bias replaces the old one."""
+    import torch
     from peft import PeftConfig
     from peft.utils import load_peft_weights
 
-    config, weights = PeftConfig.from_pretrained(str(adapter)), load_peft_weights(str(adapter), device="cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config, weights = PeftConfig.from_pretrained(str(adapter)), load_peft_weights(str(adapter), device=device)
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     a, b = ".lora_A.weight", ".lora_B.weight"
     known = all(name.endswith((a, b, ".bias")) for name in weights)
@@ -214,7 +216,7 @@ def _read_changes(adapter: Path) -> dict[str, Callable[[torch.Tensor], torch.Ten
         )
 
     def add(layer: str, weight: torch.Tensor) -> torch.Tensor:
-        return weight.float() + scaling * (weights[layer + b].float() @ weights[layer + a].float())
+        return weight.to(device).float() + scaling * (weights[layer + b].float() @ weights[layer + a].float())
 
     def replace(name: str, bias: torch.Tensor) -> torch.Tensor:
         return weights[name].float()

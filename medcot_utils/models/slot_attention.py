@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 _QUERIES = 16  # the smallest tile of a matrix product; the rest of it is masked
-_TOKENS = 64  # keys that a program reads at once
-_PROGRAMS = 1024  # enough to use the whole bandwidth of a large GPU
+# The fastest of 81 choices on an H100 with 64 rows of 300 tokens, where reading the cache takes the most time.
+_TOKENS, _WARPS, _STAGES = 32, 2, 3  # keys that a program reads at once, its warps, and the stages of its loop
+_PROGRAMS = 512  # enough to use the whole bandwidth of a large GPU
 
 
 @triton.jit
@@ -60,7 +61,8 @@ def _attend_to_part(
     mixed = mixed / tl.maximum(total, 1e-30)[:, None]
     place = (row * PARTS + part) * tl.num_programs(1) * SHARE + head * SHARE + queries
     tl.store(out + place[:, None] * WIDTH + columns[None, :], mixed, mask=exists[:, None])
-    tl.store(sums + place, highest + tl.log(total), mask=exists)
+    if PARTS > 1:
+        tl.store(sums + place, highest + tl.log(total), mask=exists)
 
 
 def attend_to_slots(
@@ -75,7 +77,8 @@ def attend_to_slots(
     rows, heads, _, width = query.shape
     groups = key.shape[1]
     parts = max(1, min(8, _PROGRAMS // (rows * groups)))
-    out = torch.empty(rows, parts, heads, width, dtype=torch.float32, device=query.device)
+    kept = query.dtype if parts == 1 else torch.float32
+    out = torch.empty(rows, parts, heads, width, dtype=kept, device=query.device)
     sums = torch.empty(rows, parts, heads, dtype=torch.float32, device=query.device)
     _attend_to_part[(rows, groups, parts)](
         query,
@@ -95,6 +98,9 @@ def attend_to_slots(
         PARTS=parts,
         QUERIES=_QUERIES,
         TOKENS=_TOKENS,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
     )
-    mixed = (out * sums.softmax(dim=1)[..., None]).sum(dim=1) if parts > 1 else out[:, 0]
-    return mixed.to(query.dtype)[:, None]
+    if parts == 1:
+        return out
+    return (out * sums.softmax(dim=1)[..., None]).sum(dim=1, keepdim=True).to(query.dtype)

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +17,26 @@ from medcot_utils.machine.paths import place_beside
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_HASHED_AT_ONCE = 4
+
 
 def sha256_of(path: Path) -> tuple[str, int]:
     """Return the sha256 (hex) and the bytes of a file; of a folder, over its files' relative names and hashes in sorted order."""
     if path.is_file():
-        digest = hashlib.sha256()
         with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest(), path.stat().st_size
+            return hashlib.file_digest(stream, "sha256").hexdigest(), path.stat().st_size
     digest, total = hashlib.sha256(), 0
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        one, size = sha256_of(file)
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    for file, (one, size) in zip(files, sha256_of_each(files), strict=True):
         digest.update(f"{file.relative_to(path).as_posix()}\0{one}\n".encode())
         total += size
     return digest.hexdigest(), total
+
+
+def sha256_of_each(files: Sequence[Path]) -> list[tuple[str, int]]:
+    """Return what `sha256_of` returns for each file. Files are read at the same time: one processor hashes about 1 GB/s."""
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        return list(pool.map(sha256_of, files))
 
 
 def fsync(path: Path) -> None:

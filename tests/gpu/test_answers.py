@@ -42,12 +42,12 @@ import bitsandbytes
 from medcot_utils.models.batch_check import _make_prompts, compare_batch, switch_off_packed
 
 calls, multiply = [], bitsandbytes.matmul_4bit
-bitsandbytes.matmul_4bit = lambda *given, **named: calls.append(given[0].shape[0]) or multiply(*given, **named)
+bitsandbytes.matmul_4bit = lambda *given, **named: calls.append(tuple(given[0].shape[:2])) or multiply(*given, **named)
 model, tokenizer = engine.load(config.model)
 model, found = engine.for_inference(model), {}
 for way in ("packed", "unpacked"):
     check = compare_batch(model, tokenizer, _make_prompts(), config.generation)
-    found[way] = {"agrees": check.agrees, "said": str(check), "products of 16 rows": calls.count(16)}
+    found[way] = {"agrees": check.agrees, "said": str(check), "products of 16 tokens": calls.count((16, 1))}
     calls.clear()
     switch_off_packed()
 print("RECORDS" + json.dumps(found))
@@ -78,5 +78,5 @@ def test_compiled_answers_equal_a_growing_caches_in_float32(wide_llama, quantize
 def test_packed_4_bit_products_give_a_batch_its_rows_own_logits(wide_llama):
     found = run_script(PACKED, wide_llama)
     print(found)
-    assert found["packed"]["products of 16 rows"] > 0 == found["unpacked"]["products of 16 rows"], "switched off"
+    assert found["packed"]["products of 16 tokens"] > 0 == found["unpacked"]["products of 16 tokens"], "switched off"
     assert found["packed"]["agrees"] and found["unpacked"]["agrees"]

@@ -100,10 +100,11 @@ def test_the_loss_of_a_model_larger_than_the_gpu_goes_layer_by_layer(wide_llama,
     torch.manual_seed(1)
     texts = [torch.randint(5, 1000, (length,)).tolist() for length in (200, 37, 80, 5, 120)]
     rows = Dataset.from_list([{"id": i, "input_ids": ids, "labels": ids} for i, ids in enumerate(texts)])
+    held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     found = layerwise.unquantized_losses(wide_llama, None, "bfloat16", rows, 2, "base")
     weights = sum(file.stat().st_size for file in Path(wide_llama).glob("*.safetensors"))
-    assert torch.cuda.max_memory_allocated() < 0.7 * weights
+    assert torch.cuda.max_memory_allocated() - held < 0.7 * weights
     torch.cuda.set_per_process_memory_fraction(1.0)
     expected = row_losses(load_unquantized(wide_llama, "bfloat16")[0], rows, 2, "base")
     assert [one["nll"] for one in found] == pytest.approx([one["nll"] for one in expected], rel=0.01)

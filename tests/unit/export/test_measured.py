@@ -27,6 +27,7 @@ def asked(monkeypatch):
 
     def answers(model, tokenizer, questions, settings, newline, seed, answer_tokens, journal):
         seen.questions, seen.how = [question["id"] for question in questions], (answer_tokens, journal.path.name)
+        seen.cache = settings.cache_implementation
         return [answer(question, "An answer.", True) for question in questions]
 
     def losses(model, rows, batch_size, label):
@@ -57,9 +58,16 @@ def test_a_merged_model_that_is_held_is_asked_all_questions(asked, tmp_path):
     run = made(tmp_path)
     found = measure_merged(run, HELD, None)
     assert asked.questions == [question["id"] for question in QUESTIONS] and asked.how == (9, "merged_answers.jsonl.part")
+    assert asked.cache == "auto"
     assert asked.compared == (SCORED, {(model, f"h{i}") for model in ("tuned", "merged") for i in range(8)}, None)
     assert found == run.read("merged_metrics") == {"n_questions": 4, "not_measured": None}
     assert len(run.read("merged_answers")) == 5 and len(run.read("merged_loss")) == 8
+
+
+def test_a_merged_model_on_two_gpus_needs_no_slots(asked, tmp_path):
+    run = made(tmp_path, "generation.cache_implementation=static")
+    measure_merged(run, SimpleNamespace(hf_device_map={"model.layers.0": 0, "model.layers.1": 1}), None)
+    assert asked.cache == "dynamic" and asked.questions == [question["id"] for question in QUESTIONS]
 
 
 def test_questions_and_rows_that_training_repeats_do_not_count(asked, tmp_path):

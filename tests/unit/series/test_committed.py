@@ -222,3 +222,14 @@ def test_a_notebook_styles_no_table_and_remarks_on_its_outputs(name):
     for index, cell in enumerate(cells):
         if cell.source.startswith("**Notice:**"):
             assert cells[index - 1].get("outputs") or cells[index - 1].source.startswith("*"), cell.source
+
+
+def test_notebooks_that_answer_questions_ask_for_fast_answers():
+    """Unsloth's patches allow no slots. With them set, notebook 07 failed after minutes of work, because it alone did not ask."""
+    asking = set()
+    for name in STEPS:
+        source = "\n".join(cell.source for cell in code_cells(nbformat.read(notebooks_dir() / f"{name}.ipynb", as_version=4)))
+        if re.search(r"\b(answer_questions|run_tasks|measure_merged)\(", source):
+            asking.add(name)
+            assert "get_engine(config.model, fast_answers=fast)" in source, name
+    assert asking == {"02_baseline_inference", "06_comparison", "07_export"}
