@@ -40,6 +40,7 @@ BETWEEN = {
     "answers, 64 and more": "prompts, which arithmetic limits and not bandwidth; attention; and, from 128, products that take "
     "longer than reading their weights",
 }
+WHEN = {"before": ", before", "now": ""}
 TRAINED = {
     "training a": "TRL + PEFT + bitsandbytes",
     "training b": "Unsloth, the article's arguments",
@@ -84,22 +85,19 @@ def generation_table(found: dict[str, Any]) -> list[str]:
 
 
 def mixed_table(found: dict[str, Any]) -> list[str]:
-    """Return a table of answers of mixed length, before and now."""
-    names = {"before": "mixed as on a T4, before", "now": "mixed as on a T4"}
-    if not set(names.values()) <= set(found):
+    """Return a table of answers of mixed length, before and now, at the most rows of a T4 and with all rows that fit."""
+    names = {label: f"mixed{what}" for what, label in ((" as on a T4", "a T4's most"), (", all rows that fit", "all that fit"))}
+    rows = [(when, label, found.get(f"{name}{key}")) for label, name in names.items() for when, key in WHEN.items()]
+    rows = [row for row in rows if row[2]]
+    if not rows:
         return []
-    now = found["mixed as on a T4"]
-    shortest, median, longest = now["shortest, median, longest"]
-    lines = [
-        "",
-        f"| {now['answers']} answers of {shortest} to {longest} tokens (median {median}), as on a T4 "
-        f"| at once | decoding steps | seconds | tokens/s | peak reserved |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for label, name in names.items():
-        result = found[name]
+    shortest, median, longest = rows[-1][2]["shortest, median, longest"]
+    what = f"{rows[-1][2]['answers']} answers of {shortest} to {longest} tokens (median {median}), as on a T4"
+    heads = "rows at once | at once | decoding steps | seconds | tokens/s | peak reserved"
+    lines = ["", f"| {what} | {heads} |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for when, label, result in rows:
         lines.append(
-            f"| {label} | {result['rows_at_once']} | {result['decoding_steps']} | {result['seconds']} | "
+            f"| {when} | {label} | {result['rows_at_once']} | {result['decoding_steps']:,} | {result['seconds']} | "
             f"{result['tokens_per_second']:,.0f} | {result['peak_reserved_gib']:.1f} GiB |"
         )
     return lines
@@ -133,7 +131,7 @@ def series_table(found: dict[str, Any]) -> list[str]:
     if not runs:
         return []
     what = next((run["what"] for run in runs.values() if "what" in run), "Whole runs")
-    lines = ["", f"{what}; seconds, and in brackets those that notebook 01 estimated:", ""]
+    lines = ["", f"`{what.replace(' on', '` on', 1)}. Seconds, and in brackets those that notebook 01 estimated:", ""]
     lines.append("| notebook | " + " | ".join(map(_shown, runs)) + " |")
     lines.append("| --- |" + " --- |" * len(runs))
     for step in max((run["steps"] for run in runs.values()), key=len):
