@@ -10,8 +10,8 @@ import time
 import urllib.request
 
 import pytest
-from browsers import find_barriers, needs_axe, needs_chromium
-from test_grading_page import FOCUSED, Browser, ask
+from browsers import FOCUSED, Browser, find_barriers, needs_axe, needs_chromium
+from grading_server import ask
 
 from medcot_utils.config import load_config
 from medcot_utils.models.chat import WARNING

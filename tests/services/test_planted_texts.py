@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from browsers import needs_chromium
+from browsers import Browser, needs_chromium
 from computed_once import remembering
+from grading_server import serving as serving_grading
 from planted_texts import PAYLOADS, found_in, mark, planted_run, shown
-from test_grading_page import Browser
-from test_grading_page import serving as serving_grading
 
 from medcot_utils.cli import main
 from medcot_utils.run.directory import Run

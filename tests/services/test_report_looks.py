@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from browsers import find_barriers, needs_axe, needs_chromium
+from browsers import Browser, find_barriers, needs_axe, needs_chromium
 from made_up_runs import CONFIG, MORE, fill, fill_more
-from test_grading_page import Browser
 
 from medcot_utils.evaluation import build_report
 from medcot_utils.run.directory import Run

@@ -7,8 +7,7 @@ import json
 
 import pandas as pd
 import pytest
-from browsers import needs_chromium
-from test_grading_page import Browser
+from browsers import Browser, needs_chromium
 
 from medcot_utils import evaluation
 from medcot_utils.config import load_config, setting_names
