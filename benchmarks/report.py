@@ -40,7 +40,6 @@ BETWEEN = {
     "answers, 64 and more": "prompts, which arithmetic limits and not bandwidth; attention; and, from 128, products that take "
     "longer than reading their weights",
 }
-WHEN = {"before": ", before", "now": ""}
 TRAINED = {
     "training a": "TRL + PEFT + bitsandbytes",
     "training b": "Unsloth, the article's arguments",
@@ -85,19 +84,22 @@ def generation_table(found: dict[str, Any]) -> list[str]:
 
 
 def mixed_table(found: dict[str, Any]) -> list[str]:
-    """Return a table of answers of mixed length, before and now, at the most rows of a T4 and with all rows that fit."""
-    names = {label: f"mixed{what}" for what, label in ((" as on a T4", "a T4's most"), (", all rows that fit", "all that fit"))}
-    rows = [(when, label, found.get(f"{name}{key}")) for label, name in names.items() for when, key in WHEN.items()]
-    rows = [row for row in rows if row[2]]
+    """Return a table of answers of mixed length, before and now, with 16 rows at once and with as many as fit."""
+    names = {"before": ", before", "now": ""}
+    rows = [(when, found.get(f"mixed{how}{key}")) for how in (", 16 at once", " as on a T4") for when, key in names.items()]
+    rows = [(when, result) for when, result in rows if result]
     if not rows:
         return []
-    shortest, median, longest = rows[-1][2]["shortest, median, longest"]
-    what = f"{rows[-1][2]['answers']} answers of {shortest} to {longest} tokens (median {median}), as on a T4"
-    heads = "rows at once | at once | decoding steps | seconds | tokens/s | peak reserved"
-    lines = ["", f"| {what} | {heads} |", "| --- | --- | --- | --- | --- | --- | --- |"]
-    for when, label, result in rows:
+    shortest, median, longest = rows[-1][1]["shortest, median, longest"]
+    what = f"{rows[-1][1]['answers']} answers of {shortest} to {longest} tokens (median {median}), as on a T4"
+    lines = [
+        "",
+        f"| {what} | at once | decoding steps | seconds | tokens/s | peak reserved |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for when, result in rows:
         lines.append(
-            f"| {when} | {label} | {result['rows_at_once']} | {result['decoding_steps']:,} | {result['seconds']} | "
+            f"| {when} | {result['rows_at_once']} | {result['decoding_steps']:,} | {result['seconds']} | "
             f"{result['tokens_per_second']:,.0f} | {result['peak_reserved_gib']:.1f} GiB |"
         )
     return lines
