@@ -11,6 +11,7 @@ import numpy as np
 
 from medcot_utils.config import EvaluationSettings, RunConfig
 from medcot_utils.evaluation.intervals import (
+    FEWEST_QUESTIONS,
     SHOWN_AS_ZERO,
     format_interval,
     is_clear,
@@ -197,7 +198,8 @@ def verdict(name: str, metric: ComparedMetric, labels: Labels = LABELS) -> str:
     if not np.isfinite(difference["value"]):
         return "can't tell: not a finite number"
     if not is_clear(difference):
-        return f"no difference shown with {count_of(name, difference['n'])}"
+        few = f"; at least {FEWEST_QUESTIONS} are needed" if difference["n"] < FEWEST_QUESTIONS else ""
+        return f"no difference shown with {count_of(name, difference['n'])}{few}"
     if undone := undone_by_cut(name, metric, labels):
         return f"can't tell: {undone}"
     direction = "rose" if difference["value"] > 0 else "fell"
@@ -230,7 +232,7 @@ def _conclusions(metrics: Metrics) -> str:
     parts = ["**Shown**: the interval of the difference excludes zero:", "\n".join(shown) or "- nothing"]
     if not_shown:
         parts += [
-            "**Not shown**: the interval includes zero, the exact test is not clear, or answers were cut:",
+            "**Not shown**: the interval includes zero, the exact test is not clear, answers were cut, or there are too few:",
             "\n".join(not_shown),
         ]
     return "\n\n".join(parts)

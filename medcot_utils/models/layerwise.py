@@ -49,7 +49,7 @@ def base_16bit_losses(config: RunConfig, rows: Dataset) -> list[RowLoss]:
 def describe_16bit_base(config: RunConfig) -> str:
     """Return one line on the origin of the 16-bit weights of a run's base."""
     if config.model.name == f"{PREFIX}smollm2-135m-instruct":
-        return "The 16-bit base is itself unpacked from 4-bit weights (Q4_1): the cost of that rounding cannot be measured here."
+        return "The 16-bit base is itself unpacked from 4-bit weights (Q4_1): what that first rounding cost cannot be measured."
     return "The 16-bit base is the checkpoint as published, before any rounding to 4 bits."
 
 

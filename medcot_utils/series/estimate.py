@@ -19,7 +19,7 @@ from medcot_utils.machine.durations import TimeEstimate, add_times, describe_end
 from medcot_utils.machine.paths import GIB, platform_name
 from medcot_utils.machine.probe import MachineSpeed
 from medcot_utils.models.batches import CPU_BATCH, ENOUGH, MAX_BATCH, PACKED_CAPABILITY, PACKED_ROWS
-from medcot_utils.models.embedded import is_made
+from medcot_utils.models.embedded import is_made, was_made_here
 from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.series.workload import Asked, Workload, measure_workload
 from medcot_utils.training.batch_plan import count_processes
@@ -142,8 +142,9 @@ class _Seconds:
         return _PER_PARAMETER * self.model.parameters / self.speed.small_steps + copied
 
     def unpack_embedded(self) -> float:
-        """Return the time to make the embedded model, which a machine does once."""
-        return 0.0 if is_made(self.config.model.name) else _UNPACK_EMBEDDED / self.speed.small_steps
+        """Return the time to make the embedded model, which a machine does once: in notebook 01, before it estimates."""
+        name = self.config.model.name
+        return _UNPACK_EMBEDDED / self.speed.small_steps if was_made_here(name) or not is_made(name) else 0.0
 
     def tokenize(self) -> float:
         return (self.work.train_rows + self.work.held_out_rows) * self.work.row_tokens / (0.5 * self.speed.small_steps)

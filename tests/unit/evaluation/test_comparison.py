@@ -141,7 +141,7 @@ def test_only_yes_or_no_metrics_have_an_exact_p_value():
 def test_three_changed_questions_prove_nothing_but_six_do():
     three = compare(paired(answers(3), answers(3, well_formed=3)), [], SETTINGS, 7)["closed_think_rate"]
     assert (three["difference"]["value"], three["difference"]["high"], three["difference"]["p"]) == (1, 1, 0.25)
-    assert verdict("closed_think_rate", three) == "no difference shown with 3 questions"
+    assert verdict("closed_think_rate", three) == "no difference shown with 3 questions; at least 6 are needed"
     six = compare(paired(answers(6), answers(6, well_formed=6)), [], SETTINGS, 7)["closed_think_rate"]
     assert verdict("closed_think_rate", six) == "rose, better"
 
@@ -152,7 +152,7 @@ def test_three_questions_show_nothing_of_a_length_either():
     for record, more in zip(tuned, (5, 9, 14), strict=True):
         record["thinking_tokens"] += more
     found = compare(paired(answers(3), tuned), [], SETTINGS, 7)["thinking_tokens"]
-    assert verdict("thinking_tokens", found) == "no difference shown with 3 questions"
+    assert verdict("thinking_tokens", found) == "no difference shown with 3 questions; at least 6 are needed"
 
 
 def test_one_question_is_compared_without_intervals():
@@ -167,7 +167,7 @@ def test_one_question_is_compared_without_intervals():
     }
     assert metrics["eval_loss"]["difference"]["value"] == pytest.approx(-0.5)
     assert {verdict(name, metric) for name, metric in metrics.items()} == {
-        f"no difference shown with 1 {what}" for what in ("question", "held-out row")
+        f"no difference shown with 1 {what}; at least 6 are needed" for what in ("question", "held-out row")
     }
 
 
@@ -310,7 +310,7 @@ def test_more_samples_do_not_replace_more_questions():
 def test_three_questions_show_nothing_at_any_number_of_samples():
     base, tuned = ([sample([5] * 3, well_formed=closed)] * 4 for closed in (False, True))
     found = compare_sampled(all_sampled(base, tuned), SETTINGS, 7)["closed_think_rate"]
-    assert verdict("closed_think_rate", found) == "no difference shown with 3 questions"
+    assert verdict("closed_think_rate", found) == "no difference shown with 3 questions; at least 6 are needed"
 
 
 def test_samples_must_match_the_questions_and_their_number():
