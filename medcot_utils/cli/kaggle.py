@@ -125,7 +125,9 @@ def output(
     run_dir: Annotated[
         Path, typer.Option("--run-dir", parser=expand_home, metavar="<path>", help="the run directory to make")
     ] = Path("runs/kaggle"),
-    everything: Annotated[bool, typer.Option("--all", help="also fetch the merged 16-bit model and old checkpoints")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="also fetch old checkpoints, and the merged model if the output has it")
+    ] = False,
     folder: Folder = Path(),
 ) -> None:
     """Fetch and verify the run of the kernel's latest session, as a run directory for `medcot status` and `medcot report`."""

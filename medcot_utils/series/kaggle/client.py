@@ -161,7 +161,7 @@ def session_state(kernel: str) -> str:
 def output(kernel: str, run_dir: Path, everything: bool = False) -> Fetched:
     """Fetch the run that a session left as output to `run_dir`, and verify it against its own manifest.
 
-    The merged model, and the checkpoints of a finished training, stay at Kaggle unless `everything` is true.
+    A merged model, if the output has one, and the checkpoints of a finished training stay at Kaggle unless `everything` is true.
 
     Raises KaggleError if the output holds no run, if a file is incomplete, or if `run_dir` is not empty. Raises OutsideError,
     before anything is written, if a file's name leads out of the output."""
