@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def read_merged(run: Run) -> MergedMeasured | None:
 
 
 def suggest_questions(run: Run) -> str:
-    """Return the settings that ask the merged model as many questions as would decide its verdict; an empty text if none would,
+    """Return the command that asks the merged model as many questions as would decide its verdict; an empty text if none would,
     or if the run holds out fewer rows."""
     merged, settings, rows = read_merged(run), run.config.evaluation, run.config.dataset.held_out_rows
     verdicts = merged["verdicts"] if merged else []
@@ -40,7 +41,8 @@ def suggest_questions(run: Run) -> str:
     sets = [f"--set evaluation.{name}={needed}" for name, number in asked.items() if number is not None and number < needed]
     if not sets or needed > rows:
         return ""
-    return f"to ask the merged model as many questions as would tell: {' '.join(sets)}; {rows} rows are held out"
+    call = shlex.join(["medcot", "run", "--run-dir", str(run.path)])
+    return f"to ask the merged model as many of the {rows} held-out questions as would tell: {call} {' '.join(sets)}"
 
 
 def describe_merged(run: Run) -> str:

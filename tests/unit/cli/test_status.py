@@ -61,9 +61,9 @@ def test_status_marks_what_an_earlier_training_left(tmp_path, status):
 @pytest.mark.parametrize(
     ("needed", "settings", "said"),
     [
-        (35, [], "evaluation.num_questions=35; 40 rows are held out"),
-        (35, ["evaluation.num_questions=36", "evaluation.merged_questions=8"], "evaluation.merged_questions=35; 40 rows are"),
-        (35, ["evaluation.merged_questions=8"], "evaluation.num_questions=35 --set evaluation.merged_questions=35; 40 rows"),
+        (35, [], "evaluation.num_questions=35"),
+        (35, ["evaluation.num_questions=36", "evaluation.merged_questions=8"], "evaluation.merged_questions=35"),
+        (35, ["evaluation.merged_questions=8"], "evaluation.num_questions=35 --set evaluation.merged_questions=35"),
         (41, [], None),
         (None, [], None),
     ],
@@ -73,7 +73,8 @@ def test_too_few_questions_name_the_setting_for_more(needed, settings, said, tmp
     verdicts = [{"about": "form", "needed": needed}, {"about": "loss", "needed": 99}]
     monkeypatch.setattr(merged_column, "read_merged", lambda run: {"verdicts": verdicts})
     shown = merged_column.suggest_questions(Run.create(tmp_path / "run", config))
-    assert shown.startswith(f"to ask the merged model as many questions as would tell: --set {said}") if said else shown == ""
+    call = f"as many of the 40 held-out questions as would tell: medcot run --run-dir {tmp_path / 'run'} --set {said}"
+    assert shown == (f"to ask the merged model {call}" if said else "")
 
 
 def test_status_shows_the_setting_for_more_questions(tmp_path, status, monkeypatch):
