@@ -45,11 +45,11 @@ test: suite nbval ## all tests, then the committed notebooks (about 35 minutes);
 suite: $(INSTALLED) ## all tests under tests/ but its sessions, two files at a time
 	$(PYTEST) tests -m "not session and not campaign"
 
-sessions: $(INSTALLED) ## whole series made from nothing: as Kaggle runs them, from a wheel, under a running kernel, in two processes, killed (20 minutes)
+sessions: $(INSTALLED) ## whole series made from nothing: as Kaggle runs them, from a wheel, under a running kernel, in two processes, killed (half an hour)
 	$(PYTEST) tests/sessions
 
 # SEED repeats a campaign; CASES and SERIES are how many cases it draws for the preparation and for the whole series.
-campaign: $(INSTALLED) ## [SEED=] [CASES=180] [SERIES=20]: generated settings, files and paths against the series (20 minutes)
+campaign: $(INSTALLED) ## [SEED=] [CASES=180] [SERIES=20]: generated settings, files and paths against the series (25 minutes)
 	seed=$(or $(SEED),$$$$) && echo "SEED=$$seed repeats it" && MEDCOT_SEED=$$seed MEDCOT_CASES=$(CASES) MEDCOT_SERIES=$(SERIES) \
 	  $(BIN)/python -m pytest -p no:nbval -n 3 --dist load -rP tests/campaign
 
