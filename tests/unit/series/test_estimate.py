@@ -125,11 +125,14 @@ def test_the_demo_takes_what_it_took_within_a_third(monkeypatch):
 
 
 def test_the_first_demo_on_a_machine_makes_its_model(monkeypatch):
-    monkeypatch.setattr("medcot_utils.series.estimate.is_made", lambda name: True)
-    again = seconds("demo", CPU)
-    monkeypatch.setattr("medcot_utils.series.estimate.is_made", lambda name: False)
-    first = seconds("demo", CPU)
+    def estimate(is_made, was_made_here):
+        monkeypatch.setattr("medcot_utils.series.estimate.is_made", lambda name: is_made)
+        monkeypatch.setattr("medcot_utils.series.estimate.was_made_here", lambda name: was_made_here)
+        return seconds("demo", CPU)
+
+    first, again = estimate(False, False), estimate(True, False)
     assert [step for step in first if first[step] > again[step]] == ["01_setup"]
+    assert estimate(True, True) == first, "notebook 01 estimates after it made the model"
 
 
 def test_small_takes_well_under_an_hour_on_kaggle():
