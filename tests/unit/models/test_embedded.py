@@ -6,6 +6,7 @@ import pytest
 
 from medcot_utils.config import load_config
 from medcot_utils.errors import PlatformError
+from medcot_utils.models import embedded
 from medcot_utils.models.embedded import _folder_name, describe_model, find_hub_address, find_model_source, is_made
 from medcot_utils.series.preflight import preflight
 
@@ -47,6 +48,15 @@ def test_a_converted_model_needs_no_writable_cache(monkeypatch, tmp_path):
     assert not is_made("embedded:tiny-random-llama") and is_made("a/b")
     (tmp_path / _folder_name("tiny-random-llama")).mkdir()
     assert is_made("embedded:tiny-random-llama")
+
+
+def test_a_process_knows_what_it_has_converted(monkeypatch, tmp_path):
+    name = "embedded:tiny-random-llama"
+    monkeypatch.setattr(embedded, "_converted_here", set())
+    assert not embedded.was_made_here(name) and not embedded.was_made_here("a/b")
+    monkeypatch.setenv("MEDCOT_CACHE", str(tmp_path))
+    find_model_source(name)
+    assert embedded.was_made_here(name)
 
 
 @pytest.mark.embedded
