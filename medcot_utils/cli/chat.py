@@ -29,16 +29,19 @@ _END = ("/exit", "/quit", "exit", "quit")  # as a question, the bare words would
 
 def chat(
     run_dir: Annotated[Path | None, typer.Argument(parser=expand_home, help="a run that notebook 05 has trained")] = None,
-    question: Annotated[list[str] | None, typer.Option("--question", "-q", help="ask this and exit; can be repeated")] = None,
+    question: Annotated[
+        list[str] | None, typer.Option("--question", "-q", metavar="TEXT", help="ask this and exit; repeat for several")
+    ] = None,
     show: Annotated[bool, typer.Option("--show", help="with --question: print the thinking before the answer")] = False,
     base_too: Annotated[bool, typer.Option("--base-too", help="also show the untrained model's answers")] = False,
     page: Annotated[bool, typer.Option("--page", help="use a page in the browser instead of the terminal")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="port of the page; 0: any free port")] = 0,
     open_browser: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
 ) -> None:
-    """Chat with the tuned model of a run, in the terminal or in the browser.
+    """Chat with the tuned model of a run.
 
-    The model answers each question by itself, as in training: it does not know the questions before."""
+    This works in the terminal or in the browser. The model answers each question by itself, as in training: it does not know
+    the questions before."""
     from medcot_utils.run.directory import Run
 
     run = Run.open(choose_run(run_dir))

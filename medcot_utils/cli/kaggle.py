@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Run the series on Kaggle: one notebook that carries the project, pushed with Kaggle's own client.",
+    help="Run the series on Kaggle. One notebook carries the project; Kaggle's own client pushes it.",
 )
 
 Folder = Annotated[Path, typer.Option("--folder", parser=expand_home, metavar="<path>", help="folder of kernel-metadata.json")]
@@ -30,12 +30,23 @@ def build(
         str | None,
         typer.Option(help=f"{', '.join(PROFILES)} or auto; if not given, as in the last build here, else article"),
     ] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="a setting of the run: --set training.max_steps=10")] = None,
-    kernel: Annotated[str | None, typer.Option("--id", help="owner/slug; if not given, your name and medcot-series")] = None,
-    continue_from: Annotated[list[str] | None, typer.Option(help="owner/slug of the session to resume")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="a setting of the run: --set training.max_steps=10; repeat for several"),
+    ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option("--id", metavar="OWNER/SLUG", help="the kernel's name; if not given, your name and medcot-series"),
+    ] = None,
+    continue_from: Annotated[
+        list[str] | None, typer.Option(metavar="OWNER/SLUG", help="the session to resume; repeat for several")
+    ] = None,
     dataset: Annotated[
         list[str] | None,
-        typer.Option(help="owner/slug of a data set to attach: a file that a setting names, or an earlier session's run"),
+        typer.Option(
+            metavar="OWNER/SLUG",
+            help="a data set to attach, with a file that a setting names or an earlier session's run; repeat for several",
+        ),
     ] = None,
     public: Annotated[bool | None, typer.Option("--public/--private", help="if not given, private")] = None,
     accelerator: Annotated[

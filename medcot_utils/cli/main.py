@@ -297,7 +297,9 @@ def grade(
     port: Annotated[int, typer.Option(min=0, max=65535, help="port of the page; 0: any free port")] = 0,
     open_browser: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
 ) -> None:
-    """Serve a page on this machine for blind grading: you judge answers without knowing which model wrote them."""
+    """Serve a page on this machine for blind grading.
+
+    You judge answers without knowing which model wrote them."""
     from medcot_utils.cli.grading_page import serve
     from medcot_utils.run.directory import Run
 
@@ -309,7 +311,9 @@ app.command()(chat)
 
 @app.command()
 def doctor(run_dir: RunDir = None) -> None:
-    """Show which profiles this machine can run, what they need, how long they take, and how to start one."""
+    """Show which profiles this machine can run.
+
+    For each, it says what memory and disk it needs, how long it takes, and how to start it."""
     from medcot_utils.cli import doctor
     from medcot_utils.cli.tables import times_table
 
@@ -333,7 +337,9 @@ def list_settings(
     ] = None,
     profile: Annotated[str, typer.Option(help=f"profile whose values are shown: {', '.join(PROFILES)} or auto")] = "demo",
 ) -> None:
-    """List the settings for --set: value in a profile, meaning, choices, and default."""
+    """List the settings for --set.
+
+    It shows the value in a profile, the meaning, the choices, and the default of each."""
     from medcot_utils.cli.settings_table import settings_table
     from medcot_utils.config import load_config
 

@@ -20,7 +20,11 @@ def push(
     layout: Annotated[str | None, typer.Option(help="one repository, or separate: -lora, -merged, -gguf")] = None,
     what: Annotated[
         list[str] | None,
-        typer.Option("--artifact", help="adapter, merged, or gguf; repeat for several; if not given, everything the run has"),
+        typer.Option(
+            "--artifact",
+            metavar="NAME",
+            help="adapter, merged, or gguf; repeat for several; if not given, everything the run has",
+        ),
     ] = None,
     tag: Annotated[str | None, typer.Option(help="tag of this run in the repository; else made from its digests")] = None,
     verify_all: Annotated[
@@ -28,11 +32,12 @@ def push(
     ] = None,
     patience: Annotated[float | None, typer.Option(help="seconds to keep trying while the Hub is busy or unreachable")] = None,
 ) -> None:
-    """Push a run's adapter, merged model, and GGUF file to the Hub, and compare every file there with the run.
+    """Push a run's adapter and models to the Hub, and compare.
 
-    It compares each file's size and digest in the Hub's list, and downloads small files and both ends of large ones. An
-    interrupted push resumes: files that are already there are not sent again. medcot only replaces or deletes files that it
-    uploaded itself. If other files are in the way, it refuses before it sends anything. The exit code is 0 only if all agree."""
+    It sends the adapter, the merged model, and the GGUF file if the run has them. Then it compares every file's size and digest
+    in the Hub's list with the run's, and downloads small files and both ends of large ones. An interrupted push resumes: files
+    that are already there are not sent again. medcot only replaces or deletes files that it uploaded itself. If other files are
+    in the way, it refuses before it sends anything. The exit code is 0 only if all agree."""
     from medcot_utils.export.hub import push, records
     from medcot_utils.run.directory import Run
     from medcot_utils.run.lock import hold

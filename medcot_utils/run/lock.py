@@ -112,7 +112,7 @@ def _read_holder(folder: Path) -> Holder | None:
 
 
 def _busy(folder: Path, holder: Holder | None) -> str:
-    what = "wait until it ends, or choose another run directory (--run-dir, RUN_DIR)"
+    what = "wait until it ends, or use another run directory (medcot run --run-dir, in a notebook RUN_DIR)"
     if holder is None:
         return f"another medcot run is working in {display_path(folder)}/: {what}"
     who = f"{holder['work']} (process {holder['pid']} on {holder['host']}, since {holder['since']})"

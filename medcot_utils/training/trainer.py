@@ -16,6 +16,7 @@ from medcot_utils.machine.gpu import available_gpu_memory, release_gpu_memory, r
 from medcot_utils.machine.heap import return_large_blocks
 from medcot_utils.models.engine import compute_dtype
 from medcot_utils.models.joined_rows import JoinedRows
+from medcot_utils.models.losses import uncompiled
 from medcot_utils.plain_text import say
 from medcot_utils.run.artifacts import PROGRESS
 from medcot_utils.run.clock import TimeBudgetReached
@@ -261,6 +262,7 @@ def prepare_trainer(trainer: SFTTrainer, config: RunConfig, loss_before: float |
     rows = check_effective_batch(trainer, config)
     keep_lora_float32(trainer)
     update_jointly(trainer)
+    trainer.evaluate = uncompiled()(trainer.evaluate)
     for kind in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(kind)
     if isinstance(trainer.data_collator, JoinedRows):

@@ -54,6 +54,18 @@ def test_what_all_rows_begin_with_is_run_once(model_and_rows, monkeypatch):
 
 
 @pytest.mark.model
+def test_nothing_is_compiled_for_the_loss_of_a_few_rows(model_and_rows, monkeypatch):
+    import torch
+
+    model, rows = model_and_rows
+    compiled = []
+    counting = torch.compile(model.forward, backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    monkeypatch.setattr(model, "forward", counting)
+    row_losses(model, rows, 7, "base")
+    assert not compiled
+
+
+@pytest.mark.model
 def test_no_rows_have_no_losses(model_and_rows):
     model, rows = model_and_rows
     assert row_losses(model, rows.select([]), 2, "base") == []

@@ -96,6 +96,16 @@ def test_the_loss_at_step_0_is_the_trainers_own_on_the_same_rows(tmp_path):
 
 
 @pytest.mark.model
+def test_what_is_compiled_for_training_is_not_for_evaluation(tmp_path, monkeypatch):
+    import torch
+
+    trainer, compiled = prepare_trainer(make_trainer(tmp_path), CONFIG), []
+    counting = torch.compile(trainer.model.forward, backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    monkeypatch.setattr(trainer.model, "forward", counting)
+    assert trainer.evaluate()["eval_loss"] > 0 and not compiled
+
+
+@pytest.mark.model
 def test_an_effective_batch_that_differs_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
     assert check_effective_batch(trainer, CONFIG) == 4
