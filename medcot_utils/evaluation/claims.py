@@ -20,7 +20,6 @@ from medcot_utils.evaluation.decisions import (
     describe_rounding,
     fewest,
 )
-from medcot_utils.evaluation.intervals import FEWEST_QUESTIONS
 from medcot_utils.evaluation.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -215,10 +214,10 @@ def _article(article_seen: Sequence[str]) -> ClaimVerdict:
         "claim": ARTICLE_CLAIM,
         "tested_by": "nothing: shown in the report, never scored",
         "result": "one answer of each model, side by side",
-        "verdict": f"{CANNOT_TELL}: one question, and at least {FEWEST_QUESTIONS} are needed{seen}",
+        "verdict": f"{CANNOT_TELL}: one question says nothing about others{seen}",
         "reading": "as they answer",
         "n": 1,
-        "needed": FEWEST_QUESTIONS,
+        "needed": None,
     }
 
 

@@ -56,8 +56,8 @@ class Answer:
         if self.seconds_thinking is not None:
             return "(no answer after the thinking)"
         return (
-            f"(no answer: the thinking was not finished. The budget is {most_tokens} tokens, generation.max_new_tokens; a "
-            f"question like those in the training rows gets an answer more often)"
+            f"(no answer: the thinking was not finished. The budget is {most_tokens} tokens, generation.max_new_tokens; the "
+            f"tuned model more often answers questions like those in the training rows)"
         )
 
     def summarize_thinking(self) -> str:
