@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,7 +62,7 @@ def chat(
 
         serve(run, base_too, port, open_browser)
     else:
-        Terminal(Chat.open(run), base_too, iter(question) if question else None, show).talk()
+        Terminal(Chat.open(run), base_too, question or None, show).talk()
 
 
 class Terminal:
@@ -71,7 +71,7 @@ class Terminal:
     Ctrl-C stops the current answer, and shows a hint at any other time. Its handler raises only while a question is typed: an
     exception elsewhere could be lost in a library, or end the chat between an answer and the next prompt."""
 
-    def __init__(self, chat: Chat, base_too: bool, questions: Iterator[str] | None = None, show: bool = False):
+    def __init__(self, chat: Chat, base_too: bool, questions: Sequence[str] | None = None, show: bool = False):
         self.chat, self.base_too, self.questions, self.show = chat, base_too, questions, show
         self.interactive = questions is None and sys.stdin.isatty()
         self.console = PlainConsole(highlight=False, soft_wrap=True)
@@ -95,6 +95,8 @@ class Terminal:
                     if not self._command(line):
                         return
                     continue
+                if self.questions is not None and len(self.questions) > 1:
+                    self.console.print(f"question: {line}", style="bold")
                 try:
                     stopped = self._ask(line)
                 except ChatError as error:

@@ -277,15 +277,20 @@ def describe_rest(run: Run, names: Iterable[str], force: bool = False) -> list[s
     """Return a line on the time that these notebooks will take together: those that are not done, and those that read what they
     make. The list is empty for fewer than two notebooks, or if notebook 01 could not tell their time."""
     to_run: list[str] = []
+    certain = True  # what a notebook makes anew may be the same as before, and then those that read it are skipped
     for name in names:
         sources = {ARTIFACTS[source].step for made in run.makes(name) for source in ARTIFACTS[made].inputs}
-        if force or not sources.isdisjoint(to_run) or run.step_state(name, deep=False) != "done":
+        is_due = force or run.step_state(name, deep=False) != "done"
+        if is_due or not sources.isdisjoint(to_run):
             to_run.append(name)
+            certain &= is_due
     estimates = [estimate for name in to_run if (estimate := run.estimate(name))]
     if len(to_run) < 2 or len(estimates) < len(to_run):
         return []
     total = add_times(estimates)
-    return [f"{len(to_run)} notebooks to run: {describe_time(total)}, {describe_end(total, time.time())}"]
+    return [
+        f"{'' if certain else 'up to '}{len(to_run)} notebooks to run: {describe_time(total)}, {describe_end(total, time.time())}"
+    ]
 
 
 def describe_sessions(estimate: SeriesEstimate, config: RunConfig, on_kaggle: bool | None = None) -> str:

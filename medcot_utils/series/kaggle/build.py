@@ -14,7 +14,7 @@ from typing import Any
 
 import nbformat
 
-from medcot_utils.config import PROFILES, load_config, profile_needs
+from medcot_utils.config import PROFILES, RunConfig, load_config, profile_needs
 from medcot_utils.local_paths import local_paths
 from medcot_utils.machine.names import OutsideError, resolve_below
 from medcot_utils.machine.probe import KAGGLE_T4S
@@ -180,11 +180,11 @@ def _refuse_files_of_this_machine(setting: str, paths: list[str]) -> None:
 _INTRO = """# medcot on Kaggle
 
 Fine-tunes and judges a reasoning model on medical chain-of-thought data, in seven notebooks, headless. This notebook needs
-only **Internet** (in the settings on the right), because it holds package and notebooks as text. It runs on Python 3.11, 3.12,
+{needs} (in the settings on the right), and holds package and notebooks as text. It runs on Python 3.11, 3.12,
 and 3.13, and leaves the session's own torch and kernel as they are. `medcot kaggle build` wrote it; to change it, build it again.
 Not for clinical use.
 
-Secrets are optional and attached once, in the editor (Add-ons > Secrets): {hub}, and {wandb}.
+Secrets are attached once, in the editor (Add-ons > Secrets); {secrets}.
 To resume an earlier session, add its output as input. At the end, the output holds `{run}.zip`, `{run}/adapter`,
 and `{run}/report.html`."""
 
@@ -229,12 +229,12 @@ def cells(metadata: KernelMetadata, profile: str, settings: list[str], files: di
     """Return the cells of the pushed notebook, with fixed ids."""
     chosen = {"profile": json.dumps(profile), "settings": _list(settings), "kernel": json.dumps(metadata.id)}
     chosen["sources"] = _list(_earlier_sessions(metadata, settings))
-    secrets = load_config("demo" if profile == "auto" else profile, settings).secrets
-    names = {"hub": _either(secrets.huggingface), "wandb": _either(secrets.wandb)}
+    needs = "**Internet** and a **GPU**" if metadata.enable_gpu else "only **Internet**"
+    secrets = describe_secrets(load_config("article" if profile == "auto" else profile, settings), mark="`")
     packed = payload(files)
     digest = hashlib.sha256(base64.b64decode(packed)).hexdigest()
     sources = [
-        ("markdown", _INTRO.format(run=RUN_NAME, **names), {}),
+        ("markdown", _INTRO.format(run=RUN_NAME, needs=needs, secrets=secrets), {}),
         ("code", _PARAMETERS.format(**chosen), {"tags": ["parameters"]}),
         ("markdown", "## The project, as compressed text", {}),
         ("code", f'PROJECT = """\n{packed}\n"""', {"_kg_hide-input": True, "jupyter": {"source_hidden": True}}),
@@ -262,8 +262,15 @@ def _earlier_sessions(metadata: KernelMetadata, settings: list[str]) -> list[str
     return [*metadata.kernel_sources, *(name for name in metadata.dataset_sources if name.partition("/")[2] not in read)]
 
 
-def _either(names: Iterable[str]) -> str:
-    return " or ".join(f"`{name}`" for name in names)
+def describe_secrets(config: RunConfig, mark: str = "") -> str:
+    """Return which secrets a run needs or can use, and for what. `mark` stands on both sides of each name."""
+    hub, wandb = (
+        " or ".join(f"{mark}{name}{mark}" for name in names) for names in (config.secrets.huggingface, config.secrets.wandb)
+    )
+    needs = [f"needed: {hub} for the push to {config.hub.repo_id}" if config.hub.repo_id else f"optional: {hub} for the Hub"]
+    if config.tracking.backend in ("auto", "wandb"):
+        needs.append(f"optional: {wandb} for Weights & Biases")
+    return "; ".join(needs)
 
 
 def _list(settings: list[str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from medcot_utils.config import RunConfig, load_config
 from medcot_utils.run.artifacts import ARTIFACTS
 from medcot_utils.series.kaggle.accelerators import find_accelerator
-from medcot_utils.series.kaggle.build import Built
+from medcot_utils.series.kaggle.build import Built, describe_secrets
 from medcot_utils.series.kaggle.metadata import PLACEHOLDER_OWNER
 
 
@@ -17,11 +17,12 @@ def list_next_steps(built: Built, folder: Path) -> list[str]:
     owner, _, slug = built.metadata.id.partition("/")
     kernel = f"{'NAME' if owner == PLACEHOLDER_OWNER else owner}/{slug}"
     page, place = f"https://www.kaggle.com/code/{kernel}", "" if folder == Path() else f" --folder {folder}"
+    early = ", and ends in notebook 01 without the secret of step 4" if config.hub.repo_id else ""
     steps = [
         _verify(built),
         "a token, once: make one at https://www.kaggle.com/settings/api and set KAGGLE_API_TOKEN to it",
-        f"push: medcot kaggle push{place}; the session starts at once{_machine(built)}",
-        f"secrets ({_need_of_secrets(config)}): a push cannot attach them. Open {page}/edit, attach them under Add-ons > "
+        f"push: medcot kaggle push{place}; the session starts at once{_machine(built)}{early}",
+        f"secrets ({describe_secrets(config)}): a push cannot attach them. Open {page}/edit, attach them under Add-ons > "
         f"Secrets, then push again; they stay attached",
         f"look: medcot kaggle status{place or f' {kernel}'}, or the log at {page}",
         f"fetch, when it has ended: medcot kaggle output{place or f' {kernel}'} --run-dir runs/kaggle",
@@ -40,14 +41,6 @@ def _machine(built: Built) -> str:
     found = find_accelerator(built.metadata.machine_shape)
     limits = "" if found.given_to_all else "; Kaggle gives it only to participants of some competitions"
     return f" on {found.describe()}{limits}"
-
-
-def _need_of_secrets(config: RunConfig) -> str:
-    hub, wandb = (" or ".join(names) for names in (config.secrets.huggingface, config.secrets.wandb))
-    needs = [f"needed: {hub} for the push to {config.hub.repo_id}" if config.hub.repo_id else f"optional: {hub} for the Hub"]
-    if config.tracking.backend in ("auto", "wandb"):
-        needs.append(f"optional: {wandb} for Weights & Biases")
-    return "; ".join(needs)
 
 
 def _what_stays(config: RunConfig) -> list[str]:

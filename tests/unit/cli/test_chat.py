@@ -36,7 +36,7 @@ class Scripted:
 
 
 def printed(capsys, chat, *questions, base_too=False, show=False):
-    Terminal(chat, base_too, iter(questions), show).talk()
+    Terminal(chat, base_too, questions, show).talk()
     return lines_of(capsys)
 
 
@@ -138,8 +138,15 @@ def test_ctrl_c_at_any_other_moment_gives_the_hint(capsys, typed, monkeypatch):
 def test_ctrl_c_ends_a_list_of_questions_after_the_answer_stopped(capsys):
     chat = Scripted(tuned=(press_ctrl_c(piece) for piece in ["b</think>yes", "no"]))
     with pytest.raises(KeyboardInterrupt):
-        Terminal(chat, False, iter(["Why?", "And then?"])).talk()
+        Terminal(chat, False, ["Why?", "And then?"]).talk()
     assert lines_of(capsys)[-1] == "(stopped)" and chat.asked == ["tuned"]
+
+
+def test_several_questions_are_repeated_above_their_answers(capsys):
+    Terminal(Scripted(tuned=["b</think>yes"]), False, ["Why?", "And then?"]).talk()
+    assert [line for line in lines_of(capsys) if line.startswith("question: ")] == ["question: Why?", "question: And then?"]
+    Terminal(Scripted(tuned=["b</think>yes"]), False, ["Why?"]).talk()
+    assert "question: " not in capsys.readouterr().out
 
 
 def test_show_names_a_model_stopped_before_its_first_word(typed):
@@ -151,7 +158,7 @@ def test_show_names_a_model_stopped_before_its_first_word(typed):
 
 def test_an_empty_question_given_as_an_option_is_an_error():
     with pytest.raises(ChatError, match="is empty"):
-        Terminal(Scripted(), False, iter([""])).talk()
+        Terminal(Scripted(), False, [""]).talk()
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,22 @@ def test_the_cells_are_short_and_valid_and_have_no_outputs(tmp_path):
     assert values["SETTINGS"] == ["training.max_steps=3", "dataset.path=/kaggle/input/mine/rows.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "profile, settings, expected",
+    [
+        ("demo", [], ("only **Internet**", "; optional: `HF_TOKEN`")),
+        (
+            "article",
+            ["hub.repo_id=me/model"],
+            ("**Internet** and a **GPU**", "; needed: `HF_TOKEN` or `HUGGINGFACE_TOKEN` for the push to me/model;"),
+        ),
+    ],
+)
+def test_the_first_cell_says_what_this_session_needs(profile, settings, expected, tmp_path):
+    first = nbformat.read(build(tmp_path, profile, settings).notebook, as_version=4).cells[0].source
+    assert all(words in " ".join(first.split()) for words in expected)
+
+
 def test_a_run_of_several_sessions_gets_a_time_limit(tmp_path):
     built, values = build(tmp_path, "full", ["seed=3"]), {}
     exec(cells(built)[0], values)

@@ -39,6 +39,7 @@ def test_what_ends_with_the_session_is_named_unless_pushed(said):
     assert ": merged, gguf. To keep it" in said("article", "export.gguf=f16")[-1]
     lines = said("article", "hub.repo_id=ann/hearts")
     assert lines[-1].startswith("goes only to the Hub (ann/hearts)") and lines[-1].endswith(": merged")
+    assert lines[2].endswith("float16, and ends in notebook 01 without the secret of step 4")
     assert "needed: HF_TOKEN or HUGGINGFACE_TOKEN for the push to ann/hearts" in lines[3]
     assert said("article", "hub.repo_id=ann/hearts", "hub.artifacts=adapter")[-1].startswith("ends with the session")
 
