@@ -1,4 +1,5 @@
-"""Make the tables and the figure of docs/benchmarks.md from a results file of `run.py`. What it does not hold is left out:
+"""Make the tables and the figure of docs/benchmarks.md from a results file of `run.py`. It must hold the ceiling and training b
+and c; other measurements that it does not hold are left out:
 
 python benchmarks/report.py benchmarks/results/NAME.json"""
 
@@ -68,6 +69,8 @@ def training_table(found: dict[str, Any]) -> list[str]:
 
 
 def generation_table(found: dict[str, Any]) -> list[str]:
+    if "generation article" not in found:
+        return []
     heads = "prompts at once | tokens/s | compared with one at a time | share of the limit | first call adds | peak reserved"
     lines = [f"| answers, greedy | {heads} |", "| --- | --- | --- | --- | --- | --- | --- |"]
     reference = found["generation article"]["tokens_per_second"]
