@@ -56,8 +56,8 @@ class Answer:
         if self.seconds_thinking is not None:
             return "(no answer after the thinking)"
         return (
-            f"(no answer: the thinking was not finished. The budget is {most_tokens} tokens, generation.max_new_tokens; the "
-            f"tuned model more often answers questions like those in the training rows)"
+            f"(no answer: the thinking was not finished. The budget is {most_tokens} tokens, generation.max_new_tokens; a "
+            f"tuned model best answers what resembles its training rows)"
         )
 
     def summarize_thinking(self) -> str:

@@ -15,8 +15,8 @@ from medcot_utils.models.chat import WARNING, Answer, ChatError, grow_answer
 from medcot_utils.run.directory import Run
 
 UNFINISHED = (
-    "the thinking was not finished. The budget is 192 tokens, generation.max_new_tokens; the tuned model more often "
-    "answers questions like those in the training rows)"
+    "the thinking was not finished. The budget is 192 tokens, generation.max_new_tokens; a tuned model best answers "
+    "what resembles its training rows)"
 )
 
 

@@ -213,6 +213,14 @@ def test_tuned_models_are_compared_on_the_shared_questions(tmp_path):
     assert by_name["answers that close their thinking once (share)"][6] == "fell, worse"
 
 
+def test_a_verdict_names_the_run_whose_answers_were_cut(tmp_path):
+    questions = asking(*range(8))
+    cut, whole = (make(tmp_path / name, questions=questions, tuned=("Short.", name == "whole")) for name in ("cut", "whole"))
+    whole.write("tuned_answers", [record | {"thinking_tokens": 70} for record in whole.read("tuned_answers")])
+    line = next(line for line in table(build_report(cut, whole), "tuned") if line[0] == "length of the thinking (tokens)")
+    assert line[4] == "can't tell: the thinking of 8 of 8 cut answers was cut"
+
+
 def closed(run, text="The vagus."):
     """The run with forced answers and every reading of multiple choice."""
     forced = {"closed_by": "budget", "answer": text, "answer_tokens": 5, "finished": True}
