@@ -90,7 +90,7 @@ def decide(claim: Claim, evidence: Evidence, level: float) -> Decision:
         level: evaluation.confidence_level, which the numbers of questions are computed for."""
     tested = {name: evidence.metrics[name] for name in evidence.expected}
     if fewest(tested, tested) < FEWEST_QUESTIONS:
-        return Decision(CANNOT_TELL, f"at least {FEWEST_QUESTIONS} are needed", FEWEST_QUESTIONS)
+        return Decision(CANNOT_TELL, f"at least {FEWEST_QUESTIONS} are needed")
     if infinite := [name for name, metric in tested.items() if metric["difference"]["low"] is None]:
         return Decision(CANNOT_TELL, f"{METRICS[infinite[0]].text} is not a finite number")
     return (

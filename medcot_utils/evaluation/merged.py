@@ -118,7 +118,7 @@ def _judge(name: str, metric: ComparedMetric | None, level: float, not_measured:
     found |= {"margin": margin, "n": difference["n"]}
     cannot_tell = f"{CANNOT_TELL} with {count_of(name, difference['n'])}"
     if difference["n"] < FEWEST_QUESTIONS:
-        return found | {"verdict": f"{cannot_tell}: at least {FEWEST_QUESTIONS} are needed", "needed": FEWEST_QUESTIONS}
+        return found | {"verdict": f"{cannot_tell}: at least {FEWEST_QUESTIONS} are needed"}
     if difference["low"] is None:
         return found | {"verdict": verdict(name, metric)}
     if is_shown(name, metric) and abs(difference["value"]) >= margin:

@@ -97,6 +97,7 @@ def test_too_few_questions_cannot_tell_and_say_how_many_would():
     # As many as are said to be needed are enough, and one fewer are not.
     assert compared(n=35)["behaves"] == "yes" and compared(n=34)["behaves"] == "can't tell"
     assert verdicts(compared(n=5))["completion_words"] == "can't tell with 5 questions: at least 6 are needed"
+    assert {one["needed"] for one in compared(n=5)["verdicts"]} == {None}, "six are the fewest, and need not be enough"
 
 
 def test_cut_answers_have_no_length_to_behave_as_measured():
