@@ -89,7 +89,7 @@ class ClaimVerdict(TypedDict):
     reading: how answers were read, and which questions count. n: the number of these questions or rows.
     answered_result: the results that must not contradict the claim: for a claim about answers, those on the questions that
     both models answered by themselves; "" if there are none.
-    needed: how many questions would decide the claim; None if these decide it, or if more would not."""
+    needed: how many questions would decide the claim; None if these do, if more would not, or if these are too few to tell."""
 
     claim: str
     tested_by: str  # the metrics' labels

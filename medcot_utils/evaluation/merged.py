@@ -45,7 +45,7 @@ _JUDGED = {"closed_think_rate": "form", "finished_rate": "form", "completion_wor
 class MergedVerdict(TypedDict):
     """Hold whether the merged model differs in one metric by `margin` or more, which is in the metric's own units.
 
-    needed: how many questions or rows would decide it, if these do not."""
+    needed: how many questions or rows would decide it; None if these do, if more would not, or if these are too few to tell."""
 
     about: str  # form, length or loss
     metric: str  # a key of METRICS
@@ -178,8 +178,7 @@ def _answer(found: Sequence[MergedVerdict]) -> str:
         return "yes"
     most = max(undecided, key=lambda one: one["needed"] or 0)
     if all(one["needed"] for one in undecided):
-        few = "is" if most["n"] == 1 else "are"
-        return f"{count_of(most['metric'], most['n'])} {few} too few, {most['verdict'].partition(': ')[2]}"
+        return f"{count_of(most['metric'], most['n'])} are too few, {most['verdict'].partition(': ')[2]}"
     why = dict.fromkeys(one["verdict"].partition(": ")[2] or one["verdict"] for one in undecided if not one["needed"])
     return f"{CANNOT_TELL}, {'; '.join(why)}"
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from medcot_utils.run.directory import Run
 
 _READINGS: tuple[Reading, ...] = ("letter", "likelihood")
-_TUNED = "tuned, "  # each model's label begins with it, and ends with the run's name
 
 # A multiple-choice question is the same in two runs only if all of it is: ids are often mere row numbers.
 _McqKey = tuple[str, str, str, tuple[tuple[str, str], ...], str]
@@ -52,7 +51,8 @@ def compare_tuned(shown: Sequence[ShownRun], confidence: str) -> TunedCompared:
     them, and multiple choice on the questions that all runs asked."""
     first = shown[0]
     keys = [key for key in first.questions if all(_counts(one, key) for one in shown)]
-    labels = [f"{_TUNED}{one.name}" for one in shown]
+    names = [one.name for one in shown]
+    labels = [f"tuned, {name}" for name in names]
     if not keys:
         return TunedCompared(0, confidence, labels, why_not=_explain_none(shown))
     questions = [
@@ -62,21 +62,22 @@ def compare_tuned(shown: Sequence[ShownRun], confidence: str) -> TunedCompared:
     losses = _common_losses(shown, labels)
     # Without embedding_similarity: it would load the embedding model again.
     settings = first.run.config.evaluation.model_copy(update={"embedding_model": None})
-    lines = _lines(labels[0], compare_all(questions, losses, settings, first.run.config.seed))
+    lines = _lines(names, compare_all(questions, losses, settings, first.run.config.seed))
     if closed := force_closing(questions):
         forced = compare_all(closed, [], settings, first.run.config.seed)
         of_answers = {label: {name: metrics[name] for name in OF_ANSWERS} for label, metrics in forced.items()}
-        lines += [[_named_forced(line) for line in row] for row in _lines(labels[0], of_answers)]
+        lines += [[_named_forced(line) for line in row] for row in _lines(names, of_answers)]
     choice = _compare_choice(shown, labels, settings)
-    lines += _lines(labels[0], choice)
+    lines += _lines(names, choice)
     n_mcq = max((metric["difference"]["n"] for metrics in choice.values() for metric in metrics.values()), default=0)
     return TunedCompared(len(keys), confidence, labels, bool(losses), lines, n_mcq)
 
 
-def _lines(first: str, compared: _Compared) -> list[Sequence[MetricLine]]:
-    """Return one line per metric and other model. A verdict names runs, where cut answers could undo a difference."""
-    runs = {label: (first.removeprefix(_TUNED), label.removeprefix(_TUNED)) for label in compared}
-    return list(zip(*(metric_lines(metrics, runs[label]).values() for label, metrics in compared.items()), strict=True))
+def _lines(names: Sequence[str], compared: _Compared) -> list[Sequence[MetricLine]]:
+    """Return, for every metric, one line per run but the first. A verdict names the runs whose cut answers could undo it."""
+    first, *others = names
+    lines = (metric_lines(found, (first, name)).values() for name, found in zip(others, compared.values(), strict=True))
+    return list(zip(*lines, strict=True))
 
 
 def _named_forced(line: MetricLine) -> MetricLine:
