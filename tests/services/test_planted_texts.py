@@ -120,7 +120,7 @@ def test_chat_streams_a_text_in_pieces_and_obeys_none(name, capfd):
         def stream(self, question, who, stop):
             return grow_answer([mark(name), "</think>", *mark(name)])
 
-    Terminal(Parrot(), False, iter(["?"])).talk()
+    Terminal(Parrot(), False, ["?"]).talk()
     require_as_typed(capfd.readouterr().out, [shown(name)], at_least=1)
 
 
