@@ -18,7 +18,7 @@ from rich.text import Text
 from medcot_utils.cli.console import PlainConsole
 from medcot_utils.cli.runs import choose_run
 from medcot_utils.machine.paths import expand_home
-from medcot_utils.plain_text import show_controls
+from medcot_utils.plain_text import say, show_controls
 
 if TYPE_CHECKING:
     from medcot_utils.models.chat import Answer, Chat, Who
@@ -49,6 +49,7 @@ def chat(
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a log would hold each of a bar's states
     from medcot_utils.models.chat import Chat, ChatError
+    from medcot_utils.models.embedded import warn_of_random_weights
 
     if question and page:
         raise ChatError("--page takes no --question: ask it on the page")
@@ -57,6 +58,8 @@ def chat(
     if question and not all(text.strip() for text in question):
         raise ChatError("the question is empty")  # before the model is loaded
 
+    if random := warn_of_random_weights(run.config.model.name):
+        say(random)
     if page:
         from medcot_utils.cli.chat_page import serve
 

@@ -319,9 +319,12 @@ def doctor(run_dir: RunDir = None) -> None:
 
     table = Table("profile", "can run here", "memory", "disk", "why not, or what to expect")
     found = doctor.profiles_here(run_dir or RUNS)
+    first: dict[str, str] = {}  # {reason: the first profile that cannot run because of it}
     for line in found:
         disk = "" if line.disk_gib is None else f"{line.disk_gib:.1f} GiB"
-        table.add_row(line.profile, "yes" if line.ok else "no", f"{line.memory_gib:g} GiB", disk, line.reason)
+        same = first.setdefault(line.reason, line.profile)
+        why = line.reason if line.ok or same == line.profile else f"as {same}"
+        table.add_row(line.profile, "yes" if line.ok else "no", f"{line.memory_gib:g} GiB", disk, why)
     console.print(table)
     if estimates := {line.profile: line.estimate for line in found if line.estimate}:
         console.print(times_table(estimates))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Outcome = Literal["holds", "does not hold", "can't tell"]
 HOLDS, DOES_NOT, CANNOT_TELL = "holds", "does not hold", "can't tell"
-# A reader would not notice a difference whose whole interval is smaller than this in size. In the metrics' own units.
+# The smallest difference that counts, in the metrics' own units; docs/results.md lists them.
 SMALLEST = {
     "eval_loss": 0.01,
     "thinking_words": 5.0,

@@ -279,8 +279,13 @@ def is_clear(difference: Difference) -> bool:
 
 
 def format_interval(estimate: Estimate) -> str:
-    """Return the estimate as text, as in `1.77 [1.70, 1.84]`. The number of digits depends on its size."""
+    """Return the estimate as text, as in `1.77 [1.70, 1.84]`. The number of digits depends on its size.
+
+    A small difference whose interval excludes zero gets a third digit if an end would be written as 0.00."""
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    if "needed" in estimate and low is not None and low * high > 0:  # only a difference is compared with zero
+        nearer, farther = sorted((abs(low), abs(high)))
+        digits += nearer < SHOWN_AS_ZERO <= farther < 1
     shown = f"z.{digits}f"  # z: a negative number that rounds to zero loses its sign
     return f"{value:{shown}}" if low is None else f"{value:{shown}} [{low:{shown}}, {high:{shown}}]"

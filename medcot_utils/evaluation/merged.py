@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 LABELS: Labels = ("measured (4-bit)", "merged")
 AS_MEASURED, DIFFERS = "behaves as measured", "differs"
 Behaves = Literal["yes", "no", "can't tell"]
-# A reader who loads the model notices if one answer in ten no longer closes its thinking or no longer ends, and if answers
-# are a tenth longer or shorter. For the loss, the margin is that of the claims: 0.01 nats are 1 % of perplexity, ten times the
-# effect of batching and rounding.
-_NOTICED_SHARE, _NOTICED_LENGTH = 0.1, 0.1
+# The smallest difference that counts between the measured and the merged model: a reader who loads it notices if one answer in
+# ten no longer closes its thinking or no longer ends, and if answers are a tenth longer or shorter. For the loss, the margin is
+# that of the claims: 0.01 nats are 1 % of perplexity, ten times the effect of batching and rounding.
+NOTICED_SHARE, NOTICED_LENGTH = 0.1, 0.1
 # {metric: what it says about the model}
 _JUDGED = {"closed_think_rate": "form", "finished_rate": "form", "completion_words": "length", "eval_loss": "loss"}
 
@@ -129,14 +129,14 @@ def _judge(name: str, metric: ComparedMetric | None, level: float, not_measured:
     if -margin < difference["low"] and difference["high"] < margin:
         return found | {"verdict": AS_MEASURED}
     needed = _needed(metric, margin, level)
-    would = f"about {needed:,} would tell" if needed else "the difference is near what a reader would notice"
+    would = f"about {needed:,} would tell" if needed else "the difference found is near the smallest that counts"
     return found | {"verdict": f"{cannot_tell}: {would}", "needed": needed}
 
 
 def _margin(name: str, metric: ComparedMetric) -> float:
     if METRICS[name].yes_or_no:
-        return _NOTICED_SHARE
-    return max(SMALLEST[name], _NOTICED_LENGTH * metric["base"]["value"] if name == "completion_words" else 0)
+        return NOTICED_SHARE
+    return max(SMALLEST[name], NOTICED_LENGTH * metric["base"]["value"] if name == "completion_words" else 0)
 
 
 def _needed(metric: ComparedMetric, margin: float, level: float) -> int | None:

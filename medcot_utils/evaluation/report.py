@@ -28,6 +28,7 @@ from medcot_utils.evaluation.side_by_side import (
     show_question,
 )
 from medcot_utils.evaluation.tuned_models import compare_tuned
+from medcot_utils.models.embedded import warn_of_random_weights
 from medcot_utils.models.losses import mean_loss
 from medcot_utils.plain_text import keep_intervals, say, show_controls
 from medcot_utils.run.artifacts import ARTIFACTS
@@ -151,11 +152,12 @@ class _Drawn:
 class _RunSection:
     """Hold what the page shows of one run. tables: {title: rows}.
 
-    stale: see `_describe_stale`. decided: the claims that hold or do not hold; undecided: the others. merged_line: the text of
-    `describe_merged`."""
+    stale: see `_describe_stale`. random: see `warn_of_random_weights`. decided: the claims that hold or do not hold; undecided:
+    the others. merged_line: the text of `describe_merged`."""
 
     title: str
     stale: str
+    random: str
     config: RunConfig
     confidence: str
     plan: Mapping[str, object]
@@ -182,6 +184,7 @@ def _run_section(shown: ShownRun, named: bool, anchors: Mapping[Key, str]) -> _R
     return _RunSection(
         title=f"Run {shown.name}" if named else "The effects of fine-tuning",
         stale=_describe_stale(shown, named),
+        random=warn_of_random_weights(run.config.model.name),
         config=run.config,
         confidence=_percent(run),
         plan=run.read("plan"),

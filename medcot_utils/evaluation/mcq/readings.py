@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Reading = Literal["strict", "letter", "likelihood"]
 
 MEASURES: dict[Reading, str] = {
-    "strict": 'knowledge and the asked form: a line "Answer: X" after one closed thinking; an answer without it counts as wrong',
+    "strict": 'knowledge and the asked form: a line "Answer: X" after one closed thinking; without it, the model abstained',
     "letter": 'knowledge after the model\'s own thinking, closed by it or for it: the likeliest letter after "Answer:"',
     "likelihood": "knowledge without thinking: the likeliest option's text, by its length (leaderboards' acc_norm)",
 }

@@ -202,6 +202,7 @@ def test_doctor_says_of_every_profile_whether_it_can_run_here(tmp_path):
     assert all(" yes " in line or " no " in line for line in lines.values())
     assert " no " in lines["article"] and "no CUDA GPU is visible" in lines["article"]
     assert " 6 GiB " in lines["small"] and "GiB" in lines["article"].partition(" no ")[2]
+    assert "as article" in lines["full"], "what several profiles lack is written once"
     assert "to run smoke: medcot run --profile smoke" in result.stdout and "--profile article" not in result.stdout
     assert not (tmp_path / "run").exists(), "looking changes nothing"
     times = " ".join(result.stdout.split()).partition("CPU cores: by a probe of this machine")[2]

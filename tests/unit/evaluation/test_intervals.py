@@ -297,6 +297,21 @@ def test_needed_questions_are_never_too_few_to_show_anything():
 @pytest.mark.parametrize(
     ("entry", "expected"),
     [
+        ((0.011, 0.002, 0.02), "0.011 [0.002, 0.020]"),
+        ((-0.004, -0.0061, -0.0001), "-0.004 [-0.006, 0.000]"),
+        ((0.011, -0.002, 0.02), "0.01 [0.00, 0.02]"),
+        ((0.001, 0.0004, 0.002), "0.00 [0.00, 0.00]"),  # its verdict is: rose by less than 0.005
+        ((1.01, 0.001, 2.2), "1.01 [0.00, 2.20]"),
+        ((0.5, None, None), "0.50"),
+    ],
+)
+def test_a_small_clear_difference_does_not_end_at_zero(entry, expected):
+    assert format_interval(dict(zip(("value", "low", "high"), entry, strict=True), needed=9)) == expected
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
         ((1.2345, 1.1, 1.399), "1.23 [1.10, 1.40]"),
         ((-0.005, -0.011, 0.004), "-0.01 [-0.01, 0.00]"),
         ((12.34, 9.95, 15.0), "12.3 [9.9, 15.0]"),

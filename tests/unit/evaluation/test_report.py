@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 
 from medcot_utils import evaluation, plots
 from medcot_utils.cli.grading_page import Desk
+from medcot_utils.config import load_config
 from medcot_utils.evaluation.report import build_report
 from medcot_utils.export.model_card import model_card
+from medcot_utils.models.embedded import warn_of_random_weights
 from medcot_utils.run.directory import Run
 
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
@@ -155,6 +157,12 @@ def test_the_merged_model_of_an_earlier_adapter_is_left_out(tmp_path):
     assert "<title>medcot: base and tuned</title>" in page and "<h3>merged</h3>" not in page and 'class="merged"' not in page
     assert "The merged model is stale: run notebook 07_export." in shown(page)
     assert not re.search(r"<th>merged</th>|The merged one\.", page) and "This run is stale" not in page
+
+
+def test_the_report_says_that_random_weights_mean_nothing(tmp_path):
+    line = warn_of_random_weights("embedded:tiny-random-llama")
+    assert line in shown(build_report(fill(Run.create(tmp_path / "smoke", load_config("smoke")))))
+    assert line not in shown(build_report(fill(Run.create(tmp_path / "demo", load_config("demo")))))
 
 
 def test_results_of_other_settings_are_said_to_be_stale(tmp_path):

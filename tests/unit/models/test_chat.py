@@ -20,6 +20,7 @@ import pytest
 from medcot_utils.config import load_config
 from medcot_utils.data.prompts import parse_completion, training_text
 from medcot_utils.models.chat import WARNING, Chat, ChatError, grow_answer
+from medcot_utils.models.embedded import warn_of_random_weights
 from medcot_utils.run.directory import Run
 
 QUESTION, THINKING, ANSWER = "Why is he dizzy?", "First the pulse. Then the rhythm.", "Rest and fluids."
@@ -126,8 +127,9 @@ def medcot(*arguments, given=""):
 def test_a_piped_question_is_answered_with_its_thinking_folded(trained):
     done = medcot("chat", trained.path, given=f"{QUESTION}\n/show\n")
     assert done.returncode == 0, done.stderr
-    warning, folded, answer, thinking = done.stdout.strip().splitlines()
-    assert warning == WARNING and re.fullmatch(r"\(thinking: 6 words, \d+\.\d s; /show\)", folded)
+    random, warning, folded, answer, thinking = done.stdout.strip().splitlines()
+    assert random == warn_of_random_weights("embedded:tiny-random-llama") and warning == WARNING
+    assert re.fullmatch(r"\(thinking: 6 words, \d+\.\d s; /show\)", folded)
     assert (answer, thinking) == (ANSWER, f"[tuned] {THINKING}")
     assert "\x1b" not in done.stdout
 
