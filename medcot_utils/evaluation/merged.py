@@ -37,7 +37,7 @@ Behaves = Literal["yes", "no", "can't tell"]
 # The smallest difference that counts between the measured and the merged model: a reader who loads it notices if one answer in
 # ten no longer closes its thinking or no longer ends, and if answers are a tenth longer or shorter. For the loss, the margin is
 # that of the claims: 0.01 nats are 1 % of perplexity, ten times the effect of batching and rounding.
-NOTICED_SHARE, NOTICED_LENGTH = 0.1, 0.1
+_NOTICED_SHARE, _NOTICED_LENGTH = 0.1, 0.1
 # {metric: what it says about the model}
 _JUDGED = {"closed_think_rate": "form", "finished_rate": "form", "completion_words": "length", "eval_loss": "loss"}
 
@@ -135,8 +135,8 @@ def _judge(name: str, metric: ComparedMetric | None, level: float, not_measured:
 
 def _margin(name: str, metric: ComparedMetric) -> float:
     if METRICS[name].yes_or_no:
-        return NOTICED_SHARE
-    return max(SMALLEST[name], NOTICED_LENGTH * metric["base"]["value"] if name == "completion_words" else 0)
+        return _NOTICED_SHARE
+    return max(SMALLEST[name], _NOTICED_LENGTH * metric["base"]["value"] if name == "completion_words" else 0)
 
 
 def _needed(metric: ComparedMetric, margin: float, level: float) -> int | None:

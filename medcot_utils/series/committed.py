@@ -15,6 +15,7 @@ import nbformat
 
 from medcot_utils.errors import MedcotError
 from medcot_utils.machine import redaction
+from medcot_utils.machine.paths import HOME
 from medcot_utils.plain_text import say
 from medcot_utils.run.artifacts import STEPS
 from medcot_utils.series import diagram, engine_calls, results
@@ -107,7 +108,8 @@ def check() -> list[str]:
 def execute() -> None:
     """Run the seven notebooks in order with their own defaults in a fresh run directory, clean them, and write them back.
 
-    Their numbers are written to docs/demo.json, and from there to the README and docs/results.md."""
+    They run in a folder `notebooks` of their own, so that their outputs name runs/notebooks as a user's do. Their numbers are
+    written to docs/demo.json, and from there to the README and docs/results.md."""
     from nbclient import NotebookClient
 
     from medcot_utils.run.directory import Run
@@ -115,12 +117,13 @@ def execute() -> None:
 
     folder = notebooks_dir()
     with tempfile.TemporaryDirectory() as temporary:
-        run_dir = Path(temporary) / "notebooks"
-        os.environ["MEDCOT_RUN_DIR"] = str(run_dir)
+        beside, run_dir = Path(temporary) / "notebooks", Path(temporary) / "runs" / "notebooks"
+        beside.mkdir()
+        os.environ |= {"MEDCOT_HOME": str(HOME), "MEDCOT_RUN_DIR": str(run_dir)}
         for name in STEPS:
             path = folder / f"{name}.ipynb"
             notebook = nbformat.read(path, as_version=4)
-            client = NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+            client = NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(beside)}})
             client.extra_arguments = QUIET_KERNEL
             client.execute()
             nbformat.write(clean(notebook), path)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from medcot_utils.evaluation.claims import CANNOT_TELL, DOES_NOT, HOLDS
+from medcot_utils.evaluation.claims import CANNOT_TELL, CLAIMS, DOES_NOT, HOLDS
 from medcot_utils.evaluation.comparison import metric_lines, verdict
+from medcot_utils.evaluation.decisions import SMALLEST
 from medcot_utils.evaluation.headline import headline_rows
 from medcot_utils.evaluation.intervals import format_interval, is_clear
 from medcot_utils.evaluation.merged import AS_MEASURED
@@ -72,6 +73,7 @@ def write_parts(demo: Demo, differing: Collection[str]) -> dict[str, str]:
         "choice": _choice,
         "merged": _merged,
         "claims": _claims,
+        "amounts": _amounts,
         "conclusions": _conclusions,
     }
     return {name: write(text) for name, write in writers.items()}
@@ -248,6 +250,22 @@ def _claims(text: _Text) -> str:
         for claim in text.demo["metrics"]["claims"]
     ]
     return _table(["claim", "base to tuned", "verdict"], rows)
+
+
+def _amounts(text: _Text) -> str:
+    claimed = {name for claim in CLAIMS for name in claim.expected}
+    merged = text.demo["merged"]
+    margins = {one["metric"]: one["margin"] for one in merged["verdicts"] if one["margin"]} if merged else {}
+    rows = [
+        (
+            METRICS[name].label,
+            f"{SMALLEST[name]:g}" if name in claimed else "",
+            f"{margins[name]:.2g}" if name in margins else "",
+        )
+        for name in METRICS
+        if name in claimed or name in margins
+    ]
+    return _table(["metric", "claims", "merged model"], rows)
 
 
 def _conclusions(text: _Text) -> str:

@@ -228,7 +228,8 @@ def _read_likeliest(
                 bar.update(len(keys))
 
     kept = sum(name in records[key] for name, rows in readings for key in rows)
-    with tqdm(total=len(by_letter) + len(by_text), initial=kept, desc=f"likeliest options, {label}", unit="reading") as bar:
+    about = f"likeliest options, {label} ({len(by_letter)} letters, {len(by_text)} texts)"
+    with tqdm(total=len(by_letter) + len(by_text), initial=kept, desc=about, unit="reading") as bar:
         read_missing(bar)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from medcot_utils.evaluation.claims import ANSWERED, CLAIMS, judge, outcome
 from medcot_utils.evaluation.comparison import FORCED, compare
 from medcot_utils.evaluation.decisions import CANNOT_TELL, DOES_NOT, HOLDS, SMALLEST
 from medcot_utils.evaluation.mcq.scores import compare_mcq
-from medcot_utils.evaluation.merged import NOTICED_LENGTH, NOTICED_SHARE
 from medcot_utils.evaluation.metrics import METRICS
 from medcot_utils.evaluation.paired import compare_shares
 from medcot_utils.evaluation.scored_set import force_closing, score
@@ -423,23 +421,3 @@ def test_every_claim_names_known_metrics_and_their_direction():
         for name, sign in (*claim.expected.items(), *claim.before.items()):
             assert METRICS[name].better in (0, sign), f"{claim.text}: {name}"
             assert SMALLEST[name] > 0
-
-
-def test_the_amounts_that_count_are_those_in_the_documents():
-    page = (Path(__file__).parents[3] / "docs/results.md").read_text()
-    lines = page.partition("| metric | claims | merged model |\n")[2].partition("\n\n")[0].splitlines()[1:]
-    amounts = [tuple(cell.strip() for cell in line.strip("|").split("|"))[1:] for line in lines]
-    of = {name: f"{SMALLEST[name]:g}" for claim in CLAIMS for name in claim.expected}
-    length = f"a tenth of the measured length, at least {SMALLEST['completion_words']:g}"
-    assert NOTICED_LENGTH == 0.1
-    assert amounts == [
-        (of.pop("eval_loss"), f"{SMALLEST['eval_loss']:g}"),
-        (of.pop("thinking_words"), ""),
-        (of.pop("completion_words"), length),
-        ("", f"{NOTICED_SHARE:g}"),
-        (of["bullet_rate"], ""),
-        (of["rouge_l"], ""),
-        (of["mcq_letter"], ""),
-    ]
-    assert of.pop("bullet_rate") == of.pop("one_paragraph_rate") and of.pop("rouge_l") == of.pop("chrf")
-    assert set(of) <= {"mcq_accuracy", "mcq_accuracy_answered", "mcq_letter"} and len(set(of.values())) == 1

@@ -105,7 +105,7 @@ def test_the_tiny_model_reads_exactly_what_was_meant(tiny, contexts, newline, ca
     assert tokenizer.padding_side == side
     shown = capsys.readouterr()
     assert shown.out.count("\n") <= 1 and "multiple choice, base: 100%" in shown.err
-    assert "likeliest options, base: 100%" in shown.err and "5/5" in shown.err and shown.err.count("\n") <= 2
+    assert "likeliest options, base (0 letters, 5 texts): 100%" in shown.err and "5/5" in shown.err and shown.err.count("\n") <= 2
 
 
 @pytest.fixture
