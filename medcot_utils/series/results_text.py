@@ -85,7 +85,7 @@ def write_parts(demo: Demo, differing: Collection[str]) -> dict[str, str]:
 def _caption(text: _Text) -> str:
     steps, n_questions = text.demo["plan"]["steps"], text.demo["metrics"]["n_questions"]
     begin = f"The demo: SmolLM2-135M-Instruct in 4 bits, {steps} training steps, {n_questions} held-out questions (`make demo`)."
-    end = "Nothing here measures whether the medicine is right. Read the answers."
+    end = "No number here shows whether the medicine in an answer is right. Read the answers."
     return _filled(f"*{' '.join([begin, *_findings(text), end])}*")
 
 
