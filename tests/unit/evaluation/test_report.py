@@ -213,6 +213,13 @@ def test_a_forced_answer_is_labeled_below_what_was_written(tmp_path, closed_by, 
     assert "(no answer" not in page
 
 
+def test_an_answer_of_white_space_alone_is_said_to_be_one(tmp_path):
+    blank = {"base": ("\n\n\n", False), "tuned": ("Rest.", True), "thinking": ""}
+    page = build_report(fill(Run.create(tmp_path / "run", CONFIG), **blank))
+    base, tuned = re.findall(r"<section><h3>(.*?)</section>", page, re.DOTALL)[:2]
+    assert "(nothing but white space)" in base and "Rest." in tuned
+
+
 def test_tags_in_what_a_model_wrote_are_shown_as_text(tmp_path):
     tagged = {"base": ("", False), "tuned": ("Rest.</think>Fluids.", True), "thinking": "so <think> it is"}
     page = build_report(fill(Run.create(tmp_path / "run", CONFIG), **tagged))
