@@ -321,9 +321,8 @@ def _run_notebook(
         else:
             why = "its kernel died (killed, or out of memory)"
         run.record_step(name, state="failed", error=why)
-        raise SeriesError(
-            f"notebook {name} failed: {why}. The partial notebook is {run.display(executed)}; the same command resumes there"
-        ) from error
+        resumes = "; the same command resumes there" if run.can_begin(name) else ""  # else an earlier notebook comes first
+        raise SeriesError(f"notebook {name} failed: {why}. The partial notebook is {run.display(executed)}{resumes}") from error
     if run.step_state(name) != "done":
         raise SeriesError(f"notebook {name} ended without recording its results: its last cell did not run")
 
