@@ -106,7 +106,9 @@ class DatasetSettings(Section):
     )
     path: str | None = Field(None, description="a local json, jsonl, csv, or parquet file, used instead of name; null: name")
     columns: ColumnNames = ColumnNames()
-    num_rows: int | None = Field(None, ge=1, description="training rows; null: all except the held-out ones")
+    num_rows: int | None = Field(
+        None, ge=1, description="training rows; null: all that are not held out, or those that a `split` column marks train"
+    )
     held_out_rows: int = Field(ge=1, description="rows kept out of training; the most, if a `split` column chooses them")
     shuffle: bool = Field(False, description="shuffle with the seed before the split")
     loss_on: Literal["full", "completion"] = Field("completion", description="full: the loss includes the prompt")

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import TypedDict  # pydantic refuses typing's own on Python 3.11
 
-from medcot_utils.config import show_value
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -30,7 +28,9 @@ def list_uses(report: DataReport, config: RunConfig) -> list[RowUse]:
     repeating = len({repeat["train_id"] for repeat in report["repeats"]}) if report["repeats_dropped"] else 0
     trained = report["checks"]["rows"]
     apart = report["rows_read"] - sum(report["dropped"].values()) - repeating - report["overlong_dropped"] - trained
-    sizes = f"dataset.num_rows is {show_value(data.num_rows)}, dataset.held_out_rows {data.held_out_rows}"
+    sizes = f"dataset.num_rows is {data.num_rows}, dataset.held_out_rows {data.held_out_rows}"
+    if data.num_rows is None:  # then a row is left unused only if a `split` column says that it is not trained on
+        sizes = f"not marked train, dataset.held_out_rows is {data.held_out_rows}"
     uses = [RowUse(what="left out", rows=count, why=reason) for reason, count in report["dropped"].items()]
     if "held_out" in report:
         held_out, too_long_held_out = report["held_out"], report["held_out_overlong"]

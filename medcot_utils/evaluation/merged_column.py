@@ -42,7 +42,7 @@ def suggest_questions(run: Run) -> str:
     if not sets or needed > rows:
         return ""
     call = shlex.join(["medcot", "run", "--run-dir", str(run.path)])
-    return f"to ask the merged model as many of the {rows} held-out questions as would tell: {call} {' '.join(sets)}"
+    return f"to ask all models as many of the {rows} held-out questions as would tell: {call} {' '.join(sets)}"
 
 
 def describe_merged(run: Run) -> str:

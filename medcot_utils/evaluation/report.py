@@ -271,8 +271,10 @@ def _differences(shown: Sequence[ShownRun]) -> dict[str, list[str]]:
     common = set.intersection(*(set(one.questions) for one in shown))
     found = {}
     if any(set(one.questions) != common for one in shown):
+        apart = [len(set(one.questions) - common) for one in shown]
         found["questions"] = [
-            f"{len(one.questions)} asked, {len(set(one.questions) - common) or 'none'} of them not in all runs" for one in shown
+            f"{len(one.questions)} asked, {f'{only} of them not' if only else 'all'} in all runs"
+            for one, only in zip(shown, apart, strict=True)
         ]
     for name in (name for section in _SECTIONS for name in setting_names() if name.split(".")[0] == section):
         values = [one.run.config.get(name) for one in shown]

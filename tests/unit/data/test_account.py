@@ -63,6 +63,6 @@ def test_a_report_of_an_earlier_version_is_accounted_for_too():
 
 
 @pytest.mark.parametrize("given", ["dataset.num_rows=null", "dataset.num_rows="])
-def test_a_setting_without_a_value_is_null_in_these_texts(given):
+def test_rows_are_not_left_unused_for_a_number_that_is_not_set(given):
     line = data.describe_uses(REPORT, config(given))
-    assert "dataset.num_rows is null" in line and "None" not in line and "asked for" not in line
+    assert "left unused (not marked train, dataset.held_out_rows is 3)" in line and "num_rows" not in line
