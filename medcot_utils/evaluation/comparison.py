@@ -27,6 +27,7 @@ from medcot_utils.plain_text import keep_intervals
 if TYPE_CHECKING:
     import pandas as pd
 
+    from medcot_utils.evaluation.intervals import Difference
     from medcot_utils.evaluation.scored_set import AnsweredQuestion
     from medcot_utils.models.losses import RowLoss
     from medcot_utils.models.records import AnswerRecord
@@ -198,8 +199,7 @@ def verdict(name: str, metric: ComparedMetric, labels: Labels = LABELS) -> str:
     if not np.isfinite(difference["value"]):
         return "can't tell: not a finite number"
     if not is_clear(difference):
-        few = f"; at least {FEWEST_QUESTIONS} are needed" if difference["n"] < FEWEST_QUESTIONS else ""
-        return f"no difference shown with {count_of(name, difference['n'])}{few}"
+        return f"no difference shown with {count_of(name, difference['n'])}{_explain_unclear(difference)}"
     if undone := undone_by_cut(name, metric, labels):
         return f"can't tell: {undone}"
     direction = "rose" if difference["value"] > 0 else "fell"
@@ -208,6 +208,15 @@ def verdict(name: str, metric: ComparedMetric, labels: Labels = LABELS) -> str:
     better = METRICS[name].better
     judged = "" if not better else ", better" if np.sign(difference["value"]) == better else ", worse"
     return direction + judged
+
+
+def _explain_unclear(difference: Difference) -> str:
+    """Say why a difference is not clear if its interval does not show it; return "" if the interval includes zero."""
+    if difference["n"] < FEWEST_QUESTIONS:
+        return f"; at least {FEWEST_QUESTIONS} are needed"
+    if difference["low"] is not None and difference["low"] * difference["high"] > 0:
+        return f"; McNemar's exact p is {difference['p']:.3f}"
+    return ""
 
 
 def conclusions(metrics: Metrics, forced: Metrics | None = None) -> str:
