@@ -41,8 +41,9 @@ def next_steps(run_dir: Path) -> Iterator[str]:
     others = {path.parent.name: path.stat().st_mtime for path in beside if asked and _questions_of(path.parent) == asked}
     if others:
         other = run_dir.parent / max(others, key=others.__getitem__)
-        out = run_dir.parent / f"{other.name}-and-{run_dir.absolute().name}.html"
-        pair = shlex.join(["medcot", "report", str(other), str(run_dir), "--out", str(out)])
+        older, newer = sorted((other, run_dir), key=lambda run: (run / file).stat().st_mtime)  # differences are from the older
+        out = run_dir.parent / f"{older.absolute().name}-and-{newer.absolute().name}.html"
+        pair = shlex.join(["medcot", "report", str(older), str(newer), "--out", str(out)])
         yield f"to compare this run with {other}: {pair}"
     copy = Path(f"{run_dir}-first")
     if not copy.exists():
