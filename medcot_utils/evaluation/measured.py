@@ -107,9 +107,9 @@ def describe_closing(questions: Sequence[AnsweredQuestion]) -> list[str]:
         records = [one.greedy[model] for one in questions]
         if all("forced" in record for record in records):
             count = Counter(record["forced"]["closed_by"] for record in records)
-            were = "was" if count["budget"] == 1 else "were"
+            forced = f"{count['budget']} {'was' if count['budget'] == 1 else 'were'} closed for it at their budget"
             notes.append(
                 f"Forced closing: of {len(records)} answers the {model} model closed {count['itself']} by itself; "
-                f"{count['budget']} {were} closed for it at their budget, and {count['end']} where the text ended without the tag."
+                f"{forced}, and {count['end']} where the text ended without the tag."
             )
     return notes
