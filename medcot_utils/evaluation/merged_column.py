@@ -42,7 +42,8 @@ def suggest_questions(run: Run) -> str:
     if not sets or needed > rows:
         return ""
     call = shlex.join(["medcot", "run", "--run-dir", str(run.path)])
-    return f"to ask all models as many of the {rows} held-out questions as would tell: {call} {' '.join(sets)}"
+    whom = "all models" if settings.num_questions < needed else "the merged model"
+    return f"to ask {whom} as many of the {rows} held-out questions as would tell: {call} {' '.join(sets)}"
 
 
 def describe_merged(run: Run) -> str:

@@ -74,7 +74,8 @@ def test_too_few_questions_name_the_setting_for_more(needed, settings, said, tmp
     monkeypatch.setattr(merged_column, "read_merged", lambda run: {"verdicts": verdicts})
     shown = merged_column.suggest_questions(Run.create(tmp_path / "run", config))
     call = f"as many of the 40 held-out questions as would tell: medcot run --run-dir {tmp_path / 'run'} --set {said}"
-    assert shown == (f"to ask the merged model {call}" if said else "")
+    whom = "all models" if said and "num_questions" in said else "the merged model"
+    assert shown == (f"to ask {whom} {call}" if said else "")
 
 
 def test_status_shows_the_setting_for_more_questions(tmp_path, status, monkeypatch):
