@@ -149,6 +149,8 @@ def test_a_compared_run_says_how_to_keep_and_compare_it(medcot_here, tmp_path):
     shown = medcot_here("status", "runs/mine", cwd=tmp_path).stdout.splitlines()
     assert "to compare this run with runs/first: medcot report runs/first runs/mine --out runs/first-and-mine.html" in shown
     assert shown[-1] == "to keep this result, copy it before you change a setting: cp -r runs/mine runs/mine-first"
+    shown = medcot_here("status", "runs/first", cwd=tmp_path).stdout
+    assert "with runs/mine: medcot report runs/first runs/mine --out runs/first-and-mine.html" in shown, "the older one first"
     other = Run.open(tmp_path / "runs" / "first")
     other.write("questions", other.read("questions")[1:])
     assert "to compare this run with runs/other" in medcot_here("status", "runs/mine", cwd=tmp_path).stdout, "asked the same"
