@@ -39,7 +39,7 @@ def next_steps(run_dir: Path) -> Iterator[str]:
     file, asked = ARTIFACTS["metrics"].file, _questions_of(run_dir)
     beside = [path for path in run_dir.absolute().parent.glob(f"*/{file}") if path.parent.name != run_dir.absolute().name]
     others = {path.parent.name: path.stat().st_mtime for path in beside if asked and _questions_of(path.parent) == asked}
-    if others and (run_dir / file).exists():
+    if others:
         other = run_dir.parent / max(others, key=others.__getitem__)
         older, newer = sorted((other, run_dir), key=lambda run: (run / file).stat().st_mtime)  # differences are from the older
         out = run_dir.parent / f"{older.absolute().name}-and-{newer.absolute().name}.html"
