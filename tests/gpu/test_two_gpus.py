@@ -74,7 +74,7 @@ for way in ("one", "two"):
         total, held = torch.cuda.get_device_properties(gpu).total_memory, torch.cuda.memory_reserved(gpu)
         torch.cuda.set_per_process_memory_fraction(1.0 if way == "one" else (held + 0.9 * weights) / total, gpu)
     model, tokenizer = load_unquantized(name, "bfloat16")
-    places = sorted({str(place) for place in model.hf_device_map.values()})
+    places = sorted({str(weight.device) for weight in model.parameters()})
     losses = [one["nll"] for one in row_losses(model, rows, 2, "merged")]
     records = answer_questions(model, tokenizer, questions, config.generation, True, 0)
     found[way] = {"places": places, "losses": losses, "answers": [record["completion"] for record in records]}
@@ -110,7 +110,7 @@ def test_two_gpus_give_the_records_of_one(wide_llama, tmp_path):
 
 def test_a_model_spread_over_two_gpus_is_the_one_on_one(wide_llama, tmp_path):
     found = run_script(tmp_path, SPREAD, wide_llama)
-    assert found["one"]["places"] == ["0"] and found["two"]["places"] == ["0", "1"]
+    assert found["one"]["places"] == ["cuda:0"] and found["two"]["places"] == ["cuda:0", "cuda:1"]
     for kind in ("losses", "base"):
         assert found["two"][kind] == pytest.approx(found["one"][kind], rel=0.01)
     assert found["two"]["answers"] == found["one"]["answers"]
