@@ -16,7 +16,8 @@ class PeakMemory(TypedDict):
 
 
 _lent: set[int] = set()  # GPUs of the processes that this one has started
-_before: PeakMemory = {"allocated": 0, "reserved": 0}  # bytes: the peaks before torch's own were reset
+# Bytes: the peaks before torch's own were reset, and those of processes that this one has started.
+_before: PeakMemory = {"allocated": 0, "reserved": 0}
 
 
 def release_gpu_memory() -> None:
@@ -73,18 +74,29 @@ def reset_peak_gpu_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak_gpu_memory_mb() -> PeakMemory | None:
-    """Return the most GPU memory that this process has held, in MB; None if it has not used a GPU."""
+def peak_gpu_memory_mb(since_reset: bool = False) -> PeakMemory | None:
+    """Return the most memory of one GPU that this process and those it has noted have held, in MB; None if it has not used a GPU.
+
+    Args: since_reset: only that of this process, since `reset_peak_gpu_memory`."""
     if "torch" not in sys.modules or not sys.modules["torch"].cuda.is_initialized():
         return None
-    return {kind: round(peak / 1e6) for kind, peak in _peaks().items()}
+    return {kind: round(peak / 1e6) for kind, peak in (_own_peaks() if since_reset else _peaks()).items()}
+
+
+def _own_peaks() -> PeakMemory:
+    import torch
+
+    return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
 
 
 def _peaks() -> PeakMemory:
-    import torch
+    return {kind: max(peak, _before[kind]) for kind, peak in _own_peaks().items()}
 
-    now = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-    return {kind: max(peak, _before[kind]) for kind, peak in now.items()}
+
+def note_peak(peak: PeakMemory | None) -> None:
+    """Note the most memory (MB) of one GPU that a process which this one has started has held; None: it used no GPU."""
+    for kind, mb in (peak or {}).items():
+        _before[kind] = max(_before[kind], mb * 1e6)
 
 
 def note_use(*gpus: int) -> None:

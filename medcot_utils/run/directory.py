@@ -78,9 +78,9 @@ class Run(StoredRun):
         """Record the step as done and return what was recorded: the seconds since `since` (a `time.time()`; None: since
         `begin`), and the most that this process has held of the machine's memory and of its GPU's, in MB."""
         began = since or self.manifest()["steps"][step]["started"]
-        # Linux reports kilobytes.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        memory = {"peak_memory_mb": round(peak), "peak_gpu_memory_mb": peak_gpu_memory_mb()}
+        # Linux reports units of 1,024 bytes.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = {"peak_memory_mb": round(peak / 1e6), "peak_gpu_memory_mb": peak_gpu_memory_mb()}
         seconds = {"seconds": round(time.time() - began, 1), "estimate": self.estimate(step)}
         entry: StepEntry = {"state": "done", **seconds, **memory}
         self.record_step(step, **entry)

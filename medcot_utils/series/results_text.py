@@ -15,6 +15,7 @@ from medcot_utils.evaluation.intervals import format_interval, is_clear
 from medcot_utils.evaluation.merged import AS_MEASURED
 from medcot_utils.evaluation.merged import LABELS as MERGED_LABELS
 from medcot_utils.evaluation.metrics import METRICS
+from medcot_utils.machine.paths import GIB
 
 if TYPE_CHECKING:
     from medcot_utils.evaluation.comparison import ComparedMetric, MetricLine, Metrics
@@ -134,7 +135,7 @@ def _of_merged(text: _Text) -> list[str]:
 
 def _time(text: _Text) -> str:
     minutes, machine = sum(text.demo["seconds"].values()) / 60, text.demo["machine"]
-    memory = f"{text.demo['peak_memory_mb'] / 1024:.1f} GiB"
+    memory = f"{text.demo['peak_memory_mb'] * 1e6 / GIB:.1f} GiB"
     return _filled(
         f"`make demo` took {minutes:.0f} minutes on {_count(machine['cores'])} CPU cores ({machine['processor']}) and at most "
         f"{memory} per notebook, after the install."

@@ -195,18 +195,6 @@ def plans_table(plans: Sequence[BatchPlan], chosen: BatchPlan, weights_mb: float
     return pd.DataFrame(lines)
 
 
-def measured_memory_gb() -> dict[str, float]:
-    """Return the peak GPU memory of this process since training began, in GB, by kind; an empty dict without a GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    return {
-        "memory, measured: reserved (GB)": round(torch.cuda.max_memory_reserved() / 1e9, 1),
-        "memory, measured: in use (GB)": round(torch.cuda.max_memory_allocated() / 1e9, 1),
-    }
-
-
 def step_plan(config: RunConfig, rows: int) -> StepPlan:
     """Return the number of optimizer steps that a configuration takes over `rows` training rows."""
     t = config.training

@@ -1,12 +1,10 @@
-"""Trainer callbacks for progress, skipped steps, tracking, and the time limit."""
+"""Trainer callbacks: bar and figure, skipped steps, tracking, and the time limit."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -81,39 +79,6 @@ class LossFigure(TrainerCallback):
             self.handle = display(figure, display_id=True)
         else:
             self.handle.update(figure)
-
-
-class ProgressLine(TypedDict):
-    """Hold a line of the file that `ProgressFile` writes."""
-
-    step: int  # optimizer steps taken so far
-    max_steps: int
-    log_history: NotRequired[list[LogEntry]]  # only in a line written because training began or something was logged
-
-
-class ProgressFile(TrainerCallback):
-    """Write each step that the first process takes as a line of JSON.
-
-    `medcot run` reads the file when training is interrupted. With the log, the notebook that waits for several processes reads
-    it too."""
-
-    def __init__(self, path: Path, with_log: bool = True) -> None:
-        self.path, self.with_log = path, with_log
-
-    def _write(self, state, **more) -> None:
-        if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps({"step": state.global_step, "max_steps": state.max_steps} | more) + "\n")
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._write(state, **({"log_history": state.log_history} if self.with_log else {}))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._write(state)
-
-    def on_log(self, args, state, control, **kwargs):
-        if self.with_log:
-            self._write(state, log_history=state.log_history)
 
 
 class SkippedSteps(TrainerCallback):

@@ -17,7 +17,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from medcot_utils.machine import hardware
-from medcot_utils.machine.gpu import note_use
+from medcot_utils.machine.gpu import note_peak, note_use
 from medcot_utils.machine.paths import HOME
 from medcot_utils.machine.processes import describe_exit, end_with_parent, read_last_line
 from medcot_utils.machine.redaction import redact
@@ -26,8 +26,9 @@ from medcot_utils.run.artifacts import PROGRESS
 from medcot_utils.run.clock import TimeBudgetReached
 from medcot_utils.run.directory import Run
 from medcot_utils.training.agent import Failure
-from medcot_utils.training.callbacks import LossFigure, ProgressLine
+from medcot_utils.training.callbacks import LossFigure
 from medcot_utils.training.checkpoints import last_good_checkpoint
+from medcot_utils.training.progress import read_line, read_peak
 from medcot_utils.training.trainer import TrainingError
 
 _OUT_OF_MEMORY = "out of memory"
@@ -51,6 +52,7 @@ def train_in_processes(run: Run, num_processes: int) -> None:
         progress.unlink(missing_ok=True)
         failure = _launch(run, num_processes, skip_plans, progress)
         if failure is None:
+            note_peak(read_peak(progress))
             return
         if failure.kind == TimeBudgetReached.__name__:
             raise TimeBudgetReached(failure.message)
@@ -119,8 +121,10 @@ def _show(started: subprocess.Popen, progress: Path) -> None:
             ended = started.poll() is not None
             text = progress.read_text(encoding="utf-8") if progress.exists() else ""
             lines = text.split("\n")[:-1]  # a line without an end is still being written
-            states = [state for line in lines[read:] if (state := _read_state(line))]
+            states = [state for line in lines[read:] if (state := read_line(line))]
             for state in states:
+                if "plan" in state:
+                    say(state["plan"])
                 bar.total = state["max_steps"]
                 bar.update(state["step"] - bar.n)
                 if log := [entry for entry in state.get("log_history", []) if "loss" in entry]:
@@ -131,11 +135,3 @@ def _show(started: subprocess.Popen, progress: Path) -> None:
             if ended:
                 return
             time.sleep(0.5)
-
-
-def _read_state(line: str) -> ProgressLine | None:
-    # A full disk or a killed process may leave half a line, and the next line then follows in the same line.
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None

@@ -24,7 +24,6 @@ from medcot_utils.training.batch_plan import BatchPlan, batch_plans, choose_plan
 from medcot_utils.training.callbacks import (
     FiniteLoss,
     LossFigure,
-    ProgressFile,
     SkippedSteps,
     TimeBudget,
     TqdmProgress,
@@ -32,6 +31,7 @@ from medcot_utils.training.callbacks import (
     WithoutTokenCount,
 )
 from medcot_utils.training.checkpoints import checkpoint_fault, last_good_checkpoint
+from medcot_utils.training.progress import ProgressFile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +125,9 @@ def train(
 
     for plan, smaller in zip(plans, [*plans[1:], None], strict=True):
         trainer = prepare_trainer(make_trainer(plan), config, loss_before)
-        for callback in callbacks:
+        progress = Path(trainer.args.output_dir) / PROGRESS
+        several = trainer.args.world_size > 1
+        for callback in (ProgressFile(progress, str(plan) if several else None), *callbacks):
             trainer.add_callback(callback)
         reset_peak_gpu_memory()
         try:
@@ -134,7 +136,7 @@ def train(
             return trainer
         except RuntimeError as error:
             # If only one of several processes ran out, all must end; `train_in_processes` resumes with a smaller plan.
-            if smaller is None or trainer.args.world_size > 1 or not should_reduce_batch_size(error):
+            if smaller is None or several or not should_reduce_batch_size(error):
                 _end_tracking(trainer)
                 raise
         except Exception:
@@ -271,9 +273,7 @@ def prepare_trainer(trainer: SFTTrainer, config: RunConfig, loss_before: float |
     trainer.add_callback(FiniteLoss())
     if config.training.max_hours:
         trainer.add_callback(TimeBudget(config.training.max_hours))
-    several = trainer.args.world_size > 1
-    trainer.add_callback(ProgressFile(Path(trainer.args.output_dir) / PROGRESS, with_log=several))
-    if not several:
+    if trainer.args.world_size == 1:
         say(f"{rows} rows per optimizer step")
         trainer.add_callback(TqdmProgress())
         trainer.add_callback(LossFigure(loss_before))

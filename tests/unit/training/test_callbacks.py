@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from medcot_utils.training.callbacks import LossFigure, ProgressFile, skipped_steps, tabulate_log
+from medcot_utils.run.artifacts import PROGRESS
+from medcot_utils.training.callbacks import LossFigure, skipped_steps, tabulate_log
 from medcot_utils.training.launch import _show
+from medcot_utils.training.progress import ProgressFile, measured_memory_gb, read_peak
 
 LOG = [{"step": 1, "loss": 7.25}, {"step": 2, "loss": 6.5}, {"step": 2, "eval_loss": 7.0}]
 
@@ -46,14 +48,26 @@ def shown(monkeypatch):
 def tell(tmp_path):
     """`tell("on_log", step, log)` lets the first process's ProgressFile write, as the trainer would; `tell.path` is its file."""
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    callback = ProgressFile(tmp_path / "progress.jsonl")
+    callback = ProgressFile(tmp_path / "progress.jsonl", "2 processes")
 
     def call(event, step=0, log=(), first=True):
         state = TrainerState(global_step=step, max_steps=6, log_history=list(log), is_world_process_zero=first)
         getattr(callback, event)(arguments, state, TrainerControl())
 
-    call.path = callback.path
+    call.path, call.callback = callback.path, callback
     return call
+
+
+@pytest.fixture
+def simulated_memory(monkeypatch):
+    """`simulated_memory(mb)`: a simulated GPU of which this process has held so much, half of it in use."""
+
+    def hold(mb):
+        monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+        monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda: mb * 1_000_000)
+        monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: mb * 500_000)
+
+    return hold
 
 
 def process():
@@ -103,8 +117,9 @@ def test_simulated_display_shows_one_bar_and_figure_of_process_0(tell, shown, ca
     assert [(line["step"], line["max_steps"]) for line in lines] == [(0, 6), (1, 6), (1, 6), (2, 6), (2, 6)]
     _show(process(), tell.path)
     assert shown.points()[-1] == [(1, 2), (7.25, 6.5)]
-    bar = capsys.readouterr().err
-    assert "2/6" in bar and "loss=6.500" in bar
+    told = capsys.readouterr()
+    assert "2/6" in told.err and "loss=6.500" in told.err
+    assert told.out == "2 processes\n", "how they split a step, once"
 
 
 def test_simulated_display_reads_lines_while_processes_run(tell, shown):
@@ -126,6 +141,35 @@ def test_only_the_first_process_writes(tell):
     tell("on_step_end", 1, first=False)
     tell("on_log", 1, LOG, first=False)
     assert not tell.path.exists()
+
+
+def test_a_single_process_writes_neither_plan_nor_log(tell):
+    tell.callback.plan = None
+    for event in ("on_train_begin", "on_log", "on_step_end"):
+        tell(event, 1, LOG[:1])
+    assert [json.loads(line) for line in tell.path.read_text().splitlines()] == [{"step": 1, "max_steps": 6}] * 2
+
+
+def test_memory_is_that_of_the_process_that_trained_last(tell, run_factory, write_all, simulated_memory):
+    """On a simulated GPU. Notebook 05's own process has not trained if several have, or if an earlier session has."""
+    run = write_all(run_factory())
+    tell.callback.path = run.checkpoint_dir("adapter") / PROGRESS
+    assert measured_memory_gb(run) == {}
+    for event, step, mb in [("on_train_begin", 0, 900), ("on_step_end", 1, 7000), ("on_train_end", 1, 8640)]:
+        simulated_memory(mb)
+        tell(event, step)
+    simulated_memory(120_000)  # of the process that reads it
+    assert measured_memory_gb(run) == {"memory, measured: reserved (GB)": 8.6, "memory, measured: in use (GB)": 4.3}
+
+
+@pytest.mark.parametrize(
+    "last",
+    ["7", "[]", "null", '{"peak_gpu_memory_mb": 3}', '{"peak_gpu_memory_mb": {"reserved": Infinity, "allocated": 1}}', "{"],
+)
+def test_a_line_without_memory_is_passed_over(last, tmp_path):
+    peak = {"allocated": 4, "reserved": 5}
+    (tmp_path / PROGRESS).write_text(json.dumps({"step": 1, "peak_gpu_memory_mb": peak}) + f"\n{last}\n")
+    assert read_peak(tmp_path / PROGRESS) == peak
 
 
 def test_simulated_display_leaves_a_half_written_line_for_later(tell, shown):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, ProcessFailure
 
+from medcot_utils.machine import gpu
 from medcot_utils.run.clock import TimeBudgetReached
 from medcot_utils.training import launch
 from medcot_utils.training.agent import Failure, find_first_failure, tolerate_broken_error_files
@@ -37,11 +38,13 @@ def ending(monkeypatch):
 
         def launched(run, num_processes, skip_plans, progress):
             assert num_processes == 2 and not progress.exists(), "lines of an earlier launch would be shown again"
-            progress.write_text("")
+            line = {"step": 1, "max_steps": 6, "peak_gpu_memory_mb": {"allocated": 5, "reserved": 7}}
+            progress.write_text(json.dumps(line) + "\n")
             skipped.append(skip_plans)
             return next(endings)
 
         monkeypatch.setattr(launch, "_launch", launched)
+        monkeypatch.setattr(gpu, "_before", {"allocated": 0, "reserved": 0})  # what they held is noted there
         return skipped
 
     return script
@@ -54,6 +57,17 @@ def test_a_simulated_launch_that_ends_well_is_the_only_one(prepared, ending, cap
     skipped = ending(None)
     train_in_processes(prepared, 2)
     assert skipped == [0] and capsys.readouterr().out == ""
+
+
+def test_the_processes_memory_counts_as_the_notebooks(prepared, ending, monkeypatch):
+    """On a simulated GPU, of which the notebook's own process has held less reserved and more in use."""
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda: 6_000_000)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 6_000_000)
+    ending(None)
+    train_in_processes(prepared, 2)
+    assert gpu.peak_gpu_memory_mb() == {"allocated": 6, "reserved": 7}
+    assert gpu.peak_gpu_memory_mb(since_reset=True) == {"allocated": 6, "reserved": 6}
 
 
 def test_simulated_launch_out_of_memory_tries_the_next_plan(prepared, ending, capsys):
