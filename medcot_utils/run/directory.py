@@ -48,14 +48,6 @@ class Run(StoredRun):
             let_go(self.path)
             raise
 
-    def can_begin(self, step: str) -> bool:
-        """Return whether `require_inputs` finds everything that the step reads."""
-        try:
-            self.require_inputs(step)
-        except RunError:
-            return False
-        return True
-
     def require_inputs(self, step: str) -> None:
         """Raise RunError naming the notebook to run if an artifact that the step reads is missing, damaged or stale."""
         for name in STEPS[step].reads:

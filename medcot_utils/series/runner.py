@@ -33,7 +33,7 @@ from medcot_utils.run.changes import describe_new_settings
 from medcot_utils.run.clock import SESSION_STARTED, SessionClock, TimeBudgetReached
 from medcot_utils.run.directory import Run
 from medcot_utils.run.files import write_atomic
-from medcot_utils.run.lock import hold
+from medcot_utils.run.lock import RunError, hold
 from medcot_utils.run.manifest import describe_costs
 from medcot_utils.run.store import CONFIG
 from medcot_utils.series.estimate import describe_rest
@@ -171,7 +171,7 @@ def run_series(
 
     Raises:
         RunError: if another process works in the run; nothing is written then.
-        SeriesError: at the first notebook that fails or whose kernel dies.
+        SeriesError: at the first notebook that lacks what it reads, that fails, or whose kernel dies.
         SeriesPaused: if training.max_hours ended the work.
         SeriesInterrupted: at Ctrl-C."""
     folder = notebooks_dir()
@@ -259,9 +259,12 @@ def _run_steps(
                 f"{name} does not begin, because training.max_hours is nearly over; the same command resumes there"
             )
         worked = name != NOTEBOOKS[0]  # notebook 01 alone would be no progress
+        try:
+            run.require_inputs(name)
+        except RunError as error:
+            raise SeriesError(f"notebook {name} cannot begin: {error}; without --from, the same command does it") from None
         if force:
-            if run.can_begin(name):  # if not, the notebook says what is missing, and earlier artifacts are kept
-                run.forget(name)
+            run.forget(name)
         elif state in ("done", "stale"):
             say(f"{name}: redone, because {_in_short(run.why_stale(name) or [f'{one} is given' for one in asked])}")
         given = {"RUN_DIR": str(run.path.absolute()), **parameters}
@@ -321,8 +324,8 @@ def _run_notebook(
         else:
             why = "its kernel died (killed, or out of memory)"
         run.record_step(name, state="failed", error=why)
-        resumes = "; the same command resumes there" if run.can_begin(name) else ""  # else an earlier notebook comes first
-        raise SeriesError(f"notebook {name} failed: {why}. The partial notebook is {run.display(executed)}{resumes}") from error
+        partial = f"The partial notebook is {run.display(executed)}; the same command resumes there"
+        raise SeriesError(f"notebook {name} failed: {why}. {partial}") from error
     if run.step_state(name) != "done":
         raise SeriesError(f"notebook {name} ended without recording its results: its last cell did not run")
 

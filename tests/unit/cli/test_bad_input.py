@@ -178,8 +178,8 @@ def test_what_a_run_says_is_not_broken_into_lines(medcot_here, monkeypatch, tmp_
     assert bar in medcot_here("run", "--profile", "smoke", "--run-dir", tmp_path / "run").stdout.splitlines()
 
 
-@pytest.mark.series
 def test_a_notebook_before_its_predecessor_names_the_one_to_run(tmp_path):
     line = the_one_line(medcot("run", "--profile", "smoke", "--run-dir", tmp_path / "run", "--from", "5"))
-    assert "05_training failed" in line and "run notebook 03_dataset_prep first" in line
-    assert "run/notebooks/05_training.ipynb" in line and (tmp_path / "run" / "notebooks" / "05_training.ipynb").exists()
+    assert "05_training cannot begin: held_out_rows.parquet is not in run/ yet: run notebook 03_dataset_prep first" in line
+    assert line.endswith("; without --from, the same command does it")
+    assert not (tmp_path / "run" / "notebooks").exists(), "no kernel starts to say so"

@@ -116,14 +116,12 @@ def test_settings_stay_if_a_later_notebook_fails(done, notebooks):
 def test_force_keeps_a_training_whose_step_cannot_begin(done, notebooks, content):
     (done.checkpoint_dir("adapter") / "checkpoint-6").mkdir()
     (done.path / "train_rows.parquet").unlink()
-
-    def begin(run, report):
-        run.begin(TRAINING)
-
-    notebooks[TRAINING] = begin
-    with pytest.raises(MedcotError, match=r"train_rows\.parquet is missing .* run notebook 03"):
+    with pytest.raises(
+        SeriesError, match=r"^notebook 05_training cannot begin: train_rows\.parquet is missing .* run notebook 03"
+    ):
         run_series(done.path, done.config, first=5, last=5, force=True)
     assert "adapter" in done.manifest()["artifacts"] and list(done.path.glob("checkpoints/*/checkpoint-6"))
+    assert notebooks.ran == [], "no kernel starts to say so"
 
 
 @pytest.mark.parametrize(
