@@ -219,7 +219,7 @@ def _print_status(found: Status, run: Run) -> None:
         say(found["merged_verdict"], *filter(None, [suggest_questions(run)]))
     if found["metrics"] or compared:
         say(*(f"{what}: {path}" for what, path in _places(run)))
-        say(*next_steps(run.path))
+    say(*next_steps(run.path, {step["name"]: step["state"] for step in found["steps"]}))
 
 
 def _places(run: Run) -> list[tuple[str, str]]:

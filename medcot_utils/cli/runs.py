@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import typer
@@ -31,14 +31,20 @@ def choose_run(run_dir: Path | None) -> Path:
     raise MedcotError(f"which run? Found in {RUNS}/: {', '.join(found)}. Give one of these, or another directory")
 
 
-def next_steps(run_dir: Path) -> Iterator[str]:
-    """Yield what to do with a compared run: compare it with the newest other one beside it that was asked the same questions,
-    and keep it before it changes."""
+def next_steps(run_dir: Path, states: Mapping[str, str]) -> Iterator[str]:
+    """Yield what to do with a run: complete it; then compare it with the newest other one beside it that was asked the same
+    questions, and keep it before it changes.
+
+    `states`: {notebook: its state}, as `medcot status` shows it."""
     from medcot_utils.run.artifacts import ARTIFACTS
 
-    file, asked = ARTIFACTS["metrics"].file, _questions_of(run_dir)
+    if "running" not in states.values() and set(states.values()) != {"done"}:
+        yield f"to run what is not done: {shlex.join(['medcot', 'run', '--run-dir', str(run_dir)])}"
+    if states[ARTIFACTS["metrics"].step] != "done":
+        return
+    file, asked = ARTIFACTS["metrics"].file, _compared_questions(run_dir)
     beside = [path for path in run_dir.absolute().parent.glob(f"*/{file}") if path.parent.name != run_dir.absolute().name]
-    others = {path.parent.name: path.stat().st_mtime for path in beside if asked and _questions_of(path.parent) == asked}
+    others = {path.parent.name: path.stat().st_mtime for path in beside if asked and _compared_questions(path.parent) == asked}
     if others:
         other = run_dir.parent / max(others, key=others.__getitem__)
         older, newer = sorted((other, run_dir), key=lambda run: (run / file).stat().st_mtime)  # differences are from the older
@@ -50,13 +56,16 @@ def next_steps(run_dir: Path) -> Iterator[str]:
         yield f"to keep this result, copy it before you change a setting: {shlex.join(['cp', '-r', str(run_dir), str(copy)])}"
 
 
-def _questions_of(run_dir: Path) -> str | None:
-    """Return the digest of the questions that a run asked; None if its manifest cannot be read or names none."""
+def _compared_questions(run_dir: Path) -> str | None:
+    """Return the digest of the questions whose answers a run has compared; None if it has not, or its manifest is unreadable."""
     from medcot_utils.machine.names import OutsideError
+    from medcot_utils.run.artifacts import ARTIFACTS
     from medcot_utils.run.manifest import read_manifest
     from medcot_utils.run.store import MANIFEST
 
     try:
-        return read_manifest(run_dir / MANIFEST)["artifacts"]["questions"]["sha256"]
+        manifest = read_manifest(run_dir / MANIFEST)
+        compared = manifest["steps"][ARTIFACTS["metrics"].step]["state"] == "done"
+        return manifest["artifacts"]["questions"]["sha256"] if compared else None
     except (OSError, ValueError, KeyError, OutsideError):
         return None

@@ -144,16 +144,22 @@ def test_a_command_without_a_run_takes_the_only_one(medcot_here, tmp_path):
 def test_a_compared_run_says_how_to_keep_and_compare_it(medcot_here, tmp_path):
     for name in ("first", "other", "mine"):
         run = fill(Run.create(tmp_path / "runs" / name, load_config("smoke")))
+        run.write("report", "as it was made")
         run.record_step("06_comparison", state="done")
     os.utime(tmp_path / "runs" / "other" / "metrics.json", (0, 0))
     shown = medcot_here("status", "runs/mine", cwd=tmp_path).stdout.splitlines()
     assert "to compare this run with runs/first: medcot report runs/first runs/mine --out runs/first-and-mine.html" in shown
+    assert shown[-3] == "to run what is not done: medcot run --run-dir runs/mine"
     assert shown[-1] == "to keep this result, copy it before you change a setting: cp -r runs/mine runs/mine-first"
     shown = medcot_here("status", "runs/first", cwd=tmp_path).stdout
     assert "with runs/mine: medcot report runs/first runs/mine --out runs/first-and-mine.html" in shown, "the older one first"
     other = Run.open(tmp_path / "runs" / "first")
     other.write("questions", other.read("questions")[1:])
     assert "to compare this run with runs/other" in medcot_here("status", "runs/mine", cwd=tmp_path).stdout, "asked the same"
+    Run.open(tmp_path / "runs" / "other").record_step("06_comparison", state="running")
+    assert "to compare" not in medcot_here("status", "runs/mine", cwd=tmp_path).stdout, "it is being redone"
+    shown = medcot_here("status", "runs/other", cwd=tmp_path).stdout
+    assert "to keep" not in shown and "to compare" not in shown
     (tmp_path / "runs" / "mine").rename(tmp_path / "runs" / "first-first")
     assert not any("cp -r" in line for line in medcot_here("status", "runs/first", cwd=tmp_path).stdout.splitlines())
 

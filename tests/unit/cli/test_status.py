@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import made_up_measures
 import pytest
@@ -11,9 +12,11 @@ from made_up_runs import MORE, fill_more, retrain
 from typer.testing import CliRunner
 
 from medcot_utils.cli import main
+from medcot_utils.cli.runs import next_steps
 from medcot_utils.config import load_config
 from medcot_utils.evaluation import merged_column
 from medcot_utils.evaluation.headline import HEADLINE, headline_rows
+from medcot_utils.run.artifacts import STEPS
 from medcot_utils.run.directory import Run
 from medcot_utils.series.results_text import write_parts
 
@@ -83,3 +86,10 @@ def test_status_shows_the_setting_for_more_questions(tmp_path, status, monkeypat
     monkeypatch.setattr(Run, "step_state", lambda run, name, deep: "done")
     monkeypatch.setattr(merged_column, "suggest_questions", lambda run: "to ask more")
     assert "to ask more" in status(run).splitlines()
+
+
+@pytest.mark.parametrize(("last", "told"), [("running", False), ("done", False), ("paused", True), ("not run", True)])
+def test_what_is_not_done_has_its_command_unless_it_runs(last, told):
+    steps = dict.fromkeys(STEPS, "done") | {"07_export": last}
+    lines = [line for line in next_steps(Path("runs/my run"), steps) if line.startswith("to run")]
+    assert lines == ["to run what is not done: medcot run --run-dir 'runs/my run'"] * told
