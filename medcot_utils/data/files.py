@@ -7,6 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,12 @@ def check_size(size: int) -> None:
         )
 
 
+@cache
+def _say_how(path: Path, encoding: str, delimiter: str) -> None:
+    """Say how a file is read: only once, because several checks read it."""
+    say(f"{path.name}: read as {encoding}, with {_DELIMITERS[delimiter]} between the columns")
+
+
 def _choose_once(names: Sequence[str], choose: ChooseColumns) -> list[str]:
     chosen = list(choose(names))
     if twice := [name for name in chosen if Counter(names)[name] > 1]:
@@ -111,7 +118,7 @@ def _read_csv(path: Path, choose: ChooseColumns) -> Cells:
     text, encoding = _decode_any(path.read_bytes())
     delimiter, header = _find_delimiter(text, choose)
     if encoding != "UTF-8" or delimiter != ",":
-        say(f"{path.name}: read as {encoding}, with {_DELIMITERS[delimiter]} between the columns")
+        _say_how(path, encoding, delimiter)
     frame = pd.read_csv(
         io.StringIO(text),
         sep=delimiter,

@@ -234,7 +234,8 @@ def test_a_spreadsheets_csv_is_read_and_what_was_found_is_said(tmp_path, capsys,
     path = tmp_path / "tabelle.csv"
     path.write_bytes(pd.DataFrame(ROWS).to_csv(index=False, sep=delimiter).encode(encoding))
     assert texts(load_rows(settings(path))) == ROWS
-    assert capsys.readouterr().out == (f"tabelle.csv: read as {said} between the columns\n" if said else "")
+    assert texts(load_rows(settings(path))) == ROWS, "as several checks of a run do"
+    assert capsys.readouterr().out == (f"tabelle.csv: read as {said} between the columns\n" if said else ""), "said once"
 
 
 @pytest.mark.parametrize(
