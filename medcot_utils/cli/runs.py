@@ -57,15 +57,12 @@ def next_steps(run_dir: Path, states: Mapping[str, str]) -> Iterator[str]:
 
 
 def _compared_questions(run_dir: Path) -> str | None:
-    """Return the digest of the questions whose answers a run has compared; None if it has not, or its manifest is unreadable."""
-    from medcot_utils.machine.names import OutsideError
+    """Return the digest of the questions whose answers a run has compared; None if there is no such run, or its comparison is
+    not done or stale."""
     from medcot_utils.run.artifacts import ARTIFACTS
-    from medcot_utils.run.manifest import read_manifest
-    from medcot_utils.run.store import MANIFEST
+    from medcot_utils.run.directory import Run
 
-    try:
-        manifest = read_manifest(run_dir / MANIFEST)
-        compared = manifest["steps"][ARTIFACTS["metrics"].step]["state"] == "done"
-        return manifest["artifacts"]["questions"]["sha256"] if compared else None
-    except (OSError, ValueError, KeyError, OutsideError):
+    run = Run.open_if_readable(run_dir)
+    if run is None or run.step_state(ARTIFACTS["metrics"].step, deep=False) != "done":
         return None
+    return run.manifest()["artifacts"]["questions"]["sha256"]

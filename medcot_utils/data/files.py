@@ -42,8 +42,8 @@ class TooLargeError(ValueError):
 def read_file(path: Path, choose: ChooseColumns) -> Cells:
     """Return the chosen columns of a json, jsonl, csv or parquet file; whatever the others hold is not looked at.
 
-    A CSV file's encoding and delimiter are found, and said in a line unless they are UTF-8 and the comma. Raises DataError if
-    the file is missing, empty, unreadable or larger than MAX_DATA_BYTES."""
+    A CSV file's encoding and delimiter are found, and said once in a process unless they are UTF-8 and the comma. Raises
+    DataError if the file is missing, empty, unreadable or larger than MAX_DATA_BYTES."""
     import pyarrow as pa
 
     if path.suffix not in SUFFIXES:

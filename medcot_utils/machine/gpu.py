@@ -75,7 +75,7 @@ def reset_peak_gpu_memory() -> None:
 
 
 def peak_gpu_memory_mb(since_reset: bool = False) -> PeakMemory | None:
-    """Return the most memory of one GPU that this process and those it has noted have held, in MB; None if it has not used a GPU.
+    """Return the most GPU memory that this process or one whose peak it has noted has held, in MB; None if it used no GPU.
 
     Args: since_reset: only that of this process, since `reset_peak_gpu_memory`."""
     if "torch" not in sys.modules or not sys.modules["torch"].cuda.is_initialized():
@@ -96,7 +96,7 @@ def _peaks() -> PeakMemory:
 def note_peak(peak: PeakMemory | None) -> None:
     """Note the most memory (MB) of one GPU that a process which this one has started has held; None: it used no GPU."""
     for kind, mb in (peak or {}).items():
-        _before[kind] = max(_before[kind], mb * 1e6)
+        _before[kind] = max(_before[kind], mb * 1_000_000)
 
 
 def note_use(*gpus: int) -> None:

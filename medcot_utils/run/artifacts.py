@@ -8,7 +8,7 @@ from medcot_utils.config import TrainingSettings
 from medcot_utils.machine.paths import PACKAGE
 
 SHIPPED_CASES, SHIPPED_MCQ = PACKAGE / "data" / "cases.jsonl", PACKAGE / "data" / "mcq.jsonl"
-PROGRESS = "progress.jsonl"  # beside the checkpoints: a line of JSON for each step that is taken
+PROGRESS = "progress.jsonl"  # beside the checkpoints: what training notes of its steps (training/progress.py)
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,10 @@ ARTIFACTS: dict[str, Artifact] = {
 }
 
 
+# What a notebook reads beside the inputs of what it makes: it only shows this, or asks with it.
+_SHOWN = {_TRAINING: {"plan"}, _EXPORT: {"base_answers"}}
+
+
 @dataclass(frozen=True)
 class Step:
     """A notebook: what it makes, and what it reads of the notebooks before it."""
@@ -152,7 +156,7 @@ def _steps() -> dict[str, Step]:
     for step in (SETUP, _BASELINE, _DATA, _LORA, _TRAINING, _COMPARISON, _EXPORT):
         makes = tuple(name for name, artifact in ARTIFACTS.items() if artifact.step == step)
         reads = {source for name in makes for source in ARTIFACTS[name].inputs if ARTIFACTS[source].step != step}
-        steps[step] = Step(makes, tuple(sorted(reads)))
+        steps[step] = Step(makes, tuple(sorted(reads | _SHOWN.get(step, set()))))
     return steps
 
 

@@ -52,6 +52,7 @@ class Run(StoredRun):
         """Raise RunError naming the notebook to run if an artifact that the step reads is missing, damaged or stale."""
         for name in STEPS[step].reads:
             self.require(name)
+        for name in STEPS[step].reads:
             if stale := self._stale_origin(name):
                 artifact = ARTIFACTS[stale]
                 raise RunError(
@@ -68,7 +69,8 @@ class Run(StoredRun):
 
     def record_done(self, step: str, since: float | None = None) -> StepEntry:
         """Record the step as done and return what was recorded: the seconds since `since` (a `time.time()`; None: since
-        `begin`), and the most that this process has held of the machine's memory and of its GPU's, in MB."""
+        `begin`), and in MB the most that this process has held of the machine's memory, and it or one that trained for it of
+        a GPU's."""
         began = since or self.manifest()["steps"][step]["started"]
         # Linux reports units of 1,024 bytes.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

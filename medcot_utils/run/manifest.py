@@ -33,7 +33,7 @@ class ArtifactEntry(TypedDict):
 
 
 class GpuPeak(TypedDict):
-    """The most that a process has held of its GPU, in MB."""
+    """The most that a process has held of its GPU, in MB: the notebook's own, or one of those that trained for it."""
 
     allocated: int
     reserved: int

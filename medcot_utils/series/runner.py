@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -40,6 +40,7 @@ from medcot_utils.series.estimate import describe_rest
 from medcot_utils.series.kernel import KERNEL, check_kernel
 from medcot_utils.series.preflight import preflight
 from medcot_utils.series.progress import Watch, watching
+from medcot_utils.training.records import read_last
 
 NOTEBOOKS = tuple(STEPS)
 DATA, TRAINING = ARTIFACTS["data_report"].step, ARTIFACTS["adapter"].step
@@ -221,12 +222,8 @@ def _training_step(run: Run) -> str:
     files = [file for file in run.path.glob(f"checkpoints/*/{PROGRESS}") if file.stat().st_mtime > entry.get("started", 0)]
     if entry.get("state") != "running" or not files:
         return ""
-    lines = max(files, key=lambda file: file.stat().st_mtime).read_text(encoding="utf-8").split("\n")
-    try:
-        state = json.loads(lines[-2])  # the last whole line, if there is one
-        return f", at step {state['step']} of {state['max_steps']}"
-    except (LookupError, ValueError, TypeError):
-        return ""
+    state = read_last(max(files, key=lambda file: file.stat().st_mtime))
+    return f", at step {state['step']} of {state['max_steps']}" if state else ""
 
 
 def _put_back(path: Path, text: str | None) -> None:
@@ -262,7 +259,8 @@ def _run_steps(
         try:
             run.require_inputs(name)
         except RunError as error:
-            raise SeriesError(f"notebook {name} cannot begin: {error}; without --from, the same command does it") from None
+            rest = shlex.join(["medcot", "run", "--run-dir", str(run.path)])
+            raise SeriesError(f"notebook {name} cannot begin: {error}. This runs all that is not done: {rest}") from None
         if force:
             run.forget(name)
         elif state in ("done", "stale"):

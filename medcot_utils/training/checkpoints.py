@@ -33,6 +33,12 @@ def last_good_checkpoint(output_dir: Path, trained: Shapes | None = None) -> Pat
     return None
 
 
+def is_last(checkpoint: Path) -> bool:
+    """Return whether a whole checkpoint is that of the last step."""
+    state = _read_json(checkpoint / "trainer_state.json")
+    return state["global_step"] >= state["max_steps"]
+
+
 def checkpoint_fault(path: Path, trained: Shapes | None = None) -> str | None:
     """Return why training cannot resume from a checkpoint with an adapter, or None if it can.
 

@@ -27,8 +27,9 @@ from medcot_utils.run.clock import TimeBudgetReached
 from medcot_utils.run.directory import Run
 from medcot_utils.training.agent import Failure
 from medcot_utils.training.callbacks import LossFigure
-from medcot_utils.training.checkpoints import last_good_checkpoint
-from medcot_utils.training.progress import read_line, read_peak
+from medcot_utils.training.checkpoints import is_last, last_good_checkpoint
+from medcot_utils.training.progress import read_peak
+from medcot_utils.training.records import read_line
 from medcot_utils.training.trainer import TrainingError
 
 _OUT_OF_MEMORY = "out of memory"
@@ -44,9 +45,11 @@ def train_in_processes(run: Run, num_processes: int) -> None:
         TrainingError: if training fails, with the process that failed first and its message; or if there are fewer GPUs than
             processes.
         TimeBudgetReached: if the training stopped before training.max_hours ended."""
+    output_dir = run.checkpoint_dir("adapter")
+    if (checkpoint := last_good_checkpoint(output_dir)) and is_last(checkpoint):
+        return
     check_gpus(num_processes)
     note_use(*range(num_processes))
-    output_dir = run.checkpoint_dir("adapter")
     for skip_plans in itertools.count():
         progress = output_dir / PROGRESS
         progress.unlink(missing_ok=True)

@@ -1,27 +1,16 @@
-"""The file in which training notes each step: read by a notebook that waits for several processes, and for the GPU memory."""
+"""The file in which training notes its steps, for whoever waits for it, and its GPU memory, for notebook 05."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NotRequired, TypedDict
 
 from transformers import TrainerCallback
 
 from medcot_utils.machine.gpu import PeakMemory, peak_gpu_memory_mb
 from medcot_utils.run.artifacts import PROGRESS
 from medcot_utils.run.directory import Run
-from medcot_utils.training.records import LogEntry
-
-
-class ProgressLine(TypedDict):
-    """Hold a line of the file that `ProgressFile` writes."""
-
-    step: int  # optimizer steps taken so far
-    max_steps: int
-    plan: NotRequired[str]  # only in the first line of several processes: how they split a step
-    log_history: NotRequired[list[LogEntry]]  # only with several processes, when training begins or something is logged
-    peak_gpu_memory_mb: NotRequired[PeakMemory]  # of the first process since its training began; not without a GPU
+from medcot_utils.training.records import read_last
 
 
 class ProgressFile(TrainerCallback):
@@ -54,24 +43,11 @@ class ProgressFile(TrainerCallback):
             self._write(state, log_history=state.log_history)
 
 
-def read_line(line: str) -> ProgressLine | None:
-    """Return what a line holds; None for half a line, which a full disk or a killed process leaves before the next one."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
 def read_peak(path: Path) -> PeakMemory | None:
-    """Return the most GPU memory (MB) that the first process has held since training last began; None if no line tells."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for line in reversed(lines):
-        try:
-            peak = json.loads(line)["peak_gpu_memory_mb"]
-            return PeakMemory(allocated=int(peak["allocated"]), reserved=int(peak["reserved"]))
-        except (ValueError, LookupError, TypeError, OverflowError):  # of no GPU, half a line, or not ours: it is only shown
-            continue
-    return None
+    """Return the most GPU memory (MB) that the first process has held since training last began; None if it used no GPU."""
+    peak = (read_last(path) or {}).get("peak_gpu_memory_mb")
+    is_ours = isinstance(peak, dict) and all(isinstance(peak.get(kind), int) for kind in PeakMemory.__annotations__)
+    return peak if is_ours else None
 
 
 def measured_memory_gb(run: Run) -> dict[str, float]:

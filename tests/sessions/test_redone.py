@@ -49,7 +49,7 @@ def alter_one_byte(path):
     path.write_bytes(content)
 
 
-def test_notebooks_refuse_an_altered_adapter_the_series_redoes(done):
+def test_an_altered_adapter_is_refused_and_the_series_redoes_it(done):
     weights = done / "adapter" / "adapter_model.safetensors"
     original = weights.read_bytes()
     alter_one_byte(weights)

@@ -181,5 +181,5 @@ def test_what_a_run_says_is_not_broken_into_lines(medcot_here, monkeypatch, tmp_
 def test_a_notebook_before_its_predecessor_names_the_one_to_run(tmp_path):
     line = the_one_line(medcot("run", "--profile", "smoke", "--run-dir", tmp_path / "run", "--from", "5"))
     assert "05_training cannot begin: held_out_rows.parquet is not in run/ yet: run notebook 03_dataset_prep first" in line
-    assert line.endswith("; without --from, the same command does it")
+    assert line.endswith(f". This runs all that is not done: medcot run --run-dir {tmp_path}/run")
     assert not (tmp_path / "run" / "notebooks").exists(), "no kernel starts to say so"

@@ -156,6 +156,11 @@ def test_a_compared_run_says_how_to_keep_and_compare_it(medcot_here, tmp_path):
     other = Run.open(tmp_path / "runs" / "first")
     other.write("questions", other.read("questions")[1:])
     assert "to compare this run with runs/other" in medcot_here("status", "runs/mine", cwd=tmp_path).stdout, "asked the same"
+    changed = load_config("smoke", ["evaluation.confidence_level=0.9"])
+    Run.create(tmp_path / "runs" / "other", changed)
+    assert "to compare" not in medcot_here("status", "runs/mine", cwd=tmp_path).stdout, "its comparison is stale"
+    Run.create(tmp_path / "runs" / "other", load_config("smoke"))
+    assert "to compare" in medcot_here("status", "runs/mine", cwd=tmp_path).stdout
     Run.open(tmp_path / "runs" / "other").record_step("06_comparison", state="running")
     assert "to compare" not in medcot_here("status", "runs/mine", cwd=tmp_path).stdout, "it is being redone"
     shown = medcot_here("status", "runs/other", cwd=tmp_path).stdout

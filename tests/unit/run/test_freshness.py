@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
+import nbformat
 import pytest
 
 from medcot_utils.config import setting_names
+from medcot_utils.machine.paths import HOME
 from medcot_utils.run.artifacts import ARTIFACTS, STEPS
 from medcot_utils.run.directory import Run
 
@@ -209,10 +212,15 @@ def test_every_input_is_made_before_it_is_read():
     assert sorted(made) == sorted(ARTIFACTS)
 
 
-def test_every_step_reads_the_inputs_of_its_artifacts_alone():
-    for step in STEPS.values():
-        wanted = {source for name in step.makes for source in ARTIFACTS[name].inputs}
-        assert set(step.reads) == wanted - set(step.makes)
+def test_a_step_reads_its_artifacts_inputs_and_what_it_shows():
+    for number, step in STEPS.items():
+        wanted = {source for name in step.makes for source in ARTIFACTS[name].inputs} - set(step.makes)
+        cells = [
+            cell.source for cell in nbformat.read(HOME / "notebooks" / f"{number}.ipynb", 4).cells if cell.cell_type == "code"
+        ]
+        shown = set(re.findall(r'\brun\.read\("(\w+)"\)', "\n".join(cells))) - set(step.makes)
+        assert wanted <= set(step.reads) and shown <= set(step.reads), number
+        assert set(step.reads) <= wanted | shown, number
 
 
 def test_the_table_names_real_settings_and_one_artifact_per_file():

@@ -179,7 +179,7 @@ def test_every_setting_that_a_call_changes_is_said(run_factory, notebooks):
     run = run_factory("training.learning_rate=0.1", "evaluation.num_questions=3")
     assert call(run, None) == ["profile smoke: as in run"]
     assert call(run, None, "training.max_steps=4", last=1) == ["profile smoke: as in run", "changed: training.max_steps 6 -> 4"]
-    assert call(run, None, "training.max_steps=5", first=5) == ["profile smoke: as in run", "changed: training.max_steps 4 -> 5"]
+    assert call(run, None, "training.max_steps=5", first=4) == ["profile smoke: as in run", "changed: training.max_steps 4 -> 5"]
     assert call(run, "smoke", "training.max_steps=4") == [
         "profile smoke: as asked",
         "changed: training.max_steps 5 -> 4",

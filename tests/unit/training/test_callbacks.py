@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -162,14 +163,18 @@ def test_memory_is_that_of_the_process_that_trained_last(tell, run_factory, writ
     assert measured_memory_gb(run) == {"memory, measured: reserved (GB)": 8.6, "memory, measured: in use (GB)": 4.3}
 
 
-@pytest.mark.parametrize(
-    "last",
-    ["7", "[]", "null", '{"peak_gpu_memory_mb": 3}', '{"peak_gpu_memory_mb": {"reserved": Infinity, "allocated": 1}}', "{"],
-)
-def test_a_line_without_memory_is_passed_over(last, tmp_path):
+@pytest.mark.parametrize("last", ["7", "[]", "null", '{"step": 3}', "{", pytest.param("[" * 100_000, id="nested")])
+def test_a_line_that_is_no_progress_is_passed_over(last, tmp_path):
     peak = {"allocated": 4, "reserved": 5}
-    (tmp_path / PROGRESS).write_text(json.dumps({"step": 1, "peak_gpu_memory_mb": peak}) + f"\n{last}\n")
+    (tmp_path / PROGRESS).write_text(json.dumps({"step": 1, "max_steps": 6, "peak_gpu_memory_mb": peak}) + f"\n{last}\n")
     assert read_peak(tmp_path / PROGRESS) == peak
+
+
+@pytest.mark.parametrize("last", [{}, {"peak_gpu_memory_mb": 3}, {"peak_gpu_memory_mb": {"allocated": math.inf, "reserved": 1}}])
+def test_an_earlier_sessions_memory_is_not_this_ones(last, tmp_path):
+    lines = [{"peak_gpu_memory_mb": {"allocated": 4, "reserved": 5}}, last]
+    (tmp_path / PROGRESS).write_text("".join(json.dumps({"step": 1, "max_steps": 6} | line) + "\n" for line in lines))
+    assert read_peak(tmp_path / PROGRESS) is None
 
 
 def test_simulated_display_leaves_a_half_written_line_for_later(tell, shown):

@@ -13,6 +13,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, ProcessFailure
 
 from medcot_utils.machine import gpu
+from medcot_utils.run.artifacts import PROGRESS
 from medcot_utils.run.clock import TimeBudgetReached
 from medcot_utils.training import launch
 from medcot_utils.training.agent import Failure, find_first_failure, tolerate_broken_error_files
@@ -68,6 +69,18 @@ def test_the_processes_memory_counts_as_the_notebooks(prepared, ending, monkeypa
     train_in_processes(prepared, 2)
     assert gpu.peak_gpu_memory_mb() == {"allocated": 6, "reserved": 7}
     assert gpu.peak_gpu_memory_mb(since_reset=True) == {"allocated": 6, "reserved": 6}
+
+
+@pytest.mark.parametrize(("step", "launches"), [(5, [0]), (6, [])])
+def test_what_several_processes_have_finished_is_not_launched_again(step, launches, prepared, ending, monkeypatch, tmp_path):
+    """With a simulated checkpoint. Its file of progress stays, from which notebook 05 takes the GPU memory."""
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 6}))
+    monkeypatch.setattr(launch, "last_good_checkpoint", lambda folder: tmp_path)
+    progress = prepared.checkpoint_dir("adapter") / PROGRESS
+    progress.write_text("of the last session")
+    skipped = ending(None)
+    train_in_processes(prepared, 2)
+    assert skipped == launches and (progress.read_text() == "of the last session") is (not launches)
 
 
 def test_simulated_launch_out_of_memory_tries_the_next_plan(prepared, ending, capsys):
