@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
 
 from medcot_utils.models.tokenizer import load_tokenizer_from
+from medcot_utils.run.artifacts import PROGRESS
 from medcot_utils.training.callbacks import skipped_steps
+from medcot_utils.training.progress import read_peak
 
 
 @pytest.fixture
@@ -53,10 +56,14 @@ def one_plan(config, rows_at_once, checkpointing):
 def test_unsloth_is_used_and_a_large_gpu_takes_all_rows_at_once(make_config, run_training):
     import sys
 
+    import torch
+
     losses, trainer = run_training(make_config())
     assert "unsloth" in sys.modules
     assert (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps) == (8, 1)
     assert not trainer.args.gradient_checkpointing
+    peak = read_peak(Path(trainer.args.output_dir) / PROGRESS)
+    assert peak["reserved"] == pytest.approx(torch.cuda.max_memory_reserved() / 1e6, rel=0.01)
     assert sorted(losses) == list(range(1, 9)) and losses[8] < losses[1]
 
 

@@ -155,6 +155,8 @@ def two(copy_untrained):
 def test_two_processes_were_two_and_one_was_one(one, two):
     assert (newest_checkpoint(two) / "rng_state_1.pth").exists() and not (newest_checkpoint(one) / "rng_state_1.pth").exists()
     assert workers(two) == {}
+    shown = (two / "notebooks" / "05_training.ipynb").read_text(encoding="utf-8")
+    assert "2 processes x 2 rows x 1 micro-batches" in shown, "how they split a step"
 
 
 def test_two_processes_match_the_losses_and_adapter_of_one(one, two):
