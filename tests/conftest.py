@@ -65,15 +65,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("server")
             if any(hasattr(item.module, name) for name in ("CHROMIUM", "Browser")):
                 item.add_marker("browser")
-    slow = [item.path for item in items if item.get_closest_marker("series") and item.path.parent.name in ("series", "sessions")]
-    first = {path: rank for rank, path in enumerate(sorted(set(slow), key=_longest_first))}
     heavy = {item.path for item in items if item.get_closest_marker("model") or item.get_closest_marker("embedded")}
-    items.sort(key=lambda item: (first.get(item.path, len(first)), item.path not in heavy))
+    items.sort(key=lambda item: (_rank(item.path), item.path not in heavy))
 
 
-def _longest_first(path: Path) -> tuple[int, Path]:
-    longest = ["test_kaggle_sessions.py", "test_redone.py", "test_no_secret.py", "test_processes.py"]
-    return (longest.index(path.name) if path.name in longest else len(longest), path)
+def _rank(path: Path) -> int:
+    """Return a file's place in the order. Files that wait for the same smoke series are apart: two workers would both wait."""
+    longest = [
+        *("sessions/test_kaggle_sessions.py", "sessions/test_redone.py", "sessions/test_no_secret.py"),
+        *("sessions/test_processes.py", "series/test_series.py", "services/test_wandb_online.py", "series/test_two_processes.py"),
+    ]
+    file = f"{path.parent.name}/{path.name}"
+    if file in longest:
+        return longest.index(file)
+    return len(longest) + (path.parent.name != "sessions")
 
 
 @pytest.fixture(scope="session")
