@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import typer
@@ -57,12 +59,15 @@ def next_steps(run_dir: Path, states: Mapping[str, str]) -> Iterator[str]:
 
 
 def _compared_questions(run_dir: Path) -> str | None:
-    """Return the digest of the questions whose answers a run has compared; None if there is no such run, or its comparison is
-    not done or stale."""
+    """Return the digest of the questions whose answers a run has compared; None if it cannot be read, or its comparison is not
+    done or stale."""
     from medcot_utils.run.artifacts import ARTIFACTS
     from medcot_utils.run.directory import Run
 
-    run = Run.open_if_readable(run_dir)
-    if run is None or run.step_state(ARTIFACTS["metrics"].step, deep=False) != "done":
+    try:
+        with redirect_stderr(io.StringIO()):  # settings that do not count are said by the commands on that run
+            run = Run.open(run_dir)
+        is_compared = run.step_state(ARTIFACTS["metrics"].step, deep=False) == "done"
+        return run.manifest()["artifacts"]["questions"]["sha256"] if is_compared else None
+    except MedcotError:  # it is only offered, and the command on it says what is wrong
         return None
-    return run.manifest()["artifacts"]["questions"]["sha256"]

@@ -151,7 +151,11 @@ def test_a_compared_run_says_how_to_keep_and_compare_it(medcot_here, tmp_path):
     assert "to compare this run with runs/first: medcot report runs/first runs/mine --out runs/first-and-mine.html" in shown
     assert shown[-3] == "to run what is not done: medcot run --run-dir runs/mine"
     assert shown[-1] == "to keep this result, copy it before you change a setting: cp -r runs/mine runs/mine-first"
-    shown = medcot_here("status", "runs/first", cwd=tmp_path).stdout
+    config = tmp_path / "runs" / "mine" / "config.json"
+    config.write_text(config.read_text().replace('"repo_id": null', '"repo_id": "x/y"'))  # as somebody else's run has it
+    result = medcot_here("status", "runs/first", cwd=tmp_path)
+    shown = result.stdout
+    assert "mine/config.json" not in result.stderr
     assert "with runs/mine: medcot report runs/first runs/mine --out runs/first-and-mine.html" in shown, "the older one first"
     other = Run.open(tmp_path / "runs" / "first")
     other.write("questions", other.read("questions")[1:])
@@ -161,6 +165,11 @@ def test_a_compared_run_says_how_to_keep_and_compare_it(medcot_here, tmp_path):
     assert "to compare" not in medcot_here("status", "runs/mine", cwd=tmp_path).stdout, "its comparison is stale"
     Run.create(tmp_path / "runs" / "other", load_config("smoke"))
     assert "to compare" in medcot_here("status", "runs/mine", cwd=tmp_path).stdout
+    link = tmp_path / "runs" / "other" / "link"
+    link.symlink_to(tmp_path)
+    shown = medcot_here("status", "runs/mine", cwd=tmp_path)
+    assert "to compare" not in shown.stdout and shown.returncode == 0, "a run beside it that cannot be read"
+    link.unlink()
     Run.open(tmp_path / "runs" / "other").record_step("06_comparison", state="running")
     assert "to compare" not in medcot_here("status", "runs/mine", cwd=tmp_path).stdout, "it is being redone"
     shown = medcot_here("status", "runs/other", cwd=tmp_path).stdout
