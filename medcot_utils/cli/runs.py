@@ -46,9 +46,9 @@ def next_steps(run_dir: Path, states: Mapping[str, str]) -> Iterator[str]:
         return
     file, asked = ARTIFACTS["metrics"].file, _compared_questions(run_dir)
     beside = [path for path in run_dir.absolute().parent.glob(f"*/{file}") if path.parent.name != run_dir.absolute().name]
-    others = {path.parent.name: path.stat().st_mtime for path in beside if asked and _compared_questions(path.parent) == asked}
-    if others:
-        other = run_dir.parent / max(others, key=others.__getitem__)
+    newest_first = sorted(beside, key=lambda path: path.stat().st_mtime, reverse=True) if asked else []
+    if found := next((path for path in newest_first if _compared_questions(path.parent) == asked), None):
+        other = run_dir.parent / found.parent.name
         older, newer = sorted((other, run_dir), key=lambda run: (run / file).stat().st_mtime)  # differences are from the older
         out = run_dir.parent / f"{older.absolute().name}-and-{newer.absolute().name}.html"
         pair = shlex.join(["medcot", "report", str(older), str(newer), "--out", str(out)])
